@@ -1,0 +1,48 @@
+"""LoRA surgery on PyTorch models: in place, exact, and taken off again without a trace.
+
+    import lorainject as li
+    li.inject(model, targets=["q_proj", "v_proj"], r=8)     # the same object; base frozen, A and B train
+    li.save(model, "adapter")                               # only A and B
+    li.merge(model); li.unmerge(model)                      # W0 + s B A, and back to the bit
+"""
+
+from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, TargetError
+from .files.adapter import load, read, save
+from .files.record import AdapterFile, StoredSite
+from .find import find
+from .merge import MergedSite, MergeReport, deltas, merge, unmerge
+from .spec import LoraSpec, Override, Plan, Site
+from .surgery import activate, disabled, eject, inject, parameters, rows
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFile",
+    "FileError",
+    "GraftError",
+    "LoraError",
+    "LoraSpec",
+    "MergeError",
+    "MergeReport",
+    "MergedSite",
+    "Override",
+    "Plan",
+    "Site",
+    "SpecError",
+    "StateError",
+    "StoredSite",
+    "TargetError",
+    "activate",
+    "deltas",
+    "disabled",
+    "eject",
+    "find",
+    "inject",
+    "load",
+    "merge",
+    "parameters",
+    "read",
+    "rows",
+    "save",
+    "unmerge",
+]

@@ -1,0 +1,55 @@
+"""Everything that lorainject raises on a user's mistake.
+
+    LoraError
+    ├── SpecError      a value that can't be meant: r = 0, alpha = NaN, a pattern that does not compile
+    ├── TargetError    targets that match nothing, or modules that can't carry an adapter
+    ├── StateError     a verb at the wrong time: merging twice, training while merged, an unknown adapter name
+    ├── GraftError     the module is no longer as we left it, so its class can't be changed back
+    ├── MergeError     a fold that would lose or spoil a weight: tied, overflowing, changed since
+    └── FileError      an adapter file that can't be read, written, or does not fit this model
+
+An error lists *all* that is wrong, ends with the next step, and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LoraError(Exception):
+    """Root of the tree. `problems` holds one line for each thing that is wrong."""
+
+    LISTED = 20  # problems shown in the message; a wrong checkpoint can have thousands
+
+    def __init__(self, what: str, problems: Iterable[str] = (), way_out: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = [what, *(f"  - {problem}" for problem in self.problems[: self.LISTED])]
+        if len(self.problems) > self.LISTED:
+            lines.append(f"  - ... and {len(self.problems) - self.LISTED} more (see .problems)")
+        if way_out:
+            lines.append(f"=> {way_out}")
+        super().__init__("\n".join(lines))
+
+
+class SpecError(LoraError, ValueError):
+    """A setting that can't be meant."""
+
+
+class TargetError(LoraError, ValueError):
+    """Targets that match nothing, or modules that can't carry an adapter."""
+
+
+class StateError(LoraError, RuntimeError):
+    """The verb does not fit the state that the model is in."""
+
+
+class GraftError(LoraError, RuntimeError):
+    """A module's class can't be changed (back)."""
+
+
+class MergeError(LoraError, RuntimeError):
+    """Folding, or taking out again, would lose or spoil a weight."""
+
+
+class FileError(LoraError, OSError):
+    """An adapter file can't be read or written, or does not fit the model."""

@@ -1,0 +1,236 @@
+"""The native adapter file, which is a PEFT file that says more: `save`, `load` and `read`.
+
+    adapter/adapter_config.json            as PEFT writes it, so that PEFT, transformers and vLLM read it
+    adapter/adapter_model.safetensors      A and B under PEFT's names; in the header, under "lorainject", our record:
+                                           alpha, scaling and dropout by site, a fingerprint of the base, a digest of it all
+    x.safetensors                          the same tensor file alone
+
+Only A and B are written, never a weight of the base. The same adapter gives the same bytes in any process.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import adapters_of, containers, hosts, require, require_unmerged
+from ..errors import FileError, StateError
+from ..find import Candidate, candidates, check_name, site, total, unfit, wrapped
+from ..fingerprint import SAMPLES, agree, sample
+from ..kinds import kind_of
+from ..lowrank import LowRank
+from ..spec import LoraSpec, Plan, Site
+from ..surgery import attach
+from . import container, peft
+from .record import AdapterFile, BasePrint, StoredSite
+
+RECORD, VERSION = "lorainject", 1
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
+    """Write A and B of one adapter, and nothing of the base; returns where.
+
+    A path that ends in .safetensors is one file, any other a PEFT-compatible directory. Works while merged, too. What was
+    there before is replaced whole or, on any error (FileError), left as it was.
+    """
+    require(model, (name,))
+    path = Path(path)
+    adapters = {at: c[name] for at, c in containers(model).items() if name in c}
+    if problems := [f"{at}: {reason}" for at, a in adapters.items() if (reason := _unwritable(a))]:
+        raise FileError(f"adapter {name!r} was not saved:", problems, "gather or bring back its weights (or mend them) first")
+    sites = tuple(_stored(at, a, hosts(model)[at]) for at, a in adapters.items())
+    tensors = peft.tensors(sites)
+    text = _record(model, name, next(iter(adapters.values())).init, sites, tensors)
+    pieces = list(container.dump(tensors, {"format": "pt", RECORD: text}))
+    if path.suffix == ".safetensors":
+        container.write(path, pieces)
+        return path
+    if path.is_file():
+        raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
+    config = json.dumps(peft.config(model, sites), indent=2, sort_keys=True) + "\n"
+    container.write(path / TENSORS, pieces)
+    container.write(path / CONFIG, [config.encode()])
+    return path
+
+
+def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None, check_base: bool = True) -> nn.Module:
+    """Put a saved adapter onto a base model, in place, and switch it on; returns the same model.
+
+    `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads our own
+    files and PEFT's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong shape or not finite,
+    and every weight that differs from the base that the adapter was made for (`check_base=False` accepts another base).
+    """
+    require_unmerged(model, "load an adapter")
+    file = read(path)
+    name = file.name if name is None else name
+    if problems := check_name(name) + wrapped(model):
+        raise StateError("nothing was loaded:", problems)
+    by_path = {p: c for c in candidates(model) for p in c.paths}
+    problems, sites = [], []
+    for stored in file.sites:
+        candidate = by_path.get(stored.path)
+        problem = _misfit(stored, candidate, name)
+        if problem or candidate is None:
+            problems.append(f"{stored.path}: {problem or 'is not in this model'}")
+        else:
+            sites.append(_site(candidate, stored, file.init, dtype))
+    expected = {stored.path for stored in file.sites}
+    if file.format == "peft":
+        problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_path) if p not in expected]
+    problems += [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_path.get(p), tensor))]
+    if not problems and check_base and file.base is not None:
+        problems = [f"{s.path}: another base weight than the one this adapter was made for" for s in sites if not _same_base(by_path[s.path].module, s, file.base)]
+        if problems:
+            raise FileError(f"{file.path} was made for another base model:", problems, "load it onto its own base, or pass check_base=False")
+    if problems:
+        raise FileError(f"{file.path} does not fit this model; nothing was loaded:", problems, "load it onto the model it was made for")
+    factors = {s.path: (s.A, s.B) for s in file.sites}
+    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
+
+
+def read(path: str | Path) -> AdapterFile:
+    """Read an adapter file or directory without a model. Raises FileError with all that is wrong with it."""
+    path = Path(path)
+    tensor_file = path / TENSORS if path.is_dir() else path
+    if path.is_dir() and not tensor_file.exists():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise FileError(f"{path} holds no {TENSORS}", [f"it holds {found}"], "give the directory that save (or PEFT) wrote")
+    config = _config(path / CONFIG) if path.is_dir() and (path / CONFIG).exists() else {}
+    tensors, metadata = container.read(tensor_file)
+    problems = peft.payload_problems(tensors)
+    if RECORD in metadata:
+        file = _from_record(path, tensors, metadata[RECORD], config, problems)
+    elif config:
+        file = peft.record(path, tensors, config, problems)
+    else:
+        raise FileError(f"{path} holds no record of alpha, without which its scale is unknown",
+                        way_out=f"give the directory with its {CONFIG}")  # fmt: skip
+    if problems or file is None:
+        raise FileError(f"{path} can't be used:", problems, "get the file again, or save it anew")
+    return file
+
+
+def _record(model: nn.Module, name: str, init: str, sites: tuple[StoredSite, ...], tensors: dict[str, Tensor]) -> str:
+    modules = hosts(model)
+    prints = {s.path: _print(modules[s.path]) for s in sites}
+    known = all(p is not None for p in prints.values())
+    blob = torch.cat([p.cpu() for p in prints.values() if p is not None]) if known else torch.empty(0)
+    body: dict[str, Any] = {
+        "version": VERSION,
+        "name": name,
+        "init": init,
+        "sites": {s.path: [s.alpha, s.scaling, s.dropout] for s in sites},
+        "base": base64.b64encode(container.raw(blob)).decode(),
+        "base_dtypes": [str(modules[s.path].weight.dtype).removeprefix("torch.") for s in sites],
+    }
+    return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
+
+
+def _from_record(path: Path, tensors: dict[str, Tensor], text: str, config: dict[str, Any], problems: list[str]) -> AdapterFile | None:
+    try:
+        body = json.loads(text)
+        digest = body.pop("digest")
+        if body["version"] != VERSION:
+            problems.append(f"its record is of version {body['version']!r}, this library reads {VERSION}")
+            return None
+        if digest != _digest(body, tensors):
+            problems.append("its digest does not match: bits were changed since it was written")
+            return None
+        sites = []
+        for at, (alpha, scaling, dropout) in body["sites"].items():
+            stored = peft.site(tensors, at, problems, alpha=alpha, scaling=scaling, dropout=dropout)
+            sites += [stored] if stored else []
+        blob = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32) if body["base"] else None
+        base = None
+        if blob is not None:
+            base = BasePrint(dtype={s.path: getattr(torch, d) for s, d in zip(sites, body["base_dtypes"], strict=True)},
+                             sample={s.path: v for s, v in zip(sites, blob.split(SAMPLES), strict=True)})  # fmt: skip
+        name, init = body["name"], body["init"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        problems.append(f"its lorainject record is damaged: {type(e).__name__}: {e}")
+        return None
+    if config:  # the header decides; a config edited by hand must not be passed over in silence
+        problems += [f"{s.path}: {CONFIG} says scale {theirs:g}, the tensor file {s.scale:g}"
+                     for s in sites if abs((theirs := peft.scale_of(config, s.path, s.r)) - s.scale) > 1e-9 * s.scale]  # fmt: skip
+    return AdapterFile(path=path, format="lorainject", sites=tuple(sites), name=name, init=init, base=base, config=config)
+
+
+def _digest(body: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of the record and of every byte of A and B: a flipped bit anywhere in the file is seen."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    for key, t in sorted(tensors.items()):
+        digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(container.raw(t))
+    return digest.hexdigest()
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, OSError) as e:
+        raise FileError(f"{path} can't be read as JSON: {e}", way_out="get the file again, or save the adapter anew") from e
+    if not isinstance(config, dict):
+        raise FileError(f"{path} is not a JSON object", way_out="get the file again, or save the adapter anew")
+    return config
+
+
+def _stored(path: str, a: LowRank, module: nn.Module) -> StoredSite:
+    kind = kind_of(module)
+    return StoredSite(path=path, A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling, dropout=a.dropout,
+                      embedding=kind is not None and kind.name == "embedding")  # fmt: skip
+
+
+def _unwritable(a: LowRank) -> str | None:
+    if a.A.is_meta or a.B.is_meta:
+        return "A and B lie on the meta device (offloaded, or never loaded)"
+    if type(a.A).__name__ == "DTensor" or 0 in (a.A.numel(), a.B.numel()):
+        return "A and B are sharded over several processes"
+    if not (a.A.isfinite().all() and a.B.isfinite().all()):
+        return "A or B holds NaN or infinity"
+    return None
+
+
+def _print(module: nn.Module) -> Tensor | None:
+    own = adapters_of(module)
+    return own.folded.sample if own and own.folded else sample(module.weight)  # type: ignore[arg-type]
+
+
+def _misfit(stored: StoredSite, c: Candidate | None, name: str) -> str | None:
+    if c is None:
+        return None
+    if (kind := kind_of(c.module)) is None:
+        return f"is a {type(c.module).__name__} in this model, which can't carry an adapter"
+    if (reason := unfit(c.module, name)) is not None:
+        return reason
+    if stored.embedding != (kind.name == "embedding"):
+        return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {kind.name} there"
+    out, in_ = kind.matrix(c.module.weight).shape  # type: ignore[arg-type]
+    r = stored.r
+    if (tuple(stored.A.shape), tuple(stored.B.shape)) != ((r, in_), (out, r)):
+        return f"the file has A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}, this model's weight needs A {(r, in_)} and B {(out, r)}"
+    return None
+
+
+def _site(c: Candidate, stored: StoredSite, init: str, dtype: torch.dtype | None) -> Site:
+    spec = LoraSpec(targets=(stored.path,), r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout,
+                    init=init, dtype=dtype or stored.A.dtype)  # fmt: skip
+    return site(Candidate((stored.path, *(p for p in c.paths if p != stored.path)), c.module), spec)
+
+
+def _same_base(module: nn.Module, s: Site, base: BasePrint) -> bool:
+    mine = _print(module)
+    return mine is None or s.path not in base.sample or agree(mine.cpu(), base.sample[s.path], module.weight.dtype, base.dtype[s.path])  # type: ignore[arg-type]
+
+
+def _replaces(c: Candidate | None, tensor: Tensor) -> str | None:
+    weight = None if c is None else c.module._parameters.get("weight")
+    if weight is not None and weight.shape == tensor.shape and torch.equal(weight.detach().cpu().to(tensor.dtype), tensor):
+        return None
+    return "the file brings a whole base weight that is not this model's; adapters that replace weights are not supported"

@@ -1,0 +1,98 @@
+"""The safetensors container and the files around it: bounded reads, atomic writes, the same bytes in every process.
+
+Reading is the safetensors package's. Writing is ours, since that package orders header metadata by a random hash, makes
+files of mode 0600 and does not fsync. The format: 8 bytes of header length (little endian), a JSON header padded with spaces
+to a multiple of 8, then the tensors' bytes in the header's order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import FileError
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its header's metadata. Raises FileError if it is anything else."""
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise FileError(f"{path} is empty", way_out="it was cut off while it was written or copied: get it again")
+        with safe_open(path, framework="pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except SafetensorError as e:
+        raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
+    except OSError as e:
+        if isinstance(e, FileError):
+            raise
+        raise FileError(f"{path} can't be read: {e.strerror or e}", way_out="check the path and its permissions") from e
+
+
+def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """A safetensors file in pieces: the header, then one piece a tensor, in the order of the names."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for key, t in sorted(tensors.items()):
+        header[key] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for _, t in sorted(tensors.items()):
+        yield raw(t)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The tensor's elements as little-endian bytes."""
+    assert sys.byteorder == "little", "safetensors is little endian"
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def write(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file so that at any moment, a kill and a full disk included, the old or the new one is there, whole.
+
+    Its mode follows the umask; file and folder are fsynced.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(fd, "wb") as f:
+            for piece in pieces:
+                f.write(piece)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        raise FileError(f"{path} can't be written: {e.strerror or e}", ["what was there before is untouched"],
+                        "check the place, its permissions and the free space") from e  # fmt: skip
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _guess(path: Path) -> str:
+    """What the first bytes look like, for a file that is not safetensors."""
+    with path.open("rb") as f:
+        start = f.read(64)
+    known = {b"PK\x03\x04": "a zip, perhaps a torch pickle", b"\x80": "a pickle (torch.save)", b"GGUF": "a GGUF file",
+             b"version https://git-lfs": "a git-lfs pointer: the file itself was not fetched", b"<": "a web page"}  # fmt: skip
+    looks = next((what for magic, what in known.items() if start.startswith(magic)), None)
+    return f"it looks like {looks}" if looks else f"it has {path.stat().st_size:,} bytes and begins {start[:16]!r}"

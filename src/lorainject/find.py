@@ -1,0 +1,234 @@
+"""Model + targets -> Plan. Pure: nothing is changed, nothing is allocated, and the meta device will do.
+
+Every entry must match something that can carry an adapter; a module that is named plainly but can't carry one is an error
+too. All that is wrong is collected and raised once, so that nothing is half done later.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+import torch
+from torch import nn
+
+from .adapters import adapters_of, require_unmerged, walk
+from .errors import SpecError, TargetError
+from .kinds import kind_of, refusal
+from .spec import LoraSpec, Override, Plan, Site, Target
+
+REGEX_SECONDS = 1.0  # for all names together: patterns also come from files that strangers made
+WRAPPERS = {"DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module of the model under all of its paths."""
+
+    paths: tuple[str, ...]
+    module: nn.Module
+
+
+def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
+         dropout: float = 0.0, exclude: Target | Sequence[Target] = (), layers: Sequence[int] | None = None,
+         scaling: str = "standard", init: str = "kaiming", dtype: torch.dtype | None = None,
+         overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), name: str = "default",
+         spec: LoraSpec | None = None) -> Plan:  # fmt: skip
+    """What `inject` with these arguments (documented at LoraSpec) would do to `model`: print it as a table.
+
+    Raises TargetError with every entry that matches nothing (and the nearest names) and every module that can't carry an
+    adapter; SpecError for settings that can't be meant.
+    """
+    spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
+                       init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
+    require_unmerged(model, "inject")
+    problems = check_name(name) + wrapped(model)
+    everything = candidates(model)
+    able = [c for c in everything if kind_of(c.module) is not None]
+    matcher = Matcher(heads(model) if "all-linear" in spec.targets else set())
+
+    excluded: set[int] = set()
+    for entry in spec.exclude:
+        matched = matcher(entry, everything)
+        excluded |= {id(c.module) for c in matched}
+        if not matched:
+            problems.append(f"exclude {_show(entry)} matches nothing{_nearest(entry, everything)}")
+    chosen: dict[int, Candidate] = {}
+    for entry in spec.targets:
+        plain = isinstance(entry, str) and entry not in ("all-linear",) and not entry.startswith("re:") and not _is_glob(entry)
+        matched = [c for c in matcher(entry, everything if plain else able) if id(c.module) not in excluded]
+        fit = [c for c in matched if kind_of(c.module) is not None]
+        for c in matched:
+            if kind_of(c.module) is None and (not fit or next(c.module.parameters(recurse=False), None) is not None):
+                problems.append(f"{c.paths[0]} is a {type(c.module).__name__}, which can't carry an adapter{_inside(c, able)}")
+        if not matched:
+            problems.append(f"{_show(entry)} matches nothing{_nearest(entry, able)}")
+        chosen |= {id(c.module): c for c in fit}
+
+    in_layers = [c for c in able if id(c.module) in chosen and (spec.layers is None or layer_of(c.paths[0]) in spec.layers)]
+    if spec.layers is not None and chosen:
+        for number in set(spec.layers) - {layer_of(c.paths[0]) for c in in_layers}:
+            problems.append(f"layers: no target lies in layer {number}")
+    settings = {id(c.module): spec for c in in_layers}
+    for override in reversed(spec.overrides):  # reversed, so that the first that matches is the one that stays
+        matched = matcher(override.target, in_layers)
+        settings |= {id(c.module): spec.with_override(override) for c in matched}
+        if not matched:
+            problems.append(f"override {override.target!r} matches none of the targets{_nearest(override.target, in_layers)}")
+    if "all-linear" in spec.targets:
+        problems += [f"{c.paths[0]}: {reason}" for c in everything if id(c.module) not in excluded and (reason := missed(c.module))]
+    for c in in_layers:
+        if (reason := unfit(c.module, name)) is not None:
+            problems.append(f"{c.paths[0]}: {reason}")
+    if problems:
+        raise TargetError("nothing was injected:", problems, "correct the targets, or leave modules out with exclude=[...]")
+    return Plan(sites=tuple(site(c, settings[id(c.module)]) for c in in_layers), total=total(model))
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Every module of the base, each once, in order."""
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in walk(model):
+        paths.setdefault(id(module), []).append(path)
+        modules[id(module)] = module
+    return [Candidate(tuple(paths[key]), module) for key, module in modules.items()]
+
+
+def unfit(module: nn.Module, name: str) -> str | None:
+    """Why this module of a known kind can't take an adapter of this name; None if it can."""
+    if (own := adapters_of(module)) is not None and name in own:
+        return f"already carries an adapter named {name!r}: eject it, or give another name"
+    if own is None and hasattr(module, "lora"):
+        return "has an attribute `lora` of its own (another library's adapter?)"
+    return refusal(module)
+
+
+def missed(module: nn.Module) -> str | None:
+    """What "all-linear" would leave out in silence: matmul weights that are no layer of their own."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention's in_proj_weight can't carry an adapter yet"
+    if any(p.ndim == 3 for p in module.parameters(recurse=False)) and "expert" in type(module).__name__.lower():
+        return f"the stacked experts of {type(module).__name__} can't carry an adapter yet"
+    return None
+
+
+def wrapped(model: nn.Module) -> list[str]:
+    """The data-parallel wrappers under which new parameters would silently differ between the ranks."""
+    return [
+        f"{path or 'the model'} is already wrapped by {WRAPPERS[c.__name__]}, under which the ranks' adapters would diverge: inject first, wrap after"
+        for path, module in walk(model)
+        for c in type(module).__mro__
+        if c.__name__ in WRAPPERS
+    ]
+
+
+def check_name(name: str) -> list[str]:
+    """An adapter's name becomes part of state-dict keys and of folder names."""
+    if isinstance(name, str) and regex.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        return []
+    return [f"the adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'"]
+
+
+def site(c: Candidate, spec: LoraSpec) -> Site:
+    """The site that this module becomes under this spec."""
+    kind, weight = kind_of(c.module), c.module.weight
+    assert kind is not None and isinstance(weight, torch.Tensor)
+    out_features, in_features = kind.matrix(weight).shape
+    return Site(
+        path=c.paths[0], aliases=c.paths[1:], kind=kind.name, shape=tuple(weight.shape),
+        in_features=in_features, out_features=out_features,
+        r=spec.r, alpha=float(spec.r if spec.alpha is None else spec.alpha), scaling=spec.scaling,
+        dropout=float(spec.dropout), init=spec.init, dtype=spec.dtype or torch.promote_types(weight.dtype, torch.float32),
+    )  # fmt: skip
+
+
+def total(model: nn.Module) -> int:
+    """Parameters of the base: each once, the adapters' not counted."""
+    own = {id(p): p for _, module in walk(model) for p in module.parameters(recurse=False)}
+    return sum(p.numel() for p in own.values())
+
+
+def layer_of(path: str) -> int | None:
+    """The first number in the path: model.layers.3.mlp.experts.5.w1 lies in layer 3."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def heads(model: nn.Module) -> set[int]:
+    """The modules of the output head, by id: what transformers calls output embeddings, and all that lies outside its base model."""
+    found: set[int] = set()
+    for _, part in walk(model):
+        get = getattr(part, "get_output_embeddings", None)
+        try:
+            head = get() if callable(get) else None
+        except (NotImplementedError, AttributeError):  # the DETR family and others have none, and say so by raising
+            head = None
+        if isinstance(head, nn.Module):
+            found.add(id(head))
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    if isinstance(base, nn.Module) and base is not model:
+        found |= {id(m) for m in model.modules()} - {id(m) for m in base.modules()}
+    return found
+
+
+class Matcher:
+    """Which candidates an entry names; one clock for all regular expressions."""
+
+    def __init__(self, head: set[int]) -> None:
+        self.head = head
+        self.deadline = time.monotonic() + REGEX_SECONDS
+
+    def __call__(self, entry: Target, among: Sequence[Candidate]) -> list[Candidate]:
+        if callable(entry):
+            return [c for c in among if any(entry(path, c.module) for path in c.paths)]
+        if entry == "all-linear":
+            return [c for c in among if (kind := kind_of(c.module)) and kind.name in ("linear", "conv1d") and id(c.module) not in self.head]
+        if entry.startswith("re:"):
+            return [c for c in among if any(self._regex(entry[3:], path) for path in c.paths)]
+        if _is_glob(entry):
+            return [c for c in among if any(fnmatch.fnmatchcase(path, entry) or fnmatch.fnmatchcase(path, f"*.{entry}") for path in c.paths)]
+        return [c for c in among if any(path == entry or path.endswith(f".{entry}") for path in c.paths)]
+
+    def _regex(self, pattern: str, path: str) -> bool:
+        try:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            return regex.fullmatch(pattern, path, timeout=left) is not None
+        except regex.error as e:
+            raise SpecError(f"re:{pattern} is not a regular expression: {e}", way_out="correct it; nothing was changed") from None
+        except TimeoutError:
+            raise SpecError(f"re:{pattern} took more than {REGEX_SECONDS:g} s on the names of this model",
+                            way_out="simplify it (nested repetition, such as (a+)+, never ends); nothing was changed") from None  # fmt: skip
+
+
+def _is_glob(entry: str) -> bool:
+    return "*" in entry or "?" in entry
+
+
+def _show(entry: Target) -> str:
+    return repr(entry) if isinstance(entry, str) else f"the callable {getattr(entry, '__qualname__', entry)!r}"
+
+
+def _nearest(entry: Target, among: Sequence[Candidate]) -> str:
+    """" (did you mean ...?)", by the dotted ends that have as many parts as the entry."""
+    if not isinstance(entry, str) or not among:
+        return ""
+    parts = entry.count(".") + 1
+    ends = {".".join(path.split(".")[-parts:]) for c in among for path in c.paths if path}
+    if near := difflib.get_close_matches(entry, sorted(ends), n=3, cutoff=0.6):
+        return f" (did you mean {' or '.join(map(repr, near))}?)"
+    leaves = sorted({c.paths[0].rsplit(".", 1)[-1] for c in among} - {""})
+    return f" (this model has {', '.join(map(repr, leaves[:12]))}{', ...' if len(leaves) > 12 else ''})"
+
+
+def _inside(c: Candidate, able: Sequence[Candidate]) -> str:
+    """The layers inside a container that was named where a layer was meant."""
+    inside = sorted({path.rsplit(".", 1)[-1] for a in able for path in a.paths if path.startswith(f"{c.paths[0]}.")})
+    return f": name the layers inside it ({', '.join(map(repr, inside[:8]))})" if inside else ""

@@ -1,0 +1,257 @@
+"""Fold adapters into the weights, W = W0 + s B A, and take them out again to the bit.
+
+The sum is formed in float32 (float64 for float64 weights), tile by tile, and rounded once to the weight's dtype. A merged
+module has its original class, so its forward is the original forward. Of W0 a backup is kept; unmerge checks by dtype and
+checksum that the weight is still the one that merge wrote, since putting W0 back would otherwise undo somebody's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .adapters import Folded, containers, hosts, require, routings, walk
+from .errors import MergeError, StateError
+from .fingerprint import sample
+from .graft import bare, change_class, grafted, objection
+from .kinds import LoraForward, kind_of
+from .lowrank import LowRank, delta
+
+MERGED = "_lora_merged"  # on A and B while merged, for the optimiser's guard
+TILE = 1 << 18  # elements: 1 MiB in float32, which an L2 cache holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedSite:
+    """What became of one weight's delta d = s B A when W0 + d was rounded to the stored dtype."""
+
+    path: str
+    norm: float
+    """||d||, Frobenius."""
+    survival: float
+    """<W - W0, d> / <d, d>: the share of the delta that is really in the stored weight; 1 for a zero delta."""
+    error: float
+    """||W - W0 - d|| / ||d||; 0 for a zero delta."""
+    weight_bytes: int
+    journal_bytes: int
+    """Kept so that unmerge can be exact; 0 after merge(reversible=False)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What merge did. Prints as one line."""
+
+    names: tuple[str, ...]
+    sites: tuple[MergedSite, ...]
+
+    @property
+    def survival(self) -> float:
+        """Of all deltas together: the sites' shares, weighted by ||d||^2."""
+        asked = sum(s.norm**2 for s in self.sites)
+        return sum(s.survival * s.norm**2 for s in self.sites) / asked if asked else 1.0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all folded weights."""
+        return sum(s.weight_bytes for s in self.sites)
+
+    @property
+    def journal_bytes(self) -> int:
+        """Of all that is kept for unmerge."""
+        return sum(s.journal_bytes for s in self.sites)
+
+    def __str__(self) -> str:
+        return (f"merged {', '.join(self.names)} into {len(self.sites)} weights ({self.weight_bytes:,} bytes, {self.journal_bytes:,} kept"
+                f" for unmerge); {self.survival:.4f} of the delta survived the storage dtype")  # fmt: skip
+
+
+@torch.no_grad()
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True) -> MergeReport:
+    """Fold the adapters that are on (or `names`, which must include those) into the weights; all or nothing.
+
+    Every module then has its original class and costs what the base costs. `reversible=False` keeps nothing for unmerge.
+
+    Raises StateError if already merged, if nothing is on, or if an adapter that is on would be left out; MergeError with
+    every weight that can't be folded: tied to another module's, on the meta device, or with a result that is not finite.
+    """
+    mounted = containers(model)
+    if merged := sorted({n for r in routings(model) for n in r.merged}):
+        raise StateError(f"{', '.join(map(repr, merged))} is already merged", way_out="unmerge(model) first")
+    on = tuple(dict.fromkeys(n for r in routings(model) for n in r.active))
+    chosen = on if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    require(model, chosen)
+    if not chosen:
+        raise StateError("no adapter is on", way_out="activate(model, name) first, or say which: merge(model, name)")
+    if dropped := [n for n in on if n not in chosen]:
+        raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
+                         way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
+
+    factors = {path: [c[n] for n in chosen if n in c] for path, c in mounted.items()}
+    modules = hosts(model)
+    tied = _tied(model)
+    problems = [f"{path}: {reason}" for path, m in modules.items() if (reason := objection(m) or _unfoldable(m, path, factors[path], tied))]
+    if problems:
+        raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
+
+    done: list[tuple[Tensor, Tensor]] = []
+    report = []
+    try:
+        for path, module in modules.items():
+            if not factors[path]:
+                continue
+            weight, kind = module.weight, kind_of(module)
+            assert isinstance(weight, Tensor) and kind is not None
+            first, backup = sample(weight), weight.detach().clone()
+            done.append((weight, backup))
+            site = _fold(path, kind.matrix(weight), kind.matrix(backup), factors[path], backup.nbytes if reversible else 0)
+            module.lora.folded = Folded(backup=backup if reversible else None, checksum=checksum(weight), sample=first)  # type: ignore[union-attr]
+            report.append(site)
+        for module in modules.values():
+            change_class(module, bare(type(module)))
+        for routing in routings(model):
+            routing.merged = chosen
+        _mark(factors, True)
+    except BaseException:
+        _undo(modules, done)
+        raise
+    return MergeReport(names=chosen, sites=tuple(report))
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Take out again what was merged: every weight is W0 once more, to the bit, and the adapters are on as before.
+
+    Raises StateError if nothing is merged, MergeError (and changes nothing) where W0 can't be given back: after
+    merge(reversible=False), or if a weight's dtype or values were changed in between.
+    """
+    mounted, modules = containers(model), hosts(model)
+    if not any(r.merged for r in routings(model)):
+        raise StateError("nothing is merged", way_out="merge(model) comes first")
+    problems = []
+    for path, module in modules.items():
+        weight, folded = module.weight, mounted[path].folded
+        reason = objection(module)
+        if folded is not None and reason is None:
+            if folded.backup is None:
+                reason = "was merged with reversible=False, which keeps nothing to go back by"
+            elif weight.dtype != folded.backup.dtype or weight.shape != folded.backup.shape:
+                reason = f"is {weight.dtype} {tuple(weight.shape)} now, but was {folded.backup.dtype} {tuple(folded.backup.shape)} when it was merged"
+            elif not torch.equal(checksum(weight), folded.checksum):  # type: ignore[arg-type]
+                reason = "was changed since it was merged (trained, loaded or edited)"
+        if reason:
+            problems.append(f"{path}: {reason}")
+    if problems:
+        raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
+    for path, module in modules.items():
+        if (folded := mounted[path].folded) is not None and folded.backup is not None:
+            module.weight.copy_(folded.backup)  # type: ignore[operator]
+            mounted[path].folded = None
+        change_class(module, grafted(LoraForward, type(module)))
+    for routing in routings(model):
+        routing.merged = ()
+    _mark({path: list(c.children()) for path, c in mounted.items()}, False)
+    return model
+
+
+def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(path, weight, s B A) for every site of an adapter (None: of all that are on, summed), both as the weight is stored.
+
+    The delta is formed in float32 (float64 for float64 weights), one site at a time.
+    """
+    for path, container in containers(model).items():
+        chosen = [container[n] for n in (container.routing.active if name is None else (name,)) if n in container]
+        if chosen:
+            weight, kind = hosts(model)[path].weight, kind_of(hosts(model)[path])
+            assert isinstance(weight, Tensor) and kind is not None
+            total = sum(delta(a, slice(None), _accumulator(weight)) for a in chosen)
+            assert isinstance(total, Tensor)
+            yield path, weight.detach(), kind.matrix(total.detach())
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """The sum of the bit patterns, as integers, over each of up to 64 stripes: int64, on the CPU."""
+    bits = weight.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]).flatten()
+    return torch.stack([stripe.sum(dtype=torch.int64) for stripe in bits.tensor_split(64)]).cpu()
+
+
+def _accumulator(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _fold(path: str, W_OI: Tensor, W0_OI: Tensor, factors: list[LowRank], kept: int) -> MergedSite:
+    """W = round(W0 + s B A), tile by tile, measuring what the rounding left of the delta."""
+    dtype = _accumulator(W_OI)
+    step = max(1, TILE // W_OI.shape[1])
+    dot = square = lost = 0.0
+    for start in range(0, W_OI.shape[0], step):
+        rows = slice(start, start + step)
+        d = delta(factors[0], rows, dtype)
+        for more in factors[1:]:
+            d += delta(more, rows, dtype)
+        w0 = W0_OI[rows].to(dtype)
+        W_OI[rows] = w0 + d
+        if not bool((W_OI[rows].isfinite() | ~w0.isfinite()).all()) or not bool(d.isfinite().all()):
+            raise MergeError(f"{path}: W0 + s B A is not finite in {W_OI.dtype}; nothing was merged",
+                             way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
+        got = (W_OI[rows].to(dtype) - w0).nan_to_num(0, 0, 0)
+        dot += float((got * d).sum(dtype=torch.float64))
+        square += float((d * d).sum(dtype=torch.float64))
+        lost += float((got - d).square().sum(dtype=torch.float64))
+    return MergedSite(path=path, norm=square**0.5, survival=dot / square if square else 1.0, error=(lost / square) ** 0.5 if square else 0.0,
+                      weight_bytes=W_OI.nbytes, journal_bytes=kept)  # fmt: skip
+
+
+def _undo(modules: dict[str, nn.Module], done: list[tuple[Tensor, Tensor]]) -> None:
+    for weight, backup in done:
+        weight.copy_(backup)
+    for module in modules.values():
+        module.lora.folded = None  # type: ignore[union-attr]
+        change_class(module, grafted(LoraForward, bare(type(module))))
+
+
+def _unfoldable(module: nn.Module, path: str, factors: list[LowRank], tied: dict[int, list[str]]) -> str | None:
+    weight = module._parameters.get("weight")
+    if not factors:
+        return None
+    if weight is None:
+        return "its weight is computed (parametrised since inject)"
+    if type(weight).__name__ == "DTensor":
+        return "its weight is sharded (DTensor)"
+    if weight.is_meta or any(p.is_meta for f in factors for p in f.parameters()):
+        return "lies on the meta device (offloaded, or never loaded): bring it back first"
+    if others := [other for other in tied.get(id(module), ())]:
+        return f"its weight is tied to {', '.join(others)}, which the fold would change as well"
+    if not all(bool(p.isfinite().all()) for f in factors for p in f.parameters()):
+        return "its A or B holds NaN or infinity"
+    return None
+
+
+def _tied(model: nn.Module) -> dict[int, list[str]]:
+    """For each module whose weight other modules use as well: where those are. By memory, since a tie can be a view."""
+    users: dict[int, dict[int, str]] = {}
+    for path, module in walk(model):
+        for name, p in module._parameters.items():
+            if p is not None and not p.is_meta and p.numel():
+                users.setdefault(p.data_ptr(), {}).setdefault(id(module), f"{path}.{name}")
+    return {
+        mine: [path for other, path in sharing.items() if other != mine]
+        for sharing in users.values() if len(sharing) > 1 for mine in sharing
+    }  # fmt: skip
+
+
+def _mark(factors: Mapping[str, Sequence[nn.Module]], merged: bool) -> None:
+    for p in (p for adapters in factors.values() for adapter in adapters for p in adapter.parameters()):
+        setattr(p, MERGED, merged)
+
+
+def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """An optimiser that steps over merged A and B would train nothing, in silence."""
+    if any(getattr(p, MERGED, False) for group in optimizer.param_groups for p in group["params"]):
+        raise StateError("can't train while merged: A and B are in the weights, and out of the graph", way_out="unmerge(model) first")
+
+
+register_optimizer_step_pre_hook(_refuse_to_train)

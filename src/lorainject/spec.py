@@ -1,0 +1,227 @@
+"""What is asked for (LoraSpec) and what it comes to on one model (Plan of Sites): frozen values that can't exist invalid."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import SpecError
+from .lowrank import scale
+
+Target = str | Callable[[str, nn.Module], bool]
+KEYWORDS = ("all-linear",)
+SCALINGS = ("standard", "rslora")
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Another r or alpha for the sites that `target` matches; None leaves the spec's."""
+
+    target: str
+    """One entry in the grammar of LoraSpec.targets."""
+    r: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Everything that `inject` can be told, as one value. Raises SpecError with all that is wrong.
+
+    The update is W0 + s B A with s = alpha / r (arXiv 2106.09685 section 4.1) or alpha / sqrt(r) (arXiv 2312.03732).
+    """
+
+    targets: tuple[Target, ...]
+    """Which modules. Each entry is a path or the dotted end of one ("q_proj", "self_attn.q_proj"), a glob over such
+    ("layers.*.mlp.up_proj"), "re:<pattern>" (the regex package, full match), "all-linear", or a callable (path, module) -> bool."""
+    r: int = 8
+    """Rank: rows of A, columns of B. May exceed the matrix's smaller side (it is then wasteful, not wrong)."""
+    alpha: float | None = None
+    """Numerator of the scale; None means alpha = r, so s = 1 under "standard"."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input while training; 0 <= p < 1."""
+    exclude: tuple[Target, ...] = ()
+    """Entries in the same grammar that are left out."""
+    layers: tuple[int, ...] | None = None
+    """Only sites whose path's first number is one of these (model.layers.3.mlp.up_proj is in layer 3); None: all."""
+    scaling: str = "standard"
+    """"standard" or "rslora"."""
+    init: str = "kaiming"
+    """How A begins: "kaiming" (uniform, as in loralib and PEFT) or "gaussian" (deviation 1/r). B begins at zero."""
+    dtype: torch.dtype | None = None
+    """Of A and B; None means float32, or float64 on float64 weights."""
+    overrides: tuple[Override, ...] = ()
+    """Exceptions; the first that matches a site decides. A mapping {"k_proj": {"r": 4}} is taken too."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        set_ = object.__setattr__
+        set_(self, "targets", _entries("targets", self.targets, problems))
+        set_(self, "exclude", _entries("exclude", self.exclude, problems))
+        set_(self, "overrides", _overrides(self.overrides, problems))
+        if not self.targets and not problems:
+            problems.append('targets is empty: name the modules, as in ["q_proj", "v_proj"], or "all-linear"')
+        for r, alpha, whose in [(self.r, self.alpha, ""), *((o.r, o.alpha, f" (override {o.target!r})") for o in self.overrides)]:
+            if not (r is None and whose) and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
+                problems.append(f"r must be a whole number of at least 1, not {r!r}{whose}")
+            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
+                problems.append(f"alpha must be a finite number above 0, not {alpha!r}{whose}")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            problems.append(f"dropout must be a probability p with 0 <= p < 1, not {self.dropout!r}")
+        if self.layers is not None:
+            layers = tuple(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else ("?",)
+            set_(self, "layers", layers)
+            if not layers or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
+                problems.append(f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {self.layers!r}")
+        if self.scaling not in SCALINGS:
+            problems.append(f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
+        if self.init not in INITS:
+            problems.append(f"init must be one of {INITS}, not {self.init!r}")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
+            problems.append(f"dtype must be a floating-point torch.dtype of 16 bits or more, not {self.dtype!r}")
+        if problems:
+            raise SpecError("this LoRA can't be meant:", problems, "nothing was changed; correct the values and call again")
+
+    @classmethod
+    def of(cls, spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
+        """The spec itself, or one made of the settings; both at once is refused, since one would silently lose."""
+        if spec is None:
+            return cls(targets=() if targets is None else targets, **settings)
+        changed = [k for k, v in settings.items() if v != cls.__dataclass_fields__[k].default]
+        if targets is not None or changed:
+            given = ", ".join(["targets"] * (targets is not None) + changed)
+            raise SpecError(f"spec and {given} were both given", way_out="put them into the spec: dataclasses.replace(spec, ...)")
+        return spec
+
+    def with_override(self, override: Override | None) -> LoraSpec:
+        """This spec as it holds for a site that `override` matches."""
+        if override is None:
+            return self
+        return replace(self, r=override.r or self.r, alpha=self.alpha if override.alpha is None else override.alpha, overrides=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One weight that carries an adapter, with everything that follows from the spec."""
+
+    path: str
+    """Of the module, as in model.named_modules()."""
+    aliases: tuple[str, ...] = ()
+    """Further paths of the very same module: adapted too, saved once."""
+    parameter: str = "weight"
+    kind: str
+    """A row of kinds.KINDS."""
+    shape: tuple[int, ...]
+    """Of the weight as stored."""
+    rows: tuple[tuple[int, int], ...] | None = None
+    """The rows of W (out, in) that are adapted; None: all."""
+    in_features: int
+    out_features: int
+    r: int
+    alpha: float
+    scaling: str
+    dropout: float
+    init: str
+    dtype: torch.dtype
+
+    @property
+    def scale(self) -> float:
+        """s in W0 + s B A."""
+        return scale(self.alpha, self.r, self.scaling)
+
+    @property
+    def trainable(self) -> int:
+        """Elements of A (r, in) and B (out, r) together."""
+        return self.r * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `inject` would do, or did. Prints as a table; iterates over its sites."""
+
+    sites: tuple[Site, ...]
+    total: int
+    """Parameters of the base model."""
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train: all of A and B."""
+        return sum(site.trainable for site in self.sites)
+
+    @property
+    def bytes(self) -> int:
+        """Of A and B in memory; the adapter's file is this plus a header."""
+        return sum(site.trainable * site.dtype.itemsize for site in self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __str__(self) -> str:
+        """One line for all layers that look alike: layers.*.self_attn.q_proj stands for as many sites as the line counts."""
+        groups: dict[tuple[object, ...], list[Site]] = {}
+        for s in self.sites:
+            groups.setdefault((re.sub(r"\b\d+\b", "*", s.path), s.kind, s.shape, s.r, s.alpha, s.scale), []).append(s)
+        table = [("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")]
+        for (_, kind, shape, r, alpha, s), sites in groups.items():
+            path = sites[0].path if len(sites) == 1 else re.sub(r"\b\d+\b", "*", sites[0].path)
+            note = " (shared)" if any(site.aliases for site in sites) else ""
+            table.append((path + note, str(kind), "x".join(map(str, shape)), str(r), f"{alpha:g}", f"{s:.4g}",
+                          str(len(sites)), f"{sum(x.trainable for x in sites):,}"))  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+        share = f"{self.trainable / self.total:.4%}" if self.total else "n/a"
+        lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}"]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _entries(field: str, value: Any, problems: list[str]) -> tuple[Target, ...]:
+    if isinstance(value, str):
+        if value in KEYWORDS:
+            return (value,)
+        problems.append(f'{field}="{value}" is a string where a list is meant: write {field}=["{value}"]')
+        return ()
+    if callable(value):
+        return (value,)
+    if not isinstance(value, Sequence | set | frozenset):
+        problems.append(f"{field} must be a list of names, not {value!r}")
+        return ()
+    for entry in value:
+        if not (callable(entry) or (isinstance(entry, str) and entry)):
+            problems.append(f"{field}: each entry must be a non-empty string or a callable (path, module) -> bool, not {entry!r}")
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
+def _overrides(value: Any, problems: list[str]) -> tuple[Override, ...]:
+    if isinstance(value, Mapping):
+        try:
+            return tuple(Override(target=target, **settings) for target, settings in value.items())
+        except TypeError as e:
+            problems.append(f'overrides must look like {{"k_proj": {{"r": 4, "alpha": 8}}}}: {e}')
+            return ()
+    if value is None:
+        return ()
+    if not (isinstance(value, Sequence) and all(isinstance(o, Override) for o in value)):
+        problems.append(f"overrides must be a mapping from a target to r and alpha, or a list of Override, not {value!r}")
+        return ()
+    return tuple(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.2f} {unit}"
+        n /= 1024
+    raise AssertionError

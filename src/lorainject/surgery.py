@@ -1,0 +1,185 @@
+"""Put adapters onto a model, switch them, and take them off again: inject, activate, disabled, rows, parameters, eject."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import (
+    FROZEN, Adapters, Routing, adapters_of, containers, hosts, names_of, placement, require, require_unmerged, routings, walk,
+)  # fmt: skip
+from .errors import GraftError, StateError
+from .find import find
+from .graft import bare, change_class, grafted, objection
+from .kinds import LoraForward, kind_of
+from .lowrank import LowRank
+from .merge import unmerge
+from .spec import LoraSpec, Override, Plan, Site, Target
+
+
+def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
+           dropout: float = 0.0, exclude: Target | Sequence[Target] = (), layers: Sequence[int] | None = None,
+           scaling: str = "standard", init: str = "kaiming", dtype: torch.dtype | None = None,
+           overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), name: str = "default",
+           spec: LoraSpec | None = None) -> nn.Module:  # fmt: skip
+    """Put LoRA, W0 + s B A, onto the matched weights of `model`, in place, and return the same object.
+
+    The arguments are documented at LoraSpec. The base is frozen, A and B train, and since B = 0 the output is the base's.
+    The new adapter is the one that is on; `activate` switches. Source: arXiv 2106.09685, eq. 3.
+
+    Raises SpecError or TargetError with all that is wrong (see `find`), StateError while merged; the model is then unchanged.
+    """
+    plan = find(model, targets, r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling, init=init,
+                dtype=dtype, overrides=overrides, name=name, spec=spec)  # fmt: skip
+    return attach(model, plan, name)
+
+
+def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> nn.Module:
+    """Carry out a plan that `find` has checked. `factors` holds A and B by path; without it they are drawn afresh.
+
+    All memory is taken before the first module is changed.
+    """
+    modules = {path: module for path, module in walk(model)}
+    adapters = {s.path: _low_rank(modules[s.path], s, factors[s.path] if factors else None) for s in plan}
+    routing = routings(model) if hosts(model) else [Routing()]
+    try:
+        for path, adapter in adapters.items():
+            module = modules[path]
+            if adapters_of(module) is None:
+                module._modules["lora"] = Adapters(routing[0]).train(module.training)
+                change_class(module, grafted(LoraForward, type(module)))
+            module.lora[name] = adapter.train(module.training)  # type: ignore[index]
+        for each in routing:
+            each.before[name], each.active = each.active, (name,)
+        _freeze(model)
+    except BaseException:
+        _remove(model, name)
+        raise
+    return model
+
+
+def eject(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take one adapter off the model, or all of them: then it is as it was before inject, to the bit.
+
+    What is merged is unmerged first; after merge(reversible=False) the folded weights stay. Raises GraftError, before
+    anything is changed, if somebody (FSDP, parametrize, a patch of forward) has built on a grafted class since.
+    """
+    on = hosts(model)
+    if name is not None:
+        require(model, (name,))
+    elif not on:
+        containers(model)  # raises
+    leaving = {path: m for path, m in on.items() if name is None or set(adapters_of(m) or ()) == {name}}
+    problems = [f"{path}: {reason}" for path, m in leaving.items() if (reason := objection(m))]
+    problems += [
+        f"{path}: its A and B are sharded (DTensor)"
+        for path, m in on.items() if any(type(p).__name__ == "DTensor" for p in m.lora.parameters())  # type: ignore[union-attr]
+    ]  # fmt: skip
+    if problems:
+        raise GraftError("nothing was ejected:", problems, "undo what was built on top, in reverse order, and eject then")
+    merged = {n for each in routings(model) for n in each.merged}
+    if any(m.lora.folded and m.lora.folded.backup is not None for m in on.values()):  # type: ignore[union-attr]
+        unmerge(model)
+    elif merged and name is not None:
+        raise StateError(f"can't eject {name!r} alone after merge(reversible=False)", way_out="eject(model) leaves the folded weights")
+    for each in names_of(model) if name is None else (name,):
+        _remove(model, each)
+    return model
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Switch on exactly these adapters (their terms add up); none: the base alone. Raises StateError for unknown names."""
+    require_unmerged(model, "activate")
+    require(model, names)
+    for routing in routings(model):
+        routing.active = tuple(dict.fromkeys(names))
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes what its base computes. Run a backward pass within it too."""
+    require_unmerged(model, "disable the adapters")
+    with _routed(model, active=(), rows=None):
+        yield
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within this context row i of the batch (axis 0) uses the adapter names[i], or the base where that is None.
+
+    Every module with adapters must see the batch on axis 0 of its input; one that doesn't raises StateError.
+    """
+    require_unmerged(model, "route rows")
+    if isinstance(names, str):
+        raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out=f"rows(model, [{names!r}] * batch_size)")
+    require(model, tuple(dict.fromkeys(n for n in names if n is not None)))
+    index = {n: torch.tensor([i for i, other in enumerate(names) if other == n]) for n in dict.fromkeys(names) if n is not None}
+    with _routed(model, rows=index, batch=len(names)):
+        yield
+
+
+def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """A and B of the adapters that are on, for an optimiser. Raises StateError while merged: they could not train."""
+    require_unmerged(model, "train")
+    adapters = [c[name] for c in containers(model).values() for name in c.routing.active if name in c]
+    return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
+
+
+def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | None) -> LowRank:
+    kind, device = kind_of(module), placement(module)
+    assert kind is not None
+    A, B = factors or (torch.empty(site.r, site.in_features), torch.empty(0))
+    if factors is None:
+        A = torch.empty(site.r, site.in_features, dtype=site.dtype, device=device)
+        B = torch.empty(site.out_features, site.r, dtype=site.dtype, device=device)
+    adapter = LowRank(
+        A.to(device, site.dtype), B.to(device, site.dtype), alpha=site.alpha, scaling=site.scaling, dropout=site.dropout,
+        init=site.init, term=kind.term, padding_idx=getattr(module, "padding_idx", None),
+    )  # fmt: skip
+    if factors is None:
+        adapter.reset_parameters()
+    return adapter
+
+
+def _freeze(model: nn.Module) -> None:
+    for _, module in walk(model):
+        if names := [n for n, p in module._parameters.items() if p is not None and p.requires_grad]:
+            module.__dict__[FROZEN] = tuple(names)
+            for n in names:
+                module._parameters[n].requires_grad_(False)  # type: ignore[union-attr]
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    """Take the adapter off wherever it is; with the last one gone, the classes and requires_grad flags go back too."""
+    for each in {id(c.routing): c.routing for m in hosts(model).values() if (c := adapters_of(m))}.values():
+        before = each.before.pop(name, ())
+        each.active = before if each.active == (name,) else tuple(n for n in each.active if n != name)
+        each.active = tuple(n for n in each.active if n in each.before)
+    for module in hosts(model).values():
+        own = adapters_of(module)
+        assert own is not None
+        if name in own:
+            del own[name]
+        if not list(own):
+            change_class(module, bare(type(module)))
+            del module._modules["lora"]
+    if not hosts(model):
+        for _, module in walk(model):
+            for n in module.__dict__.pop(FROZEN, ()):
+                if (p := module._parameters.get(n)) is not None:
+                    p.requires_grad_(True)
+
+
+@contextmanager
+def _routed(model: nn.Module, **changes: object) -> Iterator[None]:
+    saved = [(routing, {key: getattr(routing, key) for key in changes}) for routing in routings(model)]
+    try:
+        for routing, _ in saved:
+            vars(routing).update(changes)
+        yield
+    finally:
+        for routing, before in saved:
+            vars(routing).update(before)
