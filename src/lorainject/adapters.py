@@ -102,7 +102,7 @@ class Adapters(nn.Module):
 
 def adapters_of(module: nn.Module) -> Adapters | None:
     """The adapters on this module; None if there are none."""
-    child = module._modules.get("lora")
+    child = getattr(module, "lora", None)
     return child if isinstance(child, Adapters) else None
 
 

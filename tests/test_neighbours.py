@@ -1,0 +1,414 @@
+"""What others do to a model before and after us, run live: a silent no-op is the worst outcome of all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import bits, ids, llama, randomise, run, state
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import lorainject as li
+
+X = {"input_ids": ids(), "use_cache": False}
+TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+
+
+def adapted(model: nn.Module | None = None) -> nn.Module:
+    """A model with adapters that do something."""
+    model = li.inject(llama() if model is None else model, TARGETS, r=4, alpha=8)
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return llama()
+
+
+@pytest.fixture
+def wanted(base: nn.Module) -> torch.Tensor:
+    """What the adapted model computes when nobody interferes."""
+    return run(adapted(copy.deepcopy(base)), X).detach()
+
+
+def offload(model: nn.Module, how: str, folder: str) -> nn.Module:
+    from accelerate import cpu_offload, disk_offload, dispatch_model
+
+    if how == "device_map":
+        return dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    return cpu_offload(model, "cpu") if how == "cpu" else disk_offload(model, folder, "cpu")
+
+
+@pytest.mark.parametrize("how", ["device_map", "cpu", "disk"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_accelerate(base, wanted, how, when, tmp_path):
+    """Under accelerate's hooks and offload, set before or after inject, the adapters act, and eject gives the base back."""
+    plain = run(base, X)
+    if when == "before":
+        model = adapted(offload(base, how, tmp_path))
+    else:
+        model = offload(adapted(base), how, tmp_path)
+    assert torch.allclose(run(model, X), wanted, atol=1e-6)
+    with li.disabled(model):
+        assert torch.equal(run(model, X), plain)
+    li.eject(model)
+    assert torch.equal(run(model, X), plain)
+
+
+def test_accelerate_gradients(base, tmp_path):
+    """A and B get the same gradients with the base offloaded to the CPU as without."""
+    model = adapted(copy.deepcopy(base))
+    run(model, X).square().sum().backward()
+    hooked = adapted(offload(base, "cpu", tmp_path))
+    run(hooked, X).square().sum().backward()
+    for p, q in zip(li.parameters(model), li.parameters(hooked), strict=True):
+        assert p.grad is not None
+        assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_accelerate_hooks_removed_before_eject(base):
+    """Hooks that came and went leave no grafted method behind on the instance."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    q = base.model.layers[0].self_attn.q_proj
+    adapted(base)
+    add_hook_to_module(q, ModelHook())
+    remove_hook_from_module(q)
+    li.eject(base)
+    assert type(q) is nn.Linear
+    assert q.forward.__func__ is nn.Linear.forward
+
+
+def test_merge_under_accelerate_hooks(base, wanted):
+    """Merge changes classes back under hooks that hold a bound forward, and unmerge changes them forth again."""
+    model = adapted(offload(base, "device_map", ""))
+    li.merge(model)
+    assert torch.allclose(run(model, X), wanted, atol=1e-5)
+    li.unmerge(model)
+    assert torch.allclose(run(model, X), wanted, atol=1e-6)
+
+
+def test_offloaded_weights_refuse_merge_and_save(base, tmp_path):
+    """Weights that are not there can't be folded or written: refused by name, nothing changed."""
+    model = offload(adapted(base), "cpu", tmp_path)
+    before = run(model, X)
+    with pytest.raises(li.MergeError, match=r"q_proj: lies on the meta device"):
+        li.merge(model)
+    with pytest.raises(li.FileError, match=r"meta device"):
+        li.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert torch.equal(run(model, X), before)
+
+
+def test_foreign_forward_on_the_instance_is_refused(base):
+    """A patch of forward that would bypass the adapter is named, before anything is changed; at eject too."""
+    q = base.model.layers[0].self_attn.q_proj
+    q.forward = lambda x: nn.functional.linear(x, q.weight)
+    before = state(base)
+    with pytest.raises(li.TargetError, match=r"layers\.0\.self_attn\.q_proj: its forward is replaced on the instance by .*lambda"):
+        li.inject(base, ["q_proj"])
+    assert state(base) == before
+    del q.forward
+    adapted(base)
+    bound = q.forward
+    q.forward = lambda x: bound(x)
+    before = state(base)
+    with pytest.raises(li.GraftError, match=r"q_proj: its forward is replaced"):
+        li.eject(base)
+    with pytest.raises(li.MergeError, match=r"q_proj: its forward is replaced"):
+        li.merge(base)
+    assert state(base) == before
+
+
+def test_compile_fullgraph(base, wanted):
+    """One graph, no break; another A and B, another scale or no adapter at all is never ignored."""
+    model = adapted(base)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(**X).logits, wanted, atol=1e-5)
+    randomise(model, seed=5)
+    assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
+    with li.disabled(model):
+        assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
+    li.merge(model)
+    assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
+
+
+def test_compile_inductor(base, wanted):
+    """The real compiler, forward and backward, agrees with eager."""
+    model = adapted(base)
+    block = model.model.layers[0].mlp.down_proj
+    x = torch.randn(4, 48)
+    loss = torch.compile(block, fullgraph=True)(x).square().sum()
+    loss.backward()
+    grads = [p.grad.clone() for p in block.lora.parameters()]
+    model.zero_grad()
+    block(x).square().sum().backward()
+    assert all(torch.allclose(g, p.grad, rtol=1e-4, atol=1e-5) for g, p in zip(grads, block.lora.parameters(), strict=True))
+
+
+def test_twelve_blocks_compile_like_the_base():
+    """Classes are cached per base class: twelve blocks cost as many compilations as the base's twelve do."""
+
+    def compilations(model: nn.Module) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        for layer in model.model.layers:
+            layer.compile(backend=counter, fullgraph=True)
+        with torch.no_grad():
+            run(model, X)
+        torch._dynamo.reset()
+        return counter.frame_count
+
+    assert compilations(adapted(llama(num_hidden_layers=12))) <= max(2, compilations(llama(num_hidden_layers=12)))
+
+
+def test_inject_into_a_compiled_model(base, wanted):
+    """torch.compile's wrapper is seen through: same paths, and what was compiled before is compiled anew."""
+    compiled = torch.compile(base, backend="eager")
+    run(compiled, X)
+    assert {s.path for s in li.find(compiled, ["q_proj"])} == {s.path for s in li.find(base, ["q_proj"])}
+    li.inject(compiled, TARGETS, r=4, alpha=8)
+    randomise(base)
+    assert torch.allclose(run(compiled, X), wanted, atol=1e-5)
+
+
+def test_export(base, wanted):
+    """torch.export takes an adapted model, and the program computes the same."""
+    program = torch.export.export(adapted(base), (), X)
+    assert torch.allclose(program.module()(**X).logits, wanted, atol=1e-5)
+
+
+def test_deepcopy_is_independent(base, wanted):
+    """A deep copy has adapters, classes and routing of its own."""
+    model = adapted(base)
+    twin = copy.deepcopy(model)
+    assert type(twin.model.layers[0].self_attn.q_proj) is type(model.model.layers[0].self_attn.q_proj)
+    li.activate(model)
+    randomise(model, seed=9)
+    assert torch.equal(run(twin, X), wanted)
+    li.eject(twin)
+    assert li.find(twin, TARGETS)
+
+
+def test_pickle_in_a_fresh_process(base, wanted, tmp_path):
+    """A pickled model comes back in a process that never made these classes; merged, it can be unmerged there."""
+    model = adapted(base)
+    li.merge(model)
+    torch.save({"model": model, "x": X, "wanted": wanted}, tmp_path / "m.pt")
+    (tmp_path / "m.pickle").write_bytes(pickle.dumps(li.unmerge(model)))
+    code = f"""
+import pickle, torch
+d = torch.load({str(tmp_path / "m.pt")!r}, weights_only=False)
+import lorainject as li
+merged = d["model"](**d["x"]).logits
+li.unmerge(d["model"])
+m = pickle.load(open({str(tmp_path / "m.pickle")!r}, "rb"))
+for model in (d["model"], m):
+    assert torch.equal(model(**d["x"]).logits, d["wanted"])
+    assert type(li.eject(model).model.layers[0].self_attn.q_proj) is torch.nn.Linear
+assert torch.allclose(merged, d["wanted"], atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_gradient_checkpointing(base):
+    """Recomputed activations give the same gradients."""
+    model = adapted(base).train()
+    run(model, X).square().sum().backward()
+    grads = [p.grad.clone() for p in li.parameters(model)]
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run(model, X).square().sum().backward()
+    assert all(torch.allclose(g, p.grad, rtol=1e-5, atol=1e-6) for g, p in zip(grads, li.parameters(model), strict=True))
+
+
+def test_hooks_of_users(base):
+    """A pre-hook's input reaches the adapter, a forward hook sees the adapted output, a backward hook fires."""
+    q = base.model.layers[0].self_attn.q_proj
+    x, seen = torch.randn(3, 32), []
+    q.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    q.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    q.register_full_backward_hook(lambda m, gin, gout: seen.append("backward"))
+    adapted(base)
+    y = q(x.requires_grad_())
+    a, b, s = q.lora["default"].A, q.lora["default"].B, q.lora["default"].scale
+    assert torch.allclose(y, 2 * x @ (q.weight + s * b @ a).T, atol=1e-5)
+    assert torch.equal(seen[0], y)
+    y.sum().backward()
+    assert seen[-1] == "backward"
+    li.eject(base)
+    assert len(q._forward_pre_hooks) == len(q._forward_hooks) == len(q._backward_hooks) == 1
+
+
+def test_autocast(base):
+    """Under autocast the base's output keeps its dtype, and fp32 A and B get fp32 gradients."""
+    q = adapted(base).model.layers[0].self_attn.q_proj
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = q(torch.randn(3, 32))
+    assert y.dtype is torch.bfloat16
+    y.float().sum().backward()
+    assert q.lora["default"].A.grad.dtype is torch.float32
+
+
+class Twice(nn.Module):
+    """One linear at two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_shared_module(tmp_path):
+    """One module at two paths: named by either, one adapter, both uses adapted, saved once, ejected once."""
+    model = Twice()
+    before = state(model)
+    (site,) = li.find(model, ["second"], r=2)
+    assert (site.path, site.aliases) == ("first", ("second",))
+    li.inject(model, ["second"], r=2)
+    randomise(model)
+    w = model.first.weight + (model.first.lora["default"].B @ model.first.lora["default"].A)
+    x = torch.randn(3, 6)
+    once = x @ w.T + model.first.bias
+    assert torch.allclose(model(x), once @ w.T + model.first.bias, atol=1e-6)
+    assert len(li.read(li.save(model, tmp_path / "a.safetensors")).sites) == 1
+    li.merge(model)
+    li.unmerge(model)
+    assert state(li.eject(model)) == before
+
+
+def test_tied_weights():
+    """An adapter on one user of a tied weight leaves the other alone; a merge, which could not, is refused."""
+    model = llama(tie_word_embeddings=True)
+    before = state(model)
+    li.inject(model, ["embed_tokens"], r=2)
+    randomise(model)
+    hidden = torch.randn(2, 32)
+    assert torch.equal(model.lm_head(hidden), hidden @ model.lm_head.weight.T)
+    middle = state(model)
+    with pytest.raises(li.MergeError, match=r"model\.embed_tokens: its weight is tied to lm_head\.weight"):
+        li.merge(model)
+    assert state(model) == middle
+    assert state(li.eject(model)) == before
+
+
+def test_pristine_checkpoint_loads(base):
+    """The base's own checkpoint loads into an adapted model with nothing missing, and leaves A and B alone."""
+    checkpoint = copy.deepcopy(base.state_dict())
+    model = adapted(base)
+    assert checkpoint.keys() <= model.state_dict().keys()
+    a_and_b = [bits(p) for p in li.parameters(model)]
+    result = model.load_state_dict(checkpoint)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert [bits(p) for p in li.parameters(model)] == a_and_b
+    whole = model.state_dict()
+    del whole["model.layers.0.self_attn.q_proj.lora.default.B"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*q_proj\.lora\.default\.B"):
+        model.load_state_dict(whole)
+
+
+def test_merged_state_dict_is_the_bases(base):
+    """While merged the state dict has the base's keys alone, so what is saved then can't apply A and B twice."""
+    keys = list(base.state_dict())
+    model = adapted(base)
+    li.merge(model)
+    assert list(model.state_dict()) == keys
+    li.unmerge(model)
+    assert len(model.state_dict()) > len(keys)
+
+
+@pytest.fixture
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_data_parallel_wrappers(base, wanted):
+    """After fully_shard or DDP inject is refused, before it works; a class that FSDP derived from ours is not ejected."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(li.TargetError, match=r"the model is already wrapped by DDP"):
+        li.inject(DistributedDataParallel(copy.deepcopy(base)), ["q_proj"])
+    sharded = fully_shard(copy.deepcopy(base), mesh=mesh)
+    with pytest.raises(li.TargetError, match=r"wrapped by fully_shard.*\n(.*\n)*.*q_proj: its weight is already sharded"):
+        li.inject(sharded, ["q_proj"])
+
+    model = adapted(base)
+    q = model.model.layers[0].self_attn.q_proj
+    fully_shard(q, mesh=mesh)
+    assert torch.allclose(run(model, X), wanted, atol=1e-5)
+    before = state(model)
+    with pytest.raises(li.GraftError, match=r"q_proj: .*FSDPLoraLinear was derived from the grafted class"):
+        li.eject(model)
+    assert state(model) == before
+
+
+def test_parametrize_on_top(base):
+    """A parametrisation put onto a grafted module works, and blocks eject and merge by name until it is removed."""
+    from torch.nn.utils import parametrize
+
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    model = adapted(base)
+    q = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    term = q(x) - x @ q.weight.T
+    parametrize.register_parametrization(q, "weight", Double())
+    assert torch.allclose(q(x), 2 * x @ q.parametrizations.weight.original.T + term, atol=1e-5)
+    for verb, error in ((li.eject, li.GraftError), (li.merge, li.MergeError)):
+        with pytest.raises(error, match=r"q_proj: .*ParametrizedLoraLinear was derived"):
+            verb(model)
+    with pytest.raises(li.TargetError, match=r"ParametrizedLoraLinear"):
+        li.inject(model, ["q_proj"], name="other")
+    parametrize.remove_parametrizations(q, "weight", leave_parametrized=False)
+    li.eject(model)
+    assert type(q) is nn.Linear
+
+
+def test_script_modules_are_refused():
+    """A ScriptModule has no class to change."""
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    with pytest.raises(li.TargetError, match=r"1 is a RecursiveScriptModule, which can't carry an adapter"):
+        li.inject(model, ["1"])
+
+
+def test_meta_device_stays_meta():
+    """On the meta device inject allocates nothing; materialised later, the scale is right and A and B can be drawn."""
+    with torch.device("meta"):
+        model = llama()
+    li.inject(model, ["q_proj"], r=4, alpha=8)
+    assert all(p.is_meta for p in li.parameters(model))
+    model.to_empty(device="cpu")
+    adapter = model.model.layers[0].self_attn.q_proj.lora["default"]
+    assert adapter.s.item() == 2
+    adapter.reset_parameters()
+    assert adapter.A.abs().sum() > 0
+    assert adapter.B.abs().sum() == 0
+
+
+def test_cast_keeps_the_scale(base):
+    """model.to(bfloat16) rounds A and B, as asked, but not the scale."""
+    model = li.inject(base, ["q_proj"], r=3, alpha=1).to(torch.bfloat16)
+    s = model.model.layers[0].self_attn.q_proj.lora["default"].s
+    assert s.dtype is torch.float32
+    assert s.item() == pytest.approx(1 / 3, rel=1e-6)
