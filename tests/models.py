@@ -82,7 +82,7 @@ TINY = {
     "qwen3": Tiny(qwen3, _text, ("q_proj", "v_proj", "gate_proj", "embed_tokens")),
     "gpt2": Tiny(gpt2, _text, ("c_attn", "c_proj", "wte")),
     "bert": Tiny(bert, _text, ("query", "value", "output.dense", "word_embeddings")),
-    "t5": Tiny(t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(length=5)}, ("q", "v", "wi_0", "shared")),
+    "t5": Tiny(t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(length=5)}, ("q", "v", "wi_0", "wo")),
     "vit": Tiny(vit, lambda: {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}, ("q_proj", "v_proj", "fc1")),
     "whisper": Tiny(
         whisper,
