@@ -154,8 +154,8 @@ def _full(pattern: str, path: str) -> bool:
     try:
         return regex.fullmatch(pattern, path, timeout=PATTERN_SECONDS) is not None
     except (regex.error, TimeoutError) as e:
-        raise FileError(f"the pattern {pattern!r} in the adapter's config can't be used: {e or 'it never ends'}",
-                        way_out="correct adapter_config.json") from e  # fmt: skip
+        why = "it never ends" if isinstance(e, TimeoutError) else e
+        raise FileError(f"the pattern {pattern!r} in the adapter's config can't be used: {why}", way_out="correct adapter_config.json") from e
 
 
 def _is_float(t: Tensor) -> bool:

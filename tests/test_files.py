@@ -1,0 +1,370 @@
+"""What save writes, what load takes, and every file that must be refused with the model untouched."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import bert, bits, gpt2, ids, llama, randomise, run, state
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorainject as li
+from lorainject.fingerprint import agree, sample
+
+X = {"input_ids": ids()}
+TARGETS = ["q_proj", "v_proj", "embed_tokens"]
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return llama()
+
+
+@pytest.fixture
+def model(base) -> nn.Module:
+    model = li.inject(copy.deepcopy(base), TARGETS, r=4, alpha=8, dropout=0.1, overrides={"layers.1.*": {"r": 2, "alpha": 6}})
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("place", ["adapter", "adapter.safetensors"])
+def test_round_trip(base, model, tmp_path, place):
+    """Onto a fresh base: the same output to the bit, the same settings, and the same bytes when saved again."""
+    path = li.save(model, tmp_path / place)
+    assert path == tmp_path / place
+    li.load(base, path)
+    assert torch.equal(run(base, X), run(model, X))
+    assert base.model.layers[1].self_attn.q_proj.lora["default"].dropout == 0.1
+    again = li.save(base, tmp_path / f"again-{place}")
+    for name in ("adapter_model.safetensors", "adapter_config.json") if place == "adapter" else ("",):
+        assert (again / name if name else again).read_bytes() == (path / name if name else path).read_bytes()
+
+
+def test_only_a_and_b(model, tmp_path):
+    """Nothing of the base is in the file, an adapted embedding's weight included, and its size is A, B and a header."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in li.parameters(model))
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")) for key in tensors)
+    assert path.stat().st_size < sum(t.nbytes for t in tensors.values()) + 4096
+
+
+def test_the_same_bytes_in_any_process(tmp_path):
+    """Two processes with different hash seeds write the same file."""
+    code = """
+import sys, torch; sys.path.insert(0, sys.argv[2])
+from models import llama, randomise
+import lorainject as li
+torch.manual_seed(0)
+m = li.inject(llama(), ["q_proj", "v_proj"], r=4); randomise(m); li.save(m, sys.argv[1])
+"""
+    here = os.path.dirname(__file__)
+    for seed in "12":
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{seed}.safetensors", here], check=True, timeout=120,
+                       env=os.environ | {"PYTHONHASHSEED": seed})  # fmt: skip
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_mode_follows_the_umask(model, tmp_path):
+    """Files are as readable as the user's umask says, not 0600."""
+    old = os.umask(0o027)
+    try:
+        path = li.save(model, tmp_path / "a")
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in path.iterdir()} == {0o640}
+    assert sorted(f.name for f in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_read_without_a_model(model, tmp_path):
+    """li.read gives every site with A (r, in), B (out, r) and its scale."""
+    file = li.read(li.save(model, tmp_path / "a"))
+    sites = {s.path: s for s in file.sites}
+    assert file.format == "lorainject"
+    assert file.parameters == sum(p.numel() for p in li.parameters(model))
+    assert sites["model.embed_tokens"].embedding
+    assert sites["model.layers.0.self_attn.q_proj"].scale == 2
+    assert (sites["model.layers.1.self_attn.q_proj"].r, sites["model.layers.1.self_attn.q_proj"].scale) == (2, 3)
+    assert file.config["target_modules"] == ["embed_tokens", "q_proj", "v_proj"]
+
+
+def test_names(base, model, tmp_path):
+    """Several adapters, one saved: no tensor of another comes along or is lost, whatever it is called."""
+    li.inject(model, ["up_proj"], r=2, name="mlp")
+    file = li.read(li.save(model, tmp_path / "a"))
+    assert len(file.sites) == 5
+    li.load(base, tmp_path / "a", name="renamed")
+    assert list(base.model.embed_tokens.lora) == ["renamed"]
+    with pytest.raises(li.StateError, match=r"no adapter named 'default'\n=> this model has 'renamed'"):
+        li.save(base, tmp_path / "b")
+
+
+def test_saved_while_merged_is_the_same(model, tmp_path):
+    """A merge does not change what is saved, the base's fingerprint included."""
+    before = li.save(model, tmp_path / "a.safetensors").read_bytes()
+    li.merge(model)
+    assert li.save(model, tmp_path / "b.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_another_dtype_is_recognised(model, base, dtype, tmp_path):
+    """The same base, rounded to half precision, is the same base; A and B keep the file's dtype or take the one asked for."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    half = base.to(dtype)
+    li.load(half, path)
+    assert {p.dtype for p in li.parameters(half)} == {torch.float32}
+    li.eject(half)
+    li.load(half, path, dtype=dtype)
+    assert {p.dtype for p in li.parameters(half)} == {dtype}
+
+
+def test_fingerprint():
+    """Samples agree across dtypes up to rounding, and tell a weight from one that was trained a little further."""
+    w = torch.randn(64, 64)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert agree(sample(w), sample(w.to(dtype)), torch.float32, dtype)
+        assert agree(sample(w.to(torch.bfloat16)), sample(w.to(torch.float16)), torch.bfloat16, torch.float16)
+    assert not agree(sample(w), sample(w * 1.0001), torch.float32, torch.float32)
+    assert not agree(sample(w), sample(w + 0.02 * torch.randn(64, 64)), torch.float32, torch.bfloat16)
+    assert sample(w).shape == (8,)
+
+
+def test_another_base_is_refused(model, tmp_path):
+    """Same shapes, other weights: refused, unless asked for."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(1)
+    other = llama()
+    before = state(other)
+    with pytest.raises(li.FileError, match=r"made for another base model:(.*\n)*.*q_proj: another base weight(.*\n)*=> load it onto its own base, or pass check_base=False"):
+        li.load(other, path)
+    assert state(other) == before
+    li.load(other, path, check_base=False)
+
+
+def test_a_file_for_another_model(model, tmp_path):
+    """Everything that does not fit is listed at once, with both shapes."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    wide = llama(hidden_size=64, num_hidden_layers=1)
+    before = state(wide)
+    with pytest.raises(li.FileError) as e:
+        li.load(wide, path)
+    assert "model.layers.0.self_attn.q_proj: the file has A (4, 32) and B (32, 4), this model's weight needs A (4, 64) and B (64, 4)" in e.value.problems
+    assert "model.layers.1.self_attn.q_proj: is not in this model" in e.value.problems
+    assert len(e.value.problems) == 5
+    assert state(wide) == before
+    with pytest.raises(li.FileError, match="is not in this model"):
+        li.load(bert(), path)
+
+
+def test_loading_twice_under_one_name(base, model, tmp_path):
+    """The second needs another name; then both are there, and the last is on."""
+    path = li.save(model, tmp_path / "a")
+    li.load(base, path)
+    with pytest.raises(li.FileError, match=r"already carries an adapter named 'default': eject it, or give another name"):
+        li.load(base, path)
+    li.load(base, path, name="again")
+    assert base.model.embed_tokens.lora.routing.active == ("again",)
+
+
+def spoil(path, change):
+    """Rewrite the file's bytes."""
+    data = bytearray(path.read_bytes())
+    changed = change(data)
+    path.write_bytes(data if changed is None else changed)
+
+
+def flip(at):
+    def change(data):
+        data[at if at >= 0 else len(data) + at] ^= 4
+
+    return change
+
+
+DAMAGE = {
+    "truncated": (lambda d: d[: len(d) // 2], r"is not a whole safetensors file"),
+    "cut by a byte": (lambda d: d[:-1], r"is not a whole safetensors file"),
+    "empty": (lambda d: bytearray(b""), r"is empty"),
+    "only zeros": (lambda d: bytearray(len(d)), r"is not a whole safetensors file"),
+    "a pickle": (lambda d: bytearray(b"\x80\x02}q\x00."), r"it looks like a pickle"),
+    "a zip": (lambda d: bytearray(b"PK\x03\x04" + bytes(100)), r"it looks like a zip, perhaps a torch pickle"),
+    "a web page": (lambda d: bytearray(b"<!DOCTYPE html>" + bytes(100)), r"it looks like a web page"),
+    "an lfs pointer": (lambda d: bytearray(b"version https://git-lfs.github.com/spec/v1\n"), r"git-lfs pointer"),
+    "a header of 2 GB": (lambda d: bytearray(struct.pack("<Q", 2**31)) + d[8:], r"is not a whole safetensors file"),
+    "a bit of a tensor": (flip(-5), r"its digest does not match: bits were changed"),
+    "a bit of the header": (flip(400), r"digest does not match|not a whole safetensors file|record is damaged|holds no record|missing"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in DAMAGE.items()])
+def test_damaged_files(base, model, tmp_path, change, message):
+    """Truncated, empty, foreign or bit-flipped: refused with the next step, the model untouched."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    spoil(path, change)
+    before = state(base)
+    with pytest.raises(li.FileError, match=message) as e:
+        li.load(base, path)
+    assert "\n=> " in str(e.value)
+    assert state(base) == before
+
+
+def test_any_flipped_bit_is_seen(model, tmp_path):
+    """A bit flipped anywhere in the file, header or tensors, never loads as something else."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    whole = path.read_bytes()
+    good = [(s.path, s.scale, bits(s.A), bits(s.B)) for s in li.read(path).sites]
+    for at in range(0, len(whole), 13):
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 1 << at % 8
+        path.write_bytes(spoilt)
+        try:
+            file = li.read(path)
+        except li.FileError:
+            continue
+        assert [(s.path, s.scale, bits(s.A), bits(s.B)) for s in file.sites] == good  # padding, or {"format": ...}
+
+
+def rewritten(model, folder, change):
+    """A PEFT-like directory (no record of ours) whose tensors and config were changed."""
+    path = li.save(model, folder)
+    tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+PEFT_LIKE = {
+    "missing B": (lambda t, c: t.pop(Q + "B.weight"), r"q_proj\.lora_B\.weight: missing"),
+    "missing site": (lambda t, c: [t.pop(Q + "A.weight"), t.pop(Q + "B.weight")], r"layers\.0\.self_attn\.q_proj: missing in the file, though its config targets it"),
+    "unexpected": (lambda t, c: t.update({"x.y": torch.ones(1)}), r"x\.y: unexpected, neither A nor B"),
+    "NaN": (lambda t, c: t[Q + "A.weight"].fill_(float("nan")), r"q_proj\.lora_A\.weight: holds NaN or infinity"),
+    "integers": (lambda t, c: t.update({Q + "A.weight": torch.ones(4, 32, dtype=torch.int32)}), r"torch\.int32 is not a floating-point type"),
+    "zero elements": (lambda t, c: t.update({Q + "A.weight": torch.ones(0), Q + "B.weight": torch.ones(0)}), r"no pair|is empty"),
+    "ranks that differ": (lambda t, c: t.update({Q + "A.weight": torch.ones(3, 32)}), r"A \(3, 32\) with B \(32, 4\) is no pair"),
+    "IA3": (lambda t, c: c.update(peft_type="IA3"), r"peft_type is 'IA3': only LORA"),
+    "DoRA": (lambda t, c: c.update(use_dora=True), r"use_dora is set, which is not plain LoRA"),
+    "modules_to_save": (lambda t, c: c.update(modules_to_save=["lm_head"]), r"modules_to_save is set"),
+    "bias": (lambda t, c: c.update(bias="all"), r"bias is 'all'"),
+    "pissa": (lambda t, c: c.update(init_lora_weights="pissa_niter_4"), r"belongs to an altered base"),
+    "an evil pattern": (lambda t, c: c.update(alpha_pattern={"(.|.|..)+p": 2}), r"can't be used: it never ends"),
+    "a broken pattern": (lambda t, c: c.update(alpha_pattern={"(": 2}), r"pattern .* can't be used"),
+    "another base embedding": (lambda t, c: t.update({"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(99, 32)}), r"whole base weight that is not this model's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in PEFT_LIKE.items()])
+def test_peft_files_that_are_refused(base, model, tmp_path, change, message):
+    """Strict where PEFT is silent: each by name, the model untouched."""
+    path = rewritten(model, tmp_path / "a", change)
+    before = state(base)
+    with pytest.raises(li.FileError, match=message):
+        li.load(base, path)
+    assert state(base) == before
+
+
+def test_all_that_is_wrong_at_once(base, model, tmp_path):
+    """Several faults in one file are one error."""
+
+    def change(t, c):
+        t[Q + "A.weight"].fill_(float("inf"))
+        t["x.y"] = torch.ones(1)
+        t.pop("base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight")
+        c["use_dora"] = True
+
+    with pytest.raises(li.FileError) as e:
+        li.load(base, rewritten(model, tmp_path / "a", change))
+    assert len(e.value.problems) == 4
+
+
+def test_a_config_edited_by_hand_is_not_passed_over(base, model, tmp_path):
+    """The header and adapter_config.json must say the same scale."""
+    path = li.save(model, tmp_path / "a")
+    config = path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    with pytest.raises(li.FileError, match=r"q_proj: adapter_config\.json says scale 4, the tensor file 2"):
+        li.load(base, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nothing", r"can't be read: No such file"),
+        (lambda p: p, r"holds no adapter_model\.safetensors(.*\n)*.*it holds nothing"),
+        (lambda p: save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, p / "b.safetensors") or p / "b.safetensors", r"no record of alpha"),
+    ],
+)
+def test_places_that_hold_no_adapter(base, tmp_path, make, message):
+    """A missing path, an empty folder, a bare tensor file."""
+    with pytest.raises(li.FileError, match=message):
+        li.load(base, make(tmp_path))
+
+
+def test_places_that_cannot_be_written(model, tmp_path):
+    """A file in the way, a folder that is a device: one clear error, nothing left behind."""
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below", "file/below.safetensors"):
+        with pytest.raises(li.FileError, match="=> "):
+            li.save(model, tmp_path / place)
+    with pytest.raises(li.FileError, match=r"can't be written"):
+        li.save(model, "/proc/nowhere")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_disk_full_halfway(model, tmp_path):
+    """When the space ends in the middle of a save, the old file is still there, whole, and no temporary one."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    old = path.read_bytes()
+    randomise(model, seed=3)
+    torch.save(model, tmp_path / "m.pt")
+    code = f"""
+import resource, signal, torch, lorainject as li
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = torch.load({str(tmp_path / "m.pt")!r}, weights_only=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    li.save(model, {str(path)!r})
+except li.FileError as e:
+    assert "can't be written: File too large" in str(e) and "untouched" in str(e), e
+else:
+    raise SystemExit("saved?")
+"""
+    assert hasattr(signal, "SIGXFSZ")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    assert path.read_bytes() == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "m.pt"]
+
+
+def test_names_in_the_header(model, tmp_path):
+    """The safetensors package reads what our own writer wrote, in alphabetical order and aligned to 8 bytes."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as f:
+        keys = list(f.keys())
+        record = json.loads(f.metadata()["lorainject"])
+    assert len(keys) == 10
+    assert record["sites"]["model.layers.1.self_attn.v_proj"] == [6.0, "standard", 0.1]
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
+
+
+def test_conv1d_files(tmp_path):
+    """GPT-2: the layout is a linear's, and fan_in_fan_out says what PEFT needs to know."""
+    torch.manual_seed(0)
+    model = gpt2()
+    fresh = copy.deepcopy(model)
+    li.inject(model, ["c_attn"], r=4)
+    randomise(model)
+    path = li.save(model, tmp_path / "a")
+    assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert torch.equal(run(li.load(fresh, path), X), run(model, X))

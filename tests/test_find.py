@@ -1,0 +1,285 @@
+"""Targets, and every mistake that one can make with them: the message is tested, and that nothing was changed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from models import bert, gpt2, llama, state
+from torch import nn
+
+import lorainject as li
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """Shared by all tests of this file, since find changes nothing (and a test below says so)."""
+    return llama()
+
+
+def paths(model: nn.Module, targets: object, **settings: object) -> list[str]:
+    return [s.path for s in li.find(model, targets, **settings)]
+
+
+LAYERS = [f"model.layers.{i}" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        (["q_proj"], [f"{x}.self_attn.q_proj" for x in LAYERS]),
+        (["self_attn.q_proj"], [f"{x}.self_attn.q_proj" for x in LAYERS]),
+        (["model.layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
+        (["model.layers.*.mlp.up_proj"], [f"{x}.mlp.up_proj" for x in LAYERS]),
+        (["layers.0.*_proj"], [f"{LAYERS[0]}.{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                                                           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]),
+        (["?_proj"], [f"{x}.self_attn.{y}_proj" for x in LAYERS for y in "qkvo"]),
+        ([r"re:.*\.(q|v)_proj"], [f"{x}.self_attn.{y}_proj" for x in LAYERS for y in "qv"]),
+        (["v_proj", "q_proj", "q_proj"], [f"{x}.self_attn.{y}_proj" for x in LAYERS for y in "qv"]),
+        (lambda path, m: isinstance(m, nn.Linear) and m.out_features == 99, ["lm_head"]),
+        (["embed_tokens"], ["model.embed_tokens"]),
+        ({"q_proj"}, [f"{x}.self_attn.q_proj" for x in LAYERS]),
+    ],
+)  # fmt: skip
+def test_grammar(model, targets, wanted):
+    """Each form of an entry; sites come in the model's order, each once."""
+    assert paths(model, targets) == wanted
+
+
+def test_a_suffix_begins_at_a_dot(model):
+    """"proj" is the end of a name, not of a word."""
+    with pytest.raises(li.TargetError, match="'proj' matches nothing"):
+        li.find(model, ["proj"])
+
+
+def test_all_linear(model):
+    """Every linear but the head; with a task head, all that lies outside the base model is the head."""
+    assert len(paths(model, "all-linear")) == len(paths(model, ["all-linear"])) == 14
+    from transformers import BertConfig, BertForSequenceClassification
+
+    classifier = BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    assert "classifier" not in paths(classifier, "all-linear")
+    assert "bert.pooler.dense" in paths(classifier, "all-linear")
+    assert paths(classifier, ["classifier"]) == ["classifier"]
+    assert len(paths(gpt2(), "all-linear")) == 8
+
+
+def test_layers_and_exclude(model):
+    """layers is by the first number in the path; exclude speaks the language of targets."""
+    assert paths(model, ["q_proj"], layers=[1]) == ["model.layers.1.self_attn.q_proj"]
+    assert len(paths(model, "all-linear", layers=range(1))) == 7
+    assert paths(model, ["?_proj"], exclude=["layers.0.*", "re:.*[kvo]_proj"]) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_overrides(model):
+    """The first override that matches decides; alpha None still means alpha = r."""
+    plan = li.find(model, ["q_proj", "v_proj"], r=8, overrides={"layers.0.*": {"r": 4}, "q_proj": {"r": 2, "alpha": 6}})
+    assert [(s.r, s.alpha, s.scale) for s in plan] == [(4, 4, 1), (4, 4, 1), (2, 6, 3), (8, 8, 1)]
+    plan = li.find(model, ["q_proj"], r=8, alpha=16, overrides=[li.Override(target="layers.1.*", r=4)])
+    assert [(s.r, s.alpha, s.scale) for s in plan] == [(8, 16, 2), (4, 16, 4)]
+
+
+def test_plan(model):
+    """What a plan knows of its sites, and how it looks."""
+    plan = li.find(model, ["v_proj", "embed_tokens"], r=4, alpha=8, scaling="rslora")
+    v = plan.sites[1]
+    assert (v.kind, v.parameter, v.shape, v.rows, v.in_features, v.out_features) == ("linear", "weight", (16, 32), None, 32, 16)
+    assert v.scale == 8 / 4**0.5
+    assert v.trainable == 4 * (32 + 16)
+    assert plan.sites[0].kind == "embedding"
+    assert plan.trainable == 4 * (99 + 32) + 2 * v.trainable
+    assert plan.bytes == 4 * plan.trainable
+    assert plan.total == sum(p.numel() for p in model.parameters())
+    lines = str(plan).splitlines()
+    assert lines[0].split() == ["module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable"]
+    assert lines[2].split() == ["model.layers.*.self_attn.v_proj", "linear", "16x32", "4", "8", "4", "2", "384"]
+    assert lines[-1].startswith(f"3 sites; 908 trainable of {plan.total:,}")
+
+
+def test_find_is_pure_and_inject_does_what_it_says(model):
+    """find changes nothing; inject of the same arguments makes exactly the plan's sites."""
+    before = state(model)
+    plan = li.find(model, ["q_proj"], r=4, dropout=0.1)
+    assert state(model) == before
+    fresh = llama()
+    li.inject(fresh, spec=li.LoraSpec(targets=["q_proj"], r=4, dropout=0.1))
+    assert sum(p.numel() for p in li.parameters(fresh)) == plan.trainable
+    assert fresh.model.layers[0].self_attn.q_proj.lora["default"].dropout == 0.1
+
+
+def test_a_known_model_in_full():
+    """Every site of a BERT, counted by the closed formula r (in + out)."""
+    plan = li.find(bert(), "all-linear", r=3)
+    assert plan.trainable == 3 * (2 * (4 * (32 + 32) + 2 * (32 + 48)) + (32 + 32))
+
+
+WRONG = {
+    "a typo among good targets": (["q_proj", "v_porj"], {}, r"'v_porj' matches nothing \(did you mean 'v_proj'"),
+    "a typo in a dotted name": (["self_atn.q_proj"], {}, r"'self_atn.q_proj' matches nothing \(did you mean 'self_attn.q_proj'"),
+    "nothing like it": (["xyzzy"], {}, r"'xyzzy' matches nothing \(this model has 'down_proj', 'embed_tokens'"),
+    "a container": (["self_attn"], {}, r"layers\.0\.self_attn is a LlamaAttention, .*name the layers inside it \('k_proj', 'o_proj', 'q_proj', 'v_proj'\)"),
+    "a layer that can't": (["input_layernorm"], {}, r"input_layernorm is a LlamaRMSNorm, which can't carry an adapter"),
+    "a glob over such": (["*layernorm"], {}, r"'\*layernorm' matches nothing"),
+    "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),
+    "exclude that matches nothing": (["q_proj"], {"exclude": ["k_porj"]}, r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'"),
+    "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj' matches nothing"),
+    "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target lies in layer 7"),
+    "an override for nothing": (["q_proj"], {"overrides": {"v_proj": {"r": 2}}}, r"override 'v_proj' matches none of the targets"),
+    "a bad adapter name": (["q_proj"], {"name": "../up"}, r"the adapter name '\.\./up' must be 1 to 64 letters"),
+    "a dotted adapter name": (["q_proj"], {"name": "a.b"}, r"the adapter name 'a\.b' must be"),
+}
+MEANT = {
+    "a bare name": ("q_proj", {}, r'targets="q_proj" is a string where a list is meant: write targets=\["q_proj"\]'),
+    "a number": (7, {}, r"targets must be a list of names, not 7"),
+    "no targets": ([], {}, r"targets is empty"),
+    "nothing at all": (None, {}, r"targets is empty"),
+    "an empty name": (["q_proj", ""], {}, r"each entry must be a non-empty string"),
+    "a broken regex": (["re:(q"], {}, r"re:\(q is not a regular expression: missing \)"),
+    "r = 0": (["q_proj"], {"r": 0}, r"r must be a whole number of at least 1, not 0"),
+    "r negative": (["q_proj"], {"r": -8}, r"r must be a whole number of at least 1, not -8"),
+    "r a float": (["q_proj"], {"r": 8.0}, r"r must be a whole number of at least 1, not 8\.0"),
+    "r a bool": (["q_proj"], {"r": True}, r"not True"),
+    "alpha NaN": (["q_proj"], {"alpha": float("nan")}, r"alpha must be a finite number above 0, not nan"),
+    "alpha 0": (["q_proj"], {"alpha": 0}, r"alpha must be a finite number above 0, not 0"),
+    "dropout 1.5": (["q_proj"], {"dropout": 1.5}, r"dropout must be a probability p with 0 <= p < 1, not 1\.5"),
+    "dropout 1": (["q_proj"], {"dropout": 1.0}, r"0 <= p < 1, not 1\.0"),
+    "layers a string": (["q_proj"], {"layers": "12"}, r"layers must be a list of layer numbers"),
+    "layers negative": (["q_proj"], {"layers": [-1]}, r"layers must be a list of layer numbers from 0"),
+    "scaling": (["q_proj"], {"scaling": "rs"}, r"scaling must be one of \('standard', 'rslora'\)"),
+    "init": (["q_proj"], {"init": "pissa"}, r"init must be one of \('kaiming', 'gaussian'\)"),
+    "dtype": (["q_proj"], {"dtype": torch.int8}, r"dtype must be a floating-point torch.dtype"),
+    "a typo in an override": (["q_proj"], {"overrides": {"q_proj": {"rank": 4}}}, r"overrides must look like .*rank"),
+    "a bad override": (["q_proj"], {"overrides": {"q_proj": {"r": 0}}}, r"r must be .* not 0 \(override 'q_proj'\)"),
+}
+
+
+@pytest.mark.parametrize(("targets", "settings", "message"), [pytest.param(*w, id=name) for name, w in (WRONG | MEANT).items()])
+def test_mistakes(model, targets, settings, message):
+    """One clear error with the next step; inject changes nothing."""
+    before = state(model)
+    with pytest.raises(li.LoraError, match=message) as e:
+        li.inject(model, targets, **settings)
+    assert "\n=> " in str(e.value)
+    assert state(model) == before
+
+
+def test_all_mistakes_at_once(model):
+    """Whatever is wrong is said in one go."""
+    with pytest.raises(li.SpecError) as e:
+        li.LoraSpec(targets="q_proj", r=0, alpha=-1, dropout=2, scaling="?", init="?", layers=[], dtype=1)
+    assert len(e.value.problems) == 8
+    with pytest.raises(li.TargetError) as e:
+        li.find(model, ["q_porj", "v_porj", "norm"], exclude=["zzz"])
+    assert len(e.value.problems) == 4
+
+
+def test_a_regex_that_never_ends(model):
+    """Patterns are stopped after a second, whoever wrote them."""
+    long = nn.ModuleDict({"a" * 60: nn.Linear(2, 2)})
+    start = time.monotonic()
+    with pytest.raises(li.SpecError, match=r"took more than 1 s"):
+        li.find(long, [r"re:(a|a|aa)+b"])
+    assert time.monotonic() - start < 5
+
+
+def test_r_may_exceed_the_matrix():
+    """r larger than the matrix is wasteful, not wrong: allowed, and exact."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    li.inject(model, ["0"], r=50)
+    assert li.merge(model).survival == 1.0
+
+
+def test_spec_and_settings_exclude_each_other(model):
+    """Given both, one would lose in silence."""
+    spec = li.LoraSpec(targets=["q_proj"])
+    with pytest.raises(li.SpecError, match=r"spec and targets, alpha were both given"):
+        li.inject(model, ["v_proj"], alpha=3, spec=spec)
+    assert paths(model, None, spec=spec) == paths(model, ["q_proj"])
+
+
+def test_a_typo_in_an_argument(model):
+    """Python itself refuses it: nothing swallows unknown keywords."""
+    with pytest.raises(TypeError, match="alhpa"):
+        li.inject(model, ["q_proj"], alhpa=3)
+
+
+def test_injecting_twice_under_one_name():
+    """The second inject under a name is refused; under another it is fine."""
+    model = li.inject(llama(), ["q_proj"])
+    before = state(model)
+    with pytest.raises(li.TargetError, match=r"q_proj: already carries an adapter named 'default': eject it, or give another name"):
+        li.inject(model, ["q_proj"])
+    assert state(model) == before
+    li.inject(model, ["q_proj"], name="other")
+
+
+class Scaled(nn.Linear):
+    """A subclass whose forward is its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A subclass that changes nothing that matters."""
+
+
+REFUSED = {
+    "a forward of its own": (lambda: Scaled(2, 2), r"Scaled has a forward of its own, not Linear's"),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), r"its weight is computed"),
+    "lazy": (lambda: nn.LazyLinear(2), r"its shape is not known yet"),
+    "max_norm": (lambda: nn.Embedding(2, 2, max_norm=1.0), r"max_norm rewrites the base weight"),
+    "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), r"its weight is torch\.complex64"),
+    "MHA": (lambda: nn.MultiheadAttention(2, 1).out_proj, r"nn\.MultiheadAttention reads this weight itself"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), [pytest.param(*w, id=name) for name, w in REFUSED.items()])
+def test_layers_that_are_refused(build, message):
+    """What could be silently wrong is refused by name."""
+    model = nn.ModuleDict({"good": nn.Linear(2, 2), "bad": build()})
+    with pytest.raises(li.TargetError, match=rf"bad: {message}"):
+        li.inject(model, ["good", "bad"])
+    assert type(model["good"]) is nn.Linear
+
+
+def test_subclasses_that_keep_forward():
+    """A subclass that inherits forward is as good as its base."""
+    model = nn.Sequential(Renamed(2, 2))
+    li.inject(model, ["0"])
+    assert isinstance(model[0], Renamed)
+    assert type(model[0]).__name__ == "LoraRenamed"
+
+
+def test_another_librarys_adapter_is_seen():
+    """A `lora` attribute that is not ours is not overwritten."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].lora = nn.Linear(2, 2)
+    with pytest.raises(li.TargetError, match=r"0: has an attribute `lora` of its own"):
+        li.inject(model, ["0"])
+
+
+def test_all_linear_never_misses_in_silence():
+    """Matmul weights that can't carry an adapter yet are named, not skipped; excluded by name, the rest goes on."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+    with pytest.raises(li.TargetError, match=r"1: nn\.MultiheadAttention's in_proj_weight can't carry an adapter yet"):
+        li.find(model, "all-linear")
+    assert paths(model, "all-linear", exclude=["1", "1.*"]) == ["0"]
+
+
+def test_parameters_counts_of_the_paper():
+    """|Theta| of Hu et al. 2021, Table 4 and 2, on the meta device: GPT-3's shape, RoBERTa base and large."""
+    from transformers import OPTConfig, OPTModel, RobertaConfig, RobertaModel
+
+    with torch.device("meta"):
+        gpt3 = OPTModel(OPTConfig(vocab_size=50257, hidden_size=12288, word_embed_proj_dim=12288, num_hidden_layers=96,
+                                  num_attention_heads=96, ffn_dim=4 * 12288))  # fmt: skip
+        base = RobertaModel(RobertaConfig())
+        large = RobertaModel(RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096))
+    for r, wanted in ((1, 4_718_592), (4, 18_874_368), (8, 37_748_736)):
+        assert li.find(gpt3, ["q_proj", "v_proj"], r=r).trainable == wanted
+    li.inject(gpt3, ["q_proj", "v_proj"], r=4)
+    assert sum(p.numel() for p in gpt3.parameters() if p.requires_grad) == 18_874_368
+    assert li.find(base, ["query", "value"], r=8).trainable == 294_912
+    assert li.find(large, ["query", "value"], r=8).trainable == 786_432

@@ -1,0 +1,290 @@
+"""Fold and unfold: what merge reports, refuses, and leaves behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import TINY, bits, gpt2, ids, llama, randomise, run, state
+from torch import nn
+
+import lorainject as li
+
+X = {"input_ids": ids(), "use_cache": False}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = li.inject(llama(), ["q_proj", "v_proj", "down_proj", "embed_tokens"], r=4, alpha=8)
+    randomise(model)
+    return model
+
+
+def one(dtype: torch.dtype = torch.float32, std: float = 0.1, features: int = 64) -> nn.Module:
+    """A single linear layer with an adapter whose delta is about std^2 * sqrt(r)."""
+    torch.manual_seed(0)
+    model = li.inject(nn.Sequential(nn.Linear(features, features, dtype=dtype)), ["0"], r=4)
+    randomise(model, std=std)
+    return model
+
+
+def test_merged_is_the_original_class_and_costs_nothing_more(model):
+    """type(m) is the original class for every module, and a forward runs exactly the base's operators."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operators(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def operators(m: nn.Module) -> list[str]:
+        with Operators() as mode, torch.no_grad():
+            run(m, X)
+        return mode.seen
+
+    base = llama()
+    li.merge(model)
+    assert [type(m) for p, m in model.named_modules() if ".lora" not in p] == [type(m) for m in base.modules()]
+    assert operators(model) == operators(base)
+    li.unmerge(model)
+    assert len(operators(model)) > len(operators(base))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper"])
+def test_eject_after_merge(name):
+    """After merge(reversible=False) eject leaves the folded weights; after a reversible merge, the base."""
+    tiny = TINY[name]
+    base = tiny.build()
+    before = state(base)
+    model = li.inject(copy.deepcopy(base), list(tiny.targets), r=4)
+    randomise(model)
+    y, plain = run(model, tiny.inputs()), run(base, tiny.inputs())
+    folded = copy.deepcopy(model)
+    report = li.merge(folded, reversible=False)
+    assert report.journal_bytes == 0
+    with pytest.raises(li.MergeError, match="reversible=False, which keeps nothing to go back by"):
+        li.unmerge(folded)
+    li.eject(folded)
+    assert [(type(m), list(m.__dict__), list(m._modules)) for m in folded.modules()] == [(type(m), list(m.__dict__), list(m._modules)) for m in base.modules()]
+    assert [p.requires_grad for p in folded.parameters()] == [p.requires_grad for p in base.parameters()]
+    assert torch.allclose(run(folded, tiny.inputs()), y, atol=1e-4)
+    assert not torch.allclose(run(folded, tiny.inputs()), plain, atol=1e-4)
+    li.merge(model)
+    assert state(li.eject(model)) == before
+
+
+def test_survival_is_the_share_that_rounding_left():
+    """In bfloat16 a small delta drowns and the report says how much of it; in float32 all of it survives."""
+    assert li.merge(one(std=0.1)).survival == pytest.approx(1, abs=1e-5)
+    large, small = li.merge(one(torch.bfloat16, std=0.3)), li.merge(one(torch.bfloat16, std=0.005))
+    assert large.sites[0].error < 0.05 < 0.5 < small.sites[0].error
+    model = one(torch.bfloat16, std=0.005)
+    w0, (_, _, d) = model[0].weight.float().clone(), next(li.deltas(model))
+    report = li.merge(model)
+    got = model[0].weight.float() - w0
+    assert report.survival == pytest.approx(float((got * d).sum() / (d * d).sum()), rel=1e-4)
+    assert report.sites[0].error == pytest.approx(float((got - d).norm() / d.norm()), rel=1e-4)
+    assert report.sites[0].norm == pytest.approx(float(d.norm()), rel=1e-4)
+    assert report.weight_bytes == report.journal_bytes == w0.numel() * 2
+    assert str(report).startswith("merged default into 1 weights (8,192 bytes")
+
+
+def test_a_fresh_adapter_merges_to_the_base():
+    """B = 0: not a bit moves, and survival is 1 by convention."""
+    model = li.inject(nn.Sequential(nn.Linear(8, 8)), ["0"])
+    before = bits(model[0].weight)
+    report = li.merge(model)
+    assert (report.survival, report.sites[0].error) == (1.0, 0.0)
+    assert bits(model[0].weight) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_once(dtype):
+    """The merged weight is W0 + s B A in float32, rounded once: half precision equals the float64 sum rounded, but for near ties."""
+    model = one(dtype, std=0.2, features=256)
+    a, w0 = model[0].lora["default"], model[0].weight.detach().double()
+    d = (a.scale * a.B.double() @ a.A.double()).detach()
+    li.merge(model)
+    merged = model[0].weight.detach()
+    float32_error = torch.finfo(torch.float32).eps * (w0.abs() + d.abs() + 4 * 0.2**2)  # of the sum, and of r = 4 products
+    half_a_step = torch.finfo(dtype).eps / 2 * (w0 + d).abs() * (dtype is not torch.float32)
+    assert bool(((merged.double() - (w0 + d)).abs() <= half_a_step + float32_error + 2.0**-25).all())
+    if dtype is not torch.float32:
+        assert (merged != (w0 + d).to(dtype)).float().mean() < 1e-3
+
+
+def test_special_values_survive():
+    """-0, denormals, the largest finite, infinity and NaN in W0 come back to the bit."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = one(dtype)
+        info = torch.finfo(dtype)
+        odd = [-0.0, 0.0, info.smallest_normal / 4, info.max, -info.max, float("inf"), -float("inf"), float("nan")]
+        with torch.no_grad():
+            model[0].weight[0, : len(odd)] = torch.tensor(odd, dtype=dtype)
+            model[0].lora["default"].B[0] *= 1e-4  # keeps the largest finite below overflow
+        before = bits(model[0].weight)
+        li.merge(model)
+        li.unmerge(model)
+        assert bits(model[0].weight) == before
+
+
+def test_overflow_refuses_the_whole_merge(model):
+    """A result beyond the dtype's range at the last site leaves the first ones untouched too."""
+    model.half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 65504
+        last = model.model.layers[1].mlp.down_proj.lora["default"]
+        last.A.fill_(8)
+        last.B.fill_(8)
+    before = state(model)
+    with pytest.raises(li.MergeError, match=r"layers\.1\.mlp\.down_proj: W0 \+ s B A is not finite in torch\.float16; nothing was merged\n=> lower alpha"):
+        li.merge(model)
+    assert state(model) == before
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged(model):
+    """The second of either is an error that changes nothing."""
+    with pytest.raises(li.StateError, match=r"nothing is merged\n=> merge\(model\) comes first"):
+        li.unmerge(model)
+    li.merge(model)
+    before = state(model)
+    with pytest.raises(li.StateError, match=r"'default' is already merged\n=> unmerge\(model\) first"):
+        li.merge(model)
+    assert state(model) == before
+
+
+def test_while_merged_everything_else_waits(model, tmp_path):
+    """inject, load, activate, disabled, rows, parameters would act on W0 + s B A: each says to unmerge first."""
+    saved = li.save(model, tmp_path / "a.safetensors")
+    li.merge(model)
+    before = state(model)
+    verbs = {
+        "inject": lambda: li.inject(model, ["k_proj"], name="b"),
+        "load an adapter": lambda: li.load(model, saved, name="b"),
+        "activate": lambda: li.activate(model),
+        "disable the adapters": lambda: li.disabled(model).__enter__(),
+        "route rows": lambda: li.rows(model, [None]).__enter__(),
+        "train": lambda: li.parameters(model),
+    }
+    for verb, call in verbs.items():
+        with pytest.raises(li.StateError, match=rf"can't {verb} while 'default' is merged\n=> unmerge\(model\) first"):
+            call()
+    assert state(model) == before
+
+
+def test_training_while_merged_is_refused(model):
+    """An optimiser made before the merge can't step over A and B, which are out of the graph; after unmerge it can."""
+    head = model.lm_head.weight.requires_grad_()
+    optimizer = torch.optim.SGD([*li.parameters(model), head], lr=0.1)
+    li.merge(model)
+    before = bits(head)
+    run(model, X).sum().backward()
+    with pytest.raises(li.StateError, match=r"can't train while merged.*\n=> unmerge\(model\) first"):
+        optimizer.step()
+    assert bits(head) == before
+    li.unmerge(model)
+    optimizer.step()
+    assert bits(head) != before
+
+
+def test_a_weight_that_changed_since_is_not_overwritten(model):
+    """Unmerge puts W0 back only over the very bits that merge wrote."""
+    li.merge(model)
+    q = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        q.weight[0, 0] += 1
+    before = state(model)
+    with pytest.raises(li.MergeError, match=r"layers\.0\.self_attn\.q_proj: was changed since it was merged") as e:
+        li.unmerge(model)
+    assert len(e.value.problems) == 1
+    assert state(model) == before
+    with torch.no_grad():
+        q.weight[0, 0] -= 1
+
+
+def test_a_model_cast_while_merged_is_refused(model):
+    """In another dtype the folded bits are gone: refused, with both dtypes."""
+    li.merge(model)
+    model.to(torch.bfloat16)
+    before = state(model)
+    with pytest.raises(li.MergeError, match=r"q_proj: is torch\.bfloat16 .* but was torch\.float32"):
+        li.unmerge(model)
+    assert state(model) == before
+
+
+def test_a_and_b_may_change_while_merged(model):
+    """What unmerge gives back does not hang on A and B: they may be replaced in between."""
+    before = [bits(p) for k, p in model.named_parameters() if ".lora." not in k]
+    li.merge(model)
+    randomise(model, seed=7, std=3)
+    li.unmerge(model)
+    assert [bits(p) for k, p in model.named_parameters() if ".lora." not in k] == before
+
+
+def test_names(model):
+    """merge folds what is on; leaving one out that is on would change the output and is refused."""
+    li.inject(model, ["q_proj"], r=2, name="second")
+    randomise(model, "second")
+    li.activate(model, "default", "second")
+    with pytest.raises(li.StateError, match=r"'second' is on but would not be merged"):
+        li.merge(model, "default")
+    y = run(model, X)
+    li.merge(model, ["default", "second"])
+    assert torch.allclose(run(model, X), y, atol=1e-5)
+    li.unmerge(model)
+    li.activate(model)
+    with pytest.raises(li.StateError, match="no adapter is on"):
+        li.merge(model)
+    li.merge(model, "second")
+    li.unmerge(model)
+    assert torch.allclose(run(model, X), run(li.eject(model), X), atol=0)
+
+
+def test_tied_gpt2():
+    """GPT-2's wte is its lm_head: merging an adapter on either is refused, on others it is fine."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
+    for target in ("wte", "lm_head"):
+        li.inject(model, [target, "c_attn"])
+        with pytest.raises(li.MergeError, match=rf"{target}: its weight is tied to"):
+            li.merge(model)
+        li.eject(model)
+    li.inject(model, ["c_attn"])
+    assert li.merge(model).survival == 1
+
+
+def test_deltas_are_as_the_weight_is_stored():
+    """For Conv1D, whose weight is (in, out), the delta is transposed; for an embedding (V, d) too."""
+    model = li.inject(gpt2(), ["c_attn", "wte"], r=3, alpha=6)
+    randomise(model)
+    seen = {path: d for path, w, d in li.deltas(model) if d.shape == w.shape}
+    a = model.transformer.h[0].attn.c_attn.lora["default"]
+    assert torch.allclose(seen["transformer.h.0.attn.c_attn"], 2 * (a.B @ a.A).T, atol=1e-6)
+    assert set(seen) == {"transformer.wte", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}
+    assert not list(li.deltas(model, "default"))[0][2].requires_grad
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_cuda(dtype):
+    """On a GPU: the merged output is the unmerged one, W0 comes back to the bit, also if the model moved in between."""
+    torch.manual_seed(0)
+    model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to("cuda", dtype)
+    randomise(model, std=0.05)
+    before, y = state(model), run(model, X)
+    for _ in range(100):
+        li.merge(model)
+        li.unmerge(model)
+    assert state(model) == before
+    li.merge(model)
+    assert torch.allclose(run(model, X).float(), y.float(), atol=torch.finfo(dtype).eps * 30)
+    li.unmerge(model.cpu())
+    assert state(model) == before
