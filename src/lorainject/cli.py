@@ -1,0 +1,175 @@
+"""The command line: a thin face over the public names.
+
+    lorainject find MODEL -t q_proj -t v_proj      what would be injected, on the meta device: no weight is read
+    lorainject inspect ADAPTER                     what an adapter file holds
+    lorainject merge MODEL ADAPTER -o DIR          fold an adapter into a model and save that
+    lorainject demo                                the whole job on a real model and real text
+
+MODEL is a local directory or a name on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import lorainject as li
+
+if TYPE_CHECKING:
+    from torch import nn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    sys.exit(f'the command line needs {missing.name}: pip install "lorainject[cli]"')
+
+app = typer.Typer(help=__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+def main() -> None:
+    """Run; a user's mistake ends as its message on stderr and exit status 1."""
+    try:
+        app()
+    except li.LoraError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def find(
+    model: Annotated[str, typer.Argument(help="Directory or hub name; only its config is read.")],
+    targets: Annotated[list[str], typer.Option("--targets", "-t", help="One entry; repeat for more.")],
+    r: Annotated[int, typer.Option("-r", help="Rank.")] = 8,
+    alpha: Annotated[float | None, typer.Option(help="None means alpha = r.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="One entry; repeat for more.")] = None,
+    layers: Annotated[list[int] | None, typer.Option(help="One layer number; repeat for more.")] = None,
+    scaling: Annotated[str, typer.Option(help="standard or rslora.")] = "standard",
+    as_json: Json = False,
+) -> None:
+    """Show what inject would do to MODEL, as a table. Takes seconds for any size: nothing is downloaded but the config."""
+    import torch
+
+    with torch.device("meta"):
+        base = _model_class(config := _config(model))(config)
+    plan = li.find(base, targets, r, alpha=alpha, exclude=exclude or (), layers=layers, scaling=scaling)
+    if as_json:
+        sites = [asdict(s) | {"dtype": str(s.dtype), "scale": s.scale, "trainable": s.trainable} for s in plan]
+        print(json.dumps({"trainable": plan.trainable, "total": plan.total, "bytes": plan.bytes, "sites": sites}))
+    else:
+        print(plan)
+
+
+@app.command()
+def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's directory or .safetensors file.")], as_json: Json = False) -> None:
+    """Show what an adapter file holds: sites, ranks, scales, and the norm of each delta. Fails if the file would not load."""
+    file = li.read(adapter)
+    rows = [
+        {"path": s.path, "in": s.A.shape[1], "out": s.B.shape[0], "r": s.r, "alpha": s.alpha, "scale": s.scale,
+         "dtype": str(s.A.dtype).removeprefix("torch."), "norm": _norm(s)} for s in file.sites
+    ]  # fmt: skip
+    unusual = ["every B is zero: untrained, or its keys were lost"] * all(row["norm"] == 0 for row in rows)
+    unusual += ["no fingerprint of the base: load can't tell whether it fits"] * (file.base is None)
+    about = {"format": file.format, "name": file.name, "sites": len(rows), "parameters": file.parameters, "unusual": unusual}
+    if as_json:
+        print(json.dumps(about | {"sites": rows}))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("module", "in", "out", "r", "alpha", "scale", "dtype", "|sBA|"):
+        table.add_column(column, justify="left" if column in ("module", "dtype") else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console()
+    console.print(table)
+    console.print(f"{file.format} file, adapter {file.name!r}: {len(rows)} sites, {file.parameters:,} parameters", highlight=False)
+    for line in unusual:
+        console.print(f"[yellow]note:[/] {line}")
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="Directory or hub name.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter's directory or .safetensors file.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Directory to make; must not exist, or be empty.")],
+    any_base: Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not made for.")] = False,
+) -> None:
+    """Fold ADAPTER into MODEL and save the result as an ordinary model, tokenizer and all."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise li.FileError(f"{out} already exists", way_out="name a directory that does not, or is empty")
+    base = _hub(model, _model_class(_config(model)).from_pretrained, dtype="auto")
+    li.load(base, adapter, name="adapter", check_base=not any_base)
+    report = li.merge(base, reversible=False)
+    li.eject(base)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    base.save_pretrained(unfinished)
+    for file in sorted(Path(model).iterdir()) if Path(model).is_dir() else ():
+        if file.is_file() and not (unfinished / file.name).exists() and not file.name.endswith((".safetensors", ".bin", ".index.json")):
+            shutil.copy2(file, unfinished)
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
+    print(f"{report}\nwritten to {out}")
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Encoder: directory or hub name; default: the packaged all-MiniLM-L6-v2.")] = None,
+    data: Annotated[Path | None, typer.Option(help='JSONL of {"query": ..., "positive": ...}; default: Python\'s standard library.')] = None,
+    out: Annotated[Path, typer.Option("--output", "-o", help="Where the adapter, the merged model and the plot go.")] = Path("demo-output"),
+    targets: Annotated[list[str] | None, typer.Option("--targets", "-t", help="One entry; repeat for more.")] = None,
+    r: Annotated[int | None, typer.Option("-r", help="Rank.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    method: Annotated[str, typer.Option(help="lora, or for comparison: full, bitfit.")] = "lora",
+    seed: Annotated[int, typer.Option(help="Of the split, A and the order of the data.")] = 0,
+) -> None:
+    """Train code search on a real model and show every verb at work: about two minutes on two cores."""
+    from .demo import run
+
+    given = {"targets": targets, "r": r, "steps": steps}
+    run(model=model, data=data, out=out, method=method, seed=seed, **{k: v for k, v in given.items() if v is not None})
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    return _hub(model, AutoConfig.from_pretrained)
+
+
+def _model_class(config: Any) -> type[nn.Module]:
+    """The class that the checkpoint was saved from; without one in the config, the bare model's."""
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [None])[0]
+    known = getattr(transformers, name, None) if name else None
+    return known or transformers.AutoModel._model_mapping[type(config)]  # type: ignore[no-any-return]
+
+
+def _hub(model: str, get: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return get(model, **options)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        if Path(model).exists():
+            raise li.FileError(f"{model} can't be loaded: {reason}", way_out="give a directory with config.json, as save_pretrained writes it") from e
+        raise li.FileError(
+            f"{model!r} is neither a directory here nor to be had from the hub: {reason}",
+            way_out="check the spelling and the connection, or give the path of a local directory",
+        ) from e
+
+
+def _norm(site: li.StoredSite) -> float:
+    """|s B A| without forming it: |BA|^2 is the sum over (B^T B) * (A A^T), both (r, r)."""
+    A, B = site.A.double(), site.B.double()
+    return site.scale * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0)) ** 0.5
+
+
+if __name__ == "__main__":
+    main()
