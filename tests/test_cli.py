@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ids, llama, randomise, run
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lorainject as li
 from lorainject.cli import main
+
+from models import ids, llama, randomise, run
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ import sys
 
 import pytest
 import torch
-from models import bert, bits, gpt2, ids, llama, randomise, run, state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorainject as li
 from lorainject.fingerprint import agree, sample
+
+from models import bert, bits, gpt2, ids, llama, randomise, run, state
 
 X = {"input_ids": ids()}
 TARGETS = ["q_proj", "v_proj", "embed_tokens"]
@@ -146,7 +147,10 @@ def test_another_base_is_refused(model, tmp_path):
     torch.manual_seed(1)
     other = llama()
     before = state(other)
-    with pytest.raises(li.FileError, match=r"made for another base model:(.*\n)*.*q_proj: another base weight(.*\n)*=> load it onto its own base, or pass check_base=False"):
+    with pytest.raises(
+        li.FileError,
+        match=r"made for another base model:(.*\n)*.*q_proj: another base weight(.*\n)*=> load it onto its own base, or pass check_base=False",
+    ):
         li.load(other, path)
     assert state(other) == before
     li.load(other, path, check_base=False)
@@ -159,7 +163,9 @@ def test_a_file_for_another_model(model, tmp_path):
     before = state(wide)
     with pytest.raises(li.FileError) as e:
         li.load(wide, path)
-    assert "model.layers.0.self_attn.q_proj: the file has A (4, 32) and B (32, 4), this model's weight needs A (4, 64) and B (64, 4)" in e.value.problems
+    assert (
+        "model.layers.0.self_attn.q_proj: the file has A (4, 32) and B (32, 4), this model's weight needs A (4, 64) and B (64, 4)" in e.value.problems
+    )
     assert "model.layers.1.self_attn.q_proj: is not in this model" in e.value.problems
     assert len(e.value.problems) == 5
     assert state(wide) == before
@@ -302,7 +308,10 @@ def test_a_config_edited_by_hand_is_not_passed_over(base, model, tmp_path):
     [
         (lambda p: p / "nothing", r"can't be read: No such file"),
         (lambda p: p, r"holds no adapter_model\.safetensors(.*\n)*.*it holds nothing"),
-        (lambda p: save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, p / "b.safetensors") or p / "b.safetensors", r"no record of alpha"),
+        (
+            lambda p: save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, p / "b.safetensors") or p / "b.safetensors",
+            r"no record of alpha",
+        ),
     ],
 )
 def test_places_that_hold_no_adapter(base, tmp_path, make, message):

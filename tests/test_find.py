@@ -6,10 +6,11 @@ import time
 
 import pytest
 import torch
-from models import bert, gpt2, llama, state
 from torch import nn
 
 import lorainject as li
+
+from models import bert, gpt2, llama, state
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_grammar(model, targets, wanted):
 
 
 def test_a_suffix_begins_at_a_dot(model):
-    """"proj" is the end of a name, not of a word."""
+    """ "proj" is the end of a name, not of a word."""
     with pytest.raises(li.TargetError, match="'proj' matches nothing"):
         li.find(model, ["proj"])
 
@@ -58,7 +59,9 @@ def test_all_linear(model):
     assert len(paths(model, "all-linear")) == len(paths(model, ["all-linear"])) == 14
     from transformers import BertConfig, BertForSequenceClassification
 
-    classifier = BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    classifier = BertForSequenceClassification(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
     assert "classifier" not in paths(classifier, "all-linear")
     assert "bert.pooler.dense" in paths(classifier, "all-linear")
     assert paths(classifier, ["classifier"]) == ["classifier"]
@@ -118,7 +121,11 @@ WRONG = {
     "a typo among good targets": (["q_proj", "v_porj"], {}, r"'v_porj' matches nothing \(did you mean 'v_proj'"),
     "a typo in a dotted name": (["self_atn.q_proj"], {}, r"'self_atn.q_proj' matches nothing \(did you mean 'self_attn.q_proj'"),
     "nothing like it": (["xyzzy"], {}, r"'xyzzy' matches nothing \(this model has 'down_proj', 'embed_tokens'"),
-    "a container": (["self_attn"], {}, r"layers\.0\.self_attn is a LlamaAttention, .*name the layers inside it \('k_proj', 'o_proj', 'q_proj', 'v_proj'\)"),
+    "a container": (
+        ["self_attn"],
+        {},
+        r"layers\.0\.self_attn is a LlamaAttention, .*name the layers inside it \('k_proj', 'o_proj', 'q_proj', 'v_proj'\)",
+    ),
     "a layer that can't": (["input_layernorm"], {}, r"input_layernorm is a LlamaRMSNorm, which can't carry an adapter"),
     "a glob over such": (["*layernorm"], {}, r"'\*layernorm' matches nothing"),
     "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),

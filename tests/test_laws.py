@@ -13,13 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import TINY, bits, randomise, run, state
-from strategies import DTYPES, Case, cases
 from torch import Tensor, nn
 
 import lorainject as li
 from lorainject.adapters import hosts
 from lorainject.graft import Graft
+
+from models import TINY, bits, randomise, run, state
+from strategies import DTYPES, Case, cases
 
 laws = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -51,7 +52,7 @@ def law_1_and_2_and_3(case: Case) -> None:
     before, keys, y = state(case.model), list(case.model.state_dict()), case.output()
     same = li.inject(case.model, **case.settings)
     assert same is case.model
-    adds_nothing = [m.lora.register_forward_hook(_output_is_the_bases) for m in hosts(case.model).values()]
+    adds_nothing = [host.adapters.register_forward_hook(_output_is_the_bases) for host in hosts(case.model).values()]
     assert agree(case.output(), y)  # not to the bit: BLAS may round by where an activation happens to lie in memory
     for handle in adds_nothing:
         handle.remove()
@@ -72,7 +73,7 @@ def law_5_6_7_10(case: Case) -> None:
     li.inject(case.model, **case.settings)
     randomise(case.model, std=0.3)
     case.model.eval()
-    pristine = {path: m.weight.detach().clone() for path, m in hosts(case.model).items()}
+    pristine = {path: host.weight.detach().clone() for path, host in hosts(case.model).items()}
     before, y = state(case.model), case.output()
     wanted = {path: (w.double() + d.double()).to(w.dtype) for path, w, d in li.deltas(case.model)}
     report = li.merge(case.model)
@@ -99,7 +100,10 @@ def law_8(case: Case, folder: Path) -> None:
     first = li.save(case.model, folder / "a.safetensors")
     li.load(fresh, first)
     assert torch.equal(case.output(fresh.eval()), case.output(case.model.eval()))
-    a, b = ([(p, w.r, w.alpha, w.scaling, bits(w.A), bits(w.B)) for p, c in hosts(m).items() for w in [c.lora["default"]]] for m in (case.model, fresh))
+    a, b = (
+        [(p, w.r, w.alpha, w.scaling, bits(w.A), bits(w.B)) for p, host in hosts(m).items() for w in [host.adapters["default"]]]
+        for m in (case.model, fresh)
+    )
     assert a == b
     assert li.save(fresh, folder / "b.safetensors").read_bytes() == first.read_bytes()
 

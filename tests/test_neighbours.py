@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
-from models import bits, ids, llama, randomise, run, state
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lorainject as li
+
+from models import bits, ids, llama, randomise, run, state
 
 X = {"input_ids": ids(), "use_cache": False}
 TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]

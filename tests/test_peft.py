@@ -7,11 +7,12 @@ import warnings
 
 import pytest
 import torch
-from models import bits, gpt2, ids, llama, randomise, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorainject as li
+
+from models import bits, gpt2, ids, llama, randomise, run
 
 X = {"input_ids": ids()}
 SITES = {"llama": (llama, ["q_proj", "v_proj", "down_proj"]), "gpt2": (gpt2, ["c_attn", "mlp.c_proj"])}

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from models import bits, ids, llama, randomise, run, state
 from torch import nn
 
 import lorainject as li
 from lorainject.lowrank import LowRank
+
+from models import bits, ids, llama, randomise, run, state
 
 X = {"input_ids": ids(rows=3)}
 

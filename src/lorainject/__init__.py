@@ -1,5 +1,7 @@
 """LoRA surgery on PyTorch models: in place, exact, and taken off again without a trace.
 
+In short:
+
     import lorainject as li
     li.inject(model, targets=["q_proj", "v_proj"], r=8)     # the same object; base frozen, A and B train
     li.save(model, "adapter")                               # only A and B

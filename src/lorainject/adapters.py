@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Folded:
     """W0 as stored; None after merge(reversible=False)."""
     checksum: Tensor
     """Of the folded weight, so that unmerge knows whether somebody changed it since."""
-    sample: Tensor
+    sample: Tensor | None
     """A few values of W0, for the fingerprint in files saved while merged."""
 
 
@@ -56,7 +57,7 @@ class Adapters(nn.Module):
         self.folded: Folded | None = None
 
     def __getitem__(self, name: str) -> LowRank:
-        return self._modules[name]  # type: ignore[return-value]
+        return cast(LowRank, self._modules[name])
 
     def __setitem__(self, name: str, adapter: LowRank) -> None:
         self._modules[name] = adapter  # not add_module, which reserves names such as "train" and "half"
@@ -75,7 +76,7 @@ class Adapters(nn.Module):
             return self._by_rows(x, y)
         for name in self.routing.active:
             if name in self._modules:
-                y = self._modules[name](x, y)
+                y = self[name](x, y)
         return y
 
     def _by_rows(self, x: Tensor, y: Tensor) -> Tensor:
@@ -90,14 +91,26 @@ class Adapters(nn.Module):
         for name, index in (routing.rows or {}).items():
             if name in self._modules:
                 index = index.to(x.device)
-                y = y.index_copy(0, index, self._modules[name](x[index], y[index]))
+                y = y.index_copy(0, index, self[name](x[index], y[index]))
         return y
 
-    def state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """While merged a model's state dict is the base's keys alone: its weights already hold A and B."""
         if self.routing.merged:
             return kwargs.get("destination", {})
         return super().state_dict(*args, **kwargs)
+
+
+class Host(NamedTuple):
+    """A module of the base that carries adapters."""
+
+    module: nn.Module
+    adapters: Adapters
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's weight as stored."""
+        return weight_of(self.module)
 
 
 def adapters_of(module: nn.Module) -> Adapters | None:
@@ -113,48 +126,59 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
 
 
-def hosts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that carry adapters, each once, by the first of its paths."""
-    found: dict[int, tuple[str, nn.Module]] = {}
+def hosts(model: nn.Module) -> dict[str, Host]:
+    """The modules that carry adapters, each once, by the first of its paths; none, if there are none."""
+    found: dict[int, tuple[str, Host]] = {}
     for path, module in walk(model):
-        if adapters_of(module) is not None:
-            found.setdefault(id(module), (path, module))
+        if (adapters := adapters_of(module)) is not None:
+            found.setdefault(id(module), (path, Host(module, adapters)))
     return dict(found.values())
 
 
-def containers(model: nn.Module) -> dict[str, Adapters]:
-    """Path -> adapters, for every module that carries some; raises StateError if none does."""
-    found = {path: module.lora for path, module in hosts(model).items()}
-    if not found:
-        raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
-    return found  # type: ignore[return-value]
+def require_hosts(model: nn.Module) -> dict[str, Host]:
+    """The modules that carry adapters; raises StateError if none does."""
+    if found := hosts(model):
+        return found
+    raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
 
 
 def routings(model: nn.Module) -> list[Routing]:
     """The routings of a model: one, unless its parts were injected one by one."""
-    return list({id(c.routing): c.routing for c in containers(model).values()}.values())
+    return list({id(h.adapters.routing): h.adapters.routing for h in hosts(model).values()}.values())
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
     """The adapters on the model, in the order they came."""
-    return tuple(dict.fromkeys(name for c in containers(model).values() for name in c))
+    return tuple(dict.fromkeys(name for host in require_hosts(model).values() for name in host.adapters))
 
 
 def require(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise StateError unless the model has all these adapters."""
-    if unknown := [name for name in names if name not in (known := names_of(model))]:
+    known = names_of(model)
+    if unknown := [name for name in names if name not in known]:
         raise StateError(f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}")
+
+
+def merged_names(model: nn.Module) -> list[str]:
+    """The adapters that are folded into the weights."""
+    return sorted({name for routing in routings(model) for name in routing.merged})
 
 
 def require_unmerged(model: nn.Module, verb: str) -> None:
     """Raise StateError if adapters are folded into the weights: `verb` would then act on W0 + s B A, not on W0."""
-    if merged := sorted({name for _, m in walk(model) if (c := adapters_of(m)) for name in c.routing.merged}):
+    if merged := merged_names(model):
         raise StateError(f"can't {verb} while {', '.join(map(repr, merged))} is merged", way_out="unmerge(model) first")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's weight as stored, which for a known kind is a tensor."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def placement(module: nn.Module) -> torch.device:
     """The device on which the module computes: its weight's, or the one that accelerate brings an offloaded weight to."""
-    device = module.weight.device
-    hook = getattr(module, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    return torch.device(execution) if device.type == "meta" and execution is not None else device  # type: ignore[arg-type]
+    device = weight_of(module).device
+    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device

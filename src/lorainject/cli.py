@@ -16,12 +16,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import lorainject as li
-
-if TYPE_CHECKING:
-    from torch import nn
 
 try:
     import typer
@@ -133,7 +130,7 @@ def demo(
     """Train code search on a real model and show every verb at work: about two minutes on two cores."""
     from .demo import run
 
-    given = {"targets": targets, "r": r, "steps": steps}
+    given: dict[str, Any] = {"targets": targets, "r": r, "steps": steps}
     run(model=model, data=data, out=out, method=method, seed=seed, **{k: v for k, v in given.items() if v is not None})
 
 
@@ -143,13 +140,13 @@ def _config(model: str) -> Any:
     return _hub(model, AutoConfig.from_pretrained)
 
 
-def _model_class(config: Any) -> type[nn.Module]:
+def _model_class(config: Any) -> Any:
     """The class that the checkpoint was saved from; without one in the config, the bare model's."""
     import transformers
 
     name = (getattr(config, "architectures", None) or [None])[0]
     known = getattr(transformers, name, None) if name else None
-    return known or transformers.AutoModel._model_mapping[type(config)]  # type: ignore[no-any-return]
+    return known or transformers.AutoModel._model_mapping[type(config)]
 
 
 def _hub(model: str, get: Callable[..., Any], **options: Any) -> Any:

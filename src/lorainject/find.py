@@ -11,13 +11,12 @@ import fnmatch
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import regex
 import torch
 from torch import nn
 
-from .adapters import adapters_of, require_unmerged, walk
+from .adapters import adapters_of, require_unmerged, walk, weight_of
 from .errors import SpecError, TargetError
 from .kinds import kind_of, refusal
 from .spec import LoraSpec, Override, Plan, Site, Target
@@ -137,8 +136,8 @@ def check_name(name: str) -> list[str]:
 
 def site(c: Candidate, spec: LoraSpec) -> Site:
     """The site that this module becomes under this spec."""
-    kind, weight = kind_of(c.module), c.module.weight
-    assert kind is not None and isinstance(weight, torch.Tensor)
+    kind, weight = kind_of(c.module), weight_of(c.module)
+    assert kind is not None
     out_features, in_features = kind.matrix(weight).shape
     return Site(
         path=c.paths[0], aliases=c.paths[1:], kind=kind.name, shape=tuple(weight.shape),
@@ -217,7 +216,7 @@ def _show(entry: Target) -> str:
 
 
 def _nearest(entry: Target, among: Sequence[Candidate]) -> str:
-    """" (did you mean ...?)", by the dotted ends that have as many parts as the entry."""
+    """What to add to "matches nothing": (did you mean ...?), by the dotted ends that have as many parts as the entry."""
     if not isinstance(entry, str) or not among:
         return ""
     parts = entry.count(".") + 1

@@ -15,7 +15,6 @@ This file knows nothing of LoRA.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +28,11 @@ class Graft(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the recipe (mixin, base class, state): a class made on the fly has no name to be found by."""
-        make, (cls, *args), *rest = super().__reduce_ex__(max(protocol, 2))
+        recipe: Any = super().__reduce_ex__(max(protocol, 2))
+        make, (cls, *args), *rest = recipe
         if not is_grafted(cls):  # somebody derived from our class (FSDP, parametrize): theirs to pickle
             return make, (cls, *args), *rest
-        mixin, base = cls.__bases__
-        return _regrow, (mixin, base, *args), *rest
+        return _regrow, (*cls.__bases__, *args), *rest
 
 
 def _regrow(mixin: type[Graft], base: type[nn.Module], *args: Any) -> nn.Module:
@@ -41,16 +40,19 @@ def _regrow(mixin: type[Graft], base: type[nn.Module], *args: Any) -> nn.Module:
     return object.__new__(grafted(mixin, base), *args)
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[Graft], type[nn.Module]], type[nn.Module]] = {}  # a handful: one per class of layer
+
+
 def grafted(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
     """The one class that puts `mixin` on top of `base`, such as LoraLinear(LoraForward, Linear)."""
-    name = f"Lora{base.__name__}"
-    return types.new_class(name, (mixin, base), exec_body=lambda body: body.update(__module__=base.__module__))
+    if (mixin, base) not in _CLASSES:
+        _CLASSES[mixin, base] = types.new_class(f"Lora{base.__name__}", (mixin, base), exec_body=lambda body: body.update(__module__=base.__module__))
+    return _CLASSES[mixin, base]
 
 
 def is_grafted(cls: type) -> bool:
     """Whether `cls` is exactly a class made by `grafted`, and not one that somebody derived from it."""
-    return issubclass(cls, Graft) and len(cls.__bases__) == 2 and cls is grafted(*cls.__bases__)
+    return cls in _CLASSES.values()
 
 
 def bare(cls: type[nn.Module]) -> type[nn.Module]:

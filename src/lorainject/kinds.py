@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from .graft import Graft, bare, objection
 from .lowrank import Term, look_up, project
@@ -21,6 +21,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class LoraForward(Graft):
     """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
+
+    lora: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
@@ -60,15 +62,15 @@ def kind_of(module: nn.Module) -> Kind | None:
 def refusal(module: nn.Module) -> str | None:
     """Why a module of a known kind can't carry an adapter all the same; None if it can."""
     kind, base = _row(type(module))
-    assert kind is not None and base is not None
+    assert kind is not None
     weight = module._parameters.get("weight")
     if (reason := objection(module)) is not None:
         return reason
     if hasattr(module, "parametrizations") or weight is None:
         return "its weight is computed (parametrised, or weight_norm): remove the parametrisation first"
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, UninitializedParameter):
         return "its shape is not known yet: run one forward first (lazy module)"
-    if any(c.__name__ == "DTensor" for c in type(weight).__mro__):
+    if is_sharded(weight):
         return "its weight is already sharded (DTensor): inject first, shard after"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}: only {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are supported"
@@ -81,9 +83,14 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _row(cls: type) -> tuple[Kind, type] | tuple[None, None]:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process holds a part (by name: importing torch.distributed.tensor takes a second)."""
+    return any(c.__name__ == "DTensor" for c in type(tensor).__mro__)
+
+
+def _row(cls: type[nn.Module]) -> tuple[Kind | None, type[nn.Module]]:
     for c in cls.__mro__:
         for kind in KINDS:
-            if f"{c.__module__}.{c.__qualname__}" == kind.type:
+            if f"{c.__module__}.{c.__qualname__}" == kind.type and issubclass(c, nn.Module):
                 return kind, c
-    return None, None
+    return None, nn.Module

@@ -14,7 +14,8 @@ Legend of the suffixes: R rank, I in, O out, and for embeddings V vocabulary (= 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class LowRank(nn.Module):
         """s as a Python float."""
         return scale(self.alpha, self.r, self.scaling)
 
+    s: Tensor
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.term(self, x).to(y.dtype)
 
@@ -68,7 +71,7 @@ class LowRank(nn.Module):
     def _scale_on(self, device: torch.device) -> Tensor:
         return torch.tensor(self.scale, dtype=torch.float32, device=device)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[no-untyped-def]
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # else it is the base's own checkpoint: nothing is missing
             super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .adapters import Folded, containers, hosts, require, routings, walk
+from .adapters import Folded, Host, merged_names, require, require_hosts, routings, walk, weight_of
 from .errors import MergeError, StateError
 from .fingerprint import sample
 from .graft import bare, change_class, grafted, objection
-from .kinds import LoraForward, kind_of
+from .kinds import LoraForward, is_sharded, kind_of
 from .lowrank import LowRank, delta
 
 MERGED = "_lora_merged"  # on A and B while merged, for the optimiser's guard
@@ -78,8 +78,8 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     Raises StateError if already merged, if nothing is on, or if an adapter that is on would be left out; MergeError with
     every weight that can't be folded: tied to another module's, on the meta device, or with a result that is not finite.
     """
-    mounted = containers(model)
-    if merged := sorted({n for r in routings(model) for n in r.merged}):
+    mounted = require_hosts(model)
+    if merged := merged_names(model):
         raise StateError(f"{', '.join(map(repr, merged))} is already merged", way_out="unmerge(model) first")
     on = tuple(dict.fromkeys(n for r in routings(model) for n in r.active))
     chosen = on if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
@@ -90,33 +90,32 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
 
-    factors = {path: [c[n] for n in chosen if n in c] for path, c in mounted.items()}
-    modules = hosts(model)
+    factors = {path: [host.adapters[n] for n in chosen if n in host.adapters] for path, host in mounted.items()}
     tied = _tied(model)
-    problems = [f"{path}: {reason}" for path, m in modules.items() if (reason := objection(m) or _unfoldable(m, path, factors[path], tied))]
+    problems = [f"{path}: {reason}" for path, host in mounted.items() if (reason := _unfoldable(host.module, factors[path], tied))]
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
 
-    done: list[tuple[Tensor, Tensor]] = []
+    backups: dict[str, Tensor] = {}
     report = []
     try:
-        for path, module in modules.items():
-            if not factors[path]:
-                continue
-            weight, kind = module.weight, kind_of(module)
-            assert isinstance(weight, Tensor) and kind is not None
-            first, backup = sample(weight), weight.detach().clone()
-            done.append((weight, backup))
-            site = _fold(path, kind.matrix(weight), kind.matrix(backup), factors[path], backup.nbytes if reversible else 0)
-            module.lora.folded = Folded(backup=backup if reversible else None, checksum=checksum(weight), sample=first)  # type: ignore[union-attr]
-            report.append(site)
-        for module in modules.values():
-            change_class(module, bare(type(module)))
+        for path, host in mounted.items():
+            if factors[path]:
+                first, backup = sample(host.weight), host.weight.detach().clone()
+                backups[path] = backup
+                report.append(_fold(path, host, backup, factors[path], backup.nbytes if reversible else 0))
+                host.adapters.folded = Folded(backup=backup if reversible else None, checksum=checksum(host.weight), sample=first)
+        for host in mounted.values():
+            change_class(host.module, bare(type(host.module)))
         for routing in routings(model):
             routing.merged = chosen
-        _mark(factors, True)
+        _mark(mounted, True)
     except BaseException:
-        _undo(modules, done)
+        for path, host in mounted.items():
+            if path in backups:
+                host.weight.copy_(backups[path])
+            host.adapters.folded = None
+            change_class(host.module, grafted(LoraForward, bare(type(host.module))))
         raise
     return MergeReport(names=chosen, sites=tuple(report))
 
@@ -128,32 +127,19 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises StateError if nothing is merged, MergeError (and changes nothing) where W0 can't be given back: after
     merge(reversible=False), or if a weight's dtype or values were changed in between.
     """
-    mounted, modules = containers(model), hosts(model)
-    if not any(r.merged for r in routings(model)):
+    mounted = require_hosts(model)
+    if not merged_names(model):
         raise StateError("nothing is merged", way_out="merge(model) comes first")
-    problems = []
-    for path, module in modules.items():
-        weight, folded = module.weight, mounted[path].folded
-        reason = objection(module)
-        if folded is not None and reason is None:
-            if folded.backup is None:
-                reason = "was merged with reversible=False, which keeps nothing to go back by"
-            elif weight.dtype != folded.backup.dtype or weight.shape != folded.backup.shape:
-                reason = f"is {weight.dtype} {tuple(weight.shape)} now, but was {folded.backup.dtype} {tuple(folded.backup.shape)} when it was merged"
-            elif not torch.equal(checksum(weight), folded.checksum):  # type: ignore[arg-type]
-                reason = "was changed since it was merged (trained, loaded or edited)"
-        if reason:
-            problems.append(f"{path}: {reason}")
-    if problems:
+    if problems := [f"{path}: {reason}" for path, host in mounted.items() if (reason := _stuck(host))]:
         raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
-    for path, module in modules.items():
-        if (folded := mounted[path].folded) is not None and folded.backup is not None:
-            module.weight.copy_(folded.backup)  # type: ignore[operator]
-            mounted[path].folded = None
-        change_class(module, grafted(LoraForward, type(module)))
+    for host in mounted.values():
+        if (folded := host.adapters.folded) is not None and folded.backup is not None:
+            host.weight.copy_(folded.backup)
+            host.adapters.folded = None
+        change_class(host.module, grafted(LoraForward, type(host.module)))
     for routing in routings(model):
         routing.merged = ()
-    _mark({path: list(c.children()) for path, c in mounted.items()}, False)
+    _mark(mounted, False)
     return model
 
 
@@ -162,14 +148,12 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
 
     The delta is formed in float32 (float64 for float64 weights), one site at a time.
     """
-    for path, container in containers(model).items():
-        chosen = [container[n] for n in (container.routing.active if name is None else (name,)) if n in container]
+    for path, (module, adapters) in require_hosts(model).items():
+        chosen = [adapters[n] for n in (adapters.routing.active if name is None else (name,)) if n in adapters]
         if chosen:
-            weight, kind = hosts(model)[path].weight, kind_of(hosts(model)[path])
-            assert isinstance(weight, Tensor) and kind is not None
-            total = sum(delta(a, slice(None), _accumulator(weight)) for a in chosen)
-            assert isinstance(total, Tensor)
-            yield path, weight.detach(), kind.matrix(total.detach())
+            kind, weight = kind_of(module), weight_of(module).detach()
+            assert kind is not None
+            yield path, weight, kind.matrix(_delta(chosen, slice(None), weight.dtype).detach())
 
 
 def checksum(weight: Tensor) -> Tensor:
@@ -178,26 +162,28 @@ def checksum(weight: Tensor) -> Tensor:
     return torch.stack([stripe.sum(dtype=torch.int64) for stripe in bits.tensor_split(64)]).cpu()
 
 
-def _accumulator(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
+def _delta(factors: Sequence[LowRank], rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of the sum of s B A over the adapters, in float32, or float64 for float64 weights."""
+    first, *more = (delta(adapter, rows, torch.promote_types(dtype, torch.float32)) for adapter in factors)
+    return sum(more, first)
 
 
-def _fold(path: str, W_OI: Tensor, W0_OI: Tensor, factors: list[LowRank], kept: int) -> MergedSite:
+def _fold(path: str, host: Host, backup: Tensor, factors: list[LowRank], kept: int) -> MergedSite:
     """W = round(W0 + s B A), tile by tile, measuring what the rounding left of the delta."""
-    dtype = _accumulator(W_OI)
+    kind = kind_of(host.module)
+    assert kind is not None
+    W_OI, W0_OI = kind.matrix(host.weight), kind.matrix(backup)
     step = max(1, TILE // W_OI.shape[1])
     dot = square = lost = 0.0
     for start in range(0, W_OI.shape[0], step):
         rows = slice(start, start + step)
-        d = delta(factors[0], rows, dtype)
-        for more in factors[1:]:
-            d += delta(more, rows, dtype)
-        w0 = W0_OI[rows].to(dtype)
+        d = _delta(factors, rows, W_OI.dtype)
+        w0 = W0_OI[rows].to(d.dtype)
         W_OI[rows] = w0 + d
         if not bool((W_OI[rows].isfinite() | ~w0.isfinite()).all()) or not bool(d.isfinite().all()):
             raise MergeError(f"{path}: W0 + s B A is not finite in {W_OI.dtype}; nothing was merged",
                              way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
-        got = (W_OI[rows].to(dtype) - w0).nan_to_num(0, 0, 0)
+        got = (W_OI[rows].to(d.dtype) - w0).nan_to_num(0, 0, 0)
         dot += float((got * d).sum(dtype=torch.float64))
         square += float((d * d).sum(dtype=torch.float64))
         lost += float((got - d).square().sum(dtype=torch.float64))
@@ -205,28 +191,35 @@ def _fold(path: str, W_OI: Tensor, W0_OI: Tensor, factors: list[LowRank], kept: 
                       weight_bytes=W_OI.nbytes, journal_bytes=kept)  # fmt: skip
 
 
-def _undo(modules: dict[str, nn.Module], done: list[tuple[Tensor, Tensor]]) -> None:
-    for weight, backup in done:
-        weight.copy_(backup)
-    for module in modules.values():
-        module.lora.folded = None  # type: ignore[union-attr]
-        change_class(module, grafted(LoraForward, bare(type(module))))
-
-
-def _unfoldable(module: nn.Module, path: str, factors: list[LowRank], tied: dict[int, list[str]]) -> str | None:
+def _unfoldable(module: nn.Module, factors: list[LowRank], tied: dict[int, list[str]]) -> str | None:
+    """Why nothing can be folded into this module; None if it can, or need not."""
     weight = module._parameters.get("weight")
-    if not factors:
-        return None
+    if (reason := objection(module)) is not None or not factors:
+        return reason
     if weight is None:
         return "its weight is computed (parametrised since inject)"
-    if type(weight).__name__ == "DTensor":
-        return "its weight is sharded (DTensor)"
+    if is_sharded(weight):
+        return "its weight is sharded"
     if weight.is_meta or any(p.is_meta for f in factors for p in f.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
-    if others := [other for other in tied.get(id(module), ())]:
-        return f"its weight is tied to {', '.join(others)}, which the fold would change as well"
+    if id(module) in tied:
+        return f"its weight is tied to {', '.join(tied[id(module)])}, which the fold would change as well"
     if not all(bool(p.isfinite().all()) for f in factors for p in f.parameters()):
         return "its A or B holds NaN or infinity"
+    return None
+
+
+def _stuck(host: Host) -> str | None:
+    """Why W0 can't be given back to this module; None if it can, or nothing was folded into it."""
+    folded, weight = host.adapters.folded, host.weight
+    if (reason := objection(host.module)) is not None or folded is None:
+        return reason
+    if folded.backup is None:
+        return "was merged with reversible=False, which keeps nothing to go back by"
+    if (weight.dtype, weight.shape) != (folded.backup.dtype, folded.backup.shape):
+        return f"is {weight.dtype} {tuple(weight.shape)} now, but was {folded.backup.dtype} {tuple(folded.backup.shape)} when it was merged"
+    if not torch.equal(checksum(weight), folded.checksum):
+        return "was changed since it was merged (trained, loaded or edited)"
     return None
 
 
@@ -243,8 +236,8 @@ def _tied(model: nn.Module) -> dict[int, list[str]]:
     }  # fmt: skip
 
 
-def _mark(factors: Mapping[str, Sequence[nn.Module]], merged: bool) -> None:
-    for p in (p for adapters in factors.values() for adapter in adapters for p in adapter.parameters()):
+def _mark(mounted: Mapping[str, Host], merged: bool) -> None:
+    for p in (p for host in mounted.values() for p in host.adapters.parameters()):
         setattr(p, MERGED, merged)
 
 

@@ -167,15 +167,14 @@ class Plan:
 
     def __str__(self) -> str:
         """One line for all layers that look alike: layers.*.self_attn.q_proj stands for as many sites as the line counts."""
-        groups: dict[tuple[object, ...], list[Site]] = {}
+        groups: dict[tuple[str, ...], list[Site]] = {}
         for s in self.sites:
-            groups.setdefault((re.sub(r"\b\d+\b", "*", s.path), s.kind, s.shape, s.r, s.alpha, s.scale), []).append(s)
-        table = [("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")]
-        for (_, kind, shape, r, alpha, s), sites in groups.items():
-            path = sites[0].path if len(sites) == 1 else re.sub(r"\b\d+\b", "*", sites[0].path)
-            note = " (shared)" if any(site.aliases for site in sites) else ""
-            table.append((path + note, str(kind), "x".join(map(str, shape)), str(r), f"{alpha:g}", f"{s:.4g}",
-                          str(len(sites)), f"{sum(x.trainable for x in sites):,}"))  # fmt: skip
+            row = (_starred(s.path), s.kind, "x".join(map(str, s.shape)), str(s.r), f"{s.alpha:g}", f"{s.scale:.4g}")
+            groups.setdefault(row, []).append(s)
+        table: list[tuple[str, ...]] = [("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")]
+        for (path, *cells), sites in groups.items():
+            label = (path if len(sites) > 1 else sites[0].path) + " (shared)" * any(s.aliases for s in sites)
+            table.append((label, *cells, str(len(sites)), f"{sum(s.trainable for s in sites):,}"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
         share = f"{self.trainable / self.total:.4%}" if self.total else "n/a"
@@ -217,6 +216,10 @@ def _overrides(value: Any, problems: list[str]) -> tuple[Override, ...]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _starred(path: str) -> str:
+    return re.sub(r"\b\d+\b", "*", path)
 
 
 def _size(n: float) -> str:

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import (
-    FROZEN, Adapters, Routing, adapters_of, containers, hosts, names_of, placement, require, require_unmerged, routings, walk,
+    FROZEN,
+    Adapters,
+    Routing,
+    adapters_of,
+    hosts,
+    merged_names,
+    names_of,
+    placement,
+    require,
+    require_hosts,
+    require_unmerged,
+    routings,
+    walk,
 )  # fmt: skip
 from .errors import GraftError, StateError
 from .find import find
 from .graft import bare, change_class, grafted, objection
-from .kinds import LoraForward, kind_of
+from .kinds import LoraForward, is_sharded, kind_of
 from .lowrank import LowRank
 from .merge import unmerge
 from .spec import LoraSpec, Override, Plan, Site, Target
@@ -42,16 +54,16 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
 
     All memory is taken before the first module is changed.
     """
-    modules = {path: module for path, module in walk(model)}
+    modules = dict(walk(model))
     adapters = {s.path: _low_rank(modules[s.path], s, factors[s.path] if factors else None) for s in plan}
-    routing = routings(model) if hosts(model) else [Routing()]
+    routing = routings(model) or [Routing()]
     try:
         for path, adapter in adapters.items():
             module = modules[path]
-            if adapters_of(module) is None:
-                module._modules["lora"] = Adapters(routing[0]).train(module.training)
+            if (own := adapters_of(module)) is None:
+                module._modules["lora"] = own = Adapters(routing[0]).train(module.training)
                 change_class(module, grafted(LoraForward, type(module)))
-            module.lora[name] = adapter.train(module.training)  # type: ignore[index]
+            own[name] = adapter.train(module.training)
         for each in routing:
             each.before[name], each.active = each.active, (name,)
         _freeze(model)
@@ -67,23 +79,16 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     What is merged is unmerged first; after merge(reversible=False) the folded weights stay. Raises GraftError, before
     anything is changed, if somebody (FSDP, parametrize, a patch of forward) has built on a grafted class since.
     """
-    on = hosts(model)
+    on = require_hosts(model)
     if name is not None:
         require(model, (name,))
-    elif not on:
-        containers(model)  # raises
-    leaving = {path: m for path, m in on.items() if name is None or set(adapters_of(m) or ()) == {name}}
-    problems = [f"{path}: {reason}" for path, m in leaving.items() if (reason := objection(m))]
-    problems += [
-        f"{path}: its A and B are sharded (DTensor)"
-        for path, m in on.items() if any(type(p).__name__ == "DTensor" for p in m.lora.parameters())  # type: ignore[union-attr]
-    ]  # fmt: skip
+    problems = [f"{path}: {reason}" for path, host in on.items() if (reason := objection(host.module))]
+    problems += [f"{path}: its A and B are sharded" for path, host in on.items() if any(map(is_sharded, host.adapters.parameters()))]
     if problems:
         raise GraftError("nothing was ejected:", problems, "undo what was built on top, in reverse order, and eject then")
-    merged = {n for each in routings(model) for n in each.merged}
-    if any(m.lora.folded and m.lora.folded.backup is not None for m in on.values()):  # type: ignore[union-attr]
+    if any(host.adapters.folded and host.adapters.folded.backup is not None for host in on.values()):
         unmerge(model)
-    elif merged and name is not None:
+    elif name is not None and merged_names(model):
         raise StateError(f"can't eject {name!r} alone after merge(reversible=False)", way_out="eject(model) leaves the folded weights")
     for each in names_of(model) if name is None else (name,):
         _remove(model, each)
@@ -124,19 +129,20 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """A and B of the adapters that are on, for an optimiser. Raises StateError while merged: they could not train."""
     require_unmerged(model, "train")
-    adapters = [c[name] for c in containers(model).values() for name in c.routing.active if name in c]
+    adapters = [h.adapters[name] for h in require_hosts(model).values() for name in h.adapters.routing.active if name in h.adapters]
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
 
 
 def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | None) -> LowRank:
     kind, device = kind_of(module), placement(module)
     assert kind is not None
-    A, B = factors or (torch.empty(site.r, site.in_features), torch.empty(0))
     if factors is None:
         A = torch.empty(site.r, site.in_features, dtype=site.dtype, device=device)
         B = torch.empty(site.out_features, site.r, dtype=site.dtype, device=device)
+    else:
+        A, B = (t.to(device, site.dtype, copy=True) for t in factors)
     adapter = LowRank(
-        A.to(device, site.dtype), B.to(device, site.dtype), alpha=site.alpha, scaling=site.scaling, dropout=site.dropout,
+        A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout,
         init=site.init, term=kind.term, padding_idx=getattr(module, "padding_idx", None),
     )  # fmt: skip
     if factors is None:
@@ -146,24 +152,22 @@ def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | No
 
 def _freeze(model: nn.Module) -> None:
     for _, module in walk(model):
-        if names := [n for n, p in module._parameters.items() if p is not None and p.requires_grad]:
-            module.__dict__[FROZEN] = tuple(names)
-            for n in names:
-                module._parameters[n].requires_grad_(False)  # type: ignore[union-attr]
+        if training := {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}:
+            module.__dict__[FROZEN] = tuple(training)
+            for p in training.values():
+                p.requires_grad_(False)
 
 
 def _remove(model: nn.Module, name: str) -> None:
     """Take the adapter off wherever it is; with the last one gone, the classes and requires_grad flags go back too."""
-    for each in {id(c.routing): c.routing for m in hosts(model).values() if (c := adapters_of(m))}.values():
+    for each in routings(model):
         before = each.before.pop(name, ())
-        each.active = before if each.active == (name,) else tuple(n for n in each.active if n != name)
-        each.active = tuple(n for n in each.active if n in each.before)
-    for module in hosts(model).values():
-        own = adapters_of(module)
-        assert own is not None
-        if name in own:
-            del own[name]
-        if not list(own):
+        active = before if each.active == (name,) else each.active
+        each.active = tuple(n for n in active if n in each.before)
+    for module, adapters in hosts(model).values():
+        if name in adapters:
+            del adapters[name]
+        if not list(adapters):
             change_class(module, bare(type(module)))
             del module._modules["lora"]
     if not hosts(model):

@@ -13,17 +13,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import adapters_of, containers, hosts, require, require_unmerged
+from ..adapters import Host, adapters_of, hosts, require, require_unmerged, weight_of
 from ..errors import FileError, StateError
 from ..find import Candidate, candidates, check_name, site, total, unfit, wrapped
 from ..fingerprint import SAMPLES, agree, sample
-from ..kinds import kind_of
+from ..kinds import is_sharded, kind_of
 from ..lowrank import LowRank
 from ..spec import LoraSpec, Plan, Site
 from ..surgery import attach
@@ -42,12 +43,12 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     """
     require(model, (name,))
     path = Path(path)
-    adapters = {at: c[name] for at, c in containers(model).items() if name in c}
-    if problems := [f"{at}: {reason}" for at, a in adapters.items() if (reason := _unwritable(a))]:
+    mounted = {at: host for at, host in hosts(model).items() if name in host.adapters}
+    if problems := [f"{at}: {reason}" for at, host in mounted.items() if (reason := _unwritable(host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "gather or bring back its weights (or mend them) first")
-    sites = tuple(_stored(at, a, hosts(model)[at]) for at, a in adapters.items())
+    sites = tuple(_stored(at, host, name) for at, host in mounted.items())
     tensors = peft.tensors(sites)
-    text = _record(model, name, next(iter(adapters.values())).init, sites, tensors)
+    text = _record(name, mounted, sites, tensors)
     pieces = list(container.dump(tensors, {"format": "pt", RECORD: text}))
     if path.suffix == ".safetensors":
         container.write(path, pieces)
@@ -86,7 +87,8 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
         problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_path) if p not in expected]
     problems += [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_path.get(p), tensor))]
     if not problems and check_base and file.base is not None:
-        problems = [f"{s.path}: another base weight than the one this adapter was made for" for s in sites if not _same_base(by_path[s.path].module, s, file.base)]
+        others = [s.path for s in sites if not _same_base(by_path[s.path].module, s, file.base)]
+        problems = [f"{at}: another base weight than the one this adapter was made for" for at in others]
         if problems:
             raise FileError(f"{file.path} was made for another base model:", problems, "load it onto its own base, or pass check_base=False")
     if problems:
@@ -117,18 +119,16 @@ def read(path: str | Path) -> AdapterFile:
     return file
 
 
-def _record(model: nn.Module, name: str, init: str, sites: tuple[StoredSite, ...], tensors: dict[str, Tensor]) -> str:
-    modules = hosts(model)
-    prints = {s.path: _print(modules[s.path]) for s in sites}
-    known = all(p is not None for p in prints.values())
-    blob = torch.cat([p.cpu() for p in prints.values() if p is not None]) if known else torch.empty(0)
+def _record(name: str, mounted: Mapping[str, Host], sites: tuple[StoredSite, ...], tensors: dict[str, Tensor]) -> str:
+    prints = [_print(host.module) for host in mounted.values()]
+    known = [p.cpu() for p in prints if p is not None]
     body: dict[str, Any] = {
         "version": VERSION,
         "name": name,
-        "init": init,
+        "init": next(iter(mounted.values())).adapters[name].init,
         "sites": {s.path: [s.alpha, s.scaling, s.dropout] for s in sites},
-        "base": base64.b64encode(container.raw(blob)).decode(),
-        "base_dtypes": [str(modules[s.path].weight.dtype).removeprefix("torch.") for s in sites],
+        "base": base64.b64encode(container.raw(torch.cat(known))).decode() if len(known) == len(prints) else "",
+        "base_dtypes": [str(host.weight.dtype).removeprefix("torch.") for host in mounted.values()],
     }
     return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
 
@@ -181,8 +181,8 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _stored(path: str, a: LowRank, module: nn.Module) -> StoredSite:
-    kind = kind_of(module)
+def _stored(path: str, host: Host, name: str) -> StoredSite:
+    kind, a = kind_of(host.module), host.adapters[name]
     return StoredSite(path=path, A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling, dropout=a.dropout,
                       embedding=kind is not None and kind.name == "embedding")  # fmt: skip
 
@@ -190,7 +190,7 @@ def _stored(path: str, a: LowRank, module: nn.Module) -> StoredSite:
 def _unwritable(a: LowRank) -> str | None:
     if a.A.is_meta or a.B.is_meta:
         return "A and B lie on the meta device (offloaded, or never loaded)"
-    if type(a.A).__name__ == "DTensor" or 0 in (a.A.numel(), a.B.numel()):
+    if is_sharded(a.A) or 0 in (a.A.numel(), a.B.numel()):
         return "A and B are sharded over several processes"
     if not (a.A.isfinite().all() and a.B.isfinite().all()):
         return "A or B holds NaN or infinity"
@@ -199,7 +199,7 @@ def _unwritable(a: LowRank) -> str | None:
 
 def _print(module: nn.Module) -> Tensor | None:
     own = adapters_of(module)
-    return own.folded.sample if own and own.folded else sample(module.weight)  # type: ignore[arg-type]
+    return own.folded.sample if own and own.folded else sample(weight_of(module))
 
 
 def _misfit(stored: StoredSite, c: Candidate | None, name: str) -> str | None:
@@ -211,7 +211,7 @@ def _misfit(stored: StoredSite, c: Candidate | None, name: str) -> str | None:
         return reason
     if stored.embedding != (kind.name == "embedding"):
         return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {kind.name} there"
-    out, in_ = kind.matrix(c.module.weight).shape  # type: ignore[arg-type]
+    out, in_ = kind.matrix(weight_of(c.module)).shape
     r = stored.r
     if (tuple(stored.A.shape), tuple(stored.B.shape)) != ((r, in_), (out, r)):
         return f"the file has A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}, this model's weight needs A {(r, in_)} and B {(out, r)}"
@@ -226,7 +226,7 @@ def _site(c: Candidate, stored: StoredSite, init: str, dtype: torch.dtype | None
 
 def _same_base(module: nn.Module, s: Site, base: BasePrint) -> bool:
     mine = _print(module)
-    return mine is None or s.path not in base.sample or agree(mine.cpu(), base.sample[s.path], module.weight.dtype, base.dtype[s.path])  # type: ignore[arg-type]
+    return mine is None or agree(mine.cpu(), base.sample[s.path], weight_of(module).dtype, base.dtype[s.path])
 
 
 def _replaces(c: Candidate | None, tensor: Tensor) -> str | None:
