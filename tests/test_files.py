@@ -177,7 +177,7 @@ def test_loading_twice_under_one_name(base, model, tmp_path):
     """The second needs another name; then both are there, and the last is on."""
     path = li.save(model, tmp_path / "a")
     li.load(base, path)
-    with pytest.raises(li.FileError, match=r"already carries an adapter named 'default': eject it, or give another name"):
+    with pytest.raises(li.StateError, match=r"already carries an adapter named 'default': eject it, or give another name"):
         li.load(base, path)
     li.load(base, path, name="again")
     assert base.model.embed_tokens.lora.routing.active == ("again",)
@@ -363,7 +363,7 @@ def test_names_in_the_header(model, tmp_path):
         keys = list(f.keys())
         record = json.loads(f.metadata()["lorainject"])
     assert len(keys) == 10
-    assert record["sites"]["model.layers.1.self_attn.v_proj"] == [6.0, "standard", 0.1]
+    assert record["sites"]["model.layers.1.self_attn.v_proj"] == {"alpha": 6.0, "scaling": "standard", "dropout": 0.1, "aliases": []}
     assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
 
 
@@ -377,3 +377,86 @@ def test_conv1d_files(tmp_path):
     path = li.save(model, tmp_path / "a")
     assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     assert torch.equal(run(li.load(fresh, path), X), run(model, X))
+
+
+class Pair(nn.Module):
+    """Two linears, or one at two paths."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, 4)
+        self.b = self.a if shared else nn.Linear(4, 4)
+        self.b.load_state_dict(self.a.state_dict())
+
+
+def test_shared_and_unshared_modules(tmp_path):
+    """An adapter of one shared module does not fit two, nor two one: either would lose half of it in silence."""
+    for shared, message in ((True, "a: was one module with b when the adapter was saved"), (False, "b: is the same module as a in this model")):
+        model = li.inject(Pair(shared), ["a", "b"], r=2)
+        randomise(model)
+        path = li.save(model, tmp_path / f"{shared}.safetensors")
+        with pytest.raises(li.FileError, match=message):
+            li.load(Pair(not shared), path)
+        li.load(Pair(shared), path)
+
+
+def test_a_bare_layer(tmp_path):
+    """A model may be one layer, whose path is empty."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    fresh = copy.deepcopy(layer)
+    li.inject(layer, lambda path, m: True, r=2)
+    randomise(layer)
+    x = torch.randn(2, 4)
+    for place in ("a", "a.safetensors"):
+        li.load(fresh, li.save(layer, tmp_path / place))
+        assert torch.equal(fresh(x), layer(x))
+        li.eject(fresh)
+
+
+def test_a_file_may_change_after_it_was_loaded(base, model, tmp_path):
+    """A and B are the model's own: a file that is rewritten or cut short later does not reach into it."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    li.load(base, path)
+    before = run(base, X)
+    with open(path, "r+b") as f:
+        f.truncate(100)
+    assert torch.equal(run(base, X), before)
+
+
+def test_alpha_that_the_config_does_not_name_is_pefts_default(base, model, tmp_path):
+    """lora_alpha is 8 in PEFT where a config is silent, whatever r is."""
+    path = rewritten(model, tmp_path / "a", lambda t, c: [c.pop("lora_alpha"), c.pop("alpha_pattern")])
+    assert {s.alpha for s in li.read(path).sites} == {8.0}
+
+
+def test_mixed_and_narrow_dtypes(base, model, tmp_path):
+    """A and B of two dtypes load as the wider one; a dtype that can't hold them is refused, not rounded to infinity."""
+
+    def change(t, c):
+        t[Q + "A.weight"] = t[Q + "A.weight"].half()
+        t[Q + "B.weight"] *= 1e6
+
+    path = rewritten(model, tmp_path / "a", change)
+    with pytest.raises(li.FileError, match=r"layers\.0\.self_attn\.q_proj: its A or B does not fit into torch\.float16"):
+        li.load(base, path, dtype=torch.float16)
+    li.load(base, path)
+    assert base.model.layers[0].self_attn.q_proj.lora["default"].A.dtype is torch.float32
+
+
+def test_a_named_peft_folder_is_pointed_at(model, tmp_path):
+    """PEFT puts an adapter that is not called "default" one folder down: the error says where."""
+    li.save(model, tmp_path / "a" / "fr")
+    with pytest.raises(li.FileError, match=rf"=> give {tmp_path}/a/fr"):
+        li.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "config", [{"target_modules": 5}, {"alpha_pattern": [1]}, {"lora_alpha": "8"}, {"lora_dropout": 7}, {"lora_alpha": float("nan")}]
+)
+def test_configs_that_make_no_sense(base, model, tmp_path, config):
+    """A config of the wrong types is our error, not Python's."""
+    path = rewritten(model, tmp_path / "a", lambda t, c: c.update(config))
+    with pytest.raises(li.FileError):
+        li.load(base, path)

@@ -130,7 +130,7 @@ WRONG = {
     "a glob over such": (["*layernorm"], {}, r"'\*layernorm' matches nothing"),
     "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),
     "exclude that matches nothing": (["q_proj"], {"exclude": ["k_porj"]}, r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'"),
-    "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj' matches nothing"),
+    "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj': exclude leaves nothing of it"),
     "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target lies in layer 7"),
     "an override for nothing": (["q_proj"], {"overrides": {"v_proj": {"r": 2}}}, r"override 'v_proj' matches none of the targets"),
     "a bad adapter name": (["q_proj"], {"name": "../up"}, r"the adapter name '\.\./up' must be 1 to 64 letters"),
@@ -147,16 +147,22 @@ MEANT = {
     "r negative": (["q_proj"], {"r": -8}, r"r must be a whole number of at least 1, not -8"),
     "r a float": (["q_proj"], {"r": 8.0}, r"r must be a whole number of at least 1, not 8\.0"),
     "r a bool": (["q_proj"], {"r": True}, r"not True"),
-    "alpha NaN": (["q_proj"], {"alpha": float("nan")}, r"alpha must be a finite number above 0, not nan"),
-    "alpha 0": (["q_proj"], {"alpha": 0}, r"alpha must be a finite number above 0, not 0"),
+    "alpha NaN": (["q_proj"], {"alpha": float("nan")}, r"alpha must be a finite number above 0 .*, not nan"),
+    "alpha 0": (["q_proj"], {"alpha": 0}, r"alpha must be a finite number above 0 .*, not 0"),
     "dropout 1.5": (["q_proj"], {"dropout": 1.5}, r"dropout must be a probability p with 0 <= p < 1, not 1\.5"),
     "dropout 1": (["q_proj"], {"dropout": 1.0}, r"0 <= p < 1, not 1\.0"),
     "layers a string": (["q_proj"], {"layers": "12"}, r"layers must be a list of layer numbers"),
+    "layers a number": (["q_proj"], {"layers": 0}, r"layers must be a list of layer numbers from 0, .* not 0"),
+    "a class": (nn.Linear, {}, r"targets must be a list of names, not <class"),
+    "a list of classes": ([nn.Identity], {}, r"each entry must be a non-empty string or a function"),
+    "a spec that is none": (None, {"spec": {"r": 4}}, r"spec must be a LoraSpec, not {'r': 4}"),
+    "alpha beyond float32": (["q_proj"], {"alpha": 1e300}, r"alpha must be"),
+    "a nameless override": (["q_proj"], {"overrides": [li.Override(target=None)]}, r"override None: its target must be a name"),
     "layers negative": (["q_proj"], {"layers": [-1]}, r"layers must be a list of layer numbers from 0"),
     "scaling": (["q_proj"], {"scaling": "rs"}, r"scaling must be one of \('standard', 'rslora'\)"),
     "init": (["q_proj"], {"init": "pissa"}, r"init must be one of \('kaiming', 'gaussian'\)"),
     "dtype": (["q_proj"], {"dtype": torch.int8}, r"dtype must be a floating-point torch.dtype"),
-    "a typo in an override": (["q_proj"], {"overrides": {"q_proj": {"rank": 4}}}, r"overrides must look like .*rank"),
+    "a typo in an override": (["q_proj"], {"overrides": {"q_proj": {"rank": 4}}}, r"overrides must look like .* these do not: .*q_proj"),
     "a bad override": (["q_proj"], {"overrides": {"q_proj": {"r": 0}}}, r"r must be .* not 0 \(override 'q_proj'\)"),
 }
 
@@ -215,7 +221,7 @@ def test_injecting_twice_under_one_name():
     """The second inject under a name is refused; under another it is fine."""
     model = li.inject(llama(), ["q_proj"])
     before = state(model)
-    with pytest.raises(li.TargetError, match=r"q_proj: already carries an adapter named 'default': eject it, or give another name"):
+    with pytest.raises(li.TargetError, match=r"the model already carries an adapter named 'default': eject it, or give another name"):
         li.inject(model, ["q_proj"])
     assert state(model) == before
     li.inject(model, ["q_proj"], name="other")
@@ -232,12 +238,18 @@ class Renamed(nn.Linear):
     """A subclass that changes nothing that matters."""
 
 
+def emptied(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(torch.empty(2, 0))
+    return linear
+
+
 REFUSED = {
     "a forward of its own": (lambda: Scaled(2, 2), r"Scaled has a forward of its own, not Linear's"),
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), r"its weight is computed"),
     "lazy": (lambda: nn.LazyLinear(2), r"its shape is not known yet"),
     "max_norm": (lambda: nn.Embedding(2, 2, max_norm=1.0), r"max_norm rewrites the base weight"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), r"its weight is torch\.complex64"),
+    "empty": (lambda: emptied(nn.Linear(2, 2)), r"its weight is empty"),
     "MHA": (lambda: nn.MultiheadAttention(2, 1).out_proj, r"nn\.MultiheadAttention reads this weight itself"),
 }
 
@@ -290,3 +302,47 @@ def test_parameters_counts_of_the_paper():
     assert sum(p.numel() for p in gpt3.parameters() if p.requires_grad) == 18_874_368
     assert li.find(base, ["query", "value"], r=8).trainable == 294_912
     assert li.find(large, ["query", "value"], r=8).trainable == 786_432
+
+
+class Attention(nn.Module):
+    """A parent that reads a weight instead of calling the layer, as WavLM's attention does; and one that it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x.to(self.called.weight.dtype)), self.read.weight)
+
+
+def test_weights_that_are_read_around_are_refused():
+    """An adapter that would never run is an error, not a silent no-op: by the parent's source, and torch's own encoder layer."""
+    model = Attention()
+    assert paths(model, ["called"]) == ["called"]
+    with pytest.raises(li.TargetError, match=r"read: Attention reads its weight instead of calling it"):
+        li.inject(model, ["read"])
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(li.TargetError, match=r"layers\.0\.linear1: TransformerEncoderLayer reads its weight"):
+        li.inject(encoder, ["linear1"])
+    from transformers import MambaConfig, MambaModel, WavLMConfig, WavLMModel
+
+    mamba = MambaModel(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(li.TargetError, match=r"dt_proj: MambaMixer reads its weight"):
+        li.find(mamba, "all-linear")
+    assert "layers.0.mixer.in_proj" in paths(mamba, "all-linear", exclude=["dt_proj"])
+    wavlm = WavLMModel(WavLMConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(8,), conv_kernel=(2,),
+                                   conv_stride=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2))  # fmt: skip
+    with pytest.raises(li.TargetError, match=r"q_proj: WavLMAttention reads its weight"):
+        li.find(wavlm, ["q_proj"])
+
+
+def test_heads_are_shown_and_only_heads(model):
+    """What "all-linear" leaves out is in the plan; a decoder that stands beside the base model is no head."""
+    assert str(li.find(model, "all-linear")).endswith("left out as the output head: lm_head")
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    mae = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, decoder_hidden_size=8,
+                                            decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=8))  # fmt: skip
+    assert any("decoder_layers" in path for path in paths(mae, "all-linear"))
+    wrapped = nn.ModuleDict({"inner": model})
+    assert len(paths(wrapped, "all-linear")) == len(paths(model, "all-linear"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -274,6 +275,84 @@ def test_deltas_are_as_the_weight_is_stored():
     assert torch.allclose(seen["transformer.h.0.attn.c_attn"], 2 * (a.B @ a.A).T, atol=1e-6)
     assert set(seen) == {"transformer.wte", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}
     assert not next(li.deltas(model, "default"))[2].requires_grad
+
+
+def test_ties_by_memory():
+    """A view of the weight, at any offset, and a buffer are ties too; a bias that two layers share is none of merge's business."""
+    model = nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "all": nn.Linear(4, 12, bias=False)})
+    model["q"].weight = nn.Parameter(model["all"].weight.data[4:8])
+    with pytest.raises(li.MergeError, match=r"q: its weight is tied to all\.weight"):
+        li.merge(li.inject(model, ["q"]))
+    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    model["q"].register_buffer("copy", model["q"].weight.detach())
+    with pytest.raises(li.MergeError, match=r"q: its weight is tied to q\.copy"):
+        li.merge(li.inject(model, ["q"]))
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
+    model["k"].bias = model["q"].bias
+    assert li.merge(li.inject(model, ["q", "k"])).survival == 1
+
+
+def test_a_permutation_since_is_seen():
+    """The checksum tells a weight from one with the same values in other places."""
+    for shuffle in (lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w.t(), lambda w: w.roll(1)):
+        model = one()
+        li.merge(model)
+        with torch.no_grad():
+            model[0].weight.copy_(shuffle(model[0].weight.clone()))
+        with pytest.raises(li.MergeError, match="was changed since it was merged"):
+            li.unmerge(model)
+
+
+def test_an_interrupted_unmerge_can_be_finished(model, monkeypatch):
+    """Law 4 for unmerge: after an interrupt the next call completes it, to the bit."""
+    before = state(model)
+    li.merge(model)
+    module, calls = sys.modules["lorainject.merge"], iter(range(100))
+    original = module.change_class
+
+    def bomb(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        original(*args)
+
+    monkeypatch.setattr(module, "change_class", bomb)
+    with pytest.raises(KeyboardInterrupt):
+        li.unmerge(model)
+    li.unmerge(model)
+    assert state(model) == before
+
+
+def test_loading_a_state_dict_while_merged_is_an_error(model):
+    """torch loads before it complains; the error says what to do, and that brings back what was loaded."""
+    checkpoint = copy.deepcopy(model.state_dict())
+    before = state(model)
+    li.merge(model)
+    with pytest.raises(RuntimeError, match=r"can't load while merged; unmerge\(model\) first"):
+        model.load_state_dict(checkpoint)
+    li.unmerge(model)
+    assert state(model) == before
+
+
+def test_the_optimisers_guard_follows_copies_and_ends_with_eject(model):
+    """A copy of a merged model is guarded too; after eject the optimiser is free."""
+    li.merge(model)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for k, p in twin.named_parameters() if ".lora." in k], lr=0.1)
+    with pytest.raises(li.StateError, match="can't train while merged"):
+        optimizer.step()
+    li.eject(twin)
+    optimizer.step()
+
+
+def test_a_weight_resized_since_is_refused(tmp_path):
+    """An embedding that grew under its adapter can't take the fold, and its A and B can't be saved as if they fitted."""
+    model = llama(tie_word_embeddings=False)
+    li.inject(model, ["embed_tokens"])
+    model.resize_token_embeddings(120, mean_resizing=False)
+    with pytest.raises(li.MergeError, match=r"embed_tokens: its weight is \(120, 32\) now, for which A and B were not made"):
+        li.merge(model)
+    with pytest.raises(li.FileError, match=r"embed_tokens: its weight is \(120, 32\) now"):
+        li.save(model, tmp_path / "a")
 
 
 @pytest.mark.cuda

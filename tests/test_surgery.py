@@ -282,3 +282,95 @@ def test_unknown_names(two):
     for verb in (li.activate, li.eject, li.merge):
         with pytest.raises(li.StateError, match=r"no adapter named 'es'\n=> this model has 'fr', 'de'"):
             verb(model, "es")
+
+
+@pytest.mark.parametrize(
+    "verb", [li.merge, li.unmerge, li.eject, li.activate, lambda m: li.disabled(m).__enter__(), lambda m: li.inject(m, ["o_proj"], name="x")]
+)
+def test_a_part_of_the_whole_is_refused(two, verb):
+    """Adapters injected as a whole share their routing: a verb on a part would switch off, or fold, what lies outside it."""
+    model, wanted = two
+    before = state(model)
+    with pytest.raises(li.StateError, match=r"this is a part of a model that was injected as a whole\n=> call it on that LlamaForCausalLM"):
+        verb(model.model)
+    assert state(model) == before
+    assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
+    assert len(list(li.parameters(model.model.layers[0]))) == 4
+
+
+def test_a_copy_of_a_part_is_a_whole(two):
+    """A deep copy of a part has a routing of its own, and can be merged and ejected."""
+    model, wanted = two
+    layer = copy.deepcopy(model.model.layers[0])
+    li.merge(layer)
+    li.unmerge(layer)
+    li.eject(layer)
+    assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
+
+
+@pytest.mark.parametrize("verb", [li.merge, li.eject, li.activate, lambda m: li.inject(m, ["o_proj"], name="x")])
+@pytest.mark.parametrize("context", [li.disabled, lambda m: li.rows(m, ["fr", None, "de"])])
+def test_no_surgery_inside_a_context(two, verb, context):
+    """disabled and rows put things back at their end: what would change in between is refused."""
+    model, wanted = two
+    with context(model):
+        before = state(model)
+        with pytest.raises(li.StateError, match=r"can't .* inside (disabled|rows)\(\.\.\.\)\n=> leave the context first"):
+            verb(model)
+        assert state(model) == before
+    assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
+
+
+def test_eject_from_the_middle(base):
+    """With three adapters, whichever order they leave in, the one that is on is the last that is still there."""
+    wanted = alone(base, "a", ["q_proj"], 1)
+    for seed, name in enumerate("abc", 1):
+        add(base, name, ["q_proj"], seed)
+    li.eject(base, "b")
+    li.eject(base, "c")
+    assert torch.allclose(run(base, X), wanted, atol=1e-6)
+
+
+def test_one_name_is_one_adapter(two):
+    """The same name for other modules is refused: it would silently join two adapters, and a failure would remove the first."""
+    model, _ = two
+    with pytest.raises(li.TargetError, match=r"the model already carries an adapter named 'fr'"):
+        li.inject(model, ["o_proj"], name="fr")
+
+
+def test_a_failed_inject_leaves_other_adapters_alone(base):
+    """Law 4 with an adapter already there: what fails halfway takes away only what it brought."""
+
+    class Strict(nn.Linear):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            super().__init_subclass__(**kwargs)
+
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Strict(2, 2)})
+    li.inject(model, ["a"])
+    randomise(model)
+    before = state(model)
+    with pytest.raises(TypeError, match="tag"):
+        li.inject(model, ["a", "b"], name="second")
+    assert state(model) == before
+
+
+def test_flags_thawed_and_frozen_again(base):
+    """A parameter that the user thaws between two injects does not make eject forget what the first one froze."""
+    before = state(base)
+    li.inject(base, ["q_proj"], name="a")
+    base.model.norm.weight.requires_grad_()
+    li.inject(base, ["v_proj"], name="b")
+    assert state(li.eject(base)) == before
+
+
+def test_rows_refuses_what_it_cannot_be_sure_of(two):
+    """Tokens without a sequence axis (routed to experts, pooled), or an axis 1 as long as the batch, may be in any order."""
+    model, _ = two
+    up = model.model.layers[0].mlp.up_proj
+    with li.rows(model, ["de", None, "fr"]):
+        for x in (torch.randn(3, 32), torch.randn(3, 3, 32)):
+            with pytest.raises(li.StateError, match="whose first axis is not for certain these rows"):
+                up(x)
+        assert up(torch.randn(3, 5, 32)).shape == (3, 5, 48)
+    with pytest.raises(li.StateError, match="rows takes a list"), li.rows(model, None):
+        pass

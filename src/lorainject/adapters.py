@@ -7,7 +7,8 @@ adapters and layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +23,10 @@ FROZEN = "_lora_frozen"  # on each module of the base: the names of its paramete
 
 @dataclass
 class Routing:
-    """Which adapters are on: shared by all modules of one model, copied and pickled along with them."""
+    """Which adapters are on: shared by all modules of one model, copied and pickled along with them.
+
+    The state is the process's, not a thread's.
+    """
 
     active: tuple[str, ...] = ()
     """The adapters whose terms are added, in this order."""
@@ -30,10 +34,31 @@ class Routing:
     """While `rows(...)` is open: for each adapter, the rows of the batch it serves."""
     batch: int = 0
     """While `rows(...)` is open: how many rows the batch has."""
+    context: str | None = None
+    """The context that is open: "disabled" or "rows"."""
     merged: tuple[str, ...] = ()
     """The adapters folded into the weights; while there are any, every module has its original class."""
     before: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """For each adapter, what was on when it came: what eject goes back to."""
+    root: weakref.ref[nn.Module] | None = None
+    """The model that was injected. Unknown in a copy, which may be of a part."""
+    loading: Loading | None = None
+    """The load_state_dict that is under way, or was last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"root": None, "loading": None}
+
+
+@dataclass
+class Loading:
+    """One call of load_state_dict: a checkpoint with all of an adapter's keys or with none is fine, one with some is not."""
+
+    missing: list[str]
+    """torch's own list of missing keys, by which one call is told from the next."""
+    absent: list[str] = field(default_factory=list)
+    """Keys of A and B that the checkpoint does not have, as long as it has none at all."""
+    some: bool = False
+    """Whether it has any key of A or B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +105,56 @@ class Adapters(nn.Module):
         return y
 
     def _by_rows(self, x: Tensor, y: Tensor) -> Tensor:
-        """Each adapter on its own rows (axis 0) of the batch; rows that name no adapter keep the base's output."""
-        routing = self.routing
-        if x.shape[0] != routing.batch or y.shape[0] != routing.batch:
+        """Each adapter on its own rows (axis 0) of the batch; rows that name no adapter keep the base's output.
+
+        Axis 0 must be the batch for certain: an input without a sequence axis may be tokens in any order (experts), and one
+        whose axis 1 is as long may be transposed.
+        """
+        routing, axes = self.routing, y.shape[:-1]
+        if len(axes) < 2 or axes[0] != routing.batch or axes[1] == routing.batch > 1:
             raise StateError(
-                f"rows(...) names {routing.batch} rows, but a module with adapters {tuple(self._modules)} got an input of shape"
-                f" {tuple(x.shape)}, whose first axis is not these rows",
-                way_out="give one name per row of the batch; exclude modules that see the batch in another layout",
+                f"rows(...) names {routing.batch} rows, but a module with the adapters {', '.join(map(repr, self))} got an input of shape"
+                f" {tuple(x.shape)}, whose first axis is not for certain these rows",
+                way_out="give one name per row of the batch, pad a batch that is as long as it has rows, and exclude modules"
+                " that see the batch in another layout (pooled, flattened, transposed)",
             )
         for name, index in (routing.rows or {}).items():
             if name in self._modules:
                 index = index.to(x.device)
                 y = y.index_copy(0, index, self[name](x[index], y[index]))
         return y
+
+    def mark(self) -> None:
+        """Let the optimiser's guard know whether A and B are merged (an attribute of theirs, since it sees nothing else)."""
+        for p in self.parameters():
+            p._lora_merged = bool(self.routing.merged)  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mark()  # a copied Parameter loses its attributes
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """The base's own checkpoint has no A and B, and nothing is missing then; one that has some must have all."""
+        if self.routing.merged:
+            errors.append(f"{prefix}: can't load while merged; unmerge(model) first")
+        if self.routing.loading is None or self.routing.loading.missing is not missing:
+            self.routing.loading = Loading(missing)
+        loading = self.routing.loading
+        mine = [f"{prefix}{name}.{factor}" for name in self for factor in "AB"]
+        loading.some |= any(key in state_dict for key in mine)
+        loading.absent += [key for key in mine if key not in state_dict]
+        if loading.some:
+            missing += loading.absent
+            loading.absent = []
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """While merged a model's state dict is the base's keys alone: its weights already hold A and B."""
@@ -135,13 +197,6 @@ def hosts(model: nn.Module) -> dict[str, Host]:
     return dict(found.values())
 
 
-def require_hosts(model: nn.Module) -> dict[str, Host]:
-    """The modules that carry adapters; raises StateError if none does."""
-    if found := hosts(model):
-        return found
-    raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
-
-
 def routings(model: nn.Module) -> list[Routing]:
     """The routings of a model: one, unless its parts were injected one by one."""
     return list({id(h.adapters.routing): h.adapters.routing for h in hosts(model).values()}.values())
@@ -149,14 +204,7 @@ def routings(model: nn.Module) -> list[Routing]:
 
 def names_of(model: nn.Module) -> tuple[str, ...]:
     """The adapters on the model, in the order they came."""
-    return tuple(dict.fromkeys(name for host in require_hosts(model).values() for name in host.adapters))
-
-
-def require(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise StateError unless the model has all these adapters."""
-    known = names_of(model)
-    if unknown := [name for name in names if name not in known]:
-        raise StateError(f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}")
+    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.adapters))
 
 
 def merged_names(model: nn.Module) -> list[str]:
@@ -164,10 +212,35 @@ def merged_names(model: nn.Module) -> list[str]:
     return sorted({name for routing in routings(model) for name in routing.merged})
 
 
-def require_unmerged(model: nn.Module, verb: str) -> None:
-    """Raise StateError if adapters are folded into the weights: `verb` would then act on W0 + s B A, not on W0."""
-    if merged := merged_names(model):
-        raise StateError(f"can't {verb} while {', '.join(map(repr, merged))} is merged", way_out="unmerge(model) first")
+def ready(model: nn.Module, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False) -> dict[str, Host]:
+    """The modules that carry adapters, if `verb` may act on the model now; raises StateError if not.
+
+    It may not while adapters are folded into the weights, when it would act on W0 + s B A instead of W0; nor inside `disabled`
+    or `rows`; nor on a part of what was injected as a whole. Each of the three can be allowed.
+    """
+    modules = set(model.modules())
+    for routing in routings(model):
+        root = routing.root and routing.root()
+        if root is not None and root not in modules and not part:
+            raise StateError(
+                f"can't {verb}: this is a part of a model that was injected as a whole", way_out=f"call it on that {type(root).__name__}"
+            )
+        if routing.context and not nested:
+            raise StateError(f"can't {verb} inside {routing.context}(...)", way_out="leave the context first")
+    if not merged and (folded := merged_names(model)):
+        raise StateError(f"can't {verb} while {', '.join(map(repr, folded))} is merged", way_out="unmerge(model) first")
+    return hosts(model)
+
+
+def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[str, Host]:
+    """The same, for a verb that needs adapters, and these `names` among them."""
+    found = ready(model, verb, **allowed)
+    if not found:
+        raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
+    known = names_of(model)
+    if unknown := [name for name in names if name not in known]:
+        raise StateError(f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}")
+    return found
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -11,7 +11,7 @@ every docstring leaves the code, those of inner functions too. The query is the 
 type. A query or a function that occurs again is dropped, or a right answer would count as wrong. Modules and packages are
 whole on one side: neither a file nor its neighbours are in both training and test.
 
-What it is not: a good code search engine. Code is cut at 64 tokens, and training sees half of the pairs, once.
+What it is not: a good code search engine. Code is cut at 64 tokens, and training sees less than half of the pairs, once each.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import lorainject as li
 
-METHODS = {"lora": 5e-3, "full": 2e-4, "bitfit": 5e-3}  # and the learning rate that each likes
+METHODS = {"lora": 5e-3, "full": 1e-4, "bitfit": 3e-3}  # and the learning rate that each likes
 QUERY, POSITIVE = 32, 64  # tokens kept of each: nearly every first paragraph, the first lines of a function
 BATCH, TEMPERATURE = 64, 0.05
 HELD_OUT, PER_MODULE = 600, 25
@@ -354,7 +354,7 @@ def train(model: nn.Module, trained: Sequence[nn.Parameter], texts: tuple[Ids, I
 
 
 @torch.inference_mode()
-def latencies(models: Mapping[str, nn.Module], texts: Ids, rounds: int = 21) -> dict[str, str]:
+def latencies(models: Mapping[str, nn.Module], texts: Ids, rounds: int = 11) -> dict[str, str]:
     """Median time of a forward; the models take turns, so that a busy moment hits them alike."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):
@@ -400,7 +400,7 @@ class Report:
         from rich.syntax import Syntax
 
         self.say(f"for example, from {pair.module}: \u201c{pair.query}\u201d has to find")
-        self.console.print(Syntax(indent(pair.positive, "      "), "python", theme="ansi_dark", background_color="default"))
+        self.console.print(Syntax(indent(pair.positive, "      "), "python", theme="ansi_dark", background_color="default", word_wrap=True))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         from rich import box
@@ -418,12 +418,12 @@ class Report:
         """Yields what to call with the loss of each step: a bar moves on a terminal; elsewhere some six lines tell."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn(" "), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.2f}"), TimeRemainingColumn()
+        columns = TextColumn(" "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("", total=steps, loss=math.nan)
+            task = bar.add_task("", total=steps)
 
             def tick(loss: float) -> None:
-                bar.update(task, advance=1, loss=loss)
+                bar.update(task, advance=1, description=f"loss {loss:.2f}")
                 done = int(bar.tasks[0].completed)
                 if not self.console.is_terminal and done % math.ceil(steps / 6) == 0:
                     self.say(f"step {done:3} of {steps}   loss {loss:.2f}")

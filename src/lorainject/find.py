@@ -16,7 +16,8 @@ import regex
 import torch
 from torch import nn
 
-from .adapters import adapters_of, require_unmerged, walk, weight_of
+from .adapters import adapters_of, names_of, walk, weight_of
+from .anatomy import heads, missed, read_around
 from .errors import SpecError, TargetError
 from .kinds import kind_of, refusal
 from .spec import LoraSpec, Override, Plan, Site, Target
@@ -45,8 +46,7 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     """
     spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
-    require_unmerged(model, "inject")
-    problems = check_name(name) + wrapped(model)
+    problems = name_problems(model, name) + wrapped(model)
     everything = candidates(model)
     able = [c for c in everything if kind_of(c.module) is not None]
     matcher = Matcher(heads(model) if "all-linear" in spec.targets else set())
@@ -65,14 +65,17 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
         for c in matched:
             if kind_of(c.module) is None and (not fit or next(c.module.parameters(recurse=False), None) is not None):
                 problems.append(f"{c.paths[0]} is a {type(c.module).__name__}, which can't carry an adapter{_inside(c, able)}")
-        if not matched:
+        if not matched and matcher(entry, able):
+            problems.append(f"{_show(entry)}: exclude leaves nothing of it")
+        elif not matched:
             problems.append(f"{_show(entry)} matches nothing{_nearest(entry, able)}")
         chosen |= {id(c.module): c for c in fit}
 
     in_layers = [c for c in able if id(c.module) in chosen and (spec.layers is None or layer_of(c.paths[0]) in spec.layers)]
     if spec.layers is not None and chosen:
         for number in set(spec.layers) - {layer_of(c.paths[0]) for c in in_layers}:
-            problems.append(f"layers: no target lies in layer {number}")
+            there = sorted({n for c in able if id(c.module) in chosen and (n := layer_of(c.paths[0])) is not None})
+            problems.append(f"layers: no target lies in layer {number}{f'; they lie in {there[0]} to {there[-1]}' if there else ''}")
     settings = {id(c.module): spec for c in in_layers}
     for override in reversed(spec.overrides):  # reversed, so that the first that matches is the one that stays
         matched = matcher(override.target, in_layers)
@@ -81,12 +84,17 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
             problems.append(f"override {override.target!r} matches none of the targets{_nearest(override.target, in_layers)}")
     if "all-linear" in spec.targets:
         problems += [f"{c.paths[0]}: {reason}" for c in everything if id(c.module) not in excluded and (reason := missed(c.module))]
+    around = read_around(model)
     for c in in_layers:
-        if (reason := unfit(c.module, name)) is not None:
+        if (reason := unfit(c.module) or around.get(id(c.module))) is not None:
             problems.append(f"{c.paths[0]}: {reason}")
     if problems:
         raise TargetError("nothing was injected:", problems, "correct the targets, or leave modules out with exclude=[...]")
-    return Plan(sites=tuple(site(c, settings[id(c.module)]) for c in in_layers), total=total(model))
+    sites = tuple(
+        site(c, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
+        for c in in_layers for s in [settings[id(c.module)]]
+    )  # fmt: skip
+    return Plan(sites=sites, total=total(model), left_out=tuple(c.paths[0] for c in able if id(c.module) in matcher.head))
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -99,22 +107,11 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return [Candidate(tuple(paths[key]), module) for key, module in modules.items()]
 
 
-def unfit(module: nn.Module, name: str) -> str | None:
-    """Why this module of a known kind can't take an adapter of this name; None if it can."""
-    if (own := adapters_of(module)) is not None and name in own:
-        return f"already carries an adapter named {name!r}: eject it, or give another name"
-    if own is None and hasattr(module, "lora"):
+def unfit(module: nn.Module) -> str | None:
+    """Why this module of a known kind can't take an adapter; None if it can."""
+    if adapters_of(module) is None and hasattr(module, "lora"):
         return "has an attribute `lora` of its own (another library's adapter?)"
     return refusal(module)
-
-
-def missed(module: nn.Module) -> str | None:
-    """What "all-linear" would leave out in silence: matmul weights that are no layer of their own."""
-    if isinstance(module, nn.MultiheadAttention):
-        return "nn.MultiheadAttention's in_proj_weight can't carry an adapter yet"
-    if any(p.ndim == 3 for p in module.parameters(recurse=False)) and "expert" in type(module).__name__.lower():
-        return f"the stacked experts of {type(module).__name__} can't carry an adapter yet"
-    return None
 
 
 def wrapped(model: nn.Module) -> list[str]:
@@ -127,23 +124,25 @@ def wrapped(model: nn.Module) -> list[str]:
     ]
 
 
-def check_name(name: str) -> list[str]:
-    """An adapter's name becomes part of state-dict keys and of folder names."""
-    if isinstance(name, str) and regex.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        return []
-    return [f"the adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'"]
+def name_problems(model: nn.Module, name: str) -> list[str]:
+    """An adapter's name is new to the model, and fit to be part of state-dict keys and of folder names."""
+    if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        return [f"the adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'"]
+    if name in names_of(model):
+        return [f"the model already carries an adapter named {name!r}: eject it, or give another name"]
+    return []
 
 
-def site(c: Candidate, spec: LoraSpec) -> Site:
-    """The site that this module becomes under this spec."""
+def site(c: Candidate, *, r: int, alpha: float | None, scaling: str, dropout: float, init: str, dtype: torch.dtype | None) -> Site:
+    """The site that this module becomes under these settings (see LoraSpec)."""
     kind, weight = kind_of(c.module), weight_of(c.module)
     assert kind is not None
     out_features, in_features = kind.matrix(weight).shape
     return Site(
         path=c.paths[0], aliases=c.paths[1:], kind=kind.name, shape=tuple(weight.shape),
         in_features=in_features, out_features=out_features,
-        r=spec.r, alpha=float(spec.r if spec.alpha is None else spec.alpha), scaling=spec.scaling,
-        dropout=float(spec.dropout), init=spec.init, dtype=spec.dtype or torch.promote_types(weight.dtype, torch.float32),
+        r=r, alpha=float(r if alpha is None else alpha), scaling=scaling,
+        dropout=float(dropout), init=init, dtype=dtype or torch.promote_types(weight.dtype, torch.float32),
     )  # fmt: skip
 
 
@@ -156,24 +155,6 @@ def total(model: nn.Module) -> int:
 def layer_of(path: str) -> int | None:
     """The first number in the path: model.layers.3.mlp.experts.5.w1 lies in layer 3."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def heads(model: nn.Module) -> set[int]:
-    """The modules of the output head, by id: what transformers calls output embeddings, and all that lies outside its base model."""
-    found: set[int] = set()
-    for _, part in walk(model):
-        get = getattr(part, "get_output_embeddings", None)
-        try:
-            head = get() if callable(get) else None
-        except (NotImplementedError, AttributeError):  # the DETR family and others have none, and say so by raising
-            head = None
-        if isinstance(head, nn.Module):
-            found.add(id(head))
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    if isinstance(base, nn.Module) and base is not model:
-        found |= {id(m) for m in model.modules()} - {id(m) for m in base.modules()}
-    return found
 
 
 class Matcher:

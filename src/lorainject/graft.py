@@ -8,7 +8,7 @@ tied and shared modules all survive, since nothing about the object changes but 
 The graft overrides `forward`, not `__call__`: so a user's hooks see the grafted output, pre-hooks may replace the input, and
 `module.forward(x)` is grafted too. Its one weakness: a `forward` stored on the *instance* hides the class's. accelerate's
 hooks do that, and keep the original as the bound method `_old_forward`; bound methods of ours are therefore bound anew at
-each change of class, and whatever can't be bound anew is named by `objection` before anything is changed.
+each change of class, and any other patch is named by `objection` before anything is changed.
 
 This file knows nothing of LoRA.
 """
@@ -68,7 +68,8 @@ def objection(module: nn.Module) -> str | None:
     if isinstance(module, Graft) and not is_grafted(cls):
         return f"{cls.__module__}.{cls.__qualname__} was derived from the grafted class (by fully_shard or parametrize): undo that first"
     own = module.__dict__.get("forward")
-    if own is not None and not any(_is_forward(module, value) for value in module.__dict__.values()):
+    wrapped = module.__dict__.get("_old_forward") if "_hf_hook" in module.__dict__ else own  # accelerate's wrapper calls _old_forward
+    if own is not None and not _is_forward(module, wrapped):
         whose = getattr(own, "__qualname__", None) or type(own).__qualname__
         return f"its forward is replaced on the instance by {whose}, which would bypass an adapter: remove that patch first"
     return None

@@ -72,6 +72,8 @@ def refusal(module: nn.Module) -> str | None:
         return "its shape is not known yet: run one forward first (lazy module)"
     if is_sharded(weight):
         return "its weight is already sharded (DTensor): inject first, shard after"
+    if weight.numel() == 0:
+        return f"its weight is empty: {tuple(weight.shape)}"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}: only {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are supported"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":

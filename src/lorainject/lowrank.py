@@ -72,7 +72,7 @@ class LowRank(nn.Module):
         return torch.tensor(self.scale, dtype=torch.float32, device=device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):  # else it is the base's own checkpoint: nothing is missing
+        if any(key.startswith(prefix) for key in state_dict):  # else it may be the base's own checkpoint: Adapters decides
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -7,21 +7,20 @@ checksum that the weight is still the one that merge wrote, since putting W0 bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .adapters import Folded, Host, merged_names, require, require_hosts, routings, walk, weight_of
+from .adapters import Folded, Host, merged_names, mounted, routings, walk, weight_of
 from .errors import MergeError, StateError
 from .fingerprint import sample
 from .graft import bare, change_class, grafted, objection
 from .kinds import LoraForward, is_sharded, kind_of
 from .lowrank import LowRank, delta
 
-MERGED = "_lora_merged"  # on A and B while merged, for the optimiser's guard
 TILE = 1 << 18  # elements: 1 MiB in float32, which an L2 cache holds
 
 
@@ -78,40 +77,42 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     Raises StateError if already merged, if nothing is on, or if an adapter that is on would be left out; MergeError with
     every weight that can't be folded: tied to another module's, on the meta device, or with a result that is not finite.
     """
-    mounted = require_hosts(model)
     if merged := merged_names(model):
         raise StateError(f"{', '.join(map(repr, merged))} is already merged", way_out="unmerge(model) first")
-    on = tuple(dict.fromkeys(n for r in routings(model) for n in r.active))
-    chosen = on if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    require(model, chosen)
+    asked = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
+    on = mounted(model, "merge", *asked)
+    active = tuple(dict.fromkeys(n for r in routings(model) for n in r.active))
+    chosen = active if names is None else asked
     if not chosen:
-        raise StateError("no adapter is on", way_out="activate(model, name) first, or say which: merge(model, name)")
-    if dropped := [n for n in on if n not in chosen]:
+        raise StateError("no adapter is on" if names is None else "no adapter was named",
+                         way_out="activate(model, name) first, or say which: merge(model, name)")  # fmt: skip
+    if dropped := [n for n in active if n not in chosen]:
         raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
 
-    factors = {path: [host.adapters[n] for n in chosen if n in host.adapters] for path, host in mounted.items()}
+    factors = {path: [host.adapters[n] for n in chosen if n in host.adapters] for path, host in on.items()}
     tied = _tied(model)
-    problems = [f"{path}: {reason}" for path, host in mounted.items() if (reason := _unfoldable(host.module, factors[path], tied))]
+    problems = [f"{path}: {reason}" for path, host in on.items() if (reason := _unfoldable(host.module, factors[path], tied))]
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
 
     backups: dict[str, Tensor] = {}
     report = []
     try:
-        for path, host in mounted.items():
+        for path, host in on.items():
             if factors[path]:
                 first, backup = sample(host.weight), host.weight.detach().clone()
                 backups[path] = backup
                 report.append(_fold(path, host, backup, factors[path], backup.nbytes if reversible else 0))
                 host.adapters.folded = Folded(backup=backup if reversible else None, checksum=checksum(host.weight), sample=first)
-        for host in mounted.values():
+        for host in on.values():
             change_class(host.module, bare(type(host.module)))
         for routing in routings(model):
             routing.merged = chosen
-        _mark(mounted, True)
+        for host in on.values():
+            host.adapters.mark()
     except BaseException:
-        for path, host in mounted.items():
+        for path, host in on.items():
             if path in backups:
                 host.weight.copy_(backups[path])
             host.adapters.folded = None
@@ -127,19 +128,21 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises StateError if nothing is merged, MergeError (and changes nothing) where W0 can't be given back: after
     merge(reversible=False), or if a weight's dtype or values were changed in between.
     """
-    mounted = require_hosts(model)
-    if not merged_names(model):
+    on = {path: host for path, host in mounted(model, "unmerge", merged=True).items() if host.adapters.routing.merged}
+    if not on:
         raise StateError("nothing is merged", way_out="merge(model) comes first")
-    if problems := [f"{path}: {reason}" for path, host in mounted.items() if (reason := _stuck(host))]:
+    if problems := [f"{path}: {reason}" for path, host in on.items() if (reason := _stuck(host))]:
         raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
-    for host in mounted.values():
-        if (folded := host.adapters.folded) is not None and folded.backup is not None:
-            host.weight.copy_(folded.backup)
+    # Each step can be done again, so that an unmerge that was interrupted is finished by the next.
+    for host in on.values():
+        if host.adapters.folded is not None and host.adapters.folded.backup is not None:
+            host.weight.copy_(host.adapters.folded.backup)
             host.adapters.folded = None
-        change_class(host.module, grafted(LoraForward, type(host.module)))
+        change_class(host.module, grafted(LoraForward, bare(type(host.module))))
     for routing in routings(model):
         routing.merged = ()
-    _mark(mounted, False)
+    for host in on.values():
+        host.adapters.mark()
     return model
 
 
@@ -148,7 +151,8 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
 
     The delta is formed in float32 (float64 for float64 weights), one site at a time.
     """
-    for path, (module, adapters) in require_hosts(model).items():
+    on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
+    for path, (module, adapters) in on.items():
         chosen = [adapters[n] for n in (adapters.routing.active if name is None else (name,)) if n in adapters]
         if chosen:
             kind, weight = kind_of(module), weight_of(module).detach()
@@ -157,9 +161,10 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
 
 
 def checksum(weight: Tensor) -> Tensor:
-    """The sum of the bit patterns, as integers, over each of up to 64 stripes: int64, on the CPU."""
+    """A sum of the bit patterns, each times an odd number that grows with its place: int64, one a tile, on the CPU."""
     bits = weight.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]).flatten()
-    return torch.stack([stripe.sum(dtype=torch.int64) for stripe in bits.tensor_split(64)]).cpu()
+    places = torch.arange(1, 2 * TILE, 2, device=bits.device)
+    return torch.stack([(tile * places[: len(tile)]).sum() for tile in bits.split(TILE)]).cpu()
 
 
 def _delta(factors: Sequence[LowRank], rows: slice, dtype: torch.dtype) -> Tensor:
@@ -200,6 +205,12 @@ def _unfoldable(module: nn.Module, factors: list[LowRank], tied: dict[int, list[
         return "its weight is computed (parametrised since inject)"
     if is_sharded(weight):
         return "its weight is sharded"
+    if weight.is_inference():
+        return "its weight was made under torch.inference_mode and can't be changed"
+    kind = kind_of(module)
+    assert kind is not None
+    if any(kind.matrix(weight).shape != (f.B.shape[0], f.A.shape[1]) for f in factors):
+        return f"its weight is {tuple(weight.shape)} now, for which A and B were not made (resized since inject?)"
     if weight.is_meta or any(p.is_meta for f in factors for p in f.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
     if id(module) in tied:
@@ -218,32 +229,33 @@ def _stuck(host: Host) -> str | None:
         return "was merged with reversible=False, which keeps nothing to go back by"
     if (weight.dtype, weight.shape) != (folded.backup.dtype, folded.backup.shape):
         return f"is {weight.dtype} {tuple(weight.shape)} now, but was {folded.backup.dtype} {tuple(folded.backup.shape)} when it was merged"
-    if not torch.equal(checksum(weight), folded.checksum):
+    if not torch.equal(checksum(weight), folded.checksum) and not torch.equal(checksum(weight), checksum(folded.backup)):
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 
 
 def _tied(model: nn.Module) -> dict[int, list[str]]:
-    """For each module whose weight other modules use as well: where those are. By memory, since a tie can be a view."""
-    users: dict[int, dict[int, str]] = {}
+    """For each module whose weight other tensors of the model share memory with, in whole or in part: the paths of those."""
+    spans: dict[int, list[tuple[int, int, int, str]]] = {}
     for path, module in walk(model):
-        for name, p in module._parameters.items():
-            if p is not None and not p.is_meta and p.numel():
-                users.setdefault(p.data_ptr(), {}).setdefault(id(module), f"{path}.{name}")
-    return {
-        mine: [path for other, path in sharing.items() if other != mine]
-        for sharing in users.values() if len(sharing) > 1 for mine in sharing
-    }  # fmt: skip
-
-
-def _mark(mounted: Mapping[str, Host], merged: bool) -> None:
-    for p in (p for host in mounted.values() for p in host.adapters.parameters()):
-        setattr(p, MERGED, merged)
+        for name, t in (module._parameters | module._buffers).items():
+            if t is not None and not t.is_meta and t.numel():
+                extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+                spans.setdefault(t.untyped_storage().data_ptr(), []).append(
+                    (t.data_ptr(), t.data_ptr() + extent * t.itemsize, id(module), f"{path}.{name}")
+                )
+    tied: dict[int, list[str]] = {}
+    for sharing in spans.values():
+        for start, end, mine, path in sharing:
+            others = [p for s, e, m, p in sharing if s < end and start < e and (m, p.rsplit(".", 1)[-1]) != (mine, "weight")]
+            if path.endswith(".weight") and others:
+                tied.setdefault(mine, others)
+    return tied
 
 
 def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """An optimiser that steps over merged A and B would train nothing, in silence."""
-    if any(getattr(p, MERGED, False) for group in optimizer.param_groups for p in group["params"]):
+    if any(getattr(p, "_lora_merged", False) for group in optimizer.param_groups for p in group["params"]):
         raise StateError("can't train while merged: A and B are in the weights, and out of the graph", way_out="unmerge(model) first")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,20 +64,21 @@ class LoraSpec:
         set_(self, "targets", _entries("targets", self.targets, problems))
         set_(self, "exclude", _entries("exclude", self.exclude, problems))
         set_(self, "overrides", _overrides(self.overrides, problems))
+        problems += [f"override {o.target!r}: its target must be a name" for o in self.overrides if not (isinstance(o.target, str) and o.target)]
         if not self.targets and not problems:
             problems.append('targets is empty: name the modules, as in ["q_proj", "v_proj"], or "all-linear"')
         for r, alpha, whose in [(self.r, self.alpha, ""), *((o.r, o.alpha, f" (override {o.target!r})") for o in self.overrides)]:
             if not (r is None and whose) and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
                 problems.append(f"r must be a whole number of at least 1, not {r!r}{whose}")
-            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
-                problems.append(f"alpha must be a finite number above 0, not {alpha!r}{whose}")
+            if alpha is not None and not is_alpha(alpha):
+                problems.append(f"alpha must be a finite number above 0 (1e-30 to 1e30), not {alpha!r}{whose}")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             problems.append(f"dropout must be a probability p with 0 <= p < 1, not {self.dropout!r}")
         if self.layers is not None:
-            layers = tuple(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else ("?",)
-            set_(self, "layers", layers)
+            layers = tuple(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else ()
             if not layers or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
                 problems.append(f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {self.layers!r}")
+            set_(self, "layers", layers)
         if self.scaling not in SCALINGS:
             problems.append(f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
         if self.init not in INITS:
@@ -91,6 +91,8 @@ class LoraSpec:
     @classmethod
     def of(cls, spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
         """The spec itself, or one made of the settings; both at once is refused, since one would silently lose."""
+        if spec is not None and not isinstance(spec, cls):
+            raise SpecError(f"spec must be a LoraSpec, not {spec!r}", way_out="inject(model, spec=LoraSpec(targets=[...]))")
         if spec is None:
             return cls(targets=() if targets is None else targets, **settings)
         changed = [k for k, v in settings.items() if v != cls.__dataclass_fields__[k].default]
@@ -148,6 +150,8 @@ class Plan:
     sites: tuple[Site, ...]
     total: int
     """Parameters of the base model."""
+    left_out: tuple[str, ...] = ()
+    """What "all-linear" left out as the output head."""
 
     @property
     def trainable(self) -> int:
@@ -179,6 +183,7 @@ class Plan:
         lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
         share = f"{self.trainable / self.total:.4%}" if self.total else "n/a"
         lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}"]
+        lines += [f"left out as the output head: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -188,30 +193,38 @@ def _entries(field: str, value: Any, problems: list[str]) -> tuple[Target, ...]:
             return (value,)
         problems.append(f'{field}="{value}" is a string where a list is meant: write {field}=["{value}"]')
         return ()
-    if callable(value):
+    if _is_predicate(value):
         return (value,)
     if not isinstance(value, Sequence | set | frozenset):
         problems.append(f"{field} must be a list of names, not {value!r}")
         return ()
     for entry in value:
-        if not (callable(entry) or (isinstance(entry, str) and entry)):
-            problems.append(f"{field}: each entry must be a non-empty string or a callable (path, module) -> bool, not {entry!r}")
-    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+        if not (_is_predicate(entry) or (isinstance(entry, str) and entry)):
+            problems.append(f"{field}: each entry must be a non-empty string or a function (path, module) -> bool, not {entry!r}")
+    return tuple(value)
+
+
+def _is_predicate(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type | nn.Module)
 
 
 def _overrides(value: Any, problems: list[str]) -> tuple[Override, ...]:
     if isinstance(value, Mapping):
-        try:
-            return tuple(Override(target=target, **settings) for target, settings in value.items())
-        except TypeError as e:
-            problems.append(f'overrides must look like {{"k_proj": {{"r": 4, "alpha": 8}}}}: {e}')
+        if odd := [target for target, settings in value.items() if not isinstance(settings, Mapping) or settings.keys() - {"r", "alpha"}]:
+            problems.append(f'overrides must look like {{"k_proj": {{"r": 4, "alpha": 8}}}}; these do not: {odd}')
             return ()
+        return tuple(Override(target=target, **settings) for target, settings in value.items())
     if value is None:
         return ()
     if not (isinstance(value, Sequence) and all(isinstance(o, Override) for o in value)):
         problems.append(f"overrides must be a mapping from a target to r and alpha, or a list of Override, not {value!r}")
         return ()
     return tuple(value)
+
+
+def is_alpha(value: object) -> bool:
+    """Whether it can be alpha: finite, above 0, and such that float32 can hold s."""
+    return _is_number(value) and 1e-30 <= value <= 1e30  # type: ignore[operator]
 
 
 def _is_number(value: object) -> bool:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import (
-    FROZEN,
-    Adapters,
-    Routing,
-    adapters_of,
-    hosts,
-    merged_names,
-    names_of,
-    placement,
-    require,
-    require_hosts,
-    require_unmerged,
-    routings,
-    walk,
-)  # fmt: skip
+from .adapters import FROZEN, Adapters, Routing, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
 from .errors import GraftError, StateError
 from .find import find
 from .graft import bare, change_class, grafted, objection
@@ -44,6 +31,7 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
 
     Raises SpecError or TargetError with all that is wrong (see `find`), StateError while merged; the model is then unchanged.
     """
+    ready(model, "inject")
     plan = find(model, targets, r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling, init=init,
                 dtype=dtype, overrides=overrides, name=name, spec=spec)  # fmt: skip
     return attach(model, plan, name)
@@ -70,6 +58,7 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
     except BaseException:
         _remove(model, name)
         raise
+    routing[0].root = weakref.ref(getattr(model, "_orig_mod", model))
     return model
 
 
@@ -79,9 +68,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     What is merged is unmerged first; after merge(reversible=False) the folded weights stay. Raises GraftError, before
     anything is changed, if somebody (FSDP, parametrize, a patch of forward) has built on a grafted class since.
     """
-    on = require_hosts(model)
-    if name is not None:
-        require(model, (name,))
+    on = mounted(model, "eject", *([] if name is None else [name]), merged=True)
     problems = [f"{path}: {reason}" for path, host in on.items() if (reason := objection(host.module))]
     problems += [f"{path}: its A and B are sharded" for path, host in on.items() if any(map(is_sharded, host.adapters.parameters()))]
     if problems:
@@ -90,24 +77,30 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         unmerge(model)
     elif name is not None and merged_names(model):
         raise StateError(f"can't eject {name!r} alone after merge(reversible=False)", way_out="eject(model) leaves the folded weights")
+    for routing in routings(model):
+        routing.merged = ()
+    for host in on.values():
+        host.adapters.mark()
     for each in names_of(model) if name is None else (name,):
         _remove(model, each)
     return model
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Switch on exactly these adapters (their terms add up); none: the base alone. Raises StateError for unknown names."""
-    require_unmerged(model, "activate")
-    require(model, names)
+    """Switch on exactly these adapters (their terms add up); none: the base alone. Raises StateError for unknown names.
+
+    Not between a forward with gradient checkpointing and its backward, which runs the forward once more.
+    """
+    mounted(model, "activate", *names)
     for routing in routings(model):
         routing.active = tuple(dict.fromkeys(names))
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes what its base computes. Run a backward pass within it too."""
-    require_unmerged(model, "disable the adapters")
-    with _routed(model, active=(), rows=None):
+    """Within this context the model computes what its base computes, in every thread. Run its backward within it too."""
+    mounted(model, "disable the adapters", nested=True)
+    with _routed(model, active=(), rows=None, context="disabled"):
         yield
 
 
@@ -115,21 +108,21 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within this context row i of the batch (axis 0) uses the adapter names[i], or the base where that is None.
 
-    Every module with adapters must see the batch on axis 0 of its input; one that doesn't raises StateError.
+    Every module with adapters must see the batch on axis 0 of its input, before at least one axis more (the sequence); one
+    that does not, or may not, raises StateError. Run a backward within the context too.
     """
-    require_unmerged(model, "route rows")
-    if isinstance(names, str):
-        raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out=f"rows(model, [{names!r}] * batch_size)")
-    require(model, tuple(dict.fromkeys(n for n in names if n is not None)))
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out='rows(model, ["fr", None, "de"]) for a batch of three')
+    mounted(model, "route rows", *(n for n in names if n is not None), nested=True)
     index = {n: torch.tensor([i for i, other in enumerate(names) if other == n]) for n in dict.fromkeys(names) if n is not None}
-    with _routed(model, rows=index, batch=len(names)):
+    with _routed(model, rows=index, batch=len(names), context="rows"):
         yield
 
 
 def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """A and B of the adapters that are on, for an optimiser. Raises StateError while merged: they could not train."""
-    require_unmerged(model, "train")
-    adapters = [h.adapters[name] for h in require_hosts(model).values() for name in h.adapters.routing.active if name in h.adapters]
+    on = mounted(model, "train", nested=True, part=True)
+    adapters = [host.adapters[name] for host in on.values() for name in host.adapters.routing.active if name in host.adapters]
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
 
 
@@ -153,7 +146,7 @@ def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | No
 def _freeze(model: nn.Module) -> None:
     for _, module in walk(model):
         if training := {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}:
-            module.__dict__[FROZEN] = tuple(training)
+            module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *training)
             for p in training.values():
                 p.requires_grad_(False)
 
@@ -161,8 +154,9 @@ def _freeze(model: nn.Module) -> None:
 def _remove(model: nn.Module, name: str) -> None:
     """Take the adapter off wherever it is; with the last one gone, the classes and requires_grad flags go back too."""
     for each in routings(model):
-        before = each.before.pop(name, ())
-        active = before if each.active == (name,) else each.active
+        gone = each.before.pop(name, ())
+        each.before = {n: gone if was == (name,) else was for n, was in each.before.items()}
+        active = gone if each.active == (name,) else each.active
         each.active = tuple(n for n in active if n in each.before)
     for module, adapters in hosts(model).values():
         if name in adapters:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Host, adapters_of, hosts, require, require_unmerged, weight_of
+from ..adapters import Host, adapters_of, mounted, ready, weight_of
+from ..anatomy import read_around
 from ..errors import FileError, StateError
-from ..find import Candidate, candidates, check_name, site, total, unfit, wrapped
+from ..find import Candidate, candidates, name_problems, site, total, unfit, wrapped
 from ..fingerprint import SAMPLES, agree, sample
 from ..kinds import is_sharded, kind_of
 from ..lowrank import LowRank
-from ..spec import LoraSpec, Plan, Site
+from ..spec import Plan, Site
 from ..surgery import attach
 from . import container, peft
 from .record import AdapterFile, BasePrint, StoredSite
@@ -41,23 +42,22 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     A path that ends in .safetensors is one file, any other a PEFT-compatible directory. Works while merged, too. What was
     there before is replaced whole or, on any error (FileError), left as it was.
     """
-    require(model, (name,))
     path = Path(path)
-    mounted = {at: host for at, host in hosts(model).items() if name in host.adapters}
-    if problems := [f"{at}: {reason}" for at, host in mounted.items() if (reason := _unwritable(host.adapters[name]))]:
+    on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
+    if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "gather or bring back its weights (or mend them) first")
-    sites = tuple(_stored(at, host, name) for at, host in mounted.items())
+    aliases = {c.paths[0]: c.paths[1:] for c in candidates(model) if len(c.paths) > 1}
+    sites = tuple(_stored(at, host, name, aliases.get(at, ())) for at, host in on.items())
     tensors = peft.tensors(sites)
-    text = _record(name, mounted, sites, tensors)
+    text = _record(name, on, sites, tensors)
     pieces = list(container.dump(tensors, {"format": "pt", RECORD: text}))
     if path.suffix == ".safetensors":
-        container.write(path, pieces)
+        container.write({path: pieces})
         return path
     if path.is_file():
         raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
     config = json.dumps(peft.config(model, sites), indent=2, sort_keys=True) + "\n"
-    container.write(path / TENSORS, pieces)
-    container.write(path / CONFIG, [config.encode()])
+    container.write({path / TENSORS: pieces, path / CONFIG: [config.encode()]})
     return path
 
 
@@ -68,20 +68,29 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     files and PEFT's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong shape or not finite,
     and every weight that differs from the base that the adapter was made for (`check_base=False` accepts another base).
     """
-    require_unmerged(model, "load an adapter")
+    ready(model, "load an adapter")
     file = read(path)
     name = file.name if name is None else name
-    if problems := check_name(name) + wrapped(model):
-        raise StateError("nothing was loaded:", problems)
+    if clashes := name_problems(model, name) + wrapped(model):
+        raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_path = {p: c for c in candidates(model) for p in c.paths}
-    problems, sites = [], []
+    around = read_around(model)
+    problems: list[str] = []
+    sites: list[Site] = []
+    taken: dict[int, str] = {}
     for stored in file.sites:
         candidate = by_path.get(stored.path)
-        problem = _misfit(stored, candidate, name)
+        problem = _misfit(stored, candidate, by_path, dtype)
+        if candidate is not None and problem is None:
+            problem = around.get(id(candidate.module))
+            if (other := taken.setdefault(id(candidate.module), stored.path)) != stored.path:
+                problem = f"is the same module as {other} in this model, which the file has another adapter for"
         if problem or candidate is None:
             problems.append(f"{stored.path}: {problem or 'is not in this model'}")
         else:
-            sites.append(_site(candidate, stored, file.init, dtype))
+            paths = (stored.path, *(p for p in candidate.paths if p != stored.path))
+            sites.append(site(Candidate(paths, candidate.module), r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout,
+                              init=file.init, dtype=dtype or stored.dtype))  # fmt: skip
     expected = {stored.path for stored in file.sites}
     if file.format == "peft":
         problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_path) if p not in expected]
@@ -103,14 +112,20 @@ def read(path: str | Path) -> AdapterFile:
     tensor_file = path / TENSORS if path.is_dir() else path
     if path.is_dir() and not tensor_file.exists():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise FileError(f"{path} holds no {TENSORS}", [f"it holds {found}"], "give the directory that save (or PEFT) wrote")
+        below = [p.parent for p in path.glob(f"*/{TENSORS}")]  # PEFT puts an adapter that is not called "default" there
+        raise FileError(
+            f"{path} holds no {TENSORS}", [f"it holds {found}"], f"give {below[0] if below else 'the directory that save (or PEFT) wrote'}"
+        )
     config = _config(path / CONFIG) if path.is_dir() and (path / CONFIG).exists() else {}
     tensors, metadata = container.read(tensor_file)
     problems = peft.payload_problems(tensors)
     if RECORD in metadata:
         file = _from_record(path, tensors, metadata[RECORD], config, problems)
     elif config:
-        file = peft.record(path, tensors, config, problems)
+        try:
+            file = peft.record(path, tensors, config, problems)
+        except (TypeError, ValueError, AttributeError) as e:
+            raise FileError(f"{path / CONFIG} is not a config as PEFT writes it: {e}", way_out="get the file again, or save the adapter anew") from e
     else:
         raise FileError(f"{path} holds no record of alpha, without which its scale is unknown",
                         way_out=f"give the directory with its {CONFIG}")  # fmt: skip
@@ -119,16 +134,16 @@ def read(path: str | Path) -> AdapterFile:
     return file
 
 
-def _record(name: str, mounted: Mapping[str, Host], sites: tuple[StoredSite, ...], tensors: dict[str, Tensor]) -> str:
-    prints = [_print(host.module) for host in mounted.values()]
+def _record(name: str, on: Mapping[str, Host], sites: tuple[StoredSite, ...], tensors: dict[str, Tensor]) -> str:
+    prints = [_print(host.module) for host in on.values()]
     known = [p.cpu() for p in prints if p is not None]
     body: dict[str, Any] = {
         "version": VERSION,
         "name": name,
-        "init": next(iter(mounted.values())).adapters[name].init,
-        "sites": {s.path: [s.alpha, s.scaling, s.dropout] for s in sites},
+        "init": next(iter(on.values())).adapters[name].init,
+        "sites": {s.path: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} for s in sites},
         "base": base64.b64encode(container.raw(torch.cat(known))).decode() if len(known) == len(prints) else "",
-        "base_dtypes": [str(host.weight.dtype).removeprefix("torch.") for host in mounted.values()],
+        "base_dtypes": [str(host.weight.dtype).removeprefix("torch.") for host in on.values()],
     }
     return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
 
@@ -144,8 +159,8 @@ def _from_record(path: Path, tensors: dict[str, Tensor], text: str, config: dict
             problems.append("its digest does not match: bits were changed since it was written")
             return None
         sites = []
-        for at, (alpha, scaling, dropout) in body["sites"].items():
-            stored = peft.site(tensors, at, problems, alpha=alpha, scaling=scaling, dropout=dropout)
+        for at, settings in body["sites"].items():
+            stored = peft.site(tensors, at, problems, **settings)
             sites += [stored] if stored else []
         blob = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32) if body["base"] else None
         base = None
@@ -174,20 +189,23 @@ def _digest(body: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise FileError(f"{path} can't be read as JSON: {e}", way_out="get the file again, or save the adapter anew") from e
     if not isinstance(config, dict):
         raise FileError(f"{path} is not a JSON object", way_out="get the file again, or save the adapter anew")
     return config
 
 
-def _stored(path: str, host: Host, name: str) -> StoredSite:
+def _stored(path: str, host: Host, name: str, aliases: tuple[str, ...]) -> StoredSite:
     kind, a = kind_of(host.module), host.adapters[name]
-    return StoredSite(path=path, A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling, dropout=a.dropout,
+    return StoredSite(path=path, aliases=aliases, A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling, dropout=a.dropout,
                       embedding=kind is not None and kind.name == "embedding")  # fmt: skip
 
 
-def _unwritable(a: LowRank) -> str | None:
+def _unwritable(host: Host, a: LowRank) -> str | None:
+    kind = kind_of(host.module)
+    if kind is None or kind.matrix(host.weight).shape != (a.B.shape[0], a.A.shape[1]):
+        return f"its weight is {tuple(host.weight.shape)} now, for which A and B were not made (resized since inject?)"
     if a.A.is_meta or a.B.is_meta:
         return "A and B lie on the meta device (offloaded, or never loaded)"
     if is_sharded(a.A) or 0 in (a.A.numel(), a.B.numel()):
@@ -202,26 +220,24 @@ def _print(module: nn.Module) -> Tensor | None:
     return own.folded.sample if own and own.folded else sample(weight_of(module))
 
 
-def _misfit(stored: StoredSite, c: Candidate | None, name: str) -> str | None:
+def _misfit(stored: StoredSite, c: Candidate | None, by_path: Mapping[str, Candidate], dtype: torch.dtype | None) -> str | None:
     if c is None:
         return None
     if (kind := kind_of(c.module)) is None:
         return f"is a {type(c.module).__name__} in this model, which can't carry an adapter"
-    if (reason := unfit(c.module, name)) is not None:
+    if (reason := unfit(c.module)) is not None:
         return reason
+    if apart := [p for p in stored.aliases if by_path.get(p) is not c]:
+        return f"was one module with {', '.join(apart)} when the adapter was saved, and is not in this model"
     if stored.embedding != (kind.name == "embedding"):
         return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {kind.name} there"
     out, in_ = kind.matrix(weight_of(c.module)).shape
     r = stored.r
     if (tuple(stored.A.shape), tuple(stored.B.shape)) != ((r, in_), (out, r)):
         return f"the file has A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}, this model's weight needs A {(r, in_)} and B {(out, r)}"
+    if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (stored.A, stored.B)):
+        return f"its A or B does not fit into {dtype}"
     return None
-
-
-def _site(c: Candidate, stored: StoredSite, init: str, dtype: torch.dtype | None) -> Site:
-    spec = LoraSpec(targets=(stored.path,), r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout,
-                    init=init, dtype=dtype or stored.A.dtype)  # fmt: skip
-    return site(Candidate((stored.path, *(p for p in c.paths if p != stored.path)), c.module), spec)
 
 
 def _same_base(module: nn.Module, s: Site, base: BasePrint) -> bool:

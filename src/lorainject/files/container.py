@@ -31,13 +31,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if size == 0:
             raise FileError(f"{path} is empty", way_out="it was cut off while it was written or copied: get it again")
         with safe_open(path, framework="pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            # Cloned, since the file is mapped: rewritten or cut short, it would change or kill the model that was loaded from it.
+            return {key: f.get_tensor(key).clone() for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e:
         raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
-    except OSError as e:
-        if isinstance(e, FileError):
-            raise
-        raise FileError(f"{path} can't be read: {e.strerror or e}", way_out="check the path and its permissions") from e
+    except FileError:
+        raise
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise FileError(f"{path} can't be read: {reason}", way_out="check the path and its permissions") from e
 
 
 def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
@@ -60,32 +62,36 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def write(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file so that at any moment, a kill and a full disk included, the old or the new one is there, whole.
+def write(files: Mapping[Path, Iterable[bytes]]) -> None:
+    """Write files so that at any moment, a kill and a full disk included, each is the old or the new one, whole.
 
-    Its mode follows the umask; file and folder are fsynced.
+    All are written and fsynced under temporary names before the first takes its place. Modes follow the umask.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporaries = {path.with_name(f".{path.name}.{os.getpid()}.tmp"): path for path in files}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(fd, "wb") as f:
-            for piece in pieces:
-                f.write(piece)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as e:
-        raise FileError(f"{path} can't be written: {e.strerror or e}", ["what was there before is untouched"],
+        for temporary, path in temporaries.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with open(fd, "wb") as f:
+                f.writelines(files[path])
+                f.flush()
+                os.fsync(f.fileno())
+        for temporary, path in temporaries.items():
+            os.replace(temporary, path)
+        for folder in {path.parent for path in files}:
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise FileError(f"{', '.join(map(str, files))} can't be written: {reason}", ["what was there before is untouched"],
                         "check the place, its permissions and the free space") from e  # fmt: skip
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for temporary in temporaries:
+            with contextlib.suppress(OSError, ValueError):
+                temporary.unlink()
 
 
 def _guess(path: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from ..adapters import walk
 from ..errors import FileError
 from ..kinds import kind_of
 from ..lowrank import scale
+from ..spec import is_alpha
 from .record import AdapterFile, StoredSite
 
 PREFIX = "base_model.model."
 WRITTEN_AS = "0.21.2"  # the version whose layout we write
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 PATTERN_SECONDS = 1.0
+DEFAULT_ALPHA = 8  # PEFT's, for a config that does not say
 
 # Fields which, when set, mean that the file is more than, or other than, W0 + s B A.
 BEYOND = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
@@ -66,11 +68,13 @@ def record(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
         problems.append(f"peft_type is {kind!r}: only LORA is a pair of low-rank factors")
         return None
     problems += [f"{field} is set, which is not plain LoRA: not supported" for field in BEYOND if config.get(field)]
+    if not isinstance(config.get("target_modules"), str | list | None):
+        problems.append(f"target_modules is {config['target_modules']!r}, not a list of names or a pattern")
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}: adapters that replace biases are not supported")
     if any(str(config.get("init_lora_weights", "")).lower().startswith(init) for init in CHANGES_BASE):
         problems.append(f"init_lora_weights is {config['init_lora_weights']!r}: it belongs to an altered base; convert it with PEFT first")
-    paths, replaced = dict.fromkeys(_path(key) for key in tensors if _path(key)), {}
+    paths, replaced = dict.fromkeys(at for key in tensors if (at := _path(key)) is not None), {}
     for key, tensor in tensors.items():
         if _path(key) is None:
             if key.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")):
@@ -79,32 +83,33 @@ def record(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
                 problems.append(f"{key}: unexpected, neither A nor B")
     sites = []
     for at in paths:
-        try:
-            r = next(t.shape[0] for key, t in tensors.items() if _path(key) == at and key.endswith((LINEAR[0], EMBEDDING[0])))
-            alpha = float(_pattern(config.get("alpha_pattern"), str(at), config.get("lora_alpha", r)))
-        except (StopIteration, TypeError, ValueError):
-            problems.append(f"{at}: A is missing, or its alpha is not a number")
-            continue
-        stored = site(tensors, str(at), problems, alpha=alpha, scaling="rslora" if config.get("use_rslora") else "standard",
+        alpha = _pattern(config.get("alpha_pattern"), at, config.get("lora_alpha", DEFAULT_ALPHA))
+        stored = site(tensors, at, problems, alpha=alpha, scaling="rslora" if config.get("use_rslora") else "standard",
                       dropout=config.get("lora_dropout", 0.0))  # fmt: skip
         sites += [stored] if stored else []
     return AdapterFile(path=path, format="peft", sites=tuple(sites), replaced=replaced, config=dict(config))
 
 
-def site(tensors: Mapping[str, Tensor], path: str, problems: list[str], *, alpha: float, scaling: str, dropout: float) -> StoredSite | None:
-    """A and B of one path out of the file's tensors; None, and a line in `problems`, if they are no pair."""
+def site(tensors: Mapping[str, Tensor], path: str, problems: list[str], *, alpha: Any, scaling: Any, dropout: Any,
+         aliases: Sequence[str] = ()) -> StoredSite | None:  # fmt: skip
+    """A and B of one path out of the file's tensors; None, and lines in `problems`, if they or the settings can't be meant."""
     embedding = f"{PREFIX}{path}{EMBEDDING[0]}" in tensors
     a, b = (f"{PREFIX}{path}{end}" for end in (EMBEDDING if embedding else LINEAR))
-    missing = [key for key in (a, b) if key not in tensors]
-    if missing:
-        problems += [f"{key}: missing" for key in missing]
+    wrong = [f"{key}: missing" for key in (a, b) if key not in tensors]
+    wrong += [f"{path}: alpha must be a finite number above 0, not {alpha!r}"] * (not is_alpha(alpha))
+    wrong += [f"{path}: dropout must be a probability p with 0 <= p < 1, not {dropout!r}"] * (
+        not isinstance(dropout, int | float) or not 0 <= dropout < 1
+    )
+    if not wrong:
+        A, B = tensors[a], tensors[b]
+        if 0 in (A.numel(), B.numel()):
+            wrong.append(f"{path}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered")
+        elif A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            wrong.append(f"{path}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
+    if wrong:
+        problems += wrong
         return None
-    A, B = tensors[a], tensors[b]
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (A.numel(), B.numel()):
-        why = "is empty: an unsharded dump of a sharded run" if 0 in (A.numel(), B.numel()) else "is no pair (r, in) and (out, r)"
-        problems.append(f"{path}: A {tuple(A.shape)} with B {tuple(B.shape)} {why}")
-        return None
-    return StoredSite(path=path, A=A, B=B, alpha=alpha, scaling=scaling, dropout=dropout, embedding=embedding)
+    return StoredSite(path=path, aliases=tuple(aliases), A=A, B=B, alpha=float(alpha), scaling=scaling, dropout=float(dropout), embedding=embedding)
 
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -115,7 +120,7 @@ def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def scale_of(config: Mapping[str, Any], path: str, r: int) -> float:
     """The scale that PEFT reads out of a config for one site."""
-    alpha = float(_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", r)))
+    alpha = float(_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", DEFAULT_ALPHA)))
     return scale(alpha, r, "rslora" if config.get("use_rslora") else "standard")
 
 

@@ -18,6 +18,8 @@ class StoredSite:
 
     path: str
     """Of the module, in the naming of the model that the file was made for."""
+    aliases: tuple[str, ...] = ()
+    """Further paths of the same module in the model that it was saved from."""
     A: Tensor
     B: Tensor
     alpha: float
@@ -30,6 +32,11 @@ class StoredSite:
     def r(self) -> int:
         """The rank: by the tensor, whatever a config says."""
         return self.A.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That holds both A and B without loss."""
+        return torch.promote_types(self.A.dtype, self.B.dtype)
 
     @property
     def scale(self) -> float:
