@@ -291,7 +291,7 @@ def test_a_part_of_the_whole_is_refused(two, verb):
     """Adapters injected as a whole share their routing: a verb on a part would switch off, or fold, what lies outside it."""
     model, wanted = two
     before = state(model)
-    with pytest.raises(li.StateError, match=r"this is a part of a model that was injected as a whole\n=> call it on that LlamaForCausalLM"):
+    with pytest.raises(li.StateError, match=r"this is a part of a model that was injected as a whole\n=> call it on the whole LlamaForCausalLM"):
         verb(model.model)
     assert state(model) == before
     assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)

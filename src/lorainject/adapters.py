@@ -223,7 +223,7 @@ def ready(model: nn.Module, verb: str, *, merged: bool = False, nested: bool = F
         root = routing.root and routing.root()
         if root is not None and root not in modules and not part:
             raise StateError(
-                f"can't {verb}: this is a part of a model that was injected as a whole", way_out=f"call it on that {type(root).__name__}"
+                f"can't {verb}: this is a part of a model that was injected as a whole", way_out=f"call it on the whole {type(root).__name__}"
             )
         if routing.context and not nested:
             raise StateError(f"can't {verb} inside {routing.context}(...)", way_out="leave the context first")

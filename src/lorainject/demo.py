@@ -11,7 +11,7 @@ every docstring leaves the code, those of inner functions too. The query is the 
 type. A query or a function that occurs again is dropped, or a right answer would count as wrong. Modules and packages are
 whole on one side: neither a file nor its neighbours are in both training and test.
 
-What it is not: a good code search engine. Code is cut at 64 tokens, and training sees less than half of the pairs, once each.
+What it is not: a good code search engine. Code is cut at 64 tokens, and training sees two thirds of the pairs, once each.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Result:
 
 
 def run(model: str | Path | None = None, data: Path | None = None, out: Path = Path("demo-output"), *, targets: Sequence[str] = ("query", "value"),
-        r: int = 8, alpha: float = 16, lr: float | None = None, steps: int = 24, seed: int = 0, method: str = "lora",
+        r: int = 8, alpha: float = 16, lr: float | None = None, steps: int = 36, seed: int = 0, method: str = "lora",
         device: str = "cpu") -> Result:  # fmt: skip
     """Train, score, save, load, merge, unmerge and export, telling each step. What does not hold ends it with a LoraError.
 
@@ -101,7 +101,7 @@ def run(model: str | Path | None = None, data: Path | None = None, out: Path = P
         raise li.LoraError(f"{len(pairs)} different pairs are too few to train on and to test with", way_out="give at least 10")
     for name, part in (("training", train_pairs), ("held out", test_pairs)):
         report.say(f"{name}  {len(part):5,} pairs from {len({p.module for p in part}):5,} modules")
-    report.example(min(test_pairs, key=lambda p: abs(len(p.positive) - 200)))  # some five lines
+    report.example(test_pairs)
     train_texts, test_texts = tokenize(train_pairs), tokenize(test_pairs)
 
     report.head("Plan")
@@ -396,9 +396,11 @@ class Report:
             raise li.LoraError(f"the demo found that this does not hold: {what}", way_out="this is a bug in lorainject: please report it")
         self.console.print(f"  [green]ok[/] {what}", soft_wrap=True)
 
-    def example(self, pair: Pair) -> None:
+    def example(self, pairs: Sequence[Pair]) -> None:
+        """The pair that is nearest to five short lines."""
         from rich.syntax import Syntax
 
+        pair = min(pairs, key=lambda p: (max(map(len, p.positive.split("\n"))) > 70, abs(len(p.positive) - 200)))
         self.say(f"for example, from {pair.module}: \u201c{pair.query}\u201d has to find")
         self.console.print(Syntax(indent(pair.positive, "      "), "python", theme="ansi_dark", background_color="default", word_wrap=True))
 

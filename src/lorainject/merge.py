@@ -7,6 +7,7 @@ checksum that the weight is still the one that merge wrote, since putting W0 bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -161,10 +162,11 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
 
 
 def checksum(weight: Tensor) -> Tensor:
-    """A sum of the bit patterns, each times an odd number that grows with its place: int64, one a tile, on the CPU."""
-    bits = weight.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]).flatten()
-    places = torch.arange(1, 2 * TILE, 2, device=bits.device)
-    return torch.stack([(tile * places[: len(tile)]).sum() for tile in bits.split(TILE)]).cpu()
+    """A sum of the weight's bits, in words of 8 bytes, each times an odd number that grows with its place: int64, one a tile."""
+    flat = weight.detach().contiguous().flatten().view(torch.uint8)
+    words = (nn.functional.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 else flat).view(torch.int64)
+    odd = torch.arange(1, 2 * min(TILE, len(words)), 2, device=words.device)
+    return torch.stack([(tile * odd[: len(tile)]).sum() for tile in words.split(TILE)]).cpu()
 
 
 def _delta(factors: Sequence[LowRank], rows: slice, dtype: torch.dtype) -> Tensor:
@@ -185,15 +187,22 @@ def _fold(path: str, host: Host, backup: Tensor, factors: list[LowRank], kept: i
         d = _delta(factors, rows, W_OI.dtype)
         w0 = W0_OI[rows].to(d.dtype)
         W_OI[rows] = w0 + d
-        if not bool((W_OI[rows].isfinite() | ~w0.isfinite()).all()) or not bool(d.isfinite().all()):
-            raise MergeError(f"{path}: W0 + s B A is not finite in {W_OI.dtype}; nothing was merged",
-                             way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
-        got = (W_OI[rows].to(d.dtype) - w0).nan_to_num(0, 0, 0)
-        dot += float((got * d).sum(dtype=torch.float64))
-        square += float((d * d).sum(dtype=torch.float64))
-        lost += float((got - d).square().sum(dtype=torch.float64))
+        got, asked = (W_OI[rows].to(d.dtype) - w0).flatten(), d.flatten()
+        products = _products(got, asked)
+        if not math.isfinite(sum(products)):  # W0 holds infinity or NaN, which is its own business; or the sum does
+            if not bool(d.isfinite().all()) or bool((~W_OI[rows].isfinite() & w0.isfinite()).any()):
+                raise MergeError(f"{path}: W0 + s B A is not finite in {W_OI.dtype}; nothing was merged",
+                                 way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
+            products = _products(torch.where(got.isfinite(), got, asked).double(), asked.double())
+        dot, square, lost = (total + new for total, new in zip((dot, square, lost), products, strict=True))
     return MergedSite(path=path, norm=square**0.5, survival=dot / square if square else 1.0, error=(lost / square) ** 0.5 if square else 0.0,
                       weight_bytes=W_OI.nbytes, journal_bytes=kept)  # fmt: skip
+
+
+def _products(got: Tensor, asked: Tensor) -> tuple[float, float, float]:
+    """<got, asked>, |asked|^2 and |got - asked|^2 of two flat tensors."""
+    lost = got - asked
+    return float(torch.dot(got, asked)), float(torch.dot(asked, asked)), float(torch.dot(lost, lost))
 
 
 def _unfoldable(module: nn.Module, factors: list[LowRank], tied: dict[int, list[str]]) -> str | None:
