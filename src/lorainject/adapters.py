@@ -149,9 +149,11 @@ class Adapters(nn.Module):
         if self.routing.loading is None or self.routing.loading.missing is not missing:
             self.routing.loading = Loading(missing)
         loading = self.routing.loading
-        mine = [f"{prefix}{name}.{factor}" for name in self for factor in "AB"]
-        loading.some |= any(key in state_dict for key in mine)
-        loading.absent += [key for key in mine if key not in state_dict]
+        for keys in ([f"{prefix}{name}.{factor}" for factor in "AB"] for name in self):
+            if any(key in state_dict for key in keys):
+                loading.some = True  # what is missing of these, torch finds itself
+            else:
+                loading.absent += keys
         if loading.some:
             missing += loading.absent
             loading.absent = []

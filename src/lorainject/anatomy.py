@@ -6,6 +6,7 @@ import ast
 import contextlib
 import inspect
 import textwrap
+from collections.abc import Container
 
 import regex
 from torch import nn
@@ -45,25 +46,31 @@ def missed(module: nn.Module) -> str | None:
     return None
 
 
-def read_around(model: nn.Module) -> dict[int, str]:
-    """Layers whose weight their parent reads itself, so that an adapter on them would do nothing, in silence: reason by id.
+def read_around(model: nn.Module, layers: Container[int]) -> dict[int, str]:
+    """Of these layers (by id) the ones whose weight their parent reads itself, so that an adapter would do nothing: the reasons.
 
     torch's encoder layer does so in eval mode. Other parents are found by their source: a method that reads the weight of a
     layer which it does not call. A parent without source is not found.
     """
     found: dict[int, str] = {}
-    sources: dict[type, frozenset[str]] = {}
     for _, parent in walk(model):
         cls = bare(type(parent))
-        if cls not in sources:
-            sources[cls] = frozenset({"linear1", "linear2"}) if issubclass(cls, nn.TransformerEncoderLayer) else _weights_read(cls)
         for name, layer in parent.named_children():
-            if name in sources[cls]:
+            if id(layer) in layers and name in _weights_read(cls):
                 found[id(layer)] = f"{cls.__name__} reads its weight instead of calling it: an adapter would do nothing"
     return found
 
 
+_READ: dict[type, frozenset[str]] = {}  # reading a source takes milliseconds
+
+
 def _weights_read(cls: type[nn.Module]) -> frozenset[str]:
+    if cls not in _READ:
+        _READ[cls] = frozenset({"linear1", "linear2"}) if issubclass(cls, nn.TransformerEncoderLayer) else _by_source(cls)
+    return _READ[cls]
+
+
+def _by_source(cls: type[nn.Module]) -> frozenset[str]:
     if cls.__module__.startswith("torch.nn."):
         return frozenset()
     try:

@@ -20,7 +20,7 @@ from .adapters import adapters_of, names_of, walk, weight_of
 from .anatomy import heads, missed, read_around
 from .errors import SpecError, TargetError
 from .kinds import kind_of, refusal
-from .spec import LoraSpec, Override, Plan, Site, Target
+from .spec import KEYWORDS, LoraSpec, Override, Plan, Site, Target
 
 REGEX_SECONDS = 1.0  # for all names together: patterns also come from files that strangers made
 WRAPPERS = {"DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard"}
@@ -46,55 +46,75 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     """
     spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
-    problems = name_problems(model, name) + wrapped(model)
     everything = candidates(model)
     able = [c for c in everything if kind_of(c.module) is not None]
     matcher = Matcher(heads(model) if "all-linear" in spec.targets else set())
+    problems = name_problems(model, name) + wrapped(model)
+    excluded = _excluded(spec, matcher, everything, problems)
+    chosen = _in_layers(spec, _targeted(spec, matcher, everything, able, excluded, problems), problems)
+    settings = _settings(spec, matcher, chosen, problems)
+    around = read_around(model, {id(c.module) for c in chosen})
+    problems += [f"{c.paths[0]}: {reason}" for c in chosen if (reason := unfit(c.module) or around.get(id(c.module)))]
+    if "all-linear" in spec.targets:
+        problems += [f"{c.paths[0]}: {reason}" for c in everything if id(c.module) not in excluded and (reason := missed(c.module))]
+    if problems:
+        raise TargetError("nothing was injected:", problems, "correct the targets, or leave modules out with exclude=[...]")
+    sites = tuple(
+        site(c, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
+        for c, s in zip(chosen, settings, strict=True)
+    )  # fmt: skip
+    return Plan(sites=sites, total=total(model), left_out=tuple(c.paths[0] for c in able if id(c.module) in matcher.head))
 
+
+def _excluded(spec: LoraSpec, matcher: Matcher, everything: Sequence[Candidate], problems: list[str]) -> set[int]:
     excluded: set[int] = set()
     for entry in spec.exclude:
         matched = matcher(entry, everything)
         excluded |= {id(c.module) for c in matched}
         if not matched:
             problems.append(f"exclude {_show(entry)} matches nothing{_nearest(entry, everything)}")
-    chosen: dict[int, Candidate] = {}
-    for entry in spec.targets:
-        plain = isinstance(entry, str) and entry not in ("all-linear",) and not entry.startswith("re:") and not _is_glob(entry)
-        matched = [c for c in matcher(entry, everything if plain else able) if id(c.module) not in excluded]
-        fit = [c for c in matched if kind_of(c.module) is not None]
-        for c in matched:
-            if kind_of(c.module) is None and (not fit or next(c.module.parameters(recurse=False), None) is not None):
-                problems.append(f"{c.paths[0]} is a {type(c.module).__name__}, which can't carry an adapter{_inside(c, able)}")
-        if not matched and matcher(entry, able):
-            problems.append(f"{_show(entry)}: exclude leaves nothing of it")
-        elif not matched:
-            problems.append(f"{_show(entry)} matches nothing{_nearest(entry, able)}")
-        chosen |= {id(c.module): c for c in fit}
+    return excluded
 
-    in_layers = [c for c in able if id(c.module) in chosen and (spec.layers is None or layer_of(c.paths[0]) in spec.layers)]
-    if spec.layers is not None and chosen:
-        for number in set(spec.layers) - {layer_of(c.paths[0]) for c in in_layers}:
-            there = sorted({n for c in able if id(c.module) in chosen and (n := layer_of(c.paths[0])) is not None})
-            problems.append(f"layers: no target lies in layer {number}{f'; they lie in {there[0]} to {there[-1]}' if there else ''}")
-    settings = {id(c.module): spec for c in in_layers}
-    for override in reversed(spec.overrides):  # reversed, so that the first that matches is the one that stays
-        matched = matcher(override.target, in_layers)
+
+def _targeted(spec: LoraSpec, matcher: Matcher, everything: Sequence[Candidate], able: Sequence[Candidate], excluded: set[int],
+              problems: list[str]) -> list[Candidate]:  # fmt: skip
+    """What the targets name, in the model's order. A pattern passes over what can't carry an adapter; a plain name must not."""
+    chosen: set[int] = set()
+    for entry in spec.targets:
+        among = everything if isinstance(entry, str) and not _is_pattern(entry) else able
+        matched = [c for c in matcher(entry, among) if id(c.module) not in excluded]
+        fit = {id(c.module) for c in matched if kind_of(c.module) is not None}
+        for c in matched:
+            # Beside layers that fit, a container of the same name (BERT's `output`) is no mistake; another layer is.
+            if id(c.module) not in fit and (not fit or next(c.module.parameters(recurse=False), None) is not None):
+                problems.append(f"{c.paths[0]} is a {type(c.module).__name__}, which can't carry an adapter{_inside(c, able)}")
+        if not matched:
+            all_excluded = bool(matcher(entry, among))
+            problems.append(
+                f"{_show(entry)}: exclude leaves nothing of it" if all_excluded else f"{_show(entry)} matches nothing{_nearest(entry, able)}"
+            )
+        chosen |= fit
+    return [c for c in able if id(c.module) in chosen]
+
+
+def _in_layers(spec: LoraSpec, chosen: list[Candidate], problems: list[str]) -> list[Candidate]:
+    if spec.layers is None or not chosen:
+        return chosen
+    there = sorted({n for c in chosen if (n := layer_of(c.paths[0])) is not None})
+    where = f"; they lie in {there[0]} to {there[-1]}" if there else ""
+    problems += [f"layers: no target lies in layer {number}{where}" for number in sorted(set(spec.layers) - set(there))]
+    return [c for c in chosen if layer_of(c.paths[0]) in spec.layers]
+
+
+def _settings(spec: LoraSpec, matcher: Matcher, chosen: Sequence[Candidate], problems: list[str]) -> list[LoraSpec]:
+    """The spec as it holds for each site: the first override that matches decides."""
+    settings = {id(c.module): spec for c in chosen}
+    for override in reversed(spec.overrides):  # the first is laid over the others
+        matched = matcher(override.target, chosen)
         settings |= {id(c.module): spec.with_override(override) for c in matched}
         if not matched:
-            problems.append(f"override {override.target!r} matches none of the targets{_nearest(override.target, in_layers)}")
-    if "all-linear" in spec.targets:
-        problems += [f"{c.paths[0]}: {reason}" for c in everything if id(c.module) not in excluded and (reason := missed(c.module))]
-    around = read_around(model)
-    for c in in_layers:
-        if (reason := unfit(c.module) or around.get(id(c.module))) is not None:
-            problems.append(f"{c.paths[0]}: {reason}")
-    if problems:
-        raise TargetError("nothing was injected:", problems, "correct the targets, or leave modules out with exclude=[...]")
-    sites = tuple(
-        site(c, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
-        for c in in_layers for s in [settings[id(c.module)]]
-    )  # fmt: skip
-    return Plan(sites=sites, total=total(model), left_out=tuple(c.paths[0] for c in able if id(c.module) in matcher.head))
+            problems.append(f"override {override.target!r} matches none of the targets{_nearest(override.target, chosen)}")
+    return [settings[id(c.module)] for c in chosen]
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -186,6 +206,10 @@ class Matcher:
         except TimeoutError:
             raise SpecError(f"re:{pattern} took more than {REGEX_SECONDS:g} s on the names of this model",
                             way_out="simplify it (nested repetition, such as (a+)+, never ends); nothing was changed") from None  # fmt: skip
+
+
+def _is_pattern(entry: str) -> bool:
+    return entry in KEYWORDS or entry.startswith("re:") or _is_glob(entry)
 
 
 def _is_glob(entry: str) -> bool:

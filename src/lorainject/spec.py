@@ -101,10 +101,8 @@ class LoraSpec:
             raise SpecError(f"spec and {given} were both given", way_out="put them into the spec: dataclasses.replace(spec, ...)")
         return spec
 
-    def with_override(self, override: Override | None) -> LoraSpec:
+    def with_override(self, override: Override) -> LoraSpec:
         """This spec as it holds for a site that `override` matches."""
-        if override is None:
-            return self
         return replace(self, r=override.r or self.r, alpha=self.alpha if override.alpha is None else override.alpha, overrides=())
 
 

@@ -74,7 +74,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_path = {p: c for c in candidates(model) for p in c.paths}
-    around = read_around(model)
+    around = read_around(model, {id(c.module) for s in file.sites if (c := by_path.get(s.path))})
     problems: list[str] = []
     sites: list[Site] = []
     taken: dict[int, str] = {}
