@@ -1,8 +1,7 @@
 """The native adapter file, which is a PEFT file that says more: `save`, `load` and `read`.
 
     adapter/adapter_config.json            as PEFT writes it, so that PEFT, transformers and vLLM read it
-    adapter/adapter_model.safetensors      A and B under PEFT's names; in the header, under "lorainject", our record:
-                                           alpha, scaling and dropout by site, a fingerprint of the base, a digest of it all
+    adapter/adapter_model.safetensors      A and B under PEFT's names; in the header, our record (native.py)
     x.safetensors                          the same tensor file alone
 
 Only A and B are written, never a weight of the base. The same adapter gives the same bytes in any process.
@@ -10,8 +9,6 @@ Only A and B are written, never a weight of the base. The same adapter gives the
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,15 +21,14 @@ from ..adapters import Host, adapters_of, mounted, ready, weight_of
 from ..anatomy import read_around
 from ..errors import FileError, StateError
 from ..find import Candidate, candidates, name_problems, site, total, unfit, wrapped
-from ..fingerprint import SAMPLES, agree, sample
+from ..fingerprint import agree, sample
 from ..kinds import is_sharded, kind_of
 from ..lowrank import LowRank
 from ..spec import Plan, Site
 from ..surgery import attach
-from . import container, peft
+from . import container, native, peft
 from .record import AdapterFile, BasePrint, StoredSite
 
-RECORD, VERSION = "lorainject", 1
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -49,15 +45,15 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     aliases = {c.paths[0]: c.paths[1:] for c in candidates(model) if len(c.paths) > 1}
     sites = tuple(_stored(at, host, name, aliases.get(at, ())) for at, host in on.items())
     tensors = peft.tensors(sites)
-    text = _record(name, on, sites, tensors)
-    pieces = list(container.dump(tensors, {"format": "pt", RECORD: text}))
+    init = next(iter(on.values())).adapters[name].init
+    header = {"format": "pt", native.KEY: native.encode(name, init, sites, _base(on), tensors)}
     if path.suffix == ".safetensors":
-        container.write({path: pieces})
+        container.write({path: container.dump(tensors, header)})
         return path
     if path.is_file():
         raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
     config = json.dumps(peft.config(model, sites), indent=2, sort_keys=True) + "\n"
-    container.write({path / TENSORS: pieces, path / CONFIG: [config.encode()]})
+    container.write({path / TENSORS: container.dump(tensors, header), path / CONFIG: [config.encode()]})
     return path
 
 
@@ -74,34 +70,19 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_path = {p: c for c in candidates(model) for p in c.paths}
-    around = read_around(model, {id(c.module) for s in file.sites if (c := by_path.get(s.path))})
     problems: list[str] = []
-    sites: list[Site] = []
-    taken: dict[int, str] = {}
-    for stored in file.sites:
-        candidate = by_path.get(stored.path)
-        problem = _misfit(stored, candidate, by_path, dtype)
-        if candidate is not None and problem is None:
-            problem = around.get(id(candidate.module))
-            if (other := taken.setdefault(id(candidate.module), stored.path)) != stored.path:
-                problem = f"is the same module as {other} in this model, which the file has another adapter for"
-        if problem or candidate is None:
-            problems.append(f"{stored.path}: {problem or 'is not in this model'}")
-        else:
-            paths = (stored.path, *(p for p in candidate.paths if p != stored.path))
-            sites.append(site(Candidate(paths, candidate.module), r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout,
-                              init=file.init, dtype=dtype or stored.dtype))  # fmt: skip
-    expected = {stored.path for stored in file.sites}
+    sites = _fit(file, by_path, read_around(model, {id(by_path[s.path].module) for s in file.sites if s.path in by_path}), dtype, problems)
     if file.format == "peft":
+        expected = {stored.path for stored in file.sites}
         problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_path) if p not in expected]
     problems += [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_path.get(p), tensor))]
-    if not problems and check_base and file.base is not None:
-        others = [s.path for s in sites if not _same_base(by_path[s.path].module, s, file.base)]
-        problems = [f"{at}: another base weight than the one this adapter was made for" for at in others]
-        if problems:
-            raise FileError(f"{file.path} was made for another base model:", problems, "load it onto its own base, or pass check_base=False")
     if problems:
         raise FileError(f"{file.path} does not fit this model; nothing was loaded:", problems, "load it onto the model it was made for")
+    others = [s.path for s in sites if check_base and file.base and not _same_base(by_path[s.path].module, s.path, file.base)]
+    if others:
+        raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
+                        [f"{at}: another base weight than the one this adapter was made for" for at in others],
+                        "load it onto its own base, or pass check_base=False")  # fmt: skip
     factors = {s.path: (s.A, s.B) for s in file.sites}
     return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
 
@@ -119,8 +100,8 @@ def read(path: str | Path) -> AdapterFile:
     config = _config(path / CONFIG) if path.is_dir() and (path / CONFIG).exists() else {}
     tensors, metadata = container.read(tensor_file)
     problems = peft.payload_problems(tensors)
-    if RECORD in metadata:
-        file = _from_record(path, tensors, metadata[RECORD], config, problems)
+    if native.KEY in metadata:
+        file = native.decode(path, tensors, metadata[native.KEY], config, problems)
     elif config:
         try:
             file = peft.record(path, tensors, config, problems)
@@ -132,58 +113,6 @@ def read(path: str | Path) -> AdapterFile:
     if problems or file is None:
         raise FileError(f"{path} can't be used:", problems, "get the file again, or save it anew")
     return file
-
-
-def _record(name: str, on: Mapping[str, Host], sites: tuple[StoredSite, ...], tensors: dict[str, Tensor]) -> str:
-    prints = [_print(host.module) for host in on.values()]
-    known = [p.cpu() for p in prints if p is not None]
-    body: dict[str, Any] = {
-        "version": VERSION,
-        "name": name,
-        "init": next(iter(on.values())).adapters[name].init,
-        "sites": {s.path: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} for s in sites},
-        "base": base64.b64encode(container.raw(torch.cat(known))).decode() if len(known) == len(prints) else "",
-        "base_dtypes": [str(host.weight.dtype).removeprefix("torch.") for host in on.values()],
-    }
-    return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
-
-
-def _from_record(path: Path, tensors: dict[str, Tensor], text: str, config: dict[str, Any], problems: list[str]) -> AdapterFile | None:
-    try:
-        body = json.loads(text)
-        digest = body.pop("digest")
-        if body["version"] != VERSION:
-            problems.append(f"its record is of version {body['version']!r}, this library reads {VERSION}")
-            return None
-        if digest != _digest(body, tensors):
-            problems.append("its digest does not match: bits were changed since it was written")
-            return None
-        sites = []
-        for at, settings in body["sites"].items():
-            stored = peft.site(tensors, at, problems, **settings)
-            sites += [stored] if stored else []
-        blob = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32) if body["base"] else None
-        base = None
-        if blob is not None:
-            base = BasePrint(dtype={s.path: getattr(torch, d) for s, d in zip(sites, body["base_dtypes"], strict=True)},
-                             sample={s.path: v for s, v in zip(sites, blob.split(SAMPLES), strict=True)})  # fmt: skip
-        name, init = body["name"], body["init"]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        problems.append(f"its lorainject record is damaged: {type(e).__name__}: {e}")
-        return None
-    if config:  # the header decides; a config edited by hand must not be passed over in silence
-        problems += [f"{s.path}: {CONFIG} says scale {theirs:g}, the tensor file {s.scale:g}"
-                     for s in sites if abs((theirs := peft.scale_of(config, s.path, s.r)) - s.scale) > 1e-9 * s.scale]  # fmt: skip
-    return AdapterFile(path=path, format="lorainject", sites=tuple(sites), name=name, init=init, base=base, config=config)
-
-
-def _digest(body: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Of the record and of every byte of A and B: a flipped bit anywhere in the file is seen."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-    for key, t in sorted(tensors.items()):
-        digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(container.raw(t))
-    return digest.hexdigest()
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -202,6 +131,17 @@ def _stored(path: str, host: Host, name: str, aliases: tuple[str, ...]) -> Store
                       embedding=kind is not None and kind.name == "embedding")  # fmt: skip
 
 
+def _base(on: Mapping[str, Host]) -> BasePrint | None:
+    """The fingerprint of the base; None if a part of it is not there to be read."""
+    samples = {at: p.cpu() for at, host in on.items() if (p := _print(host.module)) is not None}
+    return BasePrint(dtype={at: host.weight.dtype for at, host in on.items()}, sample=samples) if len(samples) == len(on) else None
+
+
+def _print(module: nn.Module) -> Tensor | None:
+    own = adapters_of(module)
+    return own.folded.sample if own and own.folded else sample(weight_of(module))
+
+
 def _unwritable(host: Host, a: LowRank) -> str | None:
     kind = kind_of(host.module)
     if kind is None or kind.matrix(host.weight).shape != (a.B.shape[0], a.A.shape[1]):
@@ -215,14 +155,30 @@ def _unwritable(host: Host, a: LowRank) -> str | None:
     return None
 
 
-def _print(module: nn.Module) -> Tensor | None:
-    own = adapters_of(module)
-    return own.folded.sample if own and own.folded else sample(weight_of(module))
+def _fit(
+    file: AdapterFile, by_path: Mapping[str, Candidate], around: Mapping[int, str], dtype: torch.dtype | None, problems: list[str]
+) -> list[Site]:
+    """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
+    sites: list[Site] = []
+    taken: dict[int, str] = {}
+    for stored in file.sites:
+        c = by_path.get(stored.path)
+        if c is None:
+            problems.append(f"{stored.path}: is not in this model")
+            continue
+        problem = _misfit(stored, c, by_path, dtype) or around.get(id(c.module))
+        if (other := taken.setdefault(id(c.module), stored.path)) != stored.path:
+            problem = f"is the same module as {other} in this model, which the file has another adapter for"
+        if problem:
+            problems.append(f"{stored.path}: {problem}")
+        else:
+            paths = (stored.path, *(p for p in c.paths if p != stored.path))
+            sites.append(site(Candidate(paths, c.module), r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout,
+                              init=file.init, dtype=dtype or stored.dtype))  # fmt: skip
+    return sites
 
 
-def _misfit(stored: StoredSite, c: Candidate | None, by_path: Mapping[str, Candidate], dtype: torch.dtype | None) -> str | None:
-    if c is None:
-        return None
+def _misfit(stored: StoredSite, c: Candidate, by_path: Mapping[str, Candidate], dtype: torch.dtype | None) -> str | None:
     if (kind := kind_of(c.module)) is None:
         return f"is a {type(c.module).__name__} in this model, which can't carry an adapter"
     if (reason := unfit(c.module)) is not None:
@@ -240,9 +196,9 @@ def _misfit(stored: StoredSite, c: Candidate | None, by_path: Mapping[str, Candi
     return None
 
 
-def _same_base(module: nn.Module, s: Site, base: BasePrint) -> bool:
+def _same_base(module: nn.Module, path: str, base: BasePrint) -> bool:
     mine = _print(module)
-    return mine is None or agree(mine.cpu(), base.sample[s.path], weight_of(module).dtype, base.dtype[s.path])
+    return mine is None or agree(mine.cpu(), base.sample[path], weight_of(module).dtype, base.dtype[path])
 
 
 def _replaces(c: Candidate | None, tensor: Tensor) -> str | None:

@@ -1,0 +1,74 @@
+"""Our record in the header of a tensor file: what PEFT's names and shapes leave open, so that the file says all by itself.
+
+It holds alpha, scaling, dropout and the other paths of a shared module by site, the fingerprint of the base, and a digest of
+all that and of the tensors, by which a flipped bit anywhere is seen.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fingerprint import SAMPLES
+from . import container, peft
+from .record import AdapterFile, BasePrint, StoredSite
+
+KEY, VERSION = "lorainject", 1
+
+
+def encode(name: str, init: str, sites: tuple[StoredSite, ...], base: BasePrint | None, tensors: Mapping[str, Tensor]) -> str:
+    """The record as JSON."""
+    body: dict[str, Any] = {
+        "version": VERSION,
+        "name": name,
+        "init": init,
+        "sites": {s.path: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} for s in sites},
+        "base": base64.b64encode(container.raw(torch.cat(list(base.sample.values())))).decode() if base else "",
+        "base_dtypes": [str(dtype).removeprefix("torch.") for dtype in base.dtype.values()] if base else [],
+    }
+    return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
+
+
+def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[str, Any], problems: list[str]) -> AdapterFile | None:
+    """The file that a record describes; None, and lines in `problems`, if it is damaged."""
+    try:
+        body = json.loads(text)
+        digest = body.pop("digest")
+        if body["version"] != VERSION:
+            problems.append(f"its record is of version {body['version']!r}, this library reads {VERSION}")
+            return None
+        if digest != _digest(body, tensors):
+            problems.append("its digest does not match: bits were changed since it was written")
+            return None
+        sites = [peft.site(tensors, at, problems, **settings) for at, settings in body["sites"].items()]
+        base = None
+        if body["base"]:
+            samples = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32).split(SAMPLES)
+            dtypes = [getattr(torch, name) for name in body["base_dtypes"]]
+            base = BasePrint(dtype=dict(zip(body["sites"], dtypes, strict=True)), sample=dict(zip(body["sites"], samples, strict=True)))
+        name, init = body["name"], body["init"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        problems.append(f"its lorainject record is damaged: {type(e).__name__}: {e}")
+        return None
+    whole = tuple(s for s in sites if s is not None)
+    if config:  # the record decides; a config edited by hand must not be passed over in silence
+        problems += [
+            f"{s.path}: adapter_config.json says scale {theirs:g}, the tensor file {s.scale:g}"
+            for s in whole if abs((theirs := peft.scale_of(config, s.path, s.r)) - s.scale) > 1e-9 * s.scale
+        ]  # fmt: skip
+    return AdapterFile(path=path, format="lorainject", sites=whole, name=name, init=init, base=base, config=config)
+
+
+def _digest(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    for key, t in sorted(tensors.items()):
+        digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(container.raw(t))
+    return digest.hexdigest()
