@@ -128,6 +128,7 @@ WRONG = {
     ),
     "a layer that can't": (["input_layernorm"], {}, r"input_layernorm is a LlamaRMSNorm, which can't carry an adapter"),
     "a glob over such": (["*layernorm"], {}, r"'\*layernorm' matches nothing"),
+    "a regex that matches a part": ([r"re:.*q_pro"], {}, r"'re:\.\*q_pro' matches nothing"),
     "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),
     "exclude that matches nothing": (["q_proj"], {"exclude": ["k_porj"]}, r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'"),
     "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj': exclude leaves nothing of it"),

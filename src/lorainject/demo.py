@@ -11,7 +11,7 @@ every docstring leaves the code, those of inner functions too. The query is the 
 type. A query or a function that occurs again is dropped, or a right answer would count as wrong. Modules and packages are
 whole on one side: neither a file nor its neighbours are in both training and test.
 
-What it is not: a good code search engine. Code is cut at 64 tokens, and training sees two thirds of the pairs, once each.
+What it is not: a good code search engine. Code is cut at 64 tokens, and training sees half of the pairs, once each.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Result:
 
 
 def run(model: str | Path | None = None, data: Path | None = None, out: Path = Path("demo-output"), *, targets: Sequence[str] = ("query", "value"),
-        r: int = 8, alpha: float = 16, lr: float | None = None, steps: int = 36, seed: int = 0, method: str = "lora",
+        r: int = 8, alpha: float = 16, lr: float | None = None, steps: int = 30, seed: int = 0, method: str = "lora",
         device: str = "cpu") -> Result:  # fmt: skip
     """Train, score, save, load, merge, unmerge and export, telling each step. What does not hold ends it with a LoraError.
 

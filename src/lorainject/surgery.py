@@ -133,7 +133,7 @@ def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | No
         A = torch.empty(site.r, site.in_features, dtype=site.dtype, device=device)
         B = torch.empty(site.out_features, site.r, dtype=site.dtype, device=device)
     else:
-        A, B = (t.to(device, site.dtype, copy=True) for t in factors)
+        A, B = (t.to(device, site.dtype) for t in factors)
     adapter = LowRank(
         A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout,
         init=site.init, term=kind.term, padding_idx=getattr(module, "padding_idx", None),
