@@ -8,11 +8,12 @@ In short:
     li.merge(model); li.unmerge(model)                      # W0 + s B A, and back to the bit
 """
 
-from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, TargetError
+from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, TargetError, UnreachedAdapter
 from .files.adapter import load, read, save
 from .files.record import AdapterFile, StoredSite
 from .find import find
 from .merge import MergedSite, MergeReport, deltas, merge, unmerge
+from .probe import Reach, probe
 from .spec import LoraSpec, Override, Plan, Site
 from .surgery import activate, disabled, eject, inject, parameters, rows
 
@@ -29,11 +30,13 @@ __all__ = [
     "MergedSite",
     "Override",
     "Plan",
+    "Reach",
     "Site",
     "SpecError",
     "StateError",
     "StoredSite",
     "TargetError",
+    "UnreachedAdapter",
     "activate",
     "deltas",
     "disabled",
@@ -43,6 +46,7 @@ __all__ = [
     "load",
     "merge",
     "parameters",
+    "probe",
     "read",
     "rows",
     "save",

@@ -5,6 +5,7 @@
     ├── TargetError    targets that match nothing, or modules that can't carry an adapter
     ├── StateError     a verb at the wrong time: merging twice, training while merged, an unknown adapter name
     ├── GraftError     the module is no longer as we left it, so its class can't be changed back
+    ├── UnreachedAdapter   probe found adapters that do nothing
     ├── MergeError     a fold that would lose or spoil a weight: tied, overflowing, changed since
     └── FileError      an adapter file that can't be read, written, or does not fit this model
 
@@ -45,6 +46,10 @@ class StateError(LoraError, RuntimeError):
 
 class GraftError(LoraError, RuntimeError):
     """A module's class can't be changed (back)."""
+
+
+class UnreachedAdapter(LoraError, RuntimeError):
+    """Adapters that a forward and backward do not reach."""
 
 
 class MergeError(LoraError, RuntimeError):
