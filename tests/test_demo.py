@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import lorainject as li
-from lorainject import demo
-from lorainject.demo import Pair
+from lorainject import codesearch, demo
+from lorainject.codesearch import Pair
 
 from models import bert
 
@@ -54,7 +54,7 @@ class Box:
 
 def test_pairs_are_first_paragraph_and_function_without_docstrings_or_its_name():
     """Inner and async functions count; undocumented, tersely documented and bodiless ones don't."""
-    pairs = {p.query: p.positive for p in demo.extract_pairs(SOURCE, "box")}
+    pairs = {p.query: p.positive for p in codesearch.extract_pairs(SOURCE, "box")}
     assert list(pairs) == ["Open the box with a key.", "Turn the key n times.", "Wait until somebody opens it."]
     assert pairs["Turn the key n times."] == "def f(n):\n    return n and f(n - 1)"
     assert pairs["Wait until somebody opens it."] == "async def f(self):\n    await self.opened"
@@ -68,7 +68,7 @@ def test_stdlib_pairs_name_the_package_and_leave_tests_out(tmp_path):
     for name in ("one.py", "pack/__init__.py", "pack/inner.py", "test/two.py", "pack/tests/three.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f'def g():\n    """Do what {name} does."""\n    return "\\d"\n')
-    assert [(p.module, p.query) for p in demo.stdlib_pairs(tmp_path)] == [
+    assert [(p.module, p.query) for p in codesearch.stdlib_pairs(tmp_path)] == [
         ("one", "Do what one.py does."),
         ("pack", "Do what pack/__init__.py does."),
         ("pack", "Do what pack/inner.py does."),
@@ -78,19 +78,19 @@ def test_stdlib_pairs_name_the_package_and_leave_tests_out(tmp_path):
 def test_distinct_keeps_the_first_of_each_query_and_positive():
     """Twice the same query, or the same positive, would make a right answer count as wrong."""
     first, last = Pair("m", "q", "p"), Pair("m", "s", "r")
-    assert demo.distinct([first, Pair("n", "q", "x"), Pair("n", "y", "p"), last, first]) == [first, last]
+    assert codesearch.distinct([first, Pair("n", "q", "x"), Pair("n", "y", "p"), last, first]) == [first, last]
 
 
 def test_split_by_module_is_disjoint_capped_and_repeatable():
     """No module on both sides, no module that fills the pool, the same split for the same seed and another for another."""
     pairs = [Pair(f"m{i % 20}", f"q{i}", f"p{i}") for i in range(200)] + [Pair("big", f"big{i}", f"b{i}") for i in range(100)]
     for seed in range(8):
-        train, held_out = demo.split_by_module(pairs, 31, seed, most=6)
+        train, held_out = codesearch.split_by_module(pairs, 31, seed, most=6)
         assert len(held_out) == 31
         assert not {p.module for p in train} & {p.module for p in held_out}
         assert max([p.module for p in held_out].count(m) for m in {p.module for p in held_out}) == 6
-        assert demo.split_by_module(pairs, 31, seed, most=6) == (train, held_out)
-    assert demo.split_by_module(pairs, 31, 0, most=6) != demo.split_by_module(pairs, 31, 1, most=6)
+        assert codesearch.split_by_module(pairs, 31, seed, most=6) == (train, held_out)
+    assert codesearch.split_by_module(pairs, 31, 0, most=6) != codesearch.split_by_module(pairs, 31, 1, most=6)
 
 
 def test_retrieval_scores_equal_a_brute_force_ranking():
@@ -103,12 +103,12 @@ def test_retrieval_scores_equal_a_brute_force_ranking():
         order = sorted(range(50), key=lambda j: -sum(a * b for a, b in zip(q[i].tolist(), p[j].tolist(), strict=True)))
         ranks.append(1 + order.index(i))
     assert 1 < ranks.count(1) < 50
-    assert demo.retrieval_scores(q, p) == pytest.approx((ranks.count(1) / 50, sum(1 / r for r in ranks) / 50))
+    assert codesearch.retrieval_scores(q, p) == pytest.approx((ranks.count(1) / 50, sum(1 / r for r in ranks) / 50))
 
 
 def test_a_model_that_embeds_all_alike_scores_nothing():
     """Ties count against the right answer."""
-    assert demo.retrieval_scores(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx((0, 1 / 5))
+    assert codesearch.retrieval_scores(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx((0, 1 / 5))
 
 
 def test_info_nce_is_the_cross_entropy_written_out():
@@ -118,15 +118,15 @@ def test_info_nce_is_the_cross_entropy_written_out():
     s = [[math.exp(float(q[i] @ p[j]) / 0.2) for j in range(6)] for i in range(6)]
     rows = sum(-math.log(s[i][i] / sum(s[i])) for i in range(6)) / 6
     columns = sum(-math.log(s[i][i] / sum(s[j][i] for j in range(6))) for i in range(6)) / 6
-    assert demo.info_nce(q, p, 0.2).item() == pytest.approx((rows + columns) / 2, rel=1e-5)
+    assert codesearch.info_nce(q, p, 0.2).item() == pytest.approx((rows + columns) / 2, rel=1e-5)
 
 
 def test_an_embedding_has_length_one_and_ignores_padding_and_company(monkeypatch):
     """Each text alone, and all in batches sorted by length, give the same vectors in the same order."""
     model, texts = bert(), [[2, 5, 7, 3], [2, 9], [2, 5, 7, 8, 9, 11, 3], [4]]
-    monkeypatch.setattr(demo, "BATCH", 3)
-    alone = torch.cat([demo.embed(model, [t]) for t in texts])
-    assert torch.allclose(demo.embed_all(model, (texts[:2], texts[2:])), torch.stack([alone[:2], alone[2:]]), atol=1e-6)
+    monkeypatch.setattr(codesearch, "BATCH", 3)
+    alone = torch.cat([codesearch.embed(model, [t]) for t in texts])
+    assert torch.allclose(codesearch.embed_all(model, (texts[:2], texts[2:])), torch.stack([alone[:2], alone[2:]]), atol=1e-6)
     assert torch.allclose(alone.norm(dim=-1), torch.ones(4))
     assert torch.allclose(alone[1], F.normalize(model(torch.tensor([[2, 9]])).last_hidden_state[0].mean(0), dim=-1), atol=1e-6)
 
@@ -143,12 +143,12 @@ def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path):
     good = json.dumps({"query": "a\u2028b", "positive": "c", "more": 1}, ensure_ascii=False)
     path = tmp_path / "pairs.jsonl"
     path.write_text(f"{good}\n\n{good}\n", encoding="utf-8")
-    assert demo.read_pairs(path) == [Pair("line 1", "a\u2028b", "c"), Pair("line 3", "a\u2028b", "c")]
+    assert codesearch.read_pairs(path) == [Pair("line 1", "a\u2028b", "c"), Pair("line 3", "a\u2028b", "c")]
     path.write_text(
         f'{good}\nnot json\n[1, 2]\n{{"query": "x"}}\n{{"query": " ", "positive": "y"}}\n{{"query": "x", "positive": 3}}\n', encoding="utf-8"
     )
     with pytest.raises(li.FileError, match=r"positive") as e:
-        demo.read_pairs(path)
+        codesearch.read_pairs(path)
     assert [p.split(":")[0] for p in e.value.problems] == ["line 2", "line 3", "line 4", "line 5", "line 6"]
 
 

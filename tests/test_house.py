@@ -15,7 +15,7 @@ import lorainject as li
 SOURCE = Path(li.__file__).parent
 # Each floor may import the floors above it in this list, and nothing below.
 FLOORS = ["errors", "graft", "lowrank", "fingerprint", "spec", "kinds", "adapters", "anatomy", "find", "merge", "surgery", "probe",
-          "files.record", "files.container", "files.peft", "files.native", "files.adapter", "files", "", "demo", "cli"]  # fmt: skip
+          "files.record", "files.container", "files.peft", "files.native", "files.adapter", "files", "", "codesearch", "demo", "cli"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

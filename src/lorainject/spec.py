@@ -179,7 +179,7 @@ class Plan:
             table.append((label, *cells, str(len(sites)), f"{sum(s.trainable for s in sites):,}"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
-        share = f"{self.trainable / self.total:.4%}" if self.total else "n/a"
+        share = f"{100 * self.trainable / self.total:.3g} %" if self.total else "n/a"
         lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}"]
         lines += [f"left out as the output head: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join(line.rstrip() for line in lines)
