@@ -236,6 +236,31 @@ def test_gradient_checkpointing(base):
     assert all(torch.allclose(g, p.grad, rtol=1e-5, atol=1e-6) for g, p in zip(grads, li.parameters(model), strict=True))
 
 
+def test_hugging_faces_trainer(base, tmp_path):
+    """Trainer trains A and B and nothing else, resumes from its checkpoint, and gives the model back as it took it."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in ids(rows=8)]
+    before = state(base)
+    li.inject(base, TARGETS, r=4)
+    frozen = {k: bits(p) for k, p in base.named_parameters() if not p.requires_grad}
+    settings = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [], "use_cpu": True,
+                "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1}  # fmt: skip
+    trainer = Trainer(base, TrainingArguments(**settings, max_steps=4, save_steps=2), train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert {k: bits(p) for k, p in base.named_parameters() if not p.requires_grad} == frozen
+    wanted = [bits(p) for p in li.parameters(base)]
+    again = Trainer(base, TrainingArguments(**settings, max_steps=4), train_dataset=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [bits(p) for p in li.parameters(base)] == wanted
+    li.eject(base.eval())
+    after = state(base)
+    del before[""], after[""]  # Trainer leaves an attribute of its own on the model itself
+    assert after == before
+
+
 def test_hooks_of_users(base):
     """A pre-hook's input reaches the adapter, a forward hook sees the adapted output, a backward hook fires."""
     q = base.model.layers[0].self_attn.q_proj
