@@ -88,7 +88,10 @@ def test_merge(cli, saved):
     ("args", "message"),
     [
         (("find", "nobody/nothing", "-t", "q_proj"), "error: 'nobody/nothing' is neither a directory here nor to be had from the hub"),
-        (("find", "{base}", "-t", "q_porj"), "error: nothing was injected:\n  - 'q_porj' matches nothing (did you mean 'q_proj'"),
+        (
+            ("find", "{base}", "-t", "q_porj"),
+            "error: this can't be injected; nothing was changed:\n  - 'q_porj' matches nothing (did you mean 'q_proj'",
+        ),
         (("merge", "{base}", "{base}", "-o", "{base}/out"), "holds no adapter_model.safetensors"),
     ],
 )

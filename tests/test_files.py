@@ -177,7 +177,7 @@ def test_loading_twice_under_one_name(base, model, tmp_path):
     """The second needs another name; then both are there, and the last is on."""
     path = li.save(model, tmp_path / "a")
     li.load(base, path)
-    with pytest.raises(li.StateError, match=r"already carries an adapter named 'default': eject it, or give another name"):
+    with pytest.raises(li.StateError, match=r"already carries an adapter named 'default': eject it, or pass another name="):
         li.load(base, path)
     li.load(base, path, name="again")
     assert base.model.embed_tokens.lora.routing.active == ("again",)
@@ -399,6 +399,21 @@ def test_shared_and_unshared_modules(tmp_path):
         with pytest.raises(li.FileError, match=message):
             li.load(Pair(not shared), path)
         li.load(Pair(shared), path)
+
+
+def test_what_trains_beside_is_named(base, model, tmp_path):
+    """A head that the user trains is not in the file: save says so, by name."""
+    model.lm_head.weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"lm_head\.weight train too, but save writes A and B alone"):
+        li.save(model, tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore:Detected CUDA")
+def test_saved_through_a_wrapper(base, model, tmp_path):
+    """DataParallel's and torch.compile's names are none of the file's business."""
+    plain = li.save(model, tmp_path / "a.safetensors").read_bytes()
+    for wrapper in (nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))):
+        assert li.save(wrapper, tmp_path / "b.safetensors").read_bytes() == plain
 
 
 def test_a_bare_layer(tmp_path):

@@ -72,6 +72,7 @@ def test_layers_and_exclude(model):
     """layers is by the first number in the path; exclude speaks the language of targets."""
     assert paths(model, ["q_proj"], layers=[1]) == ["model.layers.1.self_attn.q_proj"]
     assert len(paths(model, "all-linear", layers=range(1))) == 7
+    assert paths(model, "all-linear", exclude=["mlp", "layers.0"]) == [f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"]  # with all inside
     assert paths(model, ["?_proj"], exclude=["layers.0.*", "re:.*[kvo]_proj"]) == ["model.layers.1.self_attn.q_proj"]
 
 
@@ -132,7 +133,7 @@ WRONG = {
     "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),
     "exclude that matches nothing": (["q_proj"], {"exclude": ["k_porj"]}, r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'"),
     "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj': exclude leaves nothing of it"),
-    "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target lies in layer 7"),
+    "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target lies in layer 7; they lie in 0 to 1"),
     "an override for nothing": (["q_proj"], {"overrides": {"v_proj": {"r": 2}}}, r"override 'v_proj' matches none of the targets"),
     "a bad adapter name": (["q_proj"], {"name": "../up"}, r"the adapter name '\.\./up' must be 1 to 64 letters"),
     "a dotted adapter name": (["q_proj"], {"name": "a.b"}, r"the adapter name 'a\.b' must be"),
@@ -222,7 +223,7 @@ def test_injecting_twice_under_one_name():
     """The second inject under a name is refused; under another it is fine."""
     model = li.inject(llama(), ["q_proj"])
     before = state(model)
-    with pytest.raises(li.TargetError, match=r"the model already carries an adapter named 'default': eject it, or give another name"):
+    with pytest.raises(li.TargetError, match=r"the model already carries an adapter named 'default': eject it, or pass another name="):
         li.inject(model, ["q_proj"])
     assert state(model) == before
     li.inject(model, ["q_proj"], name="other")
@@ -270,6 +271,16 @@ def test_subclasses_that_keep_forward():
     li.inject(model, ["0"])
     assert isinstance(model[0], Renamed)
     assert type(model[0]).__name__ == "LoraRenamed"
+
+
+def test_what_is_no_model(model):
+    """A name where a model is meant, and a model that PEFT has wrapped, where two adapters would be stacked."""
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(li.TargetError, match=r"the model must be an nn\.Module, not 'llama'"):
+        li.find("llama", ["q_proj"])
+    with pytest.raises(li.TargetError, match=r"the model carries PEFT's adapters, .*: unload\(\) them first"):
+        li.inject(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), ["base_layer"])
 
 
 def test_another_librarys_adapter_is_seen():

@@ -105,6 +105,18 @@ def test_they_read_ours(name, tmp_path):
     assert torch.allclose(run(fresh[1].eval(), X), run(base, X), atol=1e-5)
 
 
+def test_auto_peft_model_finds_ours(base, tmp_path):
+    """AutoPeftModelForCausalLM needs the task's name and the base's place, and finds both."""
+    from peft import AutoPeftModelForCausalLM
+
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base")
+    li.inject(model, ["q_proj"], r=4)
+    randomise(model)
+    path = li.save(model, tmp_path / "a")
+    assert torch.allclose(run(AutoPeftModelForCausalLM.from_pretrained(path).eval(), X), run(model, X), atol=1e-5)
+
+
 def test_they_read_our_embedding(base, tmp_path):
     """An adapted embedding: PEFT reads it, and our file holds no base weight where theirs does."""
     fresh = copy.deepcopy(base)
@@ -185,6 +197,44 @@ def test_half_merged_on_nan(base):
     with pytest.raises(li.MergeError, match="NaN"):
         li.merge(base)
     assert bits(base.model.layers[0].self_attn.q_proj.weight) == before
+
+
+def test_tied_embeddings():
+    """Merging an adapter on a tied embedding: PEFT changes the output head as well; here it is refused."""
+    tied = llama(tie_word_embeddings=True)
+    theirs = peft_model(tied, target_modules=["embed_tokens"])
+    hidden = torch.randn(2, 32)
+    before = theirs.base_model.model.lm_head(hidden)
+    theirs.merge_adapter()
+    assert not torch.allclose(theirs.base_model.model.lm_head(hidden), before)
+    li.inject(tied, ["embed_tokens"], r=4)
+    with pytest.raises(li.MergeError, match="tied to lm_head"):
+        li.merge(tied)
+
+
+def test_another_base_with_the_same_shapes(base, tmp_path):
+    """An adapter of one base on another: PEFT loads it without a word; here the fingerprint refuses it."""
+    li.inject(base, ["q_proj"], r=4)
+    randomise(base)
+    path = li.save(base, tmp_path / "a")
+    torch.manual_seed(1)
+    other = llama()
+    PeftModel.from_pretrained(copy.deepcopy(other), path)
+    with pytest.raises(li.FileError, match="made for another base model"):
+        li.load(other, path)
+
+
+def test_a_merged_layer_and_a_removed_adapter(base):
+    """Merged, PEFT's layer is still a wrapper; unloaded, its base is still frozen. Here class and flags are the original ones."""
+    theirs = peft_model(base, target_modules=["q_proj"])
+    theirs.merge_adapter()
+    assert type(theirs.base_model.model.model.layers[0].self_attn.q_proj) is not nn.Linear
+    theirs.unmerge_adapter()
+    assert not any(p.requires_grad for p in theirs.unload().parameters())
+    li.inject(base, ["q_proj"], r=4)
+    li.merge(base)
+    assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert all(p.requires_grad for p in li.eject(base).parameters())
 
 
 def test_adapter_on_a_smaller_model(base, tmp_path):

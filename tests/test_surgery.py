@@ -49,8 +49,12 @@ def test_the_new_adapter_is_on(two):
     assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
     li.activate(model, "fr")
     assert torch.allclose(run(model, X), wanted["fr"], atol=1e-6)
+    li.activate(model, ["fr"])
+    assert torch.allclose(run(model, X), wanted["fr"], atol=1e-6)
     li.activate(model)
     assert torch.equal(run(model, X), wanted[None])
+    with pytest.raises(li.StateError, match="no adapter is on"):
+        li.parameters(model)
 
 
 def test_adapters_add_up(two):

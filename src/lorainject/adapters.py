@@ -116,7 +116,7 @@ class Adapters(nn.Module):
                 f"rows(...) names {routing.batch} rows, but a module with the adapters {', '.join(map(repr, self))} got an input of shape"
                 f" {tuple(x.shape)}, whose first axis is not for certain these rows",
                 way_out="give one name per row of the batch, pad a batch that is as long as it has rows, and exclude modules"
-                " that see the batch in another layout (pooled, flattened, transposed)",
+                " that see the batch in another layout (pooled, flattened, transposed); with beams name each row num_beams times",
             )
         for name, index in (routing.rows or {}).items():
             if name in self._modules:
@@ -184,10 +184,12 @@ def adapters_of(module: nn.Module) -> Adapters | None:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every path of every module of the base, a shared module under each of its paths; torch.compile's wrapper left out."""
+    """Every path of every module of the base, a shared module under each of its paths; the parts that torch.compile and, on top,
+    DDP add to the paths are left out."""
+    wrapper = "module." if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else ""
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Adapters | LowRank):
-            yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
+            yield ".".join(part for part in path.removeprefix(wrapper).split(".") if part != "_orig_mod"), module
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:

@@ -44,6 +44,8 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     Raises TargetError with every entry that matches nothing (and the nearest names) and every module that can't carry an
     adapter; SpecError for settings that can't be meant.
     """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"the model must be an nn.Module, not {model!r}", way_out="load it first, as with AutoModel.from_pretrained")
     spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
     everything = candidates(model)
@@ -58,7 +60,7 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     if "all-linear" in spec.targets:
         problems += [f"{c.paths[0]}: {reason}" for c in everything if id(c.module) not in excluded and (reason := missed(c.module))]
     if problems:
-        raise TargetError("nothing was injected:", problems, "correct the targets, or leave modules out with exclude=[...]")
+        raise TargetError("this can't be injected; nothing was changed:", problems, "correct these and call again; exclude=[...] leaves modules out")
     sites = tuple(
         site(c, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
         for c, s in zip(chosen, settings, strict=True)
@@ -70,7 +72,7 @@ def _excluded(spec: LoraSpec, matcher: Matcher, everything: Sequence[Candidate],
     excluded: set[int] = set()
     for entry in spec.exclude:
         matched = matcher(entry, everything)
-        excluded |= {id(c.module) for c in matched}
+        excluded |= {id(inner) for c in matched for inner in c.module.modules()}
         if not matched:
             problems.append(f"exclude {_show(entry)} matches nothing{_nearest(entry, everything)}")
     return excluded
@@ -102,7 +104,8 @@ def _in_layers(spec: LoraSpec, chosen: list[Candidate], problems: list[str]) -> 
         return chosen
     there = sorted({n for c in chosen if (n := layer_of(c.paths[0])) is not None})
     where = f"; they lie in {there[0]} to {there[-1]}" if there else ""
-    problems += [f"layers: no target lies in layer {number}{where}" for number in sorted(set(spec.layers) - set(there))]
+    if beyond := sorted(set(spec.layers) - set(there)):
+        problems.append(f"layers: no target lies in layer {', '.join(map(str, beyond))}{where}")
     return [c for c in chosen if layer_of(c.paths[0]) in spec.layers]
 
 
@@ -135,8 +138,9 @@ def unfit(module: nn.Module) -> str | None:
 
 
 def wrapped(model: nn.Module) -> list[str]:
-    """The data-parallel wrappers under which new parameters would silently differ between the ranks."""
-    return [
+    """Whose model this is already: data-parallel wrappers, under which the ranks' new parameters would silently differ, and PEFT."""
+    peft = [path for path, module in walk(model) if type(module).__module__.startswith("peft.")]
+    return ["the model carries PEFT's adapters, on which ours would be stacked: unload() them first"] * bool(peft) + [
         f"{path or 'the model'} is already wrapped by {WRAPPERS[c.__name__]}, under which the ranks' adapters would diverge: inject first, wrap after"
         for path, module in walk(model)
         for c in type(module).__mro__
@@ -149,7 +153,7 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
     if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         return [f"the adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'"]
     if name in names_of(model):
-        return [f"the model already carries an adapter named {name!r}: eject it, or give another name"]
+        return [f"the model already carries an adapter named {name!r}: eject it, or pass another name="]
     return []
 
 
@@ -224,6 +228,8 @@ def _nearest(entry: Target, among: Sequence[Candidate]) -> str:
     """What to add to "matches nothing": (did you mean ...?), by the dotted ends that have as many parts as the entry."""
     if not isinstance(entry, str) or not among:
         return ""
+    if entry.startswith("re:"):
+        return " (a pattern must match a whole path, as re:.*\\.q_proj does)"
     parts = entry.count(".") + 1
     ends = {".".join(path.split(".")[-parts:]) for c in among for path in c.paths if path}
     if near := difflib.get_close_matches(entry, sorted(ends), n=3, cutoff=0.6):

@@ -32,8 +32,8 @@ class Reach:
         return f"{len(self.reached)} sites reached" + (f"; {len(self.idle)} experts got no token" if self.idle else "")
 
 
-def probe(model: nn.Module, **inputs: Any) -> Reach:
-    """Run one forward, as `model(**inputs)` in the mode it is in, and one backward, and see which adapters they reach.
+def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
+    """Run one forward, as `model(*args, **inputs)` in the mode it is in, and one backward, and see which adapters they reach.
 
     Raises UnreachedAdapter with every site whose adapter does nothing, and why; StateError if no adapter is on or they are
     merged. Gradients, random state, buffers, modes and requires_grad flags are afterwards as before.
@@ -44,7 +44,7 @@ def probe(model: nn.Module, **inputs: Any) -> Reach:
     }  # fmt: skip
     if not on:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
-    used, acting = _gradients(model, on, inputs)
+    used, acting = _gradients(model, on, args, inputs)
     unreached = [path for path in on if path not in acting]
     idle = tuple(path for path in unreached if path not in used and "experts" in path.split("."))
     if problems := [f"{path}: {_why(path in used)}" for path in unreached if path not in idle]:
@@ -58,14 +58,14 @@ def _why(used: bool) -> str:
     return "this forward does not use the layer, or the output does not depend on it"
 
 
-def _gradients(model: nn.Module, on: Mapping[str, Host], inputs: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+def _gradients(model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """The paths whose weight has a gradient, and those whose adapter has one (in B, or in A where B is trained)."""
     weights = {path: host.weight for path, host in on.items()}
     factors = {path: [a for n in host.adapters.routing.active if n in host.adapters for a in (host.adapters[n].A, host.adapters[n].B)]
                for path, host in on.items()}  # fmt: skip
     wanted = [t for path in on for t in (weights[path], *factors[path])]
     with _undisturbed(model), _requiring_grad(wanted), torch.enable_grad():
-        outputs = [t for t in _tensors(model(**inputs)) if t.requires_grad]
+        outputs = [t for t in _tensors(model(*args, **inputs)) if t.requires_grad]
         g = torch.Generator().manual_seed(0)
         loss = sum(((t.float() * torch.randn(t.shape, generator=g).to(t.device)).sum() for t in outputs), torch.zeros(()))
         grads = torch.autograd.grad(loss, wanted, allow_unused=True) if outputs else [None] * len(wanted)

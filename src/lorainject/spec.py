@@ -46,7 +46,7 @@ class LoraSpec:
     dropout: float = 0.0
     """Probability of dropping an element of the adapter's input while training; 0 <= p < 1."""
     exclude: tuple[Target, ...] = ()
-    """Entries in the same grammar that are left out."""
+    """Entries in the same grammar that are left out; a container with all that is in it."""
     layers: tuple[int, ...] | None = None
     """Only sites whose path's first number is one of these (model.layers.3.mlp.up_proj is in layer 3); None: all."""
     scaling: str = "standard"

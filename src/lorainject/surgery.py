@@ -91,6 +91,8 @@ def activate(model: nn.Module, *names: str) -> None:
 
     Not between a forward with gradient checkpointing and its backward, which runs the forward once more.
     """
+    if len(names) == 1 and isinstance(names[0], list | tuple):
+        names = tuple(names[0])
     mounted(model, "activate", *names)
     for routing in routings(model):
         routing.active = tuple(dict.fromkeys(names))
@@ -120,9 +122,11 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 
 def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A and B of the adapters that are on, for an optimiser. Raises StateError while merged: they could not train."""
+    """A and B of the adapters that are on, for an optimiser. Raises StateError while merged, or if none is on: nothing would train."""
     on = mounted(model, "train", nested=True, part=True)
     adapters = [host.adapters[name] for host in on.values() for name in host.adapters.routing.active if name in host.adapters]
+    if not adapters:
+        raise StateError("no adapter is on", way_out="activate(model, name) first")
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
 
 

@@ -10,6 +10,7 @@ Only A and B are written, never a weight of the base. The same adapter gives the
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Host, adapters_of, mounted, ready, weight_of
+from ..adapters import Host, adapters_of, mounted, ready, walk, weight_of
 from ..anatomy import read_around
 from ..errors import FileError, StateError
 from ..find import Candidate, candidates, name_problems, site, total, unfit, wrapped
@@ -36,12 +37,18 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
     """Write A and B of one adapter, and nothing of the base; returns where.
 
     A path that ends in .safetensors is one file, any other a PEFT-compatible directory. Works while merged, too. What was
-    there before is replaced whole or, on any error (FileError), left as it was.
+    there before is replaced whole or, on any error (FileError), left as it was. Warns of parameters that train beside A and B
+    (a head, say), since they are not saved.
     """
     path = Path(path)
     on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
-        raise FileError(f"adapter {name!r} was not saved:", problems, "gather or bring back its weights (or mend them) first")
+        raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
+    beside = [f"{at}.{n}" for at, m in walk(model) for n, p in m.named_parameters(recurse=False) if p.requires_grad]
+    if beside:
+        warnings.warn(
+            f"{', '.join(beside[:5])}{', ...' * (len(beside) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
+        )
     aliases = {c.paths[0]: c.paths[1:] for c in candidates(model) if len(c.paths) > 1}
     sites = tuple(_stored(at, host, name, aliases.get(at, ())) for at, host in on.items())
     tensors = peft.tensors(sites)
@@ -111,7 +118,7 @@ def read(path: str | Path) -> AdapterFile:
         raise FileError(f"{path} holds no record of alpha, without which its scale is unknown",
                         way_out=f"give the directory with its {CONFIG}")  # fmt: skip
     if problems or file is None:
-        raise FileError(f"{path} can't be used:", problems, "get the file again, or save it anew")
+        raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
     return file
 
 

@@ -39,7 +39,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise FileError(f"{path} can't be read: {reason}", way_out="check the path and its permissions") from e
+        raise FileError(
+            f"{path} can't be read: {reason}", way_out="check the path and its permissions; a hub's name is not taken: download the adapter first"
+        ) from e
 
 
 def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:

@@ -50,7 +50,7 @@ def config(model: nn.Module, sites: tuple[StoredSite, ...]) -> dict[str, Any]:
     if len(scalings) > 1:
         raise FileError("PEFT's config holds one scaling for all sites, this adapter has both", way_out='save(model, "x.safetensors") holds it')
     return {
-        "peft_type": "LORA", "peft_version": WRITTEN_AS, "task_type": None, "inference_mode": True, "revision": None,
+        "peft_type": "LORA", "peft_version": WRITTEN_AS, "task_type": _task(model), "inference_mode": True, "revision": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "auto_mapping": None, "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": max(s.dropout for s in sites), "bias": "none", "fan_in_fan_out": kinds == {"conv1d"},
@@ -132,6 +132,13 @@ def targeted(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     if isinstance(wanted, str):
         return [path for path in paths if path and _full(wanted, path)]
     return [path for path in paths if path and any(path == w or path.endswith(f".{w}") for w in wanted)]
+
+
+def _task(model: nn.Module) -> str | None:
+    """PEFT's word for what the model does, by which AutoPeftModel finds the class; None where it is not sure."""
+    if type(model).__name__.endswith("ForCausalLM"):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
 
 
 def _target_modules(model: nn.Module, sites: tuple[StoredSite, ...]) -> list[str]:
