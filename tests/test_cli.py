@@ -55,6 +55,7 @@ def test_find_a_405b_model(cli, tmp_path):
     assert len(plan["sites"]) == 7 * 126
     assert plan["trainable"] == 16 * 126 * (2 * (16384 + 16384) + 2 * (16384 + 1024) + 3 * (16384 + 53248))
     assert 405e9 < plan["total"] < 406e9
+    assert len(json.loads(cli("find", tmp_path, "-t", "q_proj", "--layers", "0-3", "--layers", "7", "--json"))["sites"]) == 5
     text = cli("find", tmp_path, "-t", "q_proj", "-t", "v_proj")
     assert "model.layers.*.self_attn.q_proj" in text
     assert "252 sites" in text
@@ -92,6 +93,7 @@ def test_merge(cli, saved):
             ("find", "{base}", "-t", "q_porj"),
             "error: this can't be injected; nothing was changed:\n  - 'q_porj' matches nothing (did you mean 'q_proj'",
         ),
+        (("find", "{base}", "-t", "q_proj", "--layers", "few"), "error: --layers few: neither a number nor a range"),
         (("merge", "{base}", "{base}", "-o", "{base}/out"), "holds no adapter_model.safetensors"),
     ],
 )

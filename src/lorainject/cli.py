@@ -47,7 +47,7 @@ def find(
     r: Annotated[int, typer.Option("-r", help="Rank.")] = 8,
     alpha: Annotated[float | None, typer.Option(help="None means alpha = r.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="One entry; repeat for more.")] = None,
-    layers: Annotated[list[int] | None, typer.Option(help="One layer number; repeat for more.")] = None,
+    layers: Annotated[list[str] | None, typer.Option(help="One layer number, or a range such as 0-3; repeat for more.")] = None,
     scaling: Annotated[str, typer.Option(help="standard or rslora.")] = "standard",
     as_json: Json = False,
 ) -> None:
@@ -56,7 +56,7 @@ def find(
 
     with torch.device("meta"):
         base = _model_class(config := _config(model))(config)
-    plan = li.find(base, targets, r, alpha=alpha, exclude=exclude or (), layers=layers, scaling=scaling)
+    plan = li.find(base, targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling)
     if as_json:
         sites = [asdict(s) | {"dtype": str(s.dtype), "scale": s.scale, "trainable": s.trainable} for s in plan]
         print(json.dumps({"trainable": plan.trainable, "total": plan.total, "bytes": plan.bytes, "sites": sites}))
@@ -132,6 +132,17 @@ def demo(
 
     given: dict[str, Any] = {"targets": targets, "r": r, "steps": steps}
     run(model=model, data=data, out=out, method=method, seed=seed, **{k: v for k, v in given.items() if v is not None})
+
+
+def _layers(entries: list[str] | None) -> list[int] | None:
+    """["0-2", "5"] -> [0, 1, 2, 5]."""
+    if entries is None:
+        return None
+    try:
+        ends = [entry.partition("-")[::2] for entry in entries]
+        return [number for first, last in ends for number in range(int(first), int(last or first) + 1)]
+    except ValueError:
+        raise li.SpecError(f"--layers {' '.join(entries)}: neither a number nor a range", way_out="write --layers 3 or --layers 0-3") from None
 
 
 def _config(model: str) -> Any:
