@@ -148,7 +148,8 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(path, weight, s B A) for every site of an adapter (None: of all that are on, summed), both as the weight is stored.
+    """(path, weight, s B A) for every site of an adapter (None: of all that are on, summed), both in the layout of the weight,
+    which is W0, or while merged W0 + s B A.
 
     The delta is formed in float32 (float64 for float64 weights), one site at a time.
     """
