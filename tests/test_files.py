@@ -356,6 +356,17 @@ else:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "m.pt"]
 
 
+def test_a_reader_during_a_save_sees_one_whole_file(model, tmp_path):
+    """The new file takes the old one's place by a rename: who has the old one open reads it to its end."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    old = path.read_bytes()
+    with open(path, "rb") as reader:
+        randomise(model, seed=3)
+        li.save(model, path)
+        assert reader.read() == old
+    assert path.read_bytes() != old
+
+
 def test_names_in_the_header(model, tmp_path):
     """The safetensors package reads what our own writer wrote, in alphabetical order and aligned to 8 bytes."""
     path = li.save(model, tmp_path / "a.safetensors")
