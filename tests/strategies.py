@@ -22,8 +22,10 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def output(self, model: nn.Module | None = None) -> Tensor:
+        model = self.model if model is None else model
+        x = self.x.to(next(model.parameters()).dtype) if self.x.is_floating_point() else self.x
         with torch.no_grad():
-            return (self.model if model is None else model)(self.x)
+            return model(x)
 
 
 def _layer(kind: str, d: int, out: int) -> nn.Module:

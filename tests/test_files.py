@@ -294,6 +294,15 @@ def test_all_that_is_wrong_at_once(base, model, tmp_path):
     assert len(e.value.problems) == 4
 
 
+def test_a_config_spoilt_beside_our_own_file(base, model, tmp_path):
+    """A config of the wrong types beside a file with our record is our error too, not Python's."""
+    path = li.save(model, tmp_path / "a")
+    config = path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": "much"'))
+    with pytest.raises(li.FileError, match="is not a config as PEFT writes it"):
+        li.load(base, path)
+
+
 def test_a_config_edited_by_hand_is_not_passed_over(base, model, tmp_path):
     """The header and adapter_config.json must say the same scale."""
     path = li.save(model, tmp_path / "a")

@@ -47,7 +47,7 @@ def agree(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance)
 
 
-def law_1_and_2_and_3(case: Case) -> None:
+def check_laws_1_2_3(case: Case) -> None:
     """Right after inject the output is the base's, the base's keys are all kept; eject gives everything back."""
     before, keys, y = state(case.model), list(case.model.state_dict()), case.output()
     same = li.inject(case.model, **case.settings)
@@ -68,13 +68,14 @@ def _output_is_the_bases(container: nn.Module, args: tuple[Tensor, ...], output:
     assert torch.equal(args[1], output)
 
 
-def law_5_6_7_10(case: Case) -> None:
+def check_laws_5_6_7_10(case: Case) -> None:
     """Merged: round(W0 + s B A), original classes, the unmerged output within rounding; unmerged: W0 to the bit."""
     li.inject(case.model, **case.settings)
     randomise(case.model, std=0.3)
     case.model.eval()
     pristine = {path: host.weight.detach().clone() for path, host in hosts(case.model).items()}
     before, y = state(case.model), case.output()
+    exact = case.output(copy.deepcopy(case.model).float())
     wanted = {path: (w.double() + d.double()).to(w.dtype) for path, w, d in li.deltas(case.model)}
     report = li.merge(case.model)
     for path, w in wanted.items():
@@ -84,15 +85,16 @@ def law_5_6_7_10(case: Case) -> None:
         # The exact sum rounded once; a float32 sum can fall on the other side of a tie between two neighbours.
         assert torch.allclose(m.weight.float(), w.float(), rtol=torch.finfo(w.dtype).eps, atol=1e-7)
         assert w.dtype is torch.float32 or off < 0.02 or m.weight.numel() < 60
-    if y.dtype is torch.float32:
-        assert agree(case.output(), y)
+    # Either way rounding takes its toll, in half precision on T5 a heavy one: merging must not add to it.
+    toll, merged = float((y.float() - exact).abs().max()), float((case.output().float() - exact).abs().max())
+    assert merged <= max(4 * toll, ROUNDING[y.dtype] * max(1.0, float(exact.abs().max())))
     assert report.weight_bytes == sum(w.nbytes for w in pristine.values())
     li.unmerge(case.model)
     assert state(case.model) == before
     assert torch.equal(case.output(), y)
 
 
-def law_8(case: Case, folder: Path) -> None:
+def check_law_8(case: Case, folder: Path) -> None:
     """load(save(m)) is exact, and a second save writes the same bytes."""
     fresh = copy.deepcopy(case.model)
     li.inject(case.model, **case.settings)
@@ -112,26 +114,26 @@ def law_8(case: Case, folder: Path) -> None:
 @given(cases())
 def test_inject_and_eject_on_trees(case):
     """Laws 1, 2, 3 on random trees."""
-    law_1_and_2_and_3(case)
+    check_laws_1_2_3(case)
 
 
 @real
 def test_inject_and_eject_on_architectures(name, dtype):
     """Laws 1, 2, 3 on real architectures."""
-    law_1_and_2_and_3(real_case(name, dtype))
+    check_laws_1_2_3(real_case(name, dtype))
 
 
 @laws
 @given(cases())
 def test_merge_on_trees(case):
     """Laws 5, 6, 7, 10 on random trees."""
-    law_5_6_7_10(case)
+    check_laws_5_6_7_10(case)
 
 
 @real
 def test_merge_on_architectures(name, dtype):
     """Laws 5, 6, 7, 10 on real architectures."""
-    law_5_6_7_10(real_case(name, dtype))
+    check_laws_5_6_7_10(real_case(name, dtype))
 
 
 @laws
@@ -139,13 +141,13 @@ def test_merge_on_architectures(name, dtype):
 def test_files_on_trees(case):
     """Law 8 on random trees."""
     with tempfile.TemporaryDirectory() as folder:
-        law_8(case, Path(folder))
+        check_law_8(case, Path(folder))
 
 
 @real
 def test_files_on_architectures(name, dtype, tmp_path):
     """Law 8 on real architectures."""
-    law_8(real_case(name, dtype), tmp_path)
+    check_law_8(real_case(name, dtype), tmp_path)
 
 
 @laws

@@ -383,6 +383,14 @@ def test_data_parallel_wrappers(base, wanted):
     with pytest.raises(li.TargetError, match=r"wrapped by fully_shard.*\n(.*\n)*.*q_proj: its weight is already sharded"):
         li.inject(sharded, ["q_proj"])
 
+    model = adapted(copy.deepcopy(base))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(li.MergeError, match=r"layers\.0\.self_attn\.q_proj: its weight is sharded"):
+        li.merge(model)
+    with pytest.raises(li.GraftError, match=r"q_proj: its A and B are sharded"):
+        li.eject(model)
+
     model = adapted(base)
     q = model.model.layers[0].self_attn.q_proj
     fully_shard(q, mesh=mesh)

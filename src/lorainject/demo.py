@@ -215,6 +215,7 @@ class Report:
         self.console.print(Syntax(indent(pair.positive, "      "), "python", theme="ansi_dark", background_color="default", word_wrap=True))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table whose first column is text, and the others figures."""
         from rich import box
         from rich.table import Table
 

@@ -8,7 +8,7 @@ checksum that the weight is still the one that merge wrote, since putting W0 bac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,16 +108,14 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
                 host.adapters.folded = Folded(backup=backup if reversible else None, checksum=checksum(host.weight), sample=first)
         for host in on.values():
             change_class(host.module, bare(type(host.module)))
-        for routing in routings(model):
-            routing.merged = chosen
-        for host in on.values():
-            host.adapters.mark()
+        _set_merged(on, chosen)
     except BaseException:
         for path, host in on.items():
             if path in backups:
                 host.weight.copy_(backups[path])
             host.adapters.folded = None
             change_class(host.module, grafted(LoraForward, bare(type(host.module))))
+        _set_merged(on, ())
         raise
     return MergeReport(names=chosen, sites=tuple(report))
 
@@ -140,11 +138,15 @@ def unmerge(model: nn.Module) -> nn.Module:
             host.weight.copy_(host.adapters.folded.backup)
             host.adapters.folded = None
         change_class(host.module, grafted(LoraForward, bare(type(host.module))))
-    for routing in routings(model):
-        routing.merged = ()
+    _set_merged(on, ())
+    return model
+
+
+def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
+    for host in on.values():
+        host.adapters.routing.merged = names
     for host in on.values():
         host.adapters.mark()
-    return model
 
 
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -249,7 +251,7 @@ def _tied(model: nn.Module) -> dict[int, list[str]]:
     spans: dict[int, list[tuple[int, int, int, str]]] = {}
     for path, module in walk(model):
         for name, t in (module._parameters | module._buffers).items():
-            if t is not None and not t.is_meta and t.numel():
+            if t is not None and not is_sharded(t) and not t.is_meta and t.numel():
                 extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
                 spans.setdefault(t.untyped_storage().data_ptr(), []).append(
                     (t.data_ptr(), t.data_ptr() + extent * t.itemsize, id(module), f"{path}.{name}")

@@ -87,7 +87,9 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Switch on exactly these adapters (their terms add up); none: the base alone. Raises StateError for unknown names.
+    """Switch on exactly these adapters (their terms add up); none: the base alone. One list of names is taken too.
+
+    Raises StateError for unknown names.
 
     Not between a forward with gradient checkpointing and its backward, which runs the forward once more.
     """

@@ -107,16 +107,16 @@ def read(path: str | Path) -> AdapterFile:
     config = _config(path / CONFIG) if path.is_dir() and (path / CONFIG).exists() else {}
     tensors, metadata = container.read(tensor_file)
     problems = peft.payload_problems(tensors)
-    if native.KEY in metadata:
-        file = native.decode(path, tensors, metadata[native.KEY], config, problems)
-    elif config:
-        try:
-            file = peft.record(path, tensors, config, problems)
-        except (TypeError, ValueError, AttributeError) as e:
-            raise FileError(f"{path / CONFIG} is not a config as PEFT writes it: {e}", way_out="get the file again, or save the adapter anew") from e
-    else:
+    if native.KEY not in metadata and not config:
         raise FileError(f"{path} holds no record of alpha, without which its scale is unknown",
                         way_out=f"give the directory with its {CONFIG}")  # fmt: skip
+    try:
+        if native.KEY in metadata:
+            file = native.decode(path, tensors, metadata[native.KEY], config, problems)
+        else:
+            file = peft.record(path, tensors, config, problems)
+    except (TypeError, ValueError, AttributeError) as e:
+        raise FileError(f"{path / CONFIG} is not a config as PEFT writes it: {e}", way_out="get the file again, or save the adapter anew") from e
     if problems or file is None:
         raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
     return file

@@ -45,7 +45,8 @@ def tensors(sites: Iterable[StoredSite]) -> dict[str, Tensor]:
 def config(model: nn.Module, sites: tuple[StoredSite, ...]) -> dict[str, Any]:
     """adapter_config.json: the commonest r, alpha and dropout, and the exceptions as patterns on exact paths."""
     r, alpha = Counter((s.r, s.alpha) for s in sites).most_common(1)[0][0]
-    kinds = {k.name for path, m in walk(model) if path in {s.path for s in sites} and (k := kind_of(m))}
+    paths = {s.path for s in sites}
+    kinds = {k.name for path, m in walk(model) if path in paths and (k := kind_of(m))}
     scalings = {s.scaling for s in sites}
     if len(scalings) > 1:
         raise FileError("PEFT's config holds one scaling for all sites, this adapter has both", way_out='save(model, "x.safetensors") holds it')
