@@ -201,7 +201,7 @@ def test_a_thousand_cycles(dtype):
 
 
 @laws
-@given(cases(), st.sampled_from(["change_class", "_freeze", "grafted"]), st.integers(0, 3))
+@given(cases(), st.sampled_from(["mount", "_freeze", "_low_rank"]), st.integers(0, 3))
 def test_interrupted_inject(case, where, when):
     """Law 4: an interrupt in the middle of inject leaves no trace."""
     before = state(case.model)
@@ -214,7 +214,7 @@ def test_interrupted_inject(case, where, when):
 
 
 @laws
-@given(cases(), st.sampled_from(["change_class", "_fold", "checksum"]), st.integers(0, 3))
+@given(cases(), st.sampled_from(["set_grafts", "_fold", "checksum"]), st.integers(0, 3))
 def test_interrupted_merge(case, where, when):
     """Law 4: an interrupt in the middle of merge leaves the model unmerged, and usable."""
     li.inject(case.model, **case.settings)

@@ -307,7 +307,7 @@ def test_an_interrupted_unmerge_can_be_finished(model, monkeypatch):
     """Law 4 for unmerge: after an interrupt the next call completes it, to the bit."""
     before = state(model)
     li.merge(model)
-    module, calls = sys.modules["lorainject.merge"], iter(range(100))
+    module, calls = sys.modules["lorainject.readers"], iter(range(100))
     original = module.change_class
 
     def bomb(*args):

@@ -386,7 +386,7 @@ def test_data_parallel_wrappers(base, wanted):
     model = adapted(copy.deepcopy(base))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    with pytest.raises(li.MergeError, match=r"layers\.0\.self_attn\.q_proj: its weight is sharded"):
+    with pytest.raises(li.MergeError, match=r"layers\.\*\.self_attn\.q_proj: its weight is sharded"):
         li.merge(model)
     with pytest.raises(li.GraftError, match=r"q_proj: its A and B are sharded"):
         li.eject(model)

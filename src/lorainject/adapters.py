@@ -1,13 +1,14 @@
-"""The adapters that sit on one module, and which of them are on.
+"""The adapters that sit on one weight, and which of them are on.
 
-Every grafted module has one child, `lora`: an `Adapters`, which holds a LowRank for each adapter name. Which names are on
-is not the module's business: all modules of a model share one `Routing`, so switching is one assignment however many
-adapters and layers there are.
+A grafted module has a child for each weight of its that carries adapters (`lora` for `weight`, `lora_down_proj` for `down_proj`,
+`lora[q]` for a slice): an `Adapters`, which holds a LowRank for each adapter name. Which names are on is not the module's business:
+all modules of a model share one `Routing`, so switching is one assignment however many adapters and layers there are.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateError
-from .lowrank import LowRank
+from .graft import Graft
+from .kinds import Kind, shape_of
+from .lowrank import LowRank, add
+from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
 
@@ -74,12 +78,25 @@ class Folded:
 
 
 class Adapters(nn.Module):
-    """All adapters of one module, by name; `forward(x, y)` adds the terms of those that are on to the base's output y."""
+    """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, read: bool = False) -> None:
         super().__init__()
-        self.routing = routing
+        self.routing, self.kind, self.parameter, self.label, self.read = routing, kind, parameter, label, read
         self.folded: Folded | None = None
+        self.fallbacks: Counter[str] = Counter()
+        self.readers = 0
+
+    parameter: str
+    """The name of the weight in its module."""
+    label: str
+    """Which slice of a fused weight ("q", "0:768"); empty for the whole."""
+    read: bool
+    """Whether the weight is read by somebody's own code (the weight graft), or applied by calling its module (the forward graft)."""
+    fallbacks: Counter[str]
+    """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
+    readers: int
+    """How many forwards that read this weight are running."""
 
     def __getitem__(self, name: str) -> LowRank:
         return cast(LowRank, self._modules[name])
@@ -96,12 +113,17 @@ class Adapters(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
 
+    @property
+    def on(self) -> list[LowRank]:
+        """Those of the active adapters that this weight has."""
+        return [self[name] for name in self.routing.active if name in self._modules]
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.routing.rows is not None:
             return self._by_rows(x, y)
         for name in self.routing.active:
             if name in self._modules:
-                y = self[name](x, y)
+                y = self[name](add, y, self.kind.term, x)
         return y
 
     def _by_rows(self, x: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +143,7 @@ class Adapters(nn.Module):
         for name, index in (routing.rows or {}).items():
             if name in self._modules:
                 index = index.to(x.device)
-                y = y.index_copy(0, index, self[name](x[index], y[index]))
+                y = y.index_copy(0, index, self[name](add, y[index], self.kind.term, x[index]))
         return y
 
     def mark(self) -> None:
@@ -165,21 +187,57 @@ class Adapters(nn.Module):
         return super().state_dict(*args, **kwargs)
 
 
+class LoraForward(Graft):
+    """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
+        y = type(self).base.forward(self, *args, **kwargs)
+        for child in self._modules.values():
+            if isinstance(child, Adapters):
+                y = child(x, y)
+        return y
+
+
 class Host(NamedTuple):
-    """A module of the base that carries adapters."""
+    """A weight of the base, or a slice of one, that carries adapters."""
 
     module: nn.Module
     adapters: Adapters
 
     @property
     def weight(self) -> Tensor:
-        """The module's weight as stored."""
-        return weight_of(self.module)
+        """The whole weight as stored."""
+        weight = self.module._parameters[self.adapters.parameter]
+        assert weight is not None
+        return weight
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Which weight: the module's id and the parameter's name. Slices of one weight share it."""
+        return id(self.module), self.adapters.parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole weight as stored, or as it was before it was quantised."""
+        return shape_of(self.module, self.adapters.parameter)
 
 
-def adapters_of(module: nn.Module) -> Adapters | None:
-    """The adapters on this module; None if there are none."""
-    child = getattr(module, "lora", None)
+def misfit(host: Host, adapter: LowRank) -> bool:
+    """Whether A and B were made for another shape than the weight has now (resize_token_embeddings)."""
+    stack, out, in_ = host.adapters.kind.sizes(host.shape)
+    rows = out if adapter.rows is None else len(adapter.rows)
+    return adapter.out != out or (adapter.A.shape, adapter.B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))
+
+
+def child_name(parameter: str, label: str) -> str:
+    """What the Adapters of a weight is called among its module's children."""
+    return "lora" + (f"_{parameter}" if parameter != "weight" else "") + (f"[{label}]" if label else "")
+
+
+def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -> Adapters | None:
+    """The adapters on this weight of the module; None if there are none."""
+    child = module._modules.get(child_name(parameter, label))
     return child if isinstance(child, Adapters) else None
 
 
@@ -193,11 +251,12 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:
-    """The modules that carry adapters, each once, by the first of its paths; none, if there are none."""
+    """The weights that carry adapters, each once, by the first of its names; none, if there are none."""
     found: dict[int, tuple[str, Host]] = {}
     for path, module in walk(model):
-        if (adapters := adapters_of(module)) is not None:
-            found.setdefault(id(module), (path, Host(module, adapters)))
+        for child in module._modules.values():
+            if isinstance(child, Adapters):
+                found.setdefault(id(child), (site_name(path, child.parameter, child.label), Host(module, child)))
     return dict(found.values())
 
 
@@ -247,15 +306,9 @@ def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[s
     return found
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The module's weight as stored, which for a known kind is a tensor."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def placement(module: nn.Module) -> torch.device:
-    """The device on which the module computes: its weight's, or the one that accelerate brings an offloaded weight to."""
-    device = weight_of(module).device
+def placement(module: nn.Module, parameter: str) -> torch.device:
+    """The device on which the weight is used: its own, or the one that accelerate brings an offloaded weight to."""
+    weight = module._parameters[parameter]
+    assert weight is not None
     execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return torch.device(execution) if device.type == "meta" and execution is not None else device
+    return torch.device(execution) if weight.is_meta and execution is not None else weight.device

@@ -14,6 +14,8 @@ An error lists *all* that is wrong, ends with the next step, and leaves the mode
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -24,9 +26,12 @@ class LoraError(Exception):
 
     def __init__(self, what: str, problems: Iterable[str] = (), way_out: str = "") -> None:
         self.problems = tuple(problems)
-        lines = [what, *(f"  - {problem}" for problem in self.problems[: self.LISTED])]
-        if len(self.problems) > self.LISTED:
-            lines.append(f"  - ... and {len(self.problems) - self.LISTED} more (see .problems)")
+        alike = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem) for problem in self.problems)  # one line for all layers
+        single = {re.sub(r"(?<=\.)\d+(?=\.)", "*", problem): problem for problem in self.problems}
+        shown = [f"  - {starred} ({n} times)" if n > 1 else f"  - {single[starred]}" for starred, n in alike.items()]
+        lines = [what, *shown[: self.LISTED]]
+        if len(shown) > self.LISTED:
+            lines.append(f"  - ... and {len(shown) - self.LISTED} more (see .problems)")
         if way_out:
             lines.append(f"=> {way_out}")
         super().__init__("\n".join(lines))

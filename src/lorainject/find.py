@@ -10,28 +10,36 @@ import difflib
 import fnmatch
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import regex
 import torch
 from torch import nn
 
-from .adapters import adapters_of, names_of, walk, weight_of
-from .anatomy import heads, missed, read_around
+from .adapters import adapters_of, child_name, names_of, walk
+from .anatomy import Weight, heads, towers, weights
 from .errors import SpecError, TargetError
-from .kinds import kind_of, refusal
+from .graft import objection
+from .kinds import is_quantised, kind_of, refusal, shape_of
+from .layouts import parts
+from .roles import PART_ROLES, ROLES, role_names
 from .spec import KEYWORDS, LoraSpec, Override, Plan, Site, Target
 
 REGEX_SECONDS = 1.0  # for all names together: patterns also come from files that strangers made
 WRAPPERS = {"DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard"}
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A module of the model under all of its paths."""
+class Pick(NamedTuple):
+    """A weight, or some of its rows."""
 
-    paths: tuple[str, ...]
-    module: nn.Module
+    weight: Weight
+    label: str = ""
+    rows: tuple[range, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.weight.names[0] + (f"[{self.label}]" if self.label else "")
 
 
 def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
@@ -41,100 +49,112 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
          spec: LoraSpec | None = None) -> Plan:  # fmt: skip
     """What `inject` with these arguments (documented at LoraSpec) would do to `model`: print it as a table.
 
-    Raises TargetError with every entry that matches nothing (and the nearest names) and every module that can't carry an
+    Raises TargetError with every entry that matches nothing (and the nearest names) and every weight that can't carry an
     adapter; SpecError for settings that can't be meant.
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"the model must be an nn.Module, not {model!r}", way_out="load it first, as with AutoModel.from_pretrained")
     spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
-    everything = candidates(model)
-    able = [c for c in everything if kind_of(c.module) is not None]
-    matcher = Matcher(heads(model) if "all-linear" in spec.targets else set())
+    matcher = Matcher(model)
     problems = name_problems(model, name) + wrapped(model)
-    excluded = _excluded(spec, matcher, everything, problems)
-    chosen = _in_layers(spec, _targeted(spec, matcher, everything, able, excluded, problems), problems)
+    excluded = _excluded(spec, matcher, problems)
+    chosen = _in_layers(spec, _targeted(spec, matcher, excluded, problems), problems)
     settings = _settings(spec, matcher, chosen, problems)
-    around = read_around(model, {id(c.module) for c in chosen})
-    problems += [f"{c.paths[0]}: {reason}" for c in chosen if (reason := unfit(c.module) or around.get(id(c.module)))]
-    if "all-linear" in spec.targets:
-        problems += [f"{c.paths[0]}: {reason}" for c in everything if id(c.module) not in excluded and (reason := missed(c.module))]
+    problems += _overlaps(chosen)
+    problems += [f"{p.name}: {reason}" for p in chosen if (reason := unfit(p.weight, p.label))]
     if problems:
         raise TargetError("this can't be injected; nothing was changed:", problems, "correct these and call again; exclude=[...] leaves modules out")
+    readers = matcher.paths
     sites = tuple(
-        site(c, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
-        for c, s in zip(chosen, settings, strict=True)
+        site(p, readers, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
+        for p, s in zip(chosen, settings, strict=True)
     )  # fmt: skip
-    return Plan(sites=sites, total=total(model), left_out=tuple(c.paths[0] for c in able if id(c.module) in matcher.head))
+    taken = {p.weight.key for p in chosen}
+    left_out = tuple(w.names[0] for w in matcher.aside if w.key not in taken)
+    return Plan(sites=sites, total=total(model), left_out=left_out if matcher.all_linear else (), towers=towers(model))
 
 
-def _excluded(spec: LoraSpec, matcher: Matcher, everything: Sequence[Candidate], problems: list[str]) -> set[int]:
-    excluded: set[int] = set()
+def _excluded(spec: LoraSpec, matcher: Matcher, problems: list[str]) -> set[tuple[int, str]]:
+    excluded: set[tuple[int, str]] = set()
     for entry in spec.exclude:
-        matched = matcher(entry, everything)
-        excluded |= {id(inner) for c in matched for inner in c.module.modules()}
-        if not matched:
-            problems.append(f"exclude {_show(entry)} matches nothing{_nearest(entry, everything)}")
+        if isinstance(entry, str) and _sliced(entry)[1]:
+            problems.append(f"exclude {entry!r}: a slice can't be left out; name the slices that are wanted in targets")
+            continue
+        inside = {id(inner) for module in matcher.modules(entry) for inner in module.modules()}
+        matched = {p.weight.key for p in matcher(entry, problems)} | {w.key for w in matcher.weights if id(w.module) in inside}
+        excluded |= matched
+        if not matched and not inside:
+            problems.append(f"exclude {_show(entry)} matches nothing{matcher.nearest(entry)}")
     return excluded
 
 
-def _targeted(spec: LoraSpec, matcher: Matcher, everything: Sequence[Candidate], able: Sequence[Candidate], excluded: set[int],
-              problems: list[str]) -> list[Candidate]:  # fmt: skip
+def _targeted(spec: LoraSpec, matcher: Matcher, excluded: set[tuple[int, str]], problems: list[str]) -> list[Pick]:
     """What the targets name, in the model's order. A pattern passes over what can't carry an adapter; a plain name must not."""
-    chosen: set[int] = set()
+    chosen: dict[tuple[tuple[int, str], str], Pick] = {}
     for entry in spec.targets:
-        among = everything if isinstance(entry, str) and not _is_pattern(entry) else able
-        matched = [c for c in matcher(entry, among) if id(c.module) not in excluded]
-        fit = {id(c.module) for c in matched if kind_of(c.module) is not None}
-        for c in matched:
+        wrong = len(problems)
+        matched = matcher(entry, problems)
+        kept = [p for p in matched if p.weight.key not in excluded]
+        if isinstance(entry, str) and not _is_pattern(entry) and not matcher.is_role(entry):
             # Beside layers that fit, a container of the same name (BERT's `output`) is no mistake; another layer is.
-            if id(c.module) not in fit and (not fit or next(c.module.parameters(recurse=False), None) is not None):
-                problems.append(f"{c.paths[0]} is a {type(c.module).__name__}, which can't carry an adapter{_inside(c, able)}")
-        if not matched:
-            all_excluded = bool(matcher(entry, among))
-            problems.append(
-                f"{_show(entry)}: exclude leaves nothing of it" if all_excluded else f"{_show(entry)} matches nothing{_nearest(entry, able)}"
-            )
-        chosen |= fit
-    return [c for c in able if id(c.module) in chosen]
+            known = {id(w.module) for w in matcher.weights}
+            for path, module in matcher.modules_by_path(entry):
+                if id(module) not in known and (not matched or next(module.parameters(recurse=False), None) is not None):
+                    problems.append(f"{path} is a {type(module).__name__}, which can't carry an adapter{matcher.inside(path)}")
+        if not kept and len(problems) == wrong:
+            problems.append(f"{_show(entry)}: exclude leaves nothing of it" if matched else f"{_show(entry)} {matcher.why_nothing(entry)}")
+        chosen |= {(p.weight.key, p.label): p for p in kept}
+    order = {w.key: n for n, w in enumerate(matcher.weights)}
+    return sorted(chosen.values(), key=lambda p: (order[p.weight.key], p.rows[0].start if p.rows else 0))
 
 
-def _in_layers(spec: LoraSpec, chosen: list[Candidate], problems: list[str]) -> list[Candidate]:
+def _overlaps(chosen: Sequence[Pick]) -> list[str]:
+    """Weights of which the same rows were asked for twice."""
+    problems = []
+    taken: dict[tuple[int, str], dict[int, Pick]] = {}
+    for p in (p for p in chosen if p.rows is not None or any(q.rows is not None and q.weight.key == p.weight.key for q in chosen)):
+        mine = taken.setdefault(p.weight.key, {})
+        rows = range(_out(p.weight)) if p.rows is None else [i for part in p.rows for i in part]
+        if other := next((mine[i] for i in rows if i in mine), None):
+            problems.append(f"{p.name} and {other.name} overlap: each row takes one of them")
+        mine |= dict.fromkeys(rows, p)
+    return problems
+
+
+def _in_layers(spec: LoraSpec, chosen: list[Pick], problems: list[str]) -> list[Pick]:
     if spec.layers is None or not chosen:
         return chosen
-    there = sorted({n for c in chosen if (n := layer_of(c.paths[0])) is not None})
+    there = sorted({n for p in chosen if (n := layer_of(p.name)) is not None})
     where = f"; they lie in {there[0]} to {there[-1]}" if there else ""
     if beyond := sorted(set(spec.layers) - set(there)):
         problems.append(f"layers: no target lies in layer {', '.join(map(str, beyond))}{where}")
-    return [c for c in chosen if layer_of(c.paths[0]) in spec.layers]
+    return [p for p in chosen if layer_of(p.name) in spec.layers]
 
 
-def _settings(spec: LoraSpec, matcher: Matcher, chosen: Sequence[Candidate], problems: list[str]) -> list[LoraSpec]:
+def _settings(spec: LoraSpec, matcher: Matcher, chosen: Sequence[Pick], problems: list[str]) -> list[LoraSpec]:
     """The spec as it holds for each site: the first override that matches decides."""
-    settings = {id(c.module): spec for c in chosen}
+    settings = [spec] * len(chosen)
     for override in reversed(spec.overrides):  # the first is laid over the others
-        matched = matcher(override.target, chosen)
-        settings |= {id(c.module): spec.with_override(override) for c in matched}
-        if not matched:
-            problems.append(f"override {override.target!r} matches none of the targets{_nearest(override.target, chosen)}")
-    return [settings[id(c.module)] for c in chosen]
+        picks = matcher(override.target, problems)
+        matched = {(p.weight.key, p.label) for p in picks}
+        hit = [bool({(p.weight.key, p.label), (p.weight.key, "")} & matched) for p in chosen]
+        settings = [spec.with_override(override) if h else s for h, s in zip(hit, settings, strict=True)]
+        if not any(hit):
+            problems.append(f"override {override.target!r} matches none of the targets{matcher.nearest(override.target)}")
+    return settings
 
 
-def candidates(model: nn.Module) -> list[Candidate]:
-    """Every module of the base, each once, in order."""
-    paths: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for path, module in walk(model):
-        paths.setdefault(id(module), []).append(path)
-        modules[id(module)] = module
-    return [Candidate(tuple(paths[key]), module) for key, module in modules.items()]
-
-
-def unfit(module: nn.Module) -> str | None:
-    """Why this module of a known kind can't take an adapter; None if it can."""
-    if adapters_of(module) is None and hasattr(module, "lora"):
-        return "has an attribute `lora` of its own (another library's adapter?)"
-    return refusal(module)
+def unfit(weight: Weight, label: str = "") -> str | None:
+    """Why this weight can't take an adapter; None if it can."""
+    child = child_name(weight.parameter, label)
+    if adapters_of(weight.module, weight.parameter, label) is None and hasattr(weight.module, child):
+        return f"has an attribute `{child}` of its own (another library's adapter?)"
+    if (reason := refusal(weight.module, weight.parameter)) is not None:
+        return reason
+    if weight.readers and is_quantised(weight.module):
+        return f"{type(weight.readers[0]).__name__} reads its weight itself, which is quantised"
+    return next((f"{type(m).__name__} reads it, and {reason}" for m in weight.readers if (reason := objection(m)) is not None), None)
 
 
 def wrapped(model: nn.Module) -> list[str]:
@@ -157,16 +177,20 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
     return []
 
 
-def site(c: Candidate, *, r: int, alpha: float | None, scaling: str, dropout: float, init: str, dtype: torch.dtype | None) -> Site:
-    """The site that this module becomes under these settings (see LoraSpec)."""
-    kind, weight = kind_of(c.module), weight_of(c.module)
-    assert kind is not None
-    out_features, in_features = kind.matrix(weight).shape
+def site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, scaling: str, dropout: float, init: str,
+         dtype: torch.dtype | None) -> Site:  # fmt: skip
+    """The site that this weight becomes under these settings (see LoraSpec); `paths` are those of the model's modules, by id."""
+    w, rows = pick.weight, pick.rows
+    shape = shape_of(w.module, w.parameter)
+    stack, out_features, in_features = w.kind.sizes(shape)
+    stored = w.module._parameters[w.parameter]
+    assert stored is not None
+    wide = torch.float32 if is_quantised(w.module) else torch.promote_types(stored.dtype, torch.float32)
     return Site(
-        path=c.paths[0], aliases=c.paths[1:], kind=kind.name, shape=tuple(weight.shape),
-        in_features=in_features, out_features=out_features,
-        r=r, alpha=float(r if alpha is None else alpha), scaling=scaling,
-        dropout=float(dropout), init=init, dtype=dtype or torch.promote_types(weight.dtype, torch.float32),
+        path=w.paths[0], aliases=w.paths[1:], parameter=w.parameter, label=pick.label, rows=rows,
+        kind=w.kind.name, shape=shape, stack=stack[0] if stack else 1, readers=tuple(paths[id(m)] for m in w.readers),
+        in_features=in_features, out_features=out_features if rows is None else sum(map(len, rows)),
+        r=r, alpha=float(r if alpha is None else alpha), scaling=scaling, dropout=float(dropout), init=init, dtype=dtype or wide,
     )  # fmt: skip
 
 
@@ -182,22 +206,93 @@ def layer_of(path: str) -> int | None:
 
 
 class Matcher:
-    """Which candidates an entry names; one clock for all regular expressions."""
+    """Which weights of one model an entry names; one clock for all regular expressions."""
 
-    def __init__(self, head: set[int]) -> None:
-        self.head = head
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = weights(model)
+        self.config = getattr(model, "config", None)
+        self.named = list(walk(model))
+        self.paths = {id(module): path for path, module in reversed(self.named)}
+        self.all_linear = False
         self.deadline = time.monotonic() + REGEX_SECONDS
+        head = heads(model)
+        self.roles = {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
+        self.aside = [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
 
-    def __call__(self, entry: Target, among: Sequence[Candidate]) -> list[Candidate]:
+    def __call__(self, entry: Target, problems: list[str]) -> list[Pick]:
+        """What an entry names, with its slices; a slice that the weight does not have is a problem."""
+        if not isinstance(entry, str):
+            return [Pick(w) for w in self._visible() if any(entry(path, w.module) for path in w.paths)]
+        name, slices = _sliced(entry)
+        if not slices:
+            return self._role(name) if self.is_role(name) else [Pick(w) for w in self._named(name)]
+        return [pick for w in self._named(name) for label in slices if (pick := self._slice(w, label, problems))]
+
+    def is_role(self, entry: str) -> bool:
+        """Whether it is a role or keyword, perhaps confined to a part of the model; a layer of that name goes first."""
+        word = entry.rsplit(".", 1)[-1]
+        return word in KEYWORDS or (word in ROLES and not any(_ends(n, entry) for w in self.weights for n in w.names))
+
+    def modules(self, entry: Target) -> list[nn.Module]:
+        """Every module that an entry names, of whatever kind."""
         if callable(entry):
-            return [c for c in among if any(entry(path, c.module) for path in c.paths)]
-        if entry == "all-linear":
-            return [c for c in among if (kind := kind_of(c.module)) and kind.name in ("linear", "conv1d") and id(c.module) not in self.head]
+            return [m for path, m in self.named if entry(path, m)]
         if entry.startswith("re:"):
-            return [c for c in among if any(self._regex(entry[3:], path) for path in c.paths)]
+            return [m for path, m in self.named if self._regex(entry[3:], path)]
         if _is_glob(entry):
-            return [c for c in among if any(fnmatch.fnmatchcase(path, entry) or fnmatch.fnmatchcase(path, f"*.{entry}") for path in c.paths)]
-        return [c for c in among if any(path == entry or path.endswith(f".{entry}") for path in c.paths)]
+            return [m for path, m in self.named if _globs(path, entry)]
+        return [m for _, m in self.modules_by_path(entry)]
+
+    def modules_by_path(self, entry: str) -> list[tuple[str, nn.Module]]:
+        """The modules that a plain name means."""
+        return [(self.paths[id(m)], m) for m in dict.fromkeys(m for path, m in self.named if _ends(path, _sliced(entry)[0]))]
+
+    def _visible(self) -> list[Weight]:
+        """What patterns see: layers, and bare parameters that multiply; not class tokens and position tables."""
+        return [w for w in self.weights if w.parameter == "weight" or w.multiplies]
+
+    def _named(self, name: str) -> list[Weight]:
+        if name.startswith("re:"):
+            return [w for w in self._visible() if any(self._regex(name[3:], n) for n in w.names)]
+        if _is_glob(name):
+            return [w for w in self._visible() if any(_globs(n, name) for n in w.names)]
+        found = [w for w in self.weights if any(_ends(n, name) for n in w.names)]
+        if not found and name.endswith(".weight"):  # a layer's weight by its own name: whoever reads it within the model shall be adapted
+            layers = [w for w in self.weights if w.parameter == "weight" and any(_ends(n, name.removesuffix(".weight")) for n in w.names)]
+            found = [replace(w, readers=w.owners[1:] or w.owners) for w in layers]
+        return found
+
+    def _role(self, entry: str) -> list[Pick]:
+        confined, _, word = entry.rpartition(".")
+        among = [w for w in self.weights if not confined or any(_within(n, confined) for n in w.names)]
+        if word == "all-conv":
+            return [Pick(w) for w in among if w.kind.name.startswith("conv")]
+        among = [w for w in among if w.multiplies]
+        if word == "all-linear":
+            self.all_linear = True
+            return [Pick(w) for w in among if not self.roles[w.key] & {"head", "router"}]
+        whole = [Pick(w) for w in among if word in self.roles[w.key]]
+        part = next((label for label, role in PART_ROLES.items() if role == word), None)
+        return whole + [Pick(w, part, rows[part]) for w in among if word not in self.roles[w.key] and part in (rows := self._parts(w))]
+
+    def _slice(self, w: Weight, label: str, problems: list[str]) -> Pick | None:
+        out = _out(w)
+        if by_row := regex.fullmatch(r"(\d+):(\d+)", label):
+            rows = range(int(by_row[1]), int(by_row[2]))
+            if len(rows) > 0 and rows.stop <= out:
+                return Pick(w, label, (rows,))
+            problems.append(f"{w.names[0]}[{label}]: it has the rows 0:{out}")
+            return None
+        known = self._parts(w)
+        if label in known:
+            return Pick(w, label, known[label])
+        have = f"it has {', '.join(known)}" if known else "how it is laid out is not known"
+        problems.append(f"{w.names[0]} has no part {label!r}: {have}; rows work too, as in [0:{out // 3 or out}]")
+        return None
+
+    def _parts(self, w: Weight) -> dict[str, tuple[range, ...]]:
+        owners, leaf = _home(w)
+        return (parts(self.config, owners[-1], leaf, _out(w)) or {}) if owners else {}
 
     def _regex(self, pattern: str, path: str) -> bool:
         try:
@@ -211,6 +306,75 @@ class Matcher:
             raise SpecError(f"re:{pattern} took more than {REGEX_SECONDS:g} s on the names of this model",
                             way_out="simplify it (nested repetition, such as (a+)+, never ends); nothing was changed") from None  # fmt: skip
 
+    def why_nothing(self, entry: Target) -> str:
+        """What to say of an entry that names no weight."""
+        if isinstance(entry, str) and self.is_role(entry):
+            word = entry.rsplit(".", 1)[-1]
+            if word in KEYWORDS:
+                return "matches nothing: this model has no such weight" + (" there" if "." in entry else "")
+            of_parts = {PART_ROLES[label] for w in self.weights if w.multiplies for label in self._parts(w) if label in PART_ROLES}
+            there = sorted(of_parts.union(*self.roles.values()))
+            return f"is a role that this model has not; it has {', '.join(there) or 'none'}"
+        return f"matches nothing{self.nearest(entry)}"
+
+    def nearest(self, entry: Target) -> str:
+        """What to add to "matches nothing": (did you mean ...?), by the dotted ends that have as many parts as the entry."""
+        among = self._visible()
+        if not isinstance(entry, str) or not among:
+            return ""
+        if entry.startswith("re:"):
+            return " (a pattern must match a whole path, as re:.*\\.q_proj does)"
+        entry = _sliced(entry)[0]
+        count = entry.count(".") + 1
+        ends = {".".join(name.split(".")[-count:]) for w in among for name in w.names if name}
+        if near := difflib.get_close_matches(entry, sorted(ends), n=3, cutoff=0.6):
+            return f" (did you mean {' or '.join(map(repr, near))}?)"
+        leaves = sorted({w.names[0].rsplit(".", 1)[-1] for w in among} - {""})
+        return f" (this model has {', '.join(map(repr, leaves[:12]))}{', ...' if len(leaves) > 12 else ''})"
+
+    def inside(self, path: str) -> str:
+        """The layers inside a container that was named where a layer was meant."""
+        inside = sorted({name.rsplit(".", 1)[-1] for w in self._visible() for name in w.names if name.startswith(f"{path}.")})
+        return f": name the layers inside it ({', '.join(map(repr, inside[:8]))})" if inside else ""
+
+
+def _home(w: Weight) -> tuple[tuple[nn.Module, ...], str]:
+    """The modules from the root down to the one that has the layer (or the bare parameter), and what it is called there."""
+    if kind_of(w.module, w.parameter) is None:
+        return w.owners, w.parameter
+    return w.owners[:-1], w.paths[0].rsplit(".", 1)[-1]
+
+
+def _roles(w: Weight) -> frozenset[str]:
+    owners, leaf = _home(w)
+    path = w.paths[0] if leaf != w.parameter else f"{w.paths[0]}.{leaf}".removeprefix(".")
+    return role_names(path, owners, leaf) if owners else frozenset()
+
+
+def _out(w: Weight) -> int:
+    return w.kind.sizes(shape_of(w.module, w.parameter))[1]
+
+
+def _sliced(entry: str) -> tuple[str, list[str]]:
+    """ "c_attn[q,v]" -> ("c_attn", ["q", "v"]); a regular expression has brackets of its own."""
+    name, bracket, inside = entry.partition("[")
+    if not bracket or not entry.endswith("]") or entry.startswith("re:"):
+        return entry, []
+    return name, [label.strip() for label in inside[:-1].split(",")]
+
+
+def _ends(path: str, entry: str) -> bool:
+    return path == entry or path.endswith(f".{entry}")
+
+
+def _globs(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
+
+
+def _within(path: str, confined: str) -> bool:
+    """Whether `path` lies within a part of the model: language_model, vision_tower.*, layers.0"""
+    return _globs(path, f"{confined.removesuffix('.*')}.*")
+
 
 def _is_pattern(entry: str) -> bool:
     return entry in KEYWORDS or entry.startswith("re:") or _is_glob(entry)
@@ -222,23 +386,3 @@ def _is_glob(entry: str) -> bool:
 
 def _show(entry: Target) -> str:
     return repr(entry) if isinstance(entry, str) else f"the callable {getattr(entry, '__qualname__', entry)!r}"
-
-
-def _nearest(entry: Target, among: Sequence[Candidate]) -> str:
-    """What to add to "matches nothing": (did you mean ...?), by the dotted ends that have as many parts as the entry."""
-    if not isinstance(entry, str) or not among:
-        return ""
-    if entry.startswith("re:"):
-        return " (a pattern must match a whole path, as re:.*\\.q_proj does)"
-    parts = entry.count(".") + 1
-    ends = {".".join(path.split(".")[-parts:]) for c in among for path in c.paths if path}
-    if near := difflib.get_close_matches(entry, sorted(ends), n=3, cutoff=0.6):
-        return f" (did you mean {' or '.join(map(repr, near))}?)"
-    leaves = sorted({c.paths[0].rsplit(".", 1)[-1] for c in among} - {""})
-    return f" (this model has {', '.join(map(repr, leaves[:12]))}{', ...' if len(leaves) > 12 else ''})"
-
-
-def _inside(c: Candidate, able: Sequence[Candidate]) -> str:
-    """The layers inside a container that was named where a layer was meant."""
-    inside = sorted({path.rsplit(".", 1)[-1] for a in able for path in a.paths if path.startswith(f"{c.paths[0]}.")})
-    return f": name the layers inside it ({', '.join(map(repr, inside[:8]))})" if inside else ""

@@ -19,9 +19,8 @@ def sample(weight: Tensor) -> Tensor | None:
     if weight.is_meta or weight.numel() == 0:
         return None
     places = [(2 * i + 1) * weight.numel() // (2 * SAMPLES) for i in range(SAMPLES)]
-    width = weight.shape[-1]
-    flat = torch.tensor(places, device=weight.device)
-    return weight.detach()[flat // width, flat % width].to(torch.float32)
+    where = torch.unravel_index(torch.tensor(places, device=weight.device), weight.shape)
+    return weight.detach()[where].to(torch.float32)
 
 
 def agree(mine: Tensor, theirs: Tensor, my_dtype: torch.dtype, their_dtype: torch.dtype) -> bool:

@@ -24,18 +24,21 @@ from torch import nn
 
 
 class Graft(nn.Module):
-    """Mixin of every grafted class: first in the MRO, before the class that the module had."""
+    """Mixin of every grafted class. Its `forward` finds the one under the graft as `type(self).base.forward`."""
+
+    base: type[nn.Module]
+    """The class that the module had."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the recipe (mixin, base class, state): a class made on the fly has no name to be found by."""
-        recipe: Any = super().__reduce_ex__(max(protocol, 2))
+        """Pickle the recipe (base class, mixin, state): a class made on the fly has no name to be found by."""
+        recipe: Any = type(self).base.__reduce_ex__(self, max(protocol, 2))
         make, (cls, *args), *rest = recipe
         if not is_grafted(cls):  # somebody derived from our class (FSDP, parametrize): theirs to pickle
             return make, (cls, *args), *rest
         return _regrow, (*cls.__bases__, *args), *rest
 
 
-def _regrow(mixin: type[Graft], base: type[nn.Module], *args: Any) -> nn.Module:
+def _regrow(base: type[nn.Module], mixin: type[Graft], *args: Any) -> nn.Module:
     """Unpickle one grafted module, in this process or in a fresh one."""
     return object.__new__(grafted(mixin, base), *args)
 
@@ -44,9 +47,14 @@ _CLASSES: dict[tuple[type[Graft], type[nn.Module]], type[nn.Module]] = {}  # a h
 
 
 def grafted(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
-    """The one class that puts `mixin` on top of `base`, such as LoraLinear(LoraForward, Linear)."""
+    """The one class that puts `mixin` on top of `base`, such as LoraLinear(Linear, LoraForward).
+
+    The base comes first, since Python lets an object change to a class only if that extends its own memory layout; the mixin's
+    methods therefore stand in the new class itself.
+    """
     if (mixin, base) not in _CLASSES:
-        _CLASSES[mixin, base] = types.new_class(f"Lora{base.__name__}", (mixin, base), exec_body=lambda body: body.update(__module__=base.__module__))
+        body = {"__module__": base.__module__, "base": base, "forward": mixin.forward, "__reduce_ex__": Graft.__reduce_ex__}
+        _CLASSES[mixin, base] = types.new_class(f"Lora{base.__name__}", (base, mixin), exec_body=lambda namespace: namespace.update(body))
     return _CLASSES[mixin, base]
 
 
@@ -57,7 +65,7 @@ def is_grafted(cls: type) -> bool:
 
 def bare(cls: type[nn.Module]) -> type[nn.Module]:
     """The class under the graft; `cls` itself if there is none."""
-    return cls.__bases__[1] if is_grafted(cls) else cls
+    return cls.__bases__[0] if is_grafted(cls) else cls
 
 
 def objection(module: nn.Module) -> str | None:

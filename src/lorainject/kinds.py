@@ -1,85 +1,102 @@
-"""Which modules can carry an adapter, and how: one row a layer kind. A new kind is a new row.
+"""Which weights can carry an adapter, and how: one row a kind. A new kind is a new row.
 
-A row says where the module's class is to be found, which axis of the stored weight is `in`, and what the low-rank term does
-to the module's input. Everything else (creating A and B, folding, saving) follows from these three.
+A row says where the module's class is to be found, how the weight is stored, and, if the module is linear in its input and is
+called (nn.Linear), what the low-rank term does to that input: the *forward graft*. A kind without a term takes the *weight graft*
+(readers.py): the module's own code computes with a symbolic sum. Everything else (creating A and B, folding, saving) follows from
+how the weight is stored: (*stack, rows, *rest), where rows are `out`, or `in` if transposed, and all axes of rest together the other.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .graft import Graft, bare, objection
+from .graft import bare, objection
 from .lowrank import Term, look_up, project
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class LoraForward(Graft):
-    """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
-
-    lora: nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        return self.lora(x, super().forward(*args, **kwargs))
+QUANTISED = ("bitsandbytes.", "optimum.quanto.", "torchao.")  # whose layers or tensors hold a weight that can't be read as numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of layer whose output is linear in its weight."""
+    """One kind of weight."""
 
     name: str
-    """How plans, files and errors call it."""
-    type: str
-    """Dotted name of the class; subclasses count. A name, not a class: transformers is not imported for it."""
-    in_axis: int
-    """The axis of the stored weight that is `in`: 1 for nn.Linear's (out, in), 0 for Conv1D's (in, out)."""
-    term: Term
-    """(adapter, input) -> the low-rank term of the output."""
+    """How plans and errors call it; ^T where it is stored transposed."""
+    type: str = ""
+    """Dotted name of the module's class; subclasses count. A name, not a class: transformers is not imported for it."""
+    transposed: bool = False
+    """Whether the first axis (after a stack's) is `in`: Conv1D's (in, out), where nn.Linear has (out, in)."""
+    stacked: bool = False
+    """Whether the first axis counts experts, each with an A and a B of its own."""
+    term: Term | None = None
+    """(adapter, input) -> the low-rank term of the output, for the forward graft; None for the weight graft."""
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as a view W (out, in)."""
-        return weight if self.in_axis == 1 else weight.t()
+    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+        """(stack, out, in) of a stored shape."""
+        stack, (rows, *rest) = (shape[:1], shape[1:]) if self.stacked else ((), shape)
+        return (tuple(stack), math.prod(rest), rows) if self.transposed else (tuple(stack), rows, math.prod(rest))
 
 
-KINDS = (
-    Kind(name="linear", type="torch.nn.modules.linear.Linear", in_axis=1, term=project),
-    Kind(name="conv1d", type="transformers.pytorch_utils.Conv1D", in_axis=0, term=project),
-    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", in_axis=0, term=look_up),
+LAYERS = (
+    Kind(name="linear", type="torch.nn.modules.linear.Linear", term=project),
+    Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, term=project),
+    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, term=look_up),
+    Kind(name="conv^T", type="torch.nn.modules.conv._ConvTransposeNd", transposed=True),
+    Kind(name="conv", type="torch.nn.modules.conv._ConvNd"),
 )
+STACKS = (Kind(name="experts", stacked=True), Kind(name="experts^T", stacked=True, transposed=True))
+MATRIX = Kind(name="matrix")
+"""Any other parameter with two axes or more."""
+KINDS = {kind.name: kind for kind in (*LAYERS, *STACKS, MATRIX)}
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """The row for this module, by its class or the nearest base class of it; None if it can't carry an adapter."""
-    return _row(type(module))[0]
+def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:
+    """The row for a module's weight, by its class or the nearest base class of it; None if it is not a layer of a known kind."""
+    return _row(type(module))[0] if parameter == "weight" else None
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why a module of a known kind can't carry an adapter all the same; None if it can."""
-    kind, base = _row(type(module))
-    assert kind is not None
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module's forward is that of its kind, and not one of its own."""
+    return bare(type(module)).forward is _row(type(module))[1].forward or is_quantised(module)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the weight is stored in a form that only the module's own forward can use."""
     weight = module._parameters.get("weight")
+    classes = (*type(module).__mro__, *type(weight).__mro__, *type(getattr(weight, "data", None)).__mro__)
+    return any(f"{c.__module__}.".startswith(QUANTISED) for c in classes)
+
+
+def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
+    """The weight's shape; a quantised one's is packed, and the layer's sizes tell."""
+    if parameter == "weight" and is_quantised(module):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    weight = getattr(module, parameter)
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)
+
+
+def refusal(module: nn.Module, parameter: str = "weight") -> str | None:
+    """Why this weight can't carry an adapter all the same; None if it can."""
+    weight = module._parameters.get(parameter)
     if (reason := objection(module)) is not None:
         return reason
     if hasattr(module, "parametrizations") or weight is None:
-        return "its weight is computed (parametrised, or weight_norm): remove the parametrisation first"
+        return "its weight is computed (parametrised, or weight_norm): torch.nn.utils.parametrize.remove_parametrizations first"
     if isinstance(weight, UninitializedParameter):
         return "its shape is not known yet: run one forward first (lazy module)"
     if is_sharded(weight):
         return "its weight is already sharded (DTensor): inject first, shard after"
     if weight.numel() == 0:
         return f"its weight is empty: {tuple(weight.shape)}"
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in DTYPES and not is_quantised(module):
         return f"its weight is {weight.dtype}: only {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are supported"
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "nn.MultiheadAttention reads this weight itself and never calls the layer: an adapter would do nothing"
-    if bare(type(module)).forward is not base.forward:
-        return f"{type(module).__name__} has a forward of its own, not {base.__name__}'s: an adapter beside it could differ from the merged weight"
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rewrites the base weight in every forward: set it to None first"
     return None
@@ -92,7 +109,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def _row(cls: type[nn.Module]) -> tuple[Kind | None, type[nn.Module]]:
     for c in cls.__mro__:
-        for kind in KINDS:
+        for kind in LAYERS:
             if f"{c.__module__}.{c.__qualname__}" == kind.type and issubclass(c, nn.Module):
                 return kind, c
     return None, nn.Module

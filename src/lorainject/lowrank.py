@@ -3,7 +3,7 @@
     y = x W0^T + s (x A^T) B^T        A_RI (r, in)   B_OR (out, r)   W0 (out, in)   s = alpha / r, or alpha / sqrt(r)
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3; the second scaling is
-Kalajdzievski 2023, "rsLoRA", arXiv 2312.03732.
+Kalajdzievski 2023, "rsLoRA", arXiv 2312.03732. A stack of experts has one A and one B each: A (E, r, in), B (E, out, r).
 
 A and B are kept in float32 by default and cast *down* to the activations' dtype where they are used: they are small, the
 activations are not, and the optimiser needs the precision.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,48 +24,65 @@ from torch import Tensor, nn
 Term = Callable[["LowRank", Tensor], Tensor]
 
 
+class Factors(NamedTuple):
+    """s P Q with P (*stack, rows, r) and Q (*stack, r, *rest): a delta in the shape (*stack, rows, *rest) of the weight as stored."""
+
+    P: Tensor
+    Q: Tensor
+    s: Tensor
+    dropout: float = 0.0
+    """Probability of dropping an element of the weight's input; 0 outside training."""
+
+
 class LowRank(nn.Module):
-    """One adapter on one weight: parameters A (r, in) and B (out, r), and the scale s as a 0-d float32 buffer.
+    """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d float32 buffer.
 
     s is a buffer, since a Python float would make torch.compile build anew whenever it changes, and it follows from
-    `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it.
+    `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it. `rows` (int64) are those of the
+    full weight's outputs that B's rows stand for, where only a slice of a fused weight is adapted.
 
-    `forward(x, y)` returns y + s (x A^T) B^T in y's dtype. It is called as a module (never read around), so that hooks
-    which bring weights to the right device (accelerate) or gather them (FSDP) do so for A and B as well.
+    A and B are used by calling the module, `adapter(function, ...)` -> function(adapter, ...), never read around it, so that
+    hooks which bring weights to the right device (accelerate) or gather them (FSDP) do so for A and B as well.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, *, alpha: float, scaling: str, dropout: float, init: str, term: Term,
-                 padding_idx: int | None = None) -> None:  # fmt: skip
+    def __init__(self, A: Tensor, B: Tensor, *, alpha: float, scaling: str, dropout: float, init: str,
+                 padding_idx: int | None = None, rows: Tensor | None = None, out: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.r, self.alpha, self.scaling, self.dropout, self.init = A.shape[0], alpha, scaling, dropout, init
-        self.term, self.padding_idx = term, padding_idx
+        self.r, self.alpha, self.scaling, self.dropout, self.init = A.shape[-2], alpha, scaling, dropout, init
+        self.padding_idx, self.out = padding_idx, B.shape[-2] if out is None else out
         self.register_buffer("s", self._scale_on(A.device), persistent=False)
+        self.register_buffer("rows", None if rows is None else rows.to(A.device), persistent=False)
+
+    s: Tensor
+    rows: Tensor | None
 
     @property
     def scale(self) -> float:
         """s as a Python float."""
         return scale(self.alpha, self.r, self.scaling)
 
-    s: Tensor
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.term(self, x).to(y.dtype)
+    def forward(self, use: Callable[..., Any], *args: Any) -> Any:
+        return use(self, *args)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A ~ Kaiming uniform (as in loralib and PEFT) or Gaussian of deviation 1/r; B = 0, so the output is the base's."""
-        if self.init == "gaussian":
-            nn.init.normal_(self.A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        for A_RI in self.A if self.A.ndim == 3 else [self.A]:
+            if self.init == "gaussian":
+                nn.init.normal_(A_RI, std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
         if self.padding_idx is not None:  # the padding token keeps its vector: its column of A gets no gradient
             self.A[:, self.padding_idx] = 0
         nn.init.zeros_(self.B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        rows = self.rows
         super()._apply(fn, recurse)
         self.s = self._scale_on(self.A.device)
+        if rows is not None:
+            self.rows = rows.to(self.A.device)
         return self
 
     def _scale_on(self, device: torch.device) -> Tensor:
@@ -76,12 +93,18 @@ class LowRank(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"in={self.A.shape[1]}, out={self.B.shape[0]}, r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
 def scale(alpha: float, r: int, scaling: str) -> float:
     """s = alpha / r ("standard", arXiv 2106.09685 section 4.1) or alpha / sqrt(r) ("rslora", arXiv 2312.03732)."""
     return alpha / math.sqrt(r) if scaling == "rslora" else alpha / r
+
+
+def add(adapter: LowRank, y: Tensor, term: Term, x: Tensor) -> Tensor:
+    """y + term(x), in y's dtype; a slice's term goes to the outputs that are its rows."""
+    t = term(adapter, x).to(y.dtype)
+    return y + t if adapter.rows is None else y.index_add(-1, adapter.rows, t)
 
 
 def project(adapter: LowRank, x: Tensor) -> Tensor:
@@ -101,6 +124,15 @@ def look_up(adapter: LowRank, ids: Tensor) -> Tensor:
     return F.linear(h_R, adapter.B)
 
 
-def delta(adapter: LowRank, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of s B A, (len(rows), in), computed in `dtype`."""
-    return (adapter.B[rows].to(dtype) * adapter.scale) @ adapter.A.to(dtype)
+def factors(adapter: LowRank, transposed: bool, rest: tuple[int, ...]) -> Factors:
+    """The delta as factors in the stored orientation: rows are `out`, or `in` where the weight is stored transposed.
+
+    `rest` is the stored shape after the rows' axis: (in,), (in, kernel, kernel), or (out,) if transposed. A slice's missing rows
+    are zeros.
+    """
+    A: Tensor = adapter.A
+    B: Tensor = adapter.B
+    if adapter.rows is not None:
+        B = B.new_zeros(*B.shape[:-2], adapter.out, adapter.r).index_copy(-2, adapter.rows, B)
+    P, Q = (A.mT, B.mT) if transposed else (B, A)
+    return Factors(P, Q.reshape(*Q.shape[:-1], *rest), adapter.s, adapter.dropout if adapter.training else 0.0)

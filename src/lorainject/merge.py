@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapters import Folded, Host, merged_names, mounted, routings, walk, weight_of
+from .adapters import Folded, Host, merged_names, misfit, mounted, routings, walk
 from .errors import MergeError, StateError
 from .fingerprint import sample
-from .graft import bare, change_class, grafted, objection
-from .kinds import LoraForward, is_sharded, kind_of
-from .lowrank import LowRank, delta
+from .kinds import is_quantised, is_sharded
+from .lowrank import LowRank, factors
+from .readers import objections, set_grafts
 
 TILE = 1 << 18  # elements: 1 MiB in float32, which an L2 cache holds
 
@@ -91,30 +92,27 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
 
-    factors = {path: [host.adapters[n] for n in chosen if n in host.adapters] for path, host in on.items()}
+    weights = [w for w in _weights(on) if w.adapters(chosen)]
     tied = _tied(model)
-    problems = [f"{path}: {reason}" for path, host in on.items() if (reason := _unfoldable(host.module, factors[path], tied))]
+    problems = objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := _unfoldable(w, chosen, tied))]
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
 
-    backups: dict[str, Tensor] = {}
+    backups: list[tuple[Whole, Tensor]] = []
     report = []
     try:
-        for path, host in on.items():
-            if factors[path]:
-                first, backup = sample(host.weight), host.weight.detach().clone()
-                backups[path] = backup
-                report.append(_fold(path, host, backup, factors[path], backup.nbytes if reversible else 0))
-                host.adapters.folded = Folded(backup=backup if reversible else None, checksum=checksum(host.weight), sample=first)
-        for host in on.values():
-            change_class(host.module, bare(type(host.module)))
+        for w in weights:
+            first, backup = sample(w.weight), w.weight.detach().clone()
+            backups.append((w, backup))
+            report.append(_fold(w, backup, chosen, backup.nbytes if reversible else 0))
+            w.folded = Folded(backup=backup if reversible else None, checksum=checksum(w.weight), sample=first)
+        set_grafts(model, False)
         _set_merged(on, chosen)
     except BaseException:
-        for path, host in on.items():
-            if path in backups:
-                host.weight.copy_(backups[path])
-            host.adapters.folded = None
-            change_class(host.module, grafted(LoraForward, bare(type(host.module))))
+        for w, backup in backups:
+            w.weight.copy_(backup)
+            w.folded = None
+        set_grafts(model, True)
         _set_merged(on, ())
         raise
     return MergeReport(names=chosen, sites=tuple(report))
@@ -130,16 +128,64 @@ def unmerge(model: nn.Module) -> nn.Module:
     on = {path: host for path, host in mounted(model, "unmerge", merged=True).items() if host.adapters.routing.merged}
     if not on:
         raise StateError("nothing is merged", way_out="merge(model) comes first")
-    if problems := [f"{path}: {reason}" for path, host in on.items() if (reason := _stuck(host))]:
+    folded = [w for w in _weights(on) if w.folded is not None]
+    if problems := objections(model) + [f"{w.name}: {reason}" for w in folded if (reason := _stuck(w))]:
         raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
     # Each step can be done again, so that an unmerge that was interrupted is finished by the next.
-    for host in on.values():
-        if host.adapters.folded is not None and host.adapters.folded.backup is not None:
-            host.weight.copy_(host.adapters.folded.backup)
-            host.adapters.folded = None
-        change_class(host.module, grafted(LoraForward, bare(type(host.module))))
+    for w in folded:
+        if w.folded is not None and w.folded.backup is not None:
+            w.weight.copy_(w.folded.backup)
+            w.folded = None
+    set_grafts(model, True)
     _set_merged(on, ())
     return model
+
+
+@dataclass
+class Whole:
+    """One weight with all that is adapted of it: the whole, or several slices."""
+
+    name: str
+    hosts: tuple[Host, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """As stored."""
+        return self.hosts[0].weight
+
+    def adapters(self, names: Sequence[str]) -> list[LowRank]:
+        """Those of these names."""
+        return [host.adapters[n] for n in names for host in self.hosts if n in host.adapters]
+
+    @property
+    def folded(self) -> Folded | None:
+        """What merge left: on the first of its hosts that says so."""
+        return next((host.adapters.folded for host in self.hosts if host.adapters.folded is not None), None)
+
+    @folded.setter
+    def folded(self, value: Folded | None) -> None:
+        for host in self.hosts:
+            host.adapters.folded = value
+
+    def delta(self, names: Sequence[str], at: tuple[int, ...], rows: slice) -> Tensor:
+        """Rows of the sum of s B A, as stored, of one matrix of a stack (`at`), flat (rows, rest): float32, or float64 for float64 weights."""
+        kind, dtype = self.hosts[0].adapters.kind, torch.promote_types(self.weight.dtype, torch.float32)
+        rest = (self.weight.shape[kind.stacked + 1 :].numel(),)
+        parts = [(f.P[at][rows].to(dtype) * a.scale) @ f.Q[at].to(dtype) for a in self.adapters(names) for f in [factors(a, kind.transposed, rest)]]
+        return sum(parts[1:], parts[0])
+
+    @property
+    def matrices(self) -> Iterator[tuple[int, ...]]:
+        """The index of each matrix: one empty index, or one for each expert of a stack."""
+        return ((i,) for i in range(len(self.weight))) if self.hosts[0].adapters.kind.stacked else iter([()])
+
+
+def _weights(on: Mapping[str, Host]) -> list[Whole]:
+    """The adapted weights, each once."""
+    places: dict[tuple[int, str], dict[str, Host]] = {}
+    for name, host in on.items():
+        places.setdefault(host.place, {})[name] = host
+    return [Whole(next(iter(hosts)).partition("[")[0], tuple(hosts.values())) for hosts in places.values()]
 
 
 def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
@@ -150,18 +196,17 @@ def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
 
 
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(path, weight, s B A) for every site of an adapter (None: of all that are on, summed), both in the layout of the weight,
-    which is W0, or while merged W0 + s B A.
+    """(name, weight, s B A) for every adapted weight (None: of all adapters that are on, summed), both in the weight's stored shape.
 
-    The delta is formed in float32 (float64 for float64 weights), one site at a time.
+    The name is the path of the module, and the parameter's name behind it if that is not `weight`. The weight is W0, or while
+    merged W0 + s B A. The delta is formed in float32 (float64 for float64 weights), one weight at a time.
     """
     on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
-    for path, (module, adapters) in on.items():
-        chosen = [adapters[n] for n in (adapters.routing.active if name is None else (name,)) if n in adapters]
-        if chosen:
-            kind, weight = kind_of(module), weight_of(module).detach()
-            assert kind is not None
-            yield path, weight, kind.matrix(_delta(chosen, slice(None), weight.dtype).detach())
+    for w in _weights(on):
+        names = w.hosts[0].adapters.routing.active if name is None else (name,)
+        if w.adapters(names):
+            d = torch.stack([w.delta(names, at, slice(None)).detach() for at in w.matrices])
+            yield w.name, w.weight.detach(), d.reshape(w.hosts[0].shape)
 
 
 def checksum(weight: Tensor) -> Tensor:
@@ -172,34 +217,27 @@ def checksum(weight: Tensor) -> Tensor:
     return torch.stack([(tile * odd[: len(tile)]).sum() for tile in words.split(TILE)]).cpu()
 
 
-def _delta(factors: Sequence[LowRank], rows: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of the sum of s B A over the adapters, in float32, or float64 for float64 weights."""
-    first, *more = (delta(adapter, rows, torch.promote_types(dtype, torch.float32)) for adapter in factors)
-    return sum(more, first)
-
-
-def _fold(path: str, host: Host, backup: Tensor, factors: list[LowRank], kept: int) -> MergedSite:
+def _fold(w: Whole, backup: Tensor, names: Sequence[str], kept: int) -> MergedSite:
     """W = round(W0 + s B A), tile by tile, measuring what the rounding left of the delta."""
-    kind = kind_of(host.module)
-    assert kind is not None
-    W_OI, W0_OI = kind.matrix(host.weight), kind.matrix(backup)
-    step = max(1, TILE // W_OI.shape[1])
     dot = square = lost = 0.0
-    for start in range(0, W_OI.shape[0], step):
-        rows = slice(start, start + step)
-        d = _delta(factors, rows, W_OI.dtype)
-        w0 = W0_OI[rows].to(d.dtype)
-        W_OI[rows] = w0 + d
-        got, asked = (W_OI[rows].to(d.dtype) - w0).flatten(), d.flatten()
-        products = _products(got, asked)
-        if not math.isfinite(sum(products)):  # W0 holds infinity or NaN, which is its own business; or the sum does
-            if not bool(d.isfinite().all()) or bool((~W_OI[rows].isfinite() & w0.isfinite()).any()):
-                raise MergeError(f"{path}: W0 + s B A is not finite in {W_OI.dtype}; nothing was merged",
-                                 way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
-            products = _products(torch.where(got.isfinite(), got, asked).double(), asked.double())
-        dot, square, lost = (total + new for total, new in zip((dot, square, lost), products, strict=True))
-    return MergedSite(path=path, norm=square**0.5, survival=dot / square if square else 1.0, error=(lost / square) ** 0.5 if square else 0.0,
-                      weight_bytes=W_OI.nbytes, journal_bytes=kept)  # fmt: skip
+    for at in w.matrices:
+        W, W0 = w.weight[at], backup[at]
+        step = max(1, TILE * len(W) // W.numel())
+        for start in range(0, len(W), step):
+            rows = slice(start, start + step)
+            d = w.delta(names, at, rows).reshape(W[rows].shape)
+            w0 = W0[rows].to(d.dtype)
+            W[rows] = w0 + d
+            got, asked = (W[rows].to(d.dtype) - w0).flatten(), d.flatten()
+            products = _products(got, asked)
+            if not math.isfinite(sum(products)):  # W0 holds infinity or NaN, which is its own business; or the sum does
+                if not bool(d.isfinite().all()) or bool((~W[rows].isfinite() & w0.isfinite()).any()):
+                    raise MergeError(f"{w.name}: W0 + s B A is not finite in {W.dtype}; nothing was merged",
+                                     way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
+                products = _products(torch.where(got.isfinite(), got, asked).double(), asked.double())
+            dot, square, lost = (total + new for total, new in zip((dot, square, lost), products, strict=True))
+    return MergedSite(path=w.name, norm=square**0.5, survival=dot / square if square else 1.0, error=(lost / square) ** 0.5 if square else 0.0,
+                      weight_bytes=w.weight.nbytes, journal_bytes=kept)  # fmt: skip
 
 
 def _products(got: Tensor, asked: Tensor) -> tuple[float, float, float]:
@@ -208,36 +246,33 @@ def _products(got: Tensor, asked: Tensor) -> tuple[float, float, float]:
     return float(torch.dot(got, asked)), float(torch.dot(asked, asked)), float(torch.dot(lost, lost))
 
 
-def _unfoldable(module: nn.Module, factors: list[LowRank], tied: dict[int, list[str]]) -> str | None:
-    """Why nothing can be folded into this module; None if it can, or need not."""
-    weight = module._parameters.get("weight")
-    if (reason := objection(module)) is not None or not factors:
-        return reason
+def _unfoldable(w: Whole, names: Sequence[str], tied: dict[tuple[int, str], list[str]]) -> str | None:
+    """Why nothing can be folded into this weight; None if it can."""
+    host = w.hosts[0]
+    weight = host.module._parameters.get(host.adapters.parameter)
     if weight is None:
         return "its weight is computed (parametrised since inject)"
+    if is_quantised(host.module):
+        return "its weight is quantised: keep the adapter unmerged, or merge into the model before quantising"
     if is_sharded(weight):
         return "its weight is sharded"
     if weight.is_inference():
         return "its weight was made under torch.inference_mode and can't be changed"
-    kind = kind_of(module)
-    assert kind is not None
-    if any(kind.matrix(weight).shape != (f.B.shape[0], f.A.shape[1]) for f in factors):
+    if any(misfit(h, a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
         return f"its weight is {tuple(weight.shape)} now, for which A and B were not made (resized since inject?)"
-    if weight.is_meta or any(p.is_meta for f in factors for p in f.parameters()):
+    if weight.is_meta or any(p.is_meta for a in w.adapters(names) for p in a.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
-    if id(module) in tied:
-        return f"its weight is tied to {', '.join(tied[id(module)])}, which the fold would change as well"
-    if not all(bool(p.isfinite().all()) for f in factors for p in f.parameters()):
+    if host.place in tied:
+        return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well"
+    if not all(bool(p.isfinite().all()) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
     return None
 
 
-def _stuck(host: Host) -> str | None:
-    """Why W0 can't be given back to this module; None if it can, or nothing was folded into it."""
-    folded, weight = host.adapters.folded, host.weight
-    if (reason := objection(host.module)) is not None or folded is None:
-        return reason
-    if folded.backup is None:
+def _stuck(w: Whole) -> str | None:
+    """Why W0 can't be given back to this weight; None if it can."""
+    folded, weight = w.folded, w.weight
+    if folded is None or folded.backup is None:
         return "was merged with reversible=False, which keeps nothing to go back by"
     if (weight.dtype, weight.shape) != (folded.backup.dtype, folded.backup.shape):
         return f"is {weight.dtype} {tuple(weight.shape)} now, but was {folded.backup.dtype} {tuple(folded.backup.shape)} when it was merged"
@@ -246,21 +281,20 @@ def _stuck(host: Host) -> str | None:
     return None
 
 
-def _tied(model: nn.Module) -> dict[int, list[str]]:
-    """For each module whose weight other tensors of the model share memory with, in whole or in part: the paths of those."""
-    spans: dict[int, list[tuple[int, int, int, str]]] = {}
+def _tied(model: nn.Module) -> dict[tuple[int, str], list[str]]:
+    """For each weight (module's id, parameter) that other tensors of the model share memory with, in whole or in part: their paths."""
+    spans: dict[int, list[tuple[int, int, tuple[int, str], str]]] = {}
     for path, module in walk(model):
         for name, t in (module._parameters | module._buffers).items():
-            if t is not None and not is_sharded(t) and not t.is_meta and t.numel():
+            if t is not None and not is_sharded(t) and not is_traceable_wrapper_subclass(t) and not t.is_meta and t.numel():
                 extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
                 spans.setdefault(t.untyped_storage().data_ptr(), []).append(
-                    (t.data_ptr(), t.data_ptr() + extent * t.itemsize, id(module), f"{path}.{name}")
+                    (t.data_ptr(), t.data_ptr() + extent * t.itemsize, (id(module), name), f"{path}.{name}")
                 )
-    tied: dict[int, list[str]] = {}
+    tied: dict[tuple[int, str], list[str]] = {}
     for sharing in spans.values():
-        for start, end, mine, path in sharing:
-            others = [p for s, e, m, p in sharing if s < end and start < e and (m, p.rsplit(".", 1)[-1]) != (mine, "weight")]
-            if path.endswith(".weight") and others:
+        for start, end, mine, _ in sharing:
+            if others := [p for s, e, whose, p in sharing if s < end and start < e and whose != mine]:
                 tied.setdefault(mine, others)
     return tied
 

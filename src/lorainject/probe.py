@@ -7,9 +7,10 @@ weight without calling the layer; if W has none either, this forward does not us
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,32 +25,36 @@ class Reach:
     """What a probe found, when no adapter was bypassed."""
 
     reached: tuple[str, ...]
-    """Paths whose adapters act on the output."""
+    """Names of the sites whose adapters act on the output."""
     idle: tuple[str, ...] = ()
-    """Paths of experts that got no token in this forward: other inputs may reach them."""
+    """Experts that got no token in this forward: other inputs may reach them. One of a stack is named by its number: "experts.down_proj, 3"."""
+    dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Sites for which the sum W0 + s B A had to be formed, and the torch functions that asked for it: exact, but no faster than a merge."""
 
     def __str__(self) -> str:
-        return f"{len(self.reached)} sites reached" + (f"; {len(self.idle)} experts got no token" if self.idle else "")
+        lines = [f"{len(self.reached)} sites reached" + (f"; {len(self.idle)} experts got no token" if self.idle else "")]
+        lines += [f"{name}: the dense sum was formed for {', '.join(by)}" for name, by in self.dense.items()]
+        return "\n".join(lines)
 
 
 def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
     """Run one forward, as `model(*args, **inputs)` in the mode it is in, and one backward, and see which adapters they reach.
 
     Raises UnreachedAdapter with every site whose adapter does nothing, and why; StateError if no adapter is on or they are
-    merged. Gradients, random state, buffers, modes and requires_grad flags are afterwards as before.
+    merged. What the forward itself raises, it raises. Gradients, random state, buffers, modes and requires_grad flags are
+    afterwards as before.
     """
-    on = {
-        path: host for path, host in mounted(model, "probe").items()
-        if any(name in host.adapters for name in host.adapters.routing.active)
-    }  # fmt: skip
+    on = {name: host for name, host in mounted(model, "probe").items() if host.adapters.on}
     if not on:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
-    used, acting = _gradients(model, on, args, inputs)
-    unreached = [path for path in on if path not in acting]
-    idle = tuple(path for path in unreached if path not in used and "experts" in path.split("."))
-    if problems := [f"{path}: {_why(path in used)}" for path in unreached if path not in idle]:
-        raise UnreachedAdapter("these adapters do nothing in this forward:", problems, "eject, and inject without them: exclude=[...]")
-    return Reach(reached=tuple(path for path in on if path in acting), idle=idle)
+    asked = {name: Counter(host.adapters.fallbacks) for name, host in on.items()}
+    used, acting, idle = _gradients(model, on, args, inputs)
+    unreached = [name for name in on if name not in acting]
+    idle += [name for name in unreached if name not in used and "experts" in name.split(".")]
+    if problems := [f"{name}: {_why(name in used)}" for name in unreached if name not in idle]:
+        raise UnreachedAdapter("these adapters do nothing in this forward:", problems, _way_out(on, used & set(unreached)))
+    dense = {name: tuple(host.adapters.fallbacks - asked[name]) for name, host in on.items()}
+    return Reach(reached=tuple(name for name in on if name in acting), idle=tuple(idle), dense={name: by for name, by in dense.items() if by})
 
 
 def _why(used: bool) -> str:
@@ -58,19 +63,31 @@ def _why(used: bool) -> str:
     return "this forward does not use the layer, or the output does not depend on it"
 
 
-def _gradients(model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """The paths whose weight has a gradient, and those whose adapter has one (in B, or in A where B is trained)."""
-    weights = {path: host.weight for path, host in on.items()}
-    factors = {path: [a for n in host.adapters.routing.active if n in host.adapters for a in (host.adapters[n].A, host.adapters[n].B)]
-               for path, host in on.items()}  # fmt: skip
-    wanted = [t for path in on for t in (weights[path], *factors[path])]
+def _way_out(on: Mapping[str, Host], read: set[str]) -> str:
+    around = next((name for name in on if name in read and not on[name].adapters.read), None)
+    if around is None:
+        return "eject, and inject without them: exclude=[...]"
+    return f"eject, and inject naming the weight itself, as in targets=[{around + '.weight'!r}], or without them: exclude=[...]"
+
+
+def _gradients(model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[set[str], set[str], list[str]]:
+    """The names whose weight has a gradient, those whose adapter has one (in B, or in A where B is trained), and idle experts."""
+    weights = {name: host.weight for name, host in on.items() if host.weight.is_floating_point()}  # a quantised weight has no gradient
+    factors = {name: [t for a in host.adapters.on for t in (a.A, a.B)] for name, host in on.items()}
+    wanted = list({id(t): t for name in on for t in (*([weights[name]] if name in weights else []), *factors[name])}.values())
     with _undisturbed(model), _requiring_grad(wanted), torch.enable_grad():
         outputs = [t for t in _tensors(model(*args, **inputs)) if t.requires_grad]
         g = torch.Generator().manual_seed(0)
         loss = sum(((t.float() * torch.randn(t.shape, generator=g).to(t.device)).sum() for t in outputs), torch.zeros(()))
         grads = torch.autograd.grad(loss, wanted, allow_unused=True) if outputs else [None] * len(wanted)
-    alive = {id(t) for t, grad in zip(wanted, grads, strict=True) if grad is not None and bool(grad.any())}
-    return {p for p in on if id(weights[p]) in alive}, {p for p in on if any(id(t) in alive for t in factors[p])}
+    by = {id(t): grad for t, grad in zip(wanted, grads, strict=True) if grad is not None and bool(grad.any())}
+    idle = []
+    for name, host in on.items():
+        if host.adapters.kind.stacked and any(id(t) in by for t in factors[name]):
+            lively = torch.stack([by[id(t)].flatten(1).any(1) for t in factors[name] if id(t) in by]).any(0)
+            idle += [f"{name}, {e}" for e in range(len(lively)) if not lively[e]]
+    used = {name for name, w in weights.items() if id(w) in by}
+    return used, {name for name in on if any(id(t) in by for t in factors[name])}, idle
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from .errors import SpecError
 from .lowrank import scale
 
 Target = str | Callable[[str, nn.Module], bool]
-KEYWORDS = ("all-linear",)
+KEYWORDS = ("all-linear", "all-conv")
 SCALINGS = ("standard", "rslora")
 INITS = ("kaiming", "gaussian")
 
@@ -37,8 +37,11 @@ class LoraSpec:
     """
 
     targets: tuple[Target, ...]
-    """Which modules. Each entry is a path or the dotted end of one ("q_proj", "self_attn.q_proj"), a glob over such
-    ("layers.*.mlp.up_proj"), "re:<pattern>" (the regex package, full match), "all-linear", or a callable (path, module) -> bool."""
+    """Which weights. Each entry is a path or the dotted end of one ("q_proj", "self_attn.q_proj", "experts.down_proj"), a glob over
+    such ("layers.*.mlp.up_proj"), "re:<pattern>" (the regex package, full match), a callable (path, module) -> bool, "all-linear"
+    (every matmul weight but head and routers), "all-conv", or a role (roles.ROLES: "attention", "query", "experts", ...). A name may
+    take slices of a fused weight, by part or by row: "c_attn[q,v]", "c_attn[0:768]"; a keyword or role may be confined to a part of the model:
+    "language_model.all-linear"."""
     r: int = 8
     """Rank: rows of A, columns of B. May exceed the matrix's smaller side (it is then wasteful, not wrong)."""
     alpha: float | None = None
@@ -115,14 +118,22 @@ class Site:
     aliases: tuple[str, ...] = ()
     """Further paths of the very same module: adapted too, saved once."""
     parameter: str = "weight"
+    """The weight's name in its module."""
+    label: str = ""
+    """Which slice of the weight ("q", "0:768"); empty for the whole."""
+    rows: tuple[range, ...] | None = None
+    """The slice's rows of W (out, in); None: all."""
     kind: str
     """A row of kinds.KINDS."""
     shape: tuple[int, ...]
     """Of the weight as stored."""
-    rows: tuple[tuple[int, int], ...] | None = None
-    """The rows of W (out, in) that are adapted; None: all."""
+    stack: int = 1
+    """How many matrices, each with an A and a B of its own: the experts of a stack."""
     in_features: int
     out_features: int
+    """Rows of B: of the slice, if it is one."""
+    readers: tuple[str, ...] = ()
+    """Paths of the modules whose own code reads the weight; none where it is applied by calling its module."""
     r: int
     alpha: float
     scaling: str
@@ -131,14 +142,19 @@ class Site:
     dtype: torch.dtype
 
     @property
+    def name(self) -> str:
+        """The path; with the parameter, if that is not `weight`, and the slice."""
+        return site_name(self.path, self.parameter, self.label)
+
+    @property
     def scale(self) -> float:
         """s in W0 + s B A."""
         return scale(self.alpha, self.r, self.scaling)
 
     @property
     def trainable(self) -> int:
-        """Elements of A (r, in) and B (out, r) together."""
-        return self.r * (self.in_features + self.out_features)
+        """Elements of A (r, in) and B (out, r) together, in all of the stack."""
+        return self.stack * self.r * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +165,9 @@ class Plan:
     total: int
     """Parameters of the base model."""
     left_out: tuple[str, ...] = ()
-    """What "all-linear" left out as the output head."""
+    """What "all-linear" left out: the output head and routers."""
+    towers: tuple[str, ...] = ()
+    """The models that the model is made of (vision_tower, language_model), by path; none if it is one."""
 
     @property
     def trainable(self) -> int:
@@ -171,17 +189,20 @@ class Plan:
         """One line for all layers that look alike: layers.*.self_attn.q_proj stands for as many sites as the line counts."""
         groups: dict[tuple[str, ...], list[Site]] = {}
         for s in self.sites:
-            row = (_starred(s.path), s.kind, "x".join(map(str, s.shape)), str(s.r), f"{s.alpha:g}", f"{s.scale:.4g}")
+            row = (_starred(s.name), s.kind, "x".join(map(str, s.shape)), str(s.r), f"{s.alpha:g}", f"{s.scale:.4g}")
             groups.setdefault(row, []).append(s)
         table: list[tuple[str, ...]] = [("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")]
         for (path, *cells), sites in groups.items():
-            label = (path if len(sites) > 1 else sites[0].path) + " (shared)" * any(s.aliases for s in sites)
+            label = (path if len(sites) > 1 else sites[0].name) + " (shared)" * any(s.aliases for s in sites)
             table.append((label, *cells, str(len(sites)), f"{sum(s.trainable for s in sites):,}"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
         share = f"{100 * self.trainable / self.total:.3g} %" if self.total else "n/a"
         lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}"]
-        lines += [f"left out as the output head: {', '.join(self.left_out)}"] if self.left_out else []
+        if self.towers:
+            counts = [(t, sum(s.name.startswith(f"{t}.") for s in self.sites)) for t in self.towers]
+            lines.append("of these " + ", ".join(f"{n} in {t}" for t, n in counts if n) + "".join(f"; none in {t}" for t, n in counts if not n))
+        lines += [f"left out (head, routers): {', '.join(dict.fromkeys(map(_starred, self.left_out)))}"] if self.left_out else []
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -225,12 +246,19 @@ def is_alpha(value: object) -> bool:
     return _is_number(value) and 1e-30 <= value <= 1e30  # type: ignore[operator]
 
 
+def site_name(path: str, parameter: str, label: str = "") -> str:
+    """How a weight is named: by its module, where it is the module's `weight`; by module and parameter else; and its slice."""
+    whole = path if parameter == "weight" else f"{path}.{parameter}".removeprefix(".")
+    return whole + (f"[{label}]" if label else "")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _starred(path: str) -> str:
-    return re.sub(r"\b\d+\b", "*", path)
+def _starred(name: str) -> str:
+    path, bracket, label = name.partition("[")
+    return re.sub(r"\b\d+\b", "*", path) + bracket + label
 
 
 def _size(n: float) -> str:

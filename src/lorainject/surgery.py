@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .adapters import FROZEN, Adapters, Routing, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
 from .errors import GraftError, StateError
 from .find import find
-from .graft import bare, change_class, grafted, objection
-from .kinds import LoraForward, is_sharded, kind_of
+from .kinds import KINDS, is_sharded
 from .lowrank import LowRank
 from .merge import unmerge
+from .readers import mount, objections, set_grafts, unmount
 from .spec import LoraSpec, Override, Plan, Site, Target
 
 
@@ -38,19 +38,19 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
 
 
 def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> nn.Module:
-    """Carry out a plan that `find` has checked. `factors` holds A and B by path; without it they are drawn afresh.
+    """Carry out a plan that `find` has checked. `factors` holds A and B by site name; without it they are drawn afresh.
 
     All memory is taken before the first module is changed.
     """
     modules = dict(walk(model))
-    adapters = {s.path: _low_rank(modules[s.path], s, factors[s.path] if factors else None) for s in plan}
+    adapters = [(s, _low_rank(modules[s.path], s, factors[s.name] if factors else None)) for s in plan]
     routing = routings(model) or [Routing()]
     try:
-        for path, adapter in adapters.items():
-            module = modules[path]
-            if (own := adapters_of(module)) is None:
-                module._modules["lora"] = own = Adapters(routing[0]).train(module.training)
-                change_class(module, grafted(LoraForward, type(module)))
+        for s, adapter in adapters:
+            module = modules[s.path]
+            if (own := adapters_of(module, s.parameter, s.label)) is None:
+                own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label, read=bool(s.readers))
+                mount(s.path, module, own, [(path, modules[path]) for path in s.readers])
             own[name] = adapter.train(module.training)
         for each in routing:
             each.before[name], each.active = each.active, (name,)
@@ -69,7 +69,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     anything is changed, if somebody (FSDP, parametrize, a patch of forward) has built on a grafted class since.
     """
     on = mounted(model, "eject", *([] if name is None else [name]), merged=True)
-    problems = [f"{path}: {reason}" for path, host in on.items() if (reason := objection(host.module))]
+    problems = objections(model)
     problems += [f"{path}: its A and B are sharded" for path, host in on.items() if any(map(is_sharded, host.adapters.parameters()))]
     if problems:
         raise GraftError("nothing was ejected:", problems, "undo what was built on top, in reverse order, and eject then")
@@ -81,6 +81,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         routing.merged = ()
     for host in on.values():
         host.adapters.mark()
+    set_grafts(model, True)  # what stays merged has its own classes still; unmount then takes off one graft after the other
     for each in names_of(model) if name is None else (name,):
         _remove(model, each)
     return model
@@ -133,16 +134,17 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | None) -> LowRank:
-    kind, device = kind_of(module), placement(module)
-    assert kind is not None
+    device, kind = placement(module, site.parameter), KINDS[site.kind]
+    stack, out, _ = kind.sizes(site.shape)
     if factors is None:
-        A = torch.empty(site.r, site.in_features, dtype=site.dtype, device=device)
-        B = torch.empty(site.out_features, site.r, dtype=site.dtype, device=device)
+        A = torch.empty(*stack, site.r, site.in_features, dtype=site.dtype, device=device)
+        B = torch.empty(*stack, site.out_features, site.r, dtype=site.dtype, device=device)
     else:
         A, B = (t.to(device, site.dtype) for t in factors)
+    rows = None if site.rows is None else torch.tensor([i for part in site.rows for i in part])
     adapter = LowRank(
-        A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout,
-        init=site.init, term=kind.term, padding_idx=getattr(module, "padding_idx", None),
+        A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout, init=site.init,
+        padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None, rows=rows, out=out,
     )  # fmt: skip
     if factors is None:
         adapter.reset_parameters()
@@ -164,12 +166,10 @@ def _remove(model: nn.Module, name: str) -> None:
         each.before = {n: gone if was == (name,) else was for n, was in each.before.items()}
         active = gone if each.active == (name,) else each.active
         each.active = tuple(n for n in active if n in each.before)
-    for module, adapters in hosts(model).values():
-        if name in adapters:
-            del adapters[name]
-        if not list(adapters):
-            change_class(module, bare(type(module)))
-            del module._modules["lora"]
+    for host in hosts(model).values():
+        if name in host.adapters:
+            del host.adapters[name]
+    unmount(model, [host for host in hosts(model).values() if not list(host.adapters)])
     if not hosts(model):
         for _, module in walk(model):
             for n in module.__dict__.pop(FROZEN, ()):

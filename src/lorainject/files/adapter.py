@@ -12,20 +12,21 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Host, adapters_of, mounted, ready, walk, weight_of
-from ..anatomy import read_around
+from ..adapters import Adapters, Host, misfit, mounted, ready, walk
+from ..anatomy import Weight, weights
 from ..errors import FileError, StateError
-from ..find import Candidate, candidates, name_problems, site, total, unfit, wrapped
+from ..find import Pick, name_problems, site, total, unfit, wrapped
 from ..fingerprint import agree, sample
-from ..kinds import is_sharded, kind_of
+from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
-from ..spec import Plan, Site
+from ..spec import Plan, Site, site_name
 from ..surgery import attach
 from . import container, native, peft
 from .record import AdapterFile, BasePrint, StoredSite
@@ -33,14 +34,19 @@ from .record import AdapterFile, BasePrint, StoredSite
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
+def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
     """Write A and B of one adapter, and nothing of the base; returns where.
 
-    A path that ends in .safetensors is one file, any other a PEFT-compatible directory. Works while merged, too. What was
-    there before is replaced whole or, on any error (FileError), left as it was. Warns of parameters that train beside A and B
-    (a head, say), since they are not saved.
+    A path that ends in .safetensors is one file, any other a directory, which PEFT reads too unless there are sites that PEFT has
+    not: slices of fused weights (written as such, A and B of the slice alone), transposed convolutions. `format="peft"` writes the
+    directory for PEFT's sake: slices are padded with zeros to the whole weight, exactly; what it can't hold is a FileError.
+
+    Works while merged, too. What was there before is replaced whole or, on any error (FileError), left as it was. Warns of
+    parameters that train beside A and B (a head, say), since they are not saved.
     """
     path = Path(path)
+    if format not in ("lorainject", "peft"):
+        raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out="nothing was written")
     on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
@@ -49,18 +55,28 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> Path:
         warnings.warn(
             f"{', '.join(beside[:5])}{', ...' * (len(beside) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
         )
-    aliases = {c.paths[0]: c.paths[1:] for c in candidates(model) if len(c.paths) > 1}
-    sites = tuple(_stored(at, host, name, aliases.get(at, ())) for at, host in on.items())
+    known = {n: w for w in weights(model) for n in w.names}
+    sites = tuple(_stored(known[at.partition("[")[0]], host, name) for at, host in on.items())
+    if format == "peft":
+        sites = peft.padded(sites)
+        if beyond := [f"{s.name}: {s.kind}" for s in sites if not peft.holds(s)]:
+            raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'")
+        if path.suffix == ".safetensors":
+            raise FileError("PEFT's format is a directory", way_out="give a path that does not end in .safetensors")
     tensors = peft.tensors(sites)
     init = next(iter(on.values())).adapters[name].init
-    header = {"format": "pt", native.KEY: native.encode(name, init, sites, _base(on), tensors)}
+    header = {"format": "pt"} | ({native.KEY: native.encode(name, init, sites, _base(on), tensors)} if format == "lorainject" else {})
     if path.suffix == ".safetensors":
         container.write({path: container.dump(tensors, header)})
         return path
     if path.is_file():
         raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
-    config = json.dumps(peft.config(model, sites), indent=2, sort_keys=True) + "\n"
-    container.write({path / TENSORS: container.dump(tensors, header), path / CONFIG: [config.encode()]})
+    files: dict[Path, Any] = {path / TENSORS: container.dump(tensors, header)}
+    if all(map(peft.holds, sites)):
+        files[path / CONFIG] = [(json.dumps(peft.config(model, sites), indent=2, sort_keys=True) + "\n").encode()]
+    container.write(files)
+    if path / CONFIG not in files:  # PEFT would read the adapter without what it has no place for: it must find no config
+        (path / CONFIG).unlink(missing_ok=True)
     return path
 
 
@@ -76,21 +92,21 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     name = file.name if name is None else name
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
-    by_path = {p: c for c in candidates(model) for p in c.paths}
+    by_name = {n: w for w in weights(model) for n in w.names}
     problems: list[str] = []
-    sites = _fit(file, by_path, read_around(model, {id(by_path[s.path].module) for s in file.sites if s.path in by_path}), dtype, problems)
+    sites = _fit(model, file, by_name, dtype, problems)
     if file.format == "peft":
         expected = {stored.path for stored in file.sites}
-        problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_path) if p not in expected]
-    problems += [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_path.get(p), tensor))]
+        problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_name) if p not in expected]
+    problems += [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_name.get(p), tensor))]
     if problems:
         raise FileError(f"{file.path} does not fit this model; nothing was loaded:", problems, "load it onto the model it was made for")
-    others = [s.path for s in sites if check_base and file.base and not _same_base(by_path[s.path].module, s.path, file.base)]
+    others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
                         [f"{at}: another base weight than the one this adapter was made for" for at in others],
                         "load it onto its own base, or pass check_base=False")  # fmt: skip
-    factors = {s.path: (s.A, s.B) for s in file.sites}
+    factors = {s.name: (s.A, s.B) for s in file.sites}
     return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
 
 
@@ -132,27 +148,44 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _stored(path: str, host: Host, name: str, aliases: tuple[str, ...]) -> StoredSite:
-    kind, a = kind_of(host.module), host.adapters[name]
-    return StoredSite(path=path, aliases=aliases, A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling, dropout=a.dropout,
-                      embedding=kind is not None and kind.name == "embedding")  # fmt: skip
+def _stored(w: Weight, host: Host, name: str) -> StoredSite:
+    a, own = host.adapters[name], host.adapters
+    rows = None if a.rows is None else tuple(_ranges(a.rows.tolist()))
+    return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=rows, kind=own.kind.name, shape=host.shape, aliases=w.paths[1:],
+                      readers=() if not own.read or w.readers else ("*",), A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling,
+                      dropout=a.dropout)  # fmt: skip
+
+
+def _ranges(rows: list[int]) -> list[range]:
+    """The rows as runs of one step: [0, 1, 2, 6, 7] -> 0:3, 6:8."""
+    runs: list[range] = []
+    for i in rows:
+        last = runs[-1] if runs else None
+        if last is not None and (len(last) == 1 or i - last[-1] == last.step) and i > last[-1]:
+            step = i - last[-1]
+            runs[-1] = range(last.start, i + 1, step)
+        else:
+            runs.append(range(i, i + 1))
+    return runs
 
 
 def _base(on: Mapping[str, Host]) -> BasePrint | None:
     """The fingerprint of the base; None if a part of it is not there to be read."""
-    samples = {at: p.cpu() for at, host in on.items() if (p := _print(host.module)) is not None}
+    samples = {at: p.cpu() for at, host in on.items() if (p := _print(host.module, host.adapters.parameter)) is not None}
     return BasePrint(dtype={at: host.weight.dtype for at, host in on.items()}, sample=samples) if len(samples) == len(on) else None
 
 
-def _print(module: nn.Module) -> Tensor | None:
-    own = adapters_of(module)
-    return own.folded.sample if own and own.folded else sample(weight_of(module))
+def _print(module: nn.Module, parameter: str) -> Tensor | None:
+    for own in module.children():
+        if isinstance(own, Adapters) and own.parameter == parameter and own.folded:
+            return own.folded.sample
+    weight = module._parameters[parameter]
+    return None if weight is None or is_quantised(module) else sample(weight)
 
 
 def _unwritable(host: Host, a: LowRank) -> str | None:
-    kind = kind_of(host.module)
-    if kind is None or kind.matrix(host.weight).shape != (a.B.shape[0], a.A.shape[1]):
-        return f"its weight is {tuple(host.weight.shape)} now, for which A and B were not made (resized since inject?)"
+    if misfit(host, a):
+        return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
     if a.A.is_meta or a.B.is_meta:
         return "A and B lie on the meta device (offloaded, or never loaded)"
     if is_sharded(a.A) or 0 in (a.A.numel(), a.B.numel()):
@@ -162,54 +195,59 @@ def _unwritable(host: Host, a: LowRank) -> str | None:
     return None
 
 
-def _fit(
-    file: AdapterFile, by_path: Mapping[str, Candidate], around: Mapping[int, str], dtype: torch.dtype | None, problems: list[str]
-) -> list[Site]:
+def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:
     """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
     sites: list[Site] = []
-    taken: dict[int, str] = {}
+    paths = {id(m): path for path, m in reversed(list(walk(model)))}
+    there = dict(walk(model))
+    taken: dict[tuple[int, str, str], str] = {}
     for stored in file.sites:
-        c = by_path.get(stored.path)
-        if c is None:
-            problems.append(f"{stored.path}: is not in this model")
+        w = by_name.get(site_name(stored.path, stored.parameter))
+        if w is None:
+            at = there.get(stored.path)
+            what = "not in this model" if at is None else f"a {type(at).__name__} in this model, which can't carry an adapter"
+            problems.append(f"{stored.name}: is {what}")
             continue
-        problem = _misfit(stored, c, by_path, dtype) or around.get(id(c.module))
-        if (other := taken.setdefault(id(c.module), stored.path)) != stored.path:
+        problem = _misfit(stored, w, by_name, dtype)
+        if (other := taken.setdefault((*w.key, stored.label), stored.name)) != stored.name:
             problem = f"is the same module as {other} in this model, which the file has another adapter for"
         if problem:
-            problems.append(f"{stored.path}: {problem}")
+            problems.append(f"{stored.name}: {problem}")
         else:
-            paths = (stored.path, *(p for p in c.paths if p != stored.path))
-            sites.append(site(Candidate(paths, c.module), r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout,
-                              init=file.init, dtype=dtype or stored.dtype))  # fmt: skip
+            w = replace(w, paths=(stored.path, *(p for p in w.paths if p != stored.path)), readers=w.owners[1:] if stored.readers else w.readers)
+            pick = Pick(w, stored.label, stored.rows)
+            sites.append(site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
+                              dtype=dtype or stored.dtype))  # fmt: skip
     return sites
 
 
-def _misfit(stored: StoredSite, c: Candidate, by_path: Mapping[str, Candidate], dtype: torch.dtype | None) -> str | None:
-    if (kind := kind_of(c.module)) is None:
-        return f"is a {type(c.module).__name__} in this model, which can't carry an adapter"
-    if (reason := unfit(c.module)) is not None:
+def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype: torch.dtype | None) -> str | None:
+    if (reason := unfit(w, stored.label)) is not None:
         return reason
-    if apart := [p for p in stored.aliases if by_path.get(p) is not c]:
+    if apart := [p for p in stored.aliases if by_name.get(site_name(p, stored.parameter)) is not w]:
         return f"was one module with {', '.join(apart)} when the adapter was saved, and is not in this model"
-    if stored.embedding != (kind.name == "embedding"):
-        return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {kind.name} there"
-    out, in_ = kind.matrix(weight_of(c.module)).shape
-    r = stored.r
-    if (tuple(stored.A.shape), tuple(stored.B.shape)) != ((r, in_), (out, r)):
-        return f"the file has A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}, this model's weight needs A {(r, in_)} and B {(out, r)}"
+    if stored.embedding != (w.kind.name == "embedding"):
+        return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {w.kind.name} there"
+    stack, out, in_ = w.kind.sizes(shape_of(w.module, w.parameter))
+    if stored.shape and stored.shape != shape_of(w.module, w.parameter):
+        return f"the file has it on a weight {stored.shape}, this model's is {shape_of(w.module, w.parameter)}"
+    r, out = stored.r, out if stored.rows is None else sum(map(len, stored.rows))
+    needed = (*stack, r, in_), (*stack, out, r)
+    if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
+        have = f"A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}"
+        return f"the file has {have}, this model's weight needs A {needed[0]} and B {needed[1]}"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (stored.A, stored.B)):
         return f"its A or B does not fit into {dtype}"
     return None
 
 
-def _same_base(module: nn.Module, path: str, base: BasePrint) -> bool:
-    mine = _print(module)
-    return mine is None or agree(mine.cpu(), base.sample[path], weight_of(module).dtype, base.dtype[path])
+def _same_base(w: Weight, name: str, base: BasePrint) -> bool:
+    mine, weight = _print(w.module, w.parameter), w.module._parameters[w.parameter]
+    return mine is None or weight is None or agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
 
 
-def _replaces(c: Candidate | None, tensor: Tensor) -> str | None:
-    weight = None if c is None else c.module._parameters.get("weight")
+def _replaces(w: Weight | None, tensor: Tensor) -> str | None:
+    weight = None if w is None else w.module._parameters.get(w.parameter)
     if weight is not None and weight.shape == tensor.shape and torch.equal(weight.detach().cpu().to(tensor.dtype), tensor):
         return None
     return "the file brings a whole base weight that is not this model's; adapters that replace weights are not supported"

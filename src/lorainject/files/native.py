@@ -20,16 +20,18 @@ from ..fingerprint import SAMPLES
 from . import container, peft
 from .record import AdapterFile, BasePrint, StoredSite
 
-KEY, VERSION = "lorainject", 1
+KEY = "lorainject"
+VERSIONS = (1, 2)
+"""1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there are such."""
 
 
 def encode(name: str, init: str, sites: tuple[StoredSite, ...], base: BasePrint | None, tensors: Mapping[str, Tensor]) -> str:
     """The record as JSON."""
     body: dict[str, Any] = {
-        "version": VERSION,
+        "version": 1 if all(_is_plain(s) for s in sites) else 2,
         "name": name,
         "init": init,
-        "sites": {s.path: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} for s in sites},
+        "sites": {s.name: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} | _where(s) for s in sites},
         "base": base64.b64encode(container.raw(torch.cat(list(base.sample.values())))).decode() if base else "",
         "base_dtypes": [str(dtype).removeprefix("torch.") for dtype in base.dtype.values()] if base else [],
     }
@@ -41,13 +43,18 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
     try:
         body = json.loads(text)
         digest = body.pop("digest")
-        if body["version"] != VERSION:
-            problems.append(f"its record is of version {body['version']!r}, this library reads {VERSION}")
+        if body["version"] not in VERSIONS:
+            problems.append(f"its record is of version {body['version']!r}, this library reads {VERSIONS[-1]} and older")
             return None
         if digest != _digest(body, tensors):
             problems.append("its digest does not match: bits were changed since it was written")
             return None
-        sites = [peft.site(tensors, at, problems, **settings) for at, settings in body["sites"].items()]
+        places = [_place(name, settings, tensors) for name, settings in body["sites"].items()]
+        keys = peft.keys(places)
+        sites = [
+            peft.pair(tensors, keys[s.name], s, problems, alpha=x["alpha"], scaling=x["scaling"], dropout=x["dropout"])
+            for s, x in zip(places, body["sites"].values(), strict=True)
+        ]
         base = None
         if body["base"]:
             samples = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32).split(SAMPLES)
@@ -60,10 +67,34 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
     whole = tuple(s for s in sites if s is not None)
     if config:  # the record decides; a config edited by hand must not be passed over in silence
         problems += [
-            f"{s.path}: adapter_config.json says scale {theirs:g}, the tensor file {s.scale:g}"
-            for s in whole if abs((theirs := peft.scale_of(config, s.path, s.r)) - s.scale) > 1e-9 * s.scale
+            f"{s.name}: adapter_config.json says scale {theirs:g}, the tensor file {s.scale:g}"
+            for s in whole if abs((theirs := peft.scale_of(config, s.name, s.r)) - s.scale) > 1e-9 * s.scale
         ]  # fmt: skip
     return AdapterFile(path=path, format="lorainject", sites=whole, name=name, init=init, base=base, config=config)
+
+
+def _is_plain(s: StoredSite) -> bool:
+    return (s.parameter, s.label, s.readers) == ("weight", "", ()) and s.kind in ("linear", "linear^T", "embedding")
+
+
+def _where(s: StoredSite) -> dict[str, Any]:
+    """What the name alone does not tell."""
+    if _is_plain(s):
+        return {}
+    rows = s.rows and [[part.start, part.stop, part.step] for part in s.rows]
+    fields = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape, "readers": s.readers}
+    return {"path": s.path} | {key: value for key, value in fields.items() if value}
+
+
+def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSite:
+    """A site without its A and B."""
+    kind = "embedding" if f"{peft.PREFIX}{name}{peft.EMBEDDING[0]}" in tensors else "linear"
+    return StoredSite(
+        path=settings.get("path", name), parameter=settings.get("parameter", "weight"), label=settings.get("label", ""),
+        rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
+        kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), readers=tuple(settings.get("readers", ())),
+        aliases=tuple(settings["aliases"]), A=peft.NONE, B=peft.NONE, alpha=0.0,
+    )  # fmt: skip
 
 
 def _digest(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

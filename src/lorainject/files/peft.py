@@ -1,16 +1,23 @@
 """PEFT's names, shapes and config (0.7 to 0.21): https://huggingface.co/docs/peft, layout verified against peft 0.21.2.
 
-    base_model.model.<path>.lora_A.weight (r, in)     .lora_B.weight (out, r)       linear, Conv1D
-    base_model.model.<path>.lora_embedding_A (r, V)   .lora_embedding_B (d, r)      embedding
+    base_model.model.<path>.lora_A.weight (r, in)             .lora_B.weight (out, r)            linear, Conv1D
+    base_model.model.<path>.lora_A.weight (r, in, *kernel)    .lora_B.weight (out, r, *ones)     convolution
+    base_model.model.<path>.lora_embedding_A (r, V)           .lora_embedding_B (d, r)           embedding
+    base_model.model.<path>.lora_A.weight (E r, in)           .lora_B.weight (out, r E)          stacked experts (target_parameters):
+        the rows of A go by expert, the columns of B by rank, and of several parameters of a module the last has these names, the one
+        before it <path>.base_layer.lora_A.weight, and so on
 
 r is read off the tensors; alpha comes from the config, with patterns that match the end of a path.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +27,16 @@ from torch import Tensor, nn
 
 from ..adapters import walk
 from ..errors import FileError
-from ..kinds import kind_of
+from ..kinds import KINDS
 from ..lowrank import scale
-from ..spec import is_alpha
+from ..spec import is_alpha, site_name
 from .record import AdapterFile, StoredSite
 
 PREFIX = "base_model.model."
 WRITTEN_AS = "0.21.2"  # the version whose layout we write
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 PATTERN_SECONDS = 1.0
+NONE = torch.empty(0)  # in place of A and B until they are found
 DEFAULT_ALPHA = 8  # PEFT's, for a config that does not say
 
 # Fields which, when set, mean that the file is more than, or other than, W0 + s B A.
@@ -37,29 +45,92 @@ BEYOND = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices",
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits under which the base itself was altered
 
 
-def tensors(sites: Iterable[StoredSite]) -> dict[str, Tensor]:
+def keys(sites: Sequence[StoredSite]) -> dict[str, tuple[str, str]]:
+    """For each site the names of its two tensors; of what PEFT has no name for, names that it will not take for its own."""
+    found = {}
+    for s in sites:
+        if not holds(s):
+            found[s.name] = (f"{s.name}.lora_A", f"{s.name}.lora_B")
+            continue
+        bare = [other.parameter for other in sites if other.path == s.path and other.parameter != "weight" and holds(other)]
+        levels = len(bare) - 1 - bare.index(s.parameter) if s.parameter in bare else 0
+        a, b = EMBEDDING if s.embedding else LINEAR
+        found[s.name] = (f"{PREFIX}{s.path}{'.base_layer' * levels}{a}", f"{PREFIX}{s.path}{'.base_layer' * levels}{b}")
+    return found
+
+
+def holds(s: StoredSite) -> bool:
+    """Whether PEFT has such a site: no slices, no transposed convolutions, no parameters with more than three axes."""
+    if s.label or s.kind == "conv^T" or s.readers:
+        return False
+    return s.parameter == "weight" or s.kind != "matrix" or len(s.shape) == 2
+
+
+def tensors(sites: Sequence[StoredSite]) -> dict[str, Tensor]:
     """The tensors of a file, by PEFT's names."""
-    return {f"{PREFIX}{s.path}{end}": t for s in sites for end, t in zip(EMBEDDING if s.embedding else LINEAR, (s.A, s.B), strict=True)}
+    names = keys(sites)
+    return {key: t for s in sites for key, t in zip(names[s.name], _packed(s), strict=True)}
+
+
+def _packed(s: StoredSite) -> tuple[Tensor, Tensor]:
+    """A and B in the shapes that PEFT gives them."""
+    if s.A.ndim == 3:
+        return s.A.reshape(-1, s.A.shape[-1]), s.B.permute(1, 2, 0).reshape(s.B.shape[1], -1)
+    if s.kind == "conv" and holds(s):
+        return s.A.reshape(s.r, *s.shape[1:]), s.B.reshape(*s.B.shape, *[1] * (len(s.shape) - 2))
+    return s.A, s.B
+
+
+def _unpacked(A: Tensor, B: Tensor, kind: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The inverse."""
+    if kind.startswith("experts"):
+        E = shape[0]
+        return A.reshape(E, -1, A.shape[-1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
+    return (A.flatten(1), B.flatten(1)) if A.ndim > 2 and B.shape[2:].numel() == 1 else (A, B)
+
+
+def padded(sites: Sequence[StoredSite]) -> tuple[StoredSite, ...]:
+    """The slices of a weight as one adapter on the whole of it: their A stacked, B zero outside their rows. Exact."""
+    whole: dict[str, list[StoredSite]] = {}
+    for s in sites:
+        whole.setdefault(site_name(s.path, s.parameter), []).append(s)
+    return tuple(s for group in whole.values() for s in ([_joined(group)] if any(g.label for g in group) else group))
+
+
+def _joined(group: Sequence[StoredSite]) -> StoredSite:
+    first, r = group[0], sum(s.r for s in group)
+    stack, out, _ = KINDS[first.kind].sizes(first.shape)
+    B = first.B.new_zeros(*stack, out, r)
+    for n, s in enumerate(group):
+        at = sum(other.r for other in group[:n])
+        rows = torch.tensor([i for part in s.rows or (range(out),) for i in part])
+        B[..., rows, at : at + s.r] = s.B if s.scale == first.scale else (s.B.double() * (s.scale / first.scale)).to(s.B.dtype)
+    alpha = first.scale * (math.sqrt(r) if first.scaling == "rslora" else r)
+    return replace(first, label="", rows=None, A=torch.cat([s.A for s in group], -2), B=B, alpha=alpha)
 
 
 def config(model: nn.Module, sites: tuple[StoredSite, ...]) -> dict[str, Any]:
     """adapter_config.json: the commonest r, alpha and dropout, and the exceptions as patterns on exact paths."""
     r, alpha = Counter((s.r, s.alpha) for s in sites).most_common(1)[0][0]
-    paths = {s.path for s in sites}
-    kinds = {k.name for path, m in walk(model) if path in paths and (k := kind_of(m))}
     scalings = {s.scaling for s in sites}
     if len(scalings) > 1:
         raise FileError("PEFT's config holds one scaling for all sites, this adapter has both", way_out='save(model, "x.safetensors") holds it')
+    modules, bare = tuple(s for s in sites if s.parameter == "weight" and s.kind != "matrix"), [s for s in sites if s.parameter != "weight"]
+    bare += [s for s in sites if s.parameter == "weight" and s.kind in ("matrix", "experts", "experts^T")]
+    modules = tuple(s for s in modules if s not in bare)
+    names = {id(s): f"{s.path}.{s.parameter}" if s in bare else s.path for s in sites}
     return {
         "peft_type": "LORA", "peft_version": WRITTEN_AS, "task_type": _task(model), "inference_mode": True, "revision": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "auto_mapping": None, "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": max(s.dropout for s in sites), "bias": "none", "fan_in_fan_out": kinds == {"conv1d"},
+        "lora_dropout": 0.0 if bare else max(s.dropout for s in sites),  # PEFT has no dropout on parameters, and refuses one
+        "bias": "none", "fan_in_fan_out": {s.kind for s in sites} == {"linear^T"},
         "use_rslora": scalings == {"rslora"}, "use_dora": False, "lora_bias": False, "init_lora_weights": True,
         "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
-        "target_modules": _target_modules(model, sites),
-        "rank_pattern": {f"^{re.escape(s.path)}": s.r for s in sites if s.r != r},
-        "alpha_pattern": {f"^{re.escape(s.path)}": s.alpha for s in sites if s.alpha != alpha},
+        "target_modules": _target_modules(model, modules),
+        "target_parameters": [names[id(s)] for s in bare] or None,
+        "rank_pattern": {f"^{re.escape(names[id(s)])}": s.r for s in sites if s.r != r},
+        "alpha_pattern": {f"^{re.escape(names[id(s)])}": s.alpha for s in sites if s.alpha != alpha},
     }  # fmt: skip
 
 
@@ -91,26 +162,35 @@ def record(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any],
     return AdapterFile(path=path, format="peft", sites=tuple(sites), replaced=replaced, config=dict(config))
 
 
-def site(tensors: Mapping[str, Tensor], path: str, problems: list[str], *, alpha: Any, scaling: Any, dropout: Any,
-         aliases: Sequence[str] = ()) -> StoredSite | None:  # fmt: skip
-    """A and B of one path out of the file's tensors; None, and lines in `problems`, if they or the settings can't be meant."""
+def site(tensors: Mapping[str, Tensor], path: str, problems: list[str], *, alpha: Any, scaling: Any, dropout: Any) -> StoredSite | None:
+    """A and B of one path out of the tensors that PEFT wrote; None, and lines in `problems`, if they or the settings can't be meant."""
     embedding = f"{PREFIX}{path}{EMBEDDING[0]}" in tensors
     a, b = (f"{PREFIX}{path}{end}" for end in (EMBEDDING if embedding else LINEAR))
-    wrong = [f"{key}: missing" for key in (a, b) if key not in tensors]
-    wrong += [f"{path}: alpha must be a finite number above 0, not {alpha!r}"] * (not is_alpha(alpha))
-    wrong += [f"{path}: dropout must be a probability p with 0 <= p < 1, not {dropout!r}"] * (
+    kind = "embedding" if embedding else "conv" if tensors[a if a in tensors else b].ndim > 2 else "linear"
+    return pair(tensors, (a, b), StoredSite(path=path, kind=kind, A=NONE, B=NONE, alpha=0), problems, alpha=alpha, scaling=scaling, dropout=dropout)
+
+
+def pair(tensors: Mapping[str, Tensor], at: tuple[str, str], s: StoredSite, problems: list[str], *, alpha: Any, scaling: Any,
+         dropout: Any) -> StoredSite | None:  # fmt: skip
+    """The site with its A and B, found under the two names; None, and lines in `problems`, if they or the settings can't be meant."""
+    wrong = [f"{key}: missing" for key in at if key not in tensors]
+    wrong += [f"{s.name}: alpha must be a finite number above 0, not {alpha!r}"] * (not is_alpha(alpha))
+    wrong += [f"{s.name}: dropout must be a probability p with 0 <= p < 1, not {dropout!r}"] * (
         not isinstance(dropout, int | float) or not 0 <= dropout < 1
     )
     if not wrong:
-        A, B = tensors[a], tensors[b]
+        A, B = (tensors[key] for key in at)
         if 0 in (A.numel(), B.numel()):
-            wrong.append(f"{path}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered")
-        elif A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            wrong.append(f"{path}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
+            wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered")
+        else:
+            with contextlib.suppress(RuntimeError, IndexError):  # shapes that can't be unpacked are named below
+                A, B = _unpacked(A, B, s.kind, s.shape)
+            if A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
+                wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
     if wrong:
         problems += wrong
         return None
-    return StoredSite(path=path, aliases=tuple(aliases), A=A, B=B, alpha=float(alpha), scaling=scaling, dropout=float(dropout), embedding=embedding)
+    return replace(s, A=A, B=B, alpha=float(alpha), scaling=scaling, dropout=float(dropout))
 
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -143,7 +223,7 @@ def _task(model: nn.Module) -> str | None:
 
 
 def _target_modules(model: nn.Module, sites: tuple[StoredSite, ...]) -> list[str]:
-    """Leaf names if they mean exactly these sites in this model, as people write them; else full paths."""
+    """Leaf names if they mean exactly these sites in this model, as people write them; else full paths; none, if there are no sites."""
     chosen = {s.path for s in sites}
     leaves = {path.rsplit(".", 1)[-1] for path in chosen}
     meant = {path for path, _ in walk(model) if path.rsplit(".", 1)[-1] in leaves}

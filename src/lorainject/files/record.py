@@ -10,28 +10,51 @@ import torch
 from torch import Tensor
 
 from ..lowrank import scale
+from ..spec import site_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSite:
-    """A and B of one weight, normalised: A (r, in), B (out, r), and the update is scale * B @ A."""
+    """A and B of one weight or slice, normalised: A (r, in), B (out, r), one each for every expert of a stack; the update is scale * B @ A."""
 
     path: str
     """Of the module, in the naming of the model that the file was made for."""
+    parameter: str = "weight"
+    """The weight's name in its module."""
+    label: str = ""
+    """Which slice of the weight, if it is one."""
+    rows: tuple[range, ...] | None = None
+    """The slice's rows of W (out, in)."""
+    kind: str = "linear"
+    """A row of kinds.KINDS; a file of another library does not tell linear from linear^T."""
+    shape: tuple[int, ...] = ()
+    """Of the whole weight as stored; empty if the file does not tell."""
+    readers: tuple[str, ...] = ()
+    """Modules that read the weight, where that was asked for and does not follow from the model."""
     aliases: tuple[str, ...] = ()
     """Further paths of the same module in the model that it was saved from."""
     A: Tensor
+    """(*stack, r, in)"""
     B: Tensor
+    """(*stack, out, r)"""
     alpha: float
     scaling: str = "standard"
     dropout: float = 0.0
-    embedding: bool = False
-    """Whether it sits on an embedding, whose `in` is the vocabulary."""
+
+    @property
+    def name(self) -> str:
+        """The path; with the parameter, if that is not `weight`, and the slice."""
+        return site_name(self.path, self.parameter, self.label)
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it sits on an embedding, whose `in` is the vocabulary."""
+        return self.kind == "embedding"
 
     @property
     def r(self) -> int:
         """The rank: by the tensor, whatever a config says."""
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,9 +72,9 @@ class BasePrint:
     """The fingerprint of the base that the adapter was made for (see fingerprint.py)."""
 
     dtype: dict[str, torch.dtype]
-    """By site path."""
+    """By site name."""
     sample: dict[str, Tensor]
-    """By site path: float32 (SAMPLES,)."""
+    """By site name: float32 (SAMPLES,)."""
 
 
 @dataclass(frozen=True, kw_only=True)

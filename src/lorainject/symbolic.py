@@ -1,0 +1,433 @@
+"""W0 + s P Q as an object that a model's own code can compute with, without the sum ever being formed.
+
+`LowRankSum` stands where a model reads a weight itself: experts[i], weight.chunk(3), F.multi_head_attention_forward(...,
+in_proj_weight), einsum. torch hands every function that meets one to `__torch_function__` (torch.overrides). Two sorts are
+answered exactly and cheaply: views (indexing, transposing, splitting), which are again such sums, and products, which cost the
+base's product and two thin ones. Any other function gets the dense sum, which is exact too, costs the weight's size, and is
+counted in `fallbacks`, so that probe can name it.
+
+The stored shape is (*stack, rows, *rest): a stack of experts, or nothing; the rows; columns, or a convolution's channels and kernel.
+A delta is P (*stack, rows, r) times Q (*stack, r, *rest) for whatever the axes mean, so W (out, in) and W^T are the same to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .lowrank import Factors
+
+Handler = Callable[..., Any]
+ANSWERS: dict[Any, Handler] = {}  # torch function -> what it does to a LowRankSum among its arguments
+
+
+class LowRankSum:
+    """W0 + the sum of s P Q over `factors`. No Tensor, and no copy of one: it lives as long as one forward."""
+
+    def __init__(self, W0: Tensor, factors: tuple[Factors, ...], fallbacks: Counter[str]) -> None:
+        self.W0, self.factors, self.fallbacks = W0, factors, fallbacks
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        if (answer := ANSWERS.get(function) or BY_NAME.get(name)) is not None:
+            result = answer(function, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map_only(cls, lambda w: w.dense(name), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def dense(self, asked_by: str) -> Tensor:
+        """The sum itself, differentiable; without LoRA dropout, since the weight's input is not known here."""
+        if not torch.compiler.is_compiling():
+            self.fallbacks[asked_by] += 1
+        W = self.W0
+        for P, Q, s, _ in self.factors:
+            W = W + ((P * s) @ Q.flatten(P.ndim - 1)).reshape(W.shape).to(W.dtype)
+        return W
+
+    @property
+    def stack(self) -> int:
+        """How many axes stand before the rows'."""
+        return self.factors[0].P.ndim - 2
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether one axis follows the rows'."""
+        return self.W0.ndim == self.stack + 2
+
+    def map(self, on_W: Callable[[Tensor], Tensor], on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor]) -> LowRankSum:
+        """The sum whose parts are these functions of the parts: a view of this one."""
+        return LowRankSum(on_W(self.W0), tuple(f._replace(P=on_P(f.P), Q=on_Q(f.Q)) for f in self.factors), self.fallbacks)
+
+    # Views.
+
+    def __getitem__(self, index: Any) -> LowRankSum | Tensor:
+        where = index if isinstance(index, tuple) else (index,)
+        if (split := _split_index(where, self.W0.ndim, self.stack)) is None:
+            return self.dense("__getitem__")[index]
+        on_P, on_Q = split
+        return self.map(lambda W: W[where], lambda P: P[on_P], lambda Q: Q[on_Q])
+
+    def __len__(self) -> int:
+        return len(self.W0)
+
+    def __iter__(self) -> Iterator[LowRankSum | Tensor]:
+        return iter(self.unbind())
+
+    def transpose(self, a: int, b: int) -> LowRankSum | Tensor:
+        n = self.W0.ndim
+        if self.is_matrix and {a % n, b % n} == {n - 2, n - 1}:
+            swapped = tuple(f._replace(P=f.Q.mT, Q=f.P.mT) for f in self.factors)
+            return LowRankSum(self.W0.mT, swapped, self.fallbacks)
+        return self.dense("transpose").transpose(a, b)
+
+    swapaxes = transpose
+
+    def t(self) -> LowRankSum | Tensor:
+        return self.transpose(0, 1)
+
+    @property
+    def T(self) -> LowRankSum | Tensor:
+        return self.transpose(0, 1) if self.W0.ndim == 2 else self.dense("T").T
+
+    @property
+    def mT(self) -> LowRankSum | Tensor:
+        return self.transpose(-2, -1)
+
+    def permute(self, *dims: Any) -> LowRankSum | Tensor:
+        n, order = self.W0.ndim, tuple(d % self.W0.ndim for d in (dims[0] if isinstance(dims[0], list | tuple) else dims))
+        if order == (*range(n - 2), n - 1, n - 2):
+            return self.transpose(-2, -1)
+        return self if order == tuple(range(n)) else self.dense("permute").permute(order)
+
+    def split(self, size: int | list[int], dim: int = 0) -> tuple[LowRankSum | Tensor, ...]:
+        return self._parts(self.W0.split(size, dim), dim)
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[LowRankSum | Tensor, ...]:
+        return self._parts(self.W0.chunk(chunks, dim), dim)
+
+    def unbind(self, dim: int = 0) -> tuple[LowRankSum | Tensor, ...]:
+        return tuple(self[_at(dim % self.W0.ndim, i)] for i in range(self.W0.shape[dim]))
+
+    def narrow(self, dim: int, start: int, length: int) -> LowRankSum | Tensor:
+        return self[_at(dim % self.W0.ndim, slice(start, start + length))]
+
+    def select(self, dim: int, index: int) -> LowRankSum | Tensor:
+        return self[_at(dim % self.W0.ndim, index)]
+
+    def index_select(self, dim: int, index: Tensor) -> LowRankSum | Tensor:
+        return self[_at(dim % self.W0.ndim, index)]
+
+    def unsqueeze(self, dim: int) -> LowRankSum | Tensor:
+        return self[_at(dim % (self.W0.ndim + 1), None)]
+
+    def squeeze(self, dim: int) -> LowRankSum | Tensor:
+        dim %= self.W0.ndim
+        if dim <= self.stack:
+            return self.dense("squeeze").squeeze(dim)
+        return self.map(lambda W: W.squeeze(dim), lambda P: P, lambda Q: Q.squeeze(dim))  # Q has r where W has the rows: the same axis
+
+    def reshape(self, *shape: Any) -> LowRankSum | Tensor:
+        W, n = self.W0.reshape(*shape), self.stack
+        rest = self.W0.shape[n + 1 :]
+        if W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only the rest is arranged anew
+            return self.map(lambda _: W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *W.shape[n + 1 :]))
+        if n == 0 and W.shape[-len(rest) :] == rest:  # the rows become a stack of rows (dbrx), over which Q is one and the same
+            rows = W.shape[: -len(rest)]
+            return self.map(lambda _: W, lambda P: P.reshape(*rows, P.shape[-1]), lambda Q: Q.expand(*rows[:-1], *Q.shape))
+        return self.dense("reshape").reshape(*shape)
+
+    view = reshape
+
+    def flatten(self, start: int = 0, end: int = -1) -> LowRankSum | Tensor:
+        return self.reshape(self.W0.flatten(start, end).shape)
+
+    def view_as(self, other: Tensor) -> LowRankSum | Tensor:
+        return self.reshape(other.shape)
+
+    def _parts(self, parts: tuple[Tensor, ...], dim: int) -> tuple[LowRankSum | Tensor, ...]:
+        found, start, dim = [], 0, dim % self.W0.ndim
+        for part in parts:
+            found.append(self[_at(dim, slice(start, start + part.shape[dim]))])
+            start += part.shape[dim]
+        return tuple(found)
+
+    # Metadata and casts: W0's. The factors are cast where they are used, to what they are multiplied with.
+
+    shape = property(lambda self: self.W0.shape)
+    dtype = property(lambda self: self.W0.dtype)
+    device = property(lambda self: self.W0.device)
+    ndim = property(lambda self: self.W0.ndim)
+    requires_grad = property(lambda self: self.W0.requires_grad or any(f.P.requires_grad for f in self.factors))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.W0.shape if dim is None else self.W0.shape[dim]
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRankSum:
+        W = self.W0.to(*args, **kwargs)
+        factors = tuple(Factors(f.P.to(W.device), f.Q.to(W.device), f.s.to(W.device), f.dropout) for f in self.factors)
+        return LowRankSum(W, factors, self.fallbacks)
+
+    def type(self, dtype: torch.dtype) -> LowRankSum:
+        return self.to(dtype)
+
+    def type_as(self, other: Tensor) -> LowRankSum:
+        return self.to(other.dtype)
+
+    def float(self) -> LowRankSum:
+        return self.to(torch.float32)
+
+    def contiguous(self) -> LowRankSum:
+        return self
+
+    def __matmul__(self, x: Tensor) -> Any:
+        return torch.matmul(self, x)  # type: ignore[arg-type]
+
+    def __rmatmul__(self, x: Tensor) -> Any:
+        return torch.matmul(x, self)  # type: ignore[arg-type]
+
+    def __neg__(self) -> Tensor:
+        return -self.dense("__neg__")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in METADATA:
+            return getattr(self.W0, name)
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.dense(name), name)
+
+
+# What is asked of W0, since the sum has the same; a function's call included.
+METADATA = frozenset({
+    "dim", "numel", "nelement", "stride", "element_size", "itemsize", "nbytes", "data_ptr", "storage_offset", "untyped_storage", "layout",
+    "is_contiguous", "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn",
+    "is_leaf", "is_inference", "get_device",
+})  # fmt: skip
+
+
+def _dense_operator(name: str) -> Callable[[LowRankSum, Any], Any]:
+    return lambda self, other: getattr(self.dense(name), name)(other)
+
+
+for _operator in ("add", "sub", "mul", "truediv", "pow"):
+    for _name in (f"__{_operator}__", f"__r{_operator}__"):
+        setattr(LowRankSum, _name, _dense_operator(_name))
+
+
+def _at(dim: int, index: Any) -> tuple[Any, ...]:
+    """`index` at axis `dim`, everything before it whole."""
+    return (*[slice(None)] * dim, index)
+
+
+def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """The same index for P and for Q; None if the result is no such sum (a single row, picked columns)."""
+    taken = sum(i is not None and i is not Ellipsis for i in index)
+    if any(i is Ellipsis for i in index):
+        at = next(n for n, i in enumerate(index) if i is Ellipsis)
+        index = (*index[:at], *[slice(None)] * (ndim - taken), *index[at + 1 :])
+    on_P: list[Any] = []
+    on_Q: list[Any] = []
+    axis = 0
+    for i in index:
+        if i is None and axis > stack:
+            on_Q.append(None)
+            continue
+        if i is None or axis < stack:
+            on_P.append(i)
+            on_Q.append(i)
+        elif axis == stack:
+            if not isinstance(i, slice) and not (isinstance(i, Tensor) and i.ndim == 1 and stack == 0 and len(index) == 1):
+                return None
+            on_P.append(i)
+            on_Q.append(slice(None))
+        else:
+            if not isinstance(i, slice):
+                return None
+            on_Q.append(i)
+        axis += i is not None
+    return tuple(on_P), tuple(on_Q)
+
+
+# Products.
+
+
+def answers(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register what these torch functions do; a handler is called as handler(function, *args, **kwargs)."""
+
+    def register(handler: Handler) -> Handler:
+        ANSWERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+for _view in ("transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind", "narrow", "select", "index_select", "unsqueeze", "squeeze",
+              "reshape", "flatten"):  # fmt: skip
+    answers(getattr(torch, _view))(lambda function, w, *args, _view=_view, **kwargs: getattr(w, _view)(*args, **kwargs))
+
+
+@answers(F.linear)
+def _linear(function: Any, x: Any, w: Any, bias: Tensor | None = None, *, weight: Any = None) -> Any:
+    w = w if weight is None else weight
+    if not isinstance(x, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
+        return NotImplemented
+    y = function(x, w.W0, bias)
+    for P, Q, s, p in w.factors:
+        h_R = function(F.dropout(x, p, p > 0), Q.to(x.dtype)) * s
+        y = y + function(h_R, P.to(h_R.dtype)).to(y.dtype)
+    return y
+
+
+@answers(torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, operator.matmul)
+def _matmul(function: Any, a: Any, b: Any) -> Any:
+    w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
+    if not isinstance(x, Tensor) or not w.is_matrix:
+        return NotImplemented
+    return _product(torch.matmul(a, w.W0) if w is b else torch.matmul(w.W0, b), w, x, right=w is b)
+
+
+@answers(Tensor.__rmatmul__)
+def _rmatmul(function: Any, b: Any, a: Any) -> Any:
+    return _matmul(function, a, b)
+
+
+@answers(torch.addmm, torch.baddbmm, torch.addmv, Tensor.addmm, Tensor.baddbmm)
+def _addmm(function: Any, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
+    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not w.is_matrix:
+        return NotImplemented
+    y = function(c, a, w.W0, beta=beta, alpha=alpha) if w is b else function(c, w.W0, b, beta=beta, alpha=alpha)
+    return _product(y, w, x, right=w is b, alpha=alpha)
+
+
+def _product(y: Tensor, w: LowRankSum, x: Tensor, *, right: bool, alpha: Any = 1) -> Tensor:
+    """y plus the low-rank terms of x @ W (right) or W @ x."""
+    for P, Q, s, p in w.factors:
+        dropped = F.dropout(x, p, p > 0)
+        P, Q = P.to(x.dtype), Q.to(x.dtype)
+        term = torch.matmul(torch.matmul(dropped, P) * (s * alpha), Q) if right else torch.matmul(P, torch.matmul(Q, dropped) * (s * alpha))
+        y = y + term.to(y.dtype)
+    return y
+
+
+@answers(F.grouped_mm, torch._grouped_mm)
+def _grouped_mm(function: Any, x: Any, w: Any, offs: Any = None, **kwargs: Any) -> Any:
+    """x (tokens, in) sorted by expert, w (E, in, out), offs (E,): where each expert's tokens end."""
+    if not isinstance(w, LowRankSum) or w.stack != 1 or any(v is not None for v in kwargs.values()):
+        return NotImplemented
+    y = function(x, w.W0, offs=offs)
+    for P, Q, s, p in w.factors:
+        P, Q = _aligned(P.to(x.dtype), Q.to(x.dtype))
+        h_R = function(F.dropout(x, p, p > 0), P, offs=offs) * s
+        y = y + function(h_R, Q, offs=offs)
+    return y
+
+
+BY_NAME = {"grouped_mm_fallback": _grouped_mm}  # transformers' own operator, for where torch's can't be compiled
+
+
+@functools.cache
+def teach_dynamo() -> None:
+    """Put grouped_mm on the list of the functions that ask `__torch_function__`, which torch.compile goes by: in eager mode it asks."""
+    functions = (F.grouped_mm, torch._grouped_mm)
+    torch.overrides.get_overridable_functions()[F].extend(functions)
+    if (dynamo := sys.modules.get("torch._dynamo.variables.torch")) is not None:  # it has read the list, perhaps
+        dynamo.get_overridable_functions().update(functions)
+
+
+def _aligned(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros on the rank's axis, so that its length is a multiple of 16 bytes, as the grouped kernel wants of every stride."""
+    lacking = -P.shape[-1] % (16 // P.element_size())
+    return (F.pad(P, (0, lacking)) if lacking else P), (F.pad(Q, (0, 0, 0, lacking)) if lacking else Q).contiguous()
+
+
+@answers(torch.einsum)
+def _einsum(function: Any, equation: Any, *operands: Any) -> Any:
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    at = [i for i, o in enumerate(operands) if isinstance(o, LowRankSum)]
+    if not isinstance(equation, str) or len(at) != 1 or "->" not in equation or len(operands) > 2:
+        return NotImplemented
+    w, n = operands[at[0]], operands[at[0]].stack
+    inputs, output = equation.replace(" ", "").split("->")
+    terms = inputs.split(",")
+    letters = terms[at[0]]
+    if len(letters) != w.W0.ndim or "." in letters:
+        return NotImplemented
+    R = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in inputs)
+    terms[at[0] : at[0] + 1] = [letters[: n + 1] + R, letters[:n] + R + letters[n + 1 :]]
+    y = function(equation, *(o.W0 if o is w else o for o in operands))
+    for P, Q, s, p in w.factors:
+        parts: list[Tensor] = []
+        for o in operands:
+            parts += [P.to(y.dtype) * s, Q.to(y.dtype)] if o is w else [F.dropout(o, p, p > 0)]
+        y = y + function(f"{','.join(terms)}->{output}", *parts)
+    return y
+
+
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's axes
+
+
+@answers(*CONVOLUTIONS.values())
+def _conv(function: Any, x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+          *, weight: Any = None) -> Any:  # fmt: skip
+    """W (out, in/groups, *kernel): all groups share Q (r, in/groups, *kernel), a group's outputs their rows of P."""
+    w = w if weight is None else weight
+    if not isinstance(w, LowRankSum) or w.stack:
+        return NotImplemented
+    y = function(x, w.W0, bias, stride, padding, dilation, groups)
+    for P, Q, s, p in w.factors:
+        Q = Q.to(x.dtype).repeat(groups, *[1] * (Q.ndim - 1))
+        h = function(F.dropout(x, p, p > 0), Q, None, stride, padding, dilation, groups) * s
+        y = y + function(h, P.to(h.dtype).reshape(*P.shape, *[1] * (Q.ndim - 2)), groups=groups)
+    return y
+
+
+@answers(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _conv_transpose(function: Any, x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+                    groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
+    """W (in, out/groups, *kernel): x meets the rows of P (in, r) first, and then Q (r, out/groups, *kernel)."""
+    if not isinstance(w, LowRankSum) or w.stack:
+        return NotImplemented
+    y = function(x, w.W0, bias, stride, padding, output_padding, groups, dilation)
+    for P, Q, s, p in w.factors:
+        rows, r = P.shape
+        P = P.to(x.dtype).reshape(groups, rows // groups, r).mT.reshape(groups * r, rows // groups, *[1] * (Q.ndim - 2))
+        h = CONVOLUTIONS[Q.ndim](F.dropout(x, p, p > 0), P, groups=groups) * s
+        y = y + function(h, Q.to(h.dtype).repeat(groups, *[1] * (Q.ndim - 1)), None, stride, padding, output_padding, groups, dilation)
+    return y
+
+
+@answers(F.embedding)
+def _embedding(function: Any, ids: Any, w: Any, padding_idx: int | None = None, max_norm: Any = None, *rest: Any, **options: Any) -> Any:
+    """W (V, D). Options that concern W0's own gradient (scale_grad_by_freq, sparse) do not apply to the factors."""
+    if not isinstance(w, LowRankSum) or not w.is_matrix or max_norm is not None:
+        return NotImplemented
+    y = function(ids, w.W0, padding_idx, max_norm, *rest, **options)
+    for P, Q, s, p in w.factors:
+        h_R = function(ids, P, padding_idx) * s
+        h_R = h_R * F.dropout(h_R.new_ones(*ids.shape, 1), p, p > 0)  # a one-hot input: whole tokens are dropped
+        y = y + (h_R @ Q).to(y.dtype)
+    return y
+
+
+# Its first lines hand the whole call to us; its body then needs only what is answered above.
+_MHA_BODY = types.FunctionType(
+    F.multi_head_attention_forward.__code__, {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)  # fmt: skip
+
+
+@answers(F.multi_head_attention_forward)
+def _multi_head_attention(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return _MHA_BODY(*args, **kwargs)
