@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,7 @@ def randomise(model: nn.Module, name: str = "default", std: float = 0.1, seed: i
     """Give an adapter values as if it were trained: B is zero after inject."""
     g = torch.Generator().manual_seed(seed)
     for path, p in model.named_parameters():
-        if f".lora.{name}." in f".{path}":
+        if re.search(rf"\.lora[^.]*\.{name}\.", f".{path}"):
             p.copy_(torch.randn(p.shape, generator=g) * std)
 
 
@@ -123,3 +124,9 @@ def state(model: nn.Module) -> dict[str, object]:
 def bits(t: Tensor) -> bytes | str:
     """The tensor's bytes: 0.0 and -0.0 differ, NaN equals itself."""
     return "meta" if t.is_meta else t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def weight_at(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight that a plan or a report names: of a layer, or a bare parameter."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path)._parameters.get(last) if last in model.get_submodule(path)._parameters else model.get_submodule(name).weight

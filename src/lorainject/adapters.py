@@ -192,7 +192,7 @@ class LoraForward(Graft):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        y = type(self).base.forward(self, *args, **kwargs)
+        y = type(self)._lora_base.forward(self, *args, **kwargs)
         for child in self._modules.values():
             if isinstance(child, Adapters):
                 y = child(x, y)

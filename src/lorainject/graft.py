@@ -24,14 +24,14 @@ from torch import nn
 
 
 class Graft(nn.Module):
-    """Mixin of every grafted class. Its `forward` finds the one under the graft as `type(self).base.forward`."""
+    """Mixin of every grafted class. Its `forward` finds the one under the graft as `type(self)._lora_base.forward`."""
 
-    base: type[nn.Module]
+    _lora_base: type[nn.Module]
     """The class that the module had."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the recipe (base class, mixin, state): a class made on the fly has no name to be found by."""
-        recipe: Any = type(self).base.__reduce_ex__(self, max(protocol, 2))
+        recipe: Any = type(self)._lora_base.__reduce_ex__(self, max(protocol, 2))
         make, (cls, *args), *rest = recipe
         if not is_grafted(cls):  # somebody derived from our class (FSDP, parametrize): theirs to pickle
             return make, (cls, *args), *rest
@@ -53,7 +53,7 @@ def grafted(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
     methods therefore stand in the new class itself.
     """
     if (mixin, base) not in _CLASSES:
-        body = {"__module__": base.__module__, "base": base, "forward": mixin.forward, "__reduce_ex__": Graft.__reduce_ex__}
+        body = {"__module__": base.__module__, "_lora_base": base, "forward": mixin.forward, "__reduce_ex__": Graft.__reduce_ex__}
         _CLASSES[mixin, base] = types.new_class(f"Lora{base.__name__}", (base, mixin), exec_body=lambda namespace: namespace.update(body))
     return _CLASSES[mixin, base]
 

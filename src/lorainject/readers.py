@@ -39,7 +39,7 @@ class LoraReader(Graft):
                 owner = _owner(self, path)
                 if _open(owner, name):
                     opened.append((owner, name))
-            return type(self).base.forward(self, *args, **kwargs)
+            return type(self)._lora_base.forward(self, *args, **kwargs)
         finally:
             for owner, name in opened:
                 _close(owner, name)

@@ -278,8 +278,8 @@ for _view in ("transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind
 
 
 @answers(F.linear)
-def _linear(function: Any, x: Any, w: Any, bias: Tensor | None = None, *, weight: Any = None) -> Any:
-    w = w if weight is None else weight
+def _linear(function: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    x, w = input, weight
     if not isinstance(x, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
         return NotImplemented
     y = function(x, w.W0, bias)
@@ -290,7 +290,8 @@ def _linear(function: Any, x: Any, w: Any, bias: Tensor | None = None, *, weight
 
 
 @answers(torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, operator.matmul)
-def _matmul(function: Any, a: Any, b: Any) -> Any:
+def _matmul(function: Any, input: Any, other: Any) -> Any:
+    a, b = input, other
     w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
     if not isinstance(x, Tensor) or not w.is_matrix:
         return NotImplemented
@@ -328,9 +329,14 @@ def _grouped_mm(function: Any, x: Any, w: Any, offs: Any = None, **kwargs: Any) 
         return NotImplemented
     y = function(x, w.W0, offs=offs)
     for P, Q, s, p in w.factors:
-        P, Q = _aligned(P.to(x.dtype), Q.to(x.dtype))
-        h_R = function(F.dropout(x, p, p > 0), P, offs=offs) * s
-        y = y + function(h_R, Q, offs=offs)
+        dropped = F.dropout(x, p, p > 0)
+        if len(x) < len(P):  # fewer tokens than experts: their experts' factors alone, instead of a cast of all
+            expert = torch.searchsorted(offs, torch.arange(len(x), dtype=offs.dtype, device=offs.device), right=True).clamp(max=len(P) - 1)
+            h_R = torch.bmm(dropped.unsqueeze(1), P[expert].to(x.dtype)) * s
+            y = y + torch.bmm(h_R, Q[expert].to(x.dtype)).squeeze(1)
+        else:
+            P, Q = _aligned(P.to(x.dtype), Q.to(x.dtype))
+            y = y + function(function(dropped, P, offs=offs) * s, Q, offs=offs)
     return y
 
 
@@ -379,10 +385,10 @@ CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's axes
 
 
 @answers(*CONVOLUTIONS.values())
-def _conv(function: Any, x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-          *, weight: Any = None) -> Any:  # fmt: skip
+def _conv(function: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+          groups: int = 1) -> Any:  # fmt: skip
     """W (out, in/groups, *kernel): all groups share Q (r, in/groups, *kernel), a group's outputs their rows of P."""
-    w = w if weight is None else weight
+    x, w = input, weight
     if not isinstance(w, LowRankSum) or w.stack:
         return NotImplemented
     y = function(x, w.W0, bias, stride, padding, dilation, groups)
@@ -394,9 +400,10 @@ def _conv(function: Any, x: Any, w: Any, bias: Any = None, stride: Any = 1, padd
 
 
 @answers(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def _conv_transpose(function: Any, x: Any, w: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+def _conv_transpose(function: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
                     groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
     """W (in, out/groups, *kernel): x meets the rows of P (in, r) first, and then Q (r, out/groups, *kernel)."""
+    x, w = input, weight
     if not isinstance(w, LowRankSum) or w.stack:
         return NotImplemented
     y = function(x, w.W0, bias, stride, padding, output_padding, groups, dilation)
@@ -409,8 +416,9 @@ def _conv_transpose(function: Any, x: Any, w: Any, bias: Any = None, stride: Any
 
 
 @answers(F.embedding)
-def _embedding(function: Any, ids: Any, w: Any, padding_idx: int | None = None, max_norm: Any = None, *rest: Any, **options: Any) -> Any:
+def _embedding(function: Any, input: Any, weight: Any, padding_idx: int | None = None, max_norm: Any = None, *rest: Any, **options: Any) -> Any:
     """W (V, D). Options that concern W0's own gradient (scale_grad_by_freq, sparse) do not apply to the factors."""
+    ids, w = input, weight
     if not isinstance(w, LowRankSum) or not w.is_matrix or max_norm is not None:
         return NotImplemented
     y = function(ids, w.W0, padding_idx, max_norm, *rest, **options)

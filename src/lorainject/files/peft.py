@@ -85,7 +85,7 @@ def _unpacked(A: Tensor, B: Tensor, kind: str, shape: tuple[int, ...]) -> tuple[
     """The inverse."""
     if kind.startswith("experts"):
         E = shape[0]
-        return A.reshape(E, -1, A.shape[-1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
+        return A.reshape(E, -1, A.shape[-1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1).contiguous()
     return (A.flatten(1), B.flatten(1)) if A.ndim > 2 and B.shape[2:].numel() == 1 else (A, B)
 
 
