@@ -77,7 +77,8 @@ def weights(model: nn.Module) -> list[Weight]:
             readers = tuple(dict.fromkeys(read.get((key, name), ())))
             if kind.term is None or readers or key in read_by or not is_plain(module):
                 readers = tuple(dict.fromkeys((*readers, module)))  # for a direct call of the module
-            linear = kind.name in ("linear", "linear^T") or (kind_of(module, name) is None and (_is_experts(module) or (key, name) in multiplied))
+            found_to = (key, name) in multiplied and (kind_of(module, name) is None or (kind.name == "embedding" and not is_plain(module)))
+            linear = kind.name in ("linear", "linear^T") or found_to or (kind_of(module, name) is None and _is_experts(module))
             found.append(Weight(tuple(paths[key]), module, name, kind, linear, readers, owners))
     return found
 
