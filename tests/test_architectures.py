@@ -13,7 +13,7 @@ from torch import nn
 import lorainject as li
 
 SAMPLE = {
-    "text": ["llama", "gpt2", "bert", "t5", "bloom", "deberta", "xlnet", "mobilebert"],
+    "text": ["llama", "gpt2", "bert", "t5", "bloom", "deberta", "funnel", "mobilebert"],
     "experts": ["mixtral", "gpt_oss", "llama4_text", "dbrx", "deepseek_v3"],
     "state space": ["mamba", "jamba", "recurrent_gemma", "zamba"],
     "vision": ["vit", "swin", "resnet", "mask2former"],

@@ -272,3 +272,45 @@ def test_one_module_at_two_paths():
     ours = li.inject(Twice(), ["first", "second"])
     assert ours.first is ours.second
     assert ours.first.lora is ours.second.lora
+
+
+EXPERTS = {
+    "both stacks": (["experts"], {}), "one stack and a linear": (["down_proj", "q_proj"], {}), "the router too": (["router", "experts"], {}),
+    "ranks that differ": (["experts"], {"overrides": {"gate_up_proj": {"r": 2, "alpha": 8}}}), "rslora": (["experts"], {"scaling": "rslora"}),
+    "a slice, padded": (["gate_up_proj[up]"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("build", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("targets", "settings"), [pytest.param(*w, id=name) for name, w in EXPERTS.items()])
+def test_peft_reads_our_experts(build, targets, settings, tmp_path):
+    """Stacked experts, stored either way, in PEFT's layout for target_parameters: it computes what we do."""
+    import test_readers
+
+    base = test_readers.built(getattr(test_readers, build))
+    model = li.inject(copy.deepcopy(base), targets, r=3, alpha=6, **settings)
+    randomise(model)
+    li.save(model, tmp_path, format="peft")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        y = test_readers.output(model)
+        assert (test_readers.output(theirs) - y).abs().max() < 1e-4 * y.abs().max()
+        assert (test_readers.output(base) - y).abs().max() > 1e-2 * y.abs().max()
+
+
+def test_convolutions_both_ways(tmp_path):
+    """A plain convolution's adapter has PEFT's shapes, and is read back from PEFT's own file; a transposed one PEFT has not."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1))
+    model, x = li.inject(copy.deepcopy(base), "all-conv", r=2), torch.randn(2, 3, 8, 8)
+    randomise(model)
+    li.save(model, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(x), model(x), atol=1e-5)
+        made = peft_model(base, target_modules=["0", "1"], r=2, lora_alpha=4)
+        made.save_pretrained(tmp_path / "theirs")
+        assert torch.allclose(li.load(copy.deepcopy(base), tmp_path / "theirs")(x), made(x), atol=1e-5)
+    upward = li.inject(nn.Sequential(nn.ConvTranspose2d(3, 6, 3)), "all-conv", r=2)
+    with pytest.raises(li.FileError, match=r"PEFT has no place for:\n  - 0: conv\^T"):
+        li.save(upward, tmp_path / "up", format="peft")

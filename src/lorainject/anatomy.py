@@ -95,8 +95,13 @@ def heads(model: nn.Module) -> set[int]:
             found.append(get() if callable(get) else None)
         if (base := part._modules.get(getattr(part, "base_model_prefix", None) or "")) is not None:
             beside = [child for child in part.children() if child is not base]
-            found += [child for child in beside if kind_of(child) is not None or type(child).__name__.endswith("Head")]
+            found += [child for child in beside if kind_of(child) is not None or (type(child).__name__.endswith("Head") and not _is_decoder(child))]
     return {id(m) for head in found if head is not None for m in head.modules()}
+
+
+def _is_decoder(head: nn.Module) -> bool:
+    """A head with attention or a recurrent cell of its own (SLANet's) is more than an output layer."""
+    return any(isinstance(m, nn.RNNBase | nn.RNNCellBase) or "Attention" in type(m).__name__ for m in head.modules())
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:
@@ -120,7 +125,7 @@ def _kinds(module: nn.Module) -> Iterator[tuple[str, Kind]]:
     if type(module).__name__ == "ParametrizationList":
         return
     for name, p in module._parameters.items():
-        if p is not None and p.ndim >= 2 and "bias" not in name:
+        if p is not None and p.ndim >= 2 and "bias" not in name and "position" not in name:  # SAM's positional_embedding multiplies, but is fixed
             transposed = bool(getattr(module, "is_transposed", False))  # transformers' mark on experts stored (E, in, out)
             yield name, STACKS[transposed] if p.ndim == 3 and not _sums_over(module, name) else MATRIX
 

@@ -50,7 +50,7 @@ def value(host: Host, siblings: list[Adapters]) -> LowRankSum | None:
     routing, kind = host.adapters.routing, host.adapters.kind
     if routing.rows is not None and any(name in a for name in routing.rows for a in siblings):
         raise StateError(
-            f"rows(...): the weight {host.adapters.parameter!r} of a {type(host.module).__name__} is read by the model's own code, which may"
+            f"rows(...): the weight {host.adapters.parameter!r} of a {bare(type(host.module)).__name__} is read by the model's own code, which may"
             " see the batch in any order",
             way_out="inject the adapters without it: exclude=[...]",
         )

@@ -1,0 +1,397 @@
+"""The weight graft on real owners: experts under each implementation, attention, recurrent layers, weights that a parent reads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AriaTextConfig, AriaTextModel, GptOssConfig, GptOssModel, MixtralConfig, MixtralModel
+from transformers.models.aria.modeling_aria import AriaExperts
+
+import lorainject as li
+from lorainject.adapters import hosts
+from lorainject.graft import Graft
+
+from models import randomise, state
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def mixtral() -> nn.Module:
+    return MixtralModel(MixtralConfig(**SIZES, num_local_experts=8))
+
+
+def gpt_oss() -> nn.Module:
+    return GptOssModel(GptOssConfig(**SIZES, head_dim=16, num_local_experts=8, num_experts_per_tok=2))
+
+
+def built(build, implementation: str = "eager", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model whose experts have random weights; gpt-oss's and Aria's are stored (E, in, out)."""
+    torch.manual_seed(0)
+    model = build().to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.2)
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def output(model: nn.Module) -> Tensor:
+    return model(input_ids=torch.arange(14).reshape(2, 7)).last_hidden_state
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+every = pytest.mark.parametrize("build", [mixtral, gpt_oss])
+implementations = pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+
+
+@every
+@implementations
+def test_experts(build, implementation):
+    """Adapted experts compute what merged ones do, no dense sum is formed, and A and B of all that got a token have gradients."""
+    model = built(build, implementation)
+    before, y = state(model), output(model)
+    li.inject(model, ["experts"], r=4)
+    assert close(output(model), y, 1e-6)
+    randomise(model)
+    adapted = output(model)
+    assert not close(adapted, y, 0.01)
+    reach = li.probe(model, input_ids=torch.arange(14).reshape(2, 7))
+    assert not reach.dense
+    assert len(reach.reached) == 4
+    li.merge(model)
+    assert not any(isinstance(m, Graft) for m in model.modules())
+    assert close(output(model), adapted)
+    li.unmerge(model)
+    assert torch.equal(output(model), adapted)
+    assert state(li.eject(model)) == before
+
+
+@every
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in transformers
+def test_experts_compile_as_one_graph(build, implementation, dtype):
+    """torch.compile takes adapted experts whole, and gets the same numbers."""
+    model = built(build, implementation, dtype)
+    li.inject(model, ["experts", "q_proj"], r=4)
+    randomise(model)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    assert close(output(compiled), output(model), 1e-5 if dtype is torch.float32 else 3e-2)
+    torch._dynamo.reset()
+
+
+@implementations
+def test_experts_dropout(implementation):
+    """LoRA dropout acts on the experts' inputs while training, and only then."""
+    model = built(mixtral, implementation)
+    li.inject(model, ["experts"], r=4, dropout=0.5)
+    randomise(model)
+    assert torch.equal(output(model), output(model))
+    model.train()
+    assert not torch.equal(output(model), output(model))
+
+
+def test_bf16_experts_with_fp32_factors_keep_their_dtype():
+    """A and B are float32 on a bfloat16 base; the output is bfloat16, and autocast changes nothing about that."""
+    model = built(mixtral, "grouped_mm", torch.bfloat16)
+    li.inject(model, ["experts"], r=4)
+    randomise(model)
+    assert output(model).dtype is torch.bfloat16
+    assert all(p.dtype is torch.float32 for p in li.parameters(model))
+    wide = built(mixtral, "eager")
+    li.inject(wide, ["experts"], r=4)
+    randomise(wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(output(wide).float(), output(li.unmerge(wide) if li.merge(wide) else wide).float(), 0.1)
+
+
+def test_every_expert_without_a_token_is_said_apart():
+    """probe names the experts of a stack, by number, that this input did not reach; they are no failure."""
+    model = built(mixtral)
+    li.inject(model, ["experts"], r=4)
+    randomise(model)
+    reach = li.probe(model, input_ids=torch.tensor([[5]]))
+    assert len(reach.idle) == 2 * 2 * 6  # 2 layers, 2 stacks, 2 of 8 experts a token
+    assert all(name.rpartition(", ")[0].endswith("_proj") for name in reach.idle)
+
+
+def test_aria_experts_are_transposed():
+    """(E, in, out): A (E, r, in) and B (E, out, r) all the same."""
+    model = AriaTextModel(AriaTextConfig(**SIZES, moe_num_experts=4, moe_topk=2))
+    experts = next(m for m in model.modules() if isinstance(m, AriaExperts))
+    plan = {s.name.rsplit(".", 1)[-1]: s for s in li.find(model, ["experts"], r=4, layers=[0])}
+    assert (plan["gate_up_proj"].kind, plan["gate_up_proj"].in_features) == ("experts^T", 32)
+    li.inject(model, ["experts"], r=4)
+    assert experts.lora_gate_up_proj["default"].A.shape == (4, 4, 32)
+    assert experts.lora_gate_up_proj["default"].B.shape == (4, experts.gate_up_proj.shape[2], 4)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_multihead_attention(batch_first, apart, training):
+    """in_proj or separate projections, and out_proj, in train and eval mode, where torch has a fused path that must not run."""
+    torch.manual_seed(0)
+    mha = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=6 if apart else None, vdim=7 if apart else None).train(training)
+    q, k, v = torch.randn(3, 5, 8), torch.randn(3, 5, 6 if apart else 8), torch.randn(3, 5, 7 if apart else 8)
+    li.inject(mha, "all-linear", r=2)
+    assert set(hosts(mha)) == ({"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if apart else {"in_proj_weight", "out_proj"})
+    randomise(mha)
+    dense = copy.deepcopy(mha)
+    li.merge(dense)
+    for extra in ({}, {"need_weights": False}, {"attn_mask": torch.zeros(5, 5) if batch_first else torch.zeros(3, 3)}):
+        assert close(mha(q, k, v, **extra)[0], dense(q, k, v, **extra)[0], 1e-5)
+    assert not li.probe(mha, q, k, v).dense
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["linear1"], ["out_proj"], ["in_proj_weight[q,v]"]])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the merged encoder, whose kernel is torch's
+def test_encoder_layers(targets, training):
+    """torch's encoder reads its layers' weights in eval mode, two levels up: whatever is adapted, the fused kernel does not hide it."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0), 2).train(training)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    li.inject(encoder, targets, r=2)
+    randomise(encoder)
+    dense = copy.deepcopy(encoder)
+    li.merge(dense)
+    kept = ~padding
+    with torch.no_grad():
+        assert close(encoder(x), dense(x), 1e-5)
+        assert close(encoder(x, src_key_padding_mask=padding)[kept], dense(x, src_key_padding_mask=padding)[kept], 1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(5, 4, 2, bidirectional=True), nn.GRU(5, 4), nn.RNN(5, 4), nn.LSTM(5, 4, proj_size=3)])
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_recurrent_layers(layer):
+    """Their weights are found, act, train, and are known to need the dense sum."""
+    layer = copy.deepcopy(layer)
+    before, x = state(layer), torch.randn(6, 2, 5)
+    li.inject(layer, "all-linear", r=2)
+    randomise(layer)
+    dense = copy.deepcopy(layer)
+    li.merge(dense)
+    assert close(layer(x)[0], dense(x)[0], 1e-5)
+    reach = li.probe(layer, x)
+    assert set(reach.dense) == set(hosts(layer))
+    assert "the dense sum was formed for" in str(reach)
+    assert state(li.eject(layer)) == before
+
+
+class Parent(nn.Module):
+    """Reads `read` in its forward, and `hidden` in a way that its source does not show; calls `called`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.hidden = (nn.Linear(4, 4) for _ in range(3))
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(self.called(x), self.read.weight)
+        if self.fail:
+            raise RuntimeError("on purpose")
+        return F.linear(x, next(p for name, p in self.hidden.named_parameters() if name == "weight"))
+
+
+class Secretive(Parent):
+    """Reads a layer's weight by a name made at run time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, getattr(self, "hid" + "den").weight)
+
+
+def test_a_read_that_no_source_shows_is_named_and_can_be_mended():
+    """probe says so, and how to inject instead: naming the weight itself, which adapts whoever reads it."""
+    model = nn.Sequential(Secretive())
+    li.inject(model, ["hidden"], r=2)
+    x = torch.randn(2, 4)
+    with pytest.raises(
+        li.UnreachedAdapter, match=r"0\.hidden: its weight acts without .*\n=> eject, and inject naming .*targets=\['0\.hidden\.weight'\]"
+    ):
+        li.probe(model, x)
+    li.eject(model)
+    before = state(model)
+    li.inject(model, ["0.hidden.weight"], r=2)
+    randomise(model)
+    assert li.probe(model, x).reached == ("0.hidden",)
+    dense = copy.deepcopy(model)
+    li.merge(dense)
+    assert close(model(x), dense(x), 1e-5)
+    assert state(li.eject(model)) == before
+
+
+def test_that_choice_is_saved(tmp_path):
+    """A weight that was named itself is so again when the adapter is loaded."""
+    model = nn.Sequential(Secretive())
+    fresh = copy.deepcopy(model)
+    li.inject(model, ["0.hidden.weight"], r=2)
+    randomise(model)
+    li.load(fresh, li.save(model, tmp_path / "a.safetensors"))
+    x = torch.randn(2, 4)
+    assert torch.equal(fresh(x), model(x))
+    assert li.probe(fresh, x)
+
+
+def shadows(model: nn.Module) -> list[str]:
+    """Weights that are hidden at the moment, and counts of readers that are not zero."""
+    hidden = [f"{path}.{name}" for path, m in model.named_modules() for name in m._parameters if name in m.__dict__]
+    return hidden + [name for name, host in hosts(model).items() if host.adapters.readers]
+
+
+def test_nothing_is_left_behind_by_a_forward_that_raises():
+    """Outside a forward a weight is W0, whatever happened inside."""
+    model = Parent()
+    li.inject(model, ["read", "called"], r=2)
+    model.fail = True
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(torch.randn(2, 4))
+    assert not shadows(model)
+    assert type(model.read.weight) is nn.Parameter
+
+
+def test_inside_and_outside():
+    """While the reader runs the weight is the sum, and in between W0: what FSDP, state_dict and optimisers see."""
+    model = nn.Sequential(Parent())
+    li.inject(model, ["read"], r=2)
+    seen = []
+    model[0].called.register_forward_hook(lambda *_: seen.append(type(model[0].read.weight).__name__))
+    model(torch.randn(2, 4))
+    assert seen == ["LowRankSum"]
+    assert type(model[0].read.weight) is nn.Parameter
+    with li.disabled(model):
+        model(torch.randn(2, 4))
+    assert seen[1] == "Parameter"
+
+
+def test_checkpointing_and_recursion():
+    """A forward that runs again in the backward, and one inside another, get the same gradients as a plain one."""
+    model = nn.Sequential(Parent())
+    li.inject(model, ["read"], r=2)
+    randomise(model)
+    x = torch.randn(2, 4, requires_grad=True)
+    wanted = torch.autograd.grad(model(x).sum(), list(li.parameters(model)))
+    for reentrant in (True, False):
+        got = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), list(li.parameters(model)))
+        if reentrant:
+            model.zero_grad()
+            checkpoint(model, x, use_reentrant=True).sum().backward()
+            got = tuple(p.grad for p in li.parameters(model))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert not shadows(model)
+
+
+def test_threads():
+    """Forwards side by side all see the sum: the first that is done does not take it from the others."""
+    model = nn.Sequential(*[Parent() for _ in range(3)])
+    li.inject(model, ["read"], r=2)
+    randomise(model)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        wanted = model(x)
+    wrong: list[Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                if not torch.equal(y := model(x), wanted):
+                    wrong.append(y)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert not shadows(model)
+
+
+def test_pickle_and_deepcopy():
+    """A copy has its own readers: training it leaves the original alone."""
+    model = built(mixtral)
+    li.inject(model, ["experts"], r=4)
+    randomise(model)
+    y = output(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(twin), y)
+        randomise(twin, seed=1)
+        assert not torch.equal(output(twin), y)
+        assert torch.equal(output(model), y)
+
+
+def test_rows_are_refused_where_the_batch_can_not_be_seen():
+    """Experts see tokens in any order: rows(...) says so instead of mixing adapters up; rows of the base alone are fine."""
+    model = built(mixtral)
+    li.inject(model, ["experts"], r=4, name="a")
+    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match=r"a MixtralExperts is read by the model's own code"):
+        output(model)
+    assert not shadows(model)
+    with li.rows(model, [None, None]):
+        output(model)
+
+
+def test_two_adapters_on_one_stack():
+    """Their terms add up; merging both and taking them out again gives W0 to the bit."""
+    model = built(mixtral)
+    li.inject(model, ["experts"], r=4, name="a")
+    li.inject(model, ["down_proj"], r=2, name="b")
+    randomise(model, "a")
+    randomise(model, "b", seed=1)
+    li.activate(model, "a", "b")
+    y = output(model)
+    li.merge(model)
+    assert close(output(model), y)
+    li.unmerge(model)
+    li.eject(model, "b")
+    assert len(hosts(model)) == 4
+    assert not any("b" in host.adapters for host in hosts(model).values())
+    assert li.activate(model, "a") is None
+    li.eject(model)
+    assert not any(isinstance(m, Graft) for m in model.modules())
+
+
+def test_layers_in_plain_lists():
+    """A layer kept in a plain Python list by its parent is the same object, so it is adapted there too."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.kept = [self.a]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.kept[0](x)
+
+    model = Listed()
+    li.inject(model, ["a"], r=2)
+    assert li.probe(model, torch.randn(2, 4)).reached == ("a",)
+
+
+def test_a_linear_with_a_forward_of_its_own():
+    """A router that returns a tuple, a linear that scales: their own code computes with the sum."""
+
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = F.linear(x, self.weight) * 2
+            return logits, logits.softmax(-1)
+
+    model = Router(4, 3)
+    x = torch.randn(2, 4)
+    li.inject(nn.Sequential(model), ["0"], r=2)
+    randomise(model)
+    dense = copy.deepcopy(model)
+    li.merge(dense)
+    assert close(model(x)[0], dense(x)[0], 1e-5)
+    assert close(model(x)[1], dense(x)[1], 1e-5)
