@@ -91,3 +91,17 @@ def test_only_what_is_on_is_probed():
     li.merge(model)
     with pytest.raises(li.StateError, match="can't probe while 'default' is merged"):
         li.probe(model, input_ids=ids())
+
+
+def test_inputs_that_the_model_can_not_take():
+    """Said before anything runs, with what it takes; what the forward itself raises comes through."""
+    model = li.inject(llama(), ["q_proj"])
+    before = state(model)
+    small = li.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
+    with pytest.raises(li.StateError, match=r"got an unexpected keyword argument 'pixels'\n=> Sequential\.forward takes input"):
+        li.probe(small, pixels=ids())
+    with pytest.raises(li.StateError, match="missing a required argument: 'input'"):
+        li.probe(small)
+    with pytest.raises(IndexError):
+        li.probe(model, input_ids=ids() + 10_000)
+    assert state(model) == before

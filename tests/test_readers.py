@@ -11,7 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AriaTextConfig, AriaTextModel, GptOssConfig, GptOssModel, MixtralConfig, MixtralModel
+from transformers import (
+    AriaTextConfig,
+    AriaTextModel,
+    BloomConfig,
+    BloomModel,
+    DetrConfig,
+    DetrForSegmentation,
+    GptOssConfig,
+    GptOssModel,
+    MixtralConfig,
+    MixtralModel,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    ResNetConfig,
+)  # fmt: skip
 from transformers.models.aria.modeling_aria import AriaExperts
 
 import lorainject as li
@@ -191,6 +205,42 @@ def test_recurrent_layers(layer):
     assert state(li.eject(layer)) == before
 
 
+def _detr() -> nn.Module:
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=[f"stage{i}" for i in range(1, 5)])
+    return DetrForSegmentation(DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
+                                          encoder_layers=1, decoder_layers=1, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=16,
+                                          decoder_ffn_dim=16, num_queries=4))  # fmt: skip
+
+
+READ = {
+    "Bloom's slow path, by slices": (
+        lambda: BloomModel(BloomConfig(vocab_size=99, hidden_size=16, n_layer=1, n_head=2, slow_but_exact=True, pretraining_tp=2)),
+        ["dense", "dense_4h_to_h"], {"input_ids": torch.arange(6)[None]}, ()),
+    "MobileBERT's head, concatenated": (
+        lambda: MobileBertForMaskedLM(MobileBertConfig(vocab_size=99, hidden_size=16, embedding_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                                       intermediate_size=16, intra_bottleneck_size=8, true_hidden_size=8)),
+        ["predictions.dense"], {"input_ids": torch.arange(6)[None]}, ("cat",)),
+    "DETR's masks, as a convolution": (_detr, ["bbox_attention.q_proj", "bbox_attention.k_proj"], {"pixel_values": torch.randn(1, 3, 64, 64)}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "targets", "inputs", "dense"), [pytest.param(*w, id=name) for name, w in READ.items()])
+def test_weights_that_models_read(build, targets, inputs, dense):
+    """Found by the source of the class that reads them; adapted they do what merged ones do."""
+    torch.manual_seed(0)
+    model = build().eval()
+    before = state(model)
+    li.inject(model, targets, r=2)
+    randomise(model)
+    merged = copy.deepcopy(model)
+    li.merge(merged)
+    with torch.no_grad():
+        for a, b in zip(model(**inputs).to_tuple(), merged(**inputs).to_tuple(), strict=True):
+            assert not isinstance(a, Tensor) or close(a, b)
+    assert {by for each in li.probe(model, **inputs).dense.values() for by in each} == set(dense)
+    assert state(li.eject(model)) == before
+
+
 class Parent(nn.Module):
     """Reads `read` in its forward, and `hidden` in a way that its source does not show; calls `called`."""
 
@@ -274,6 +324,22 @@ def test_inside_and_outside():
     with li.disabled(model):
         model(torch.randn(2, 4))
     assert seen[1] == "Parameter"
+
+
+def test_a_shared_layer_that_two_parents_read():
+    """One adapter, found from either parent, whichever path comes first."""
+    first, second = Parent(), Parent()
+    second.read = first.read
+    model = nn.Sequential(first, second)
+    before, x = state(model), torch.randn(2, 4)
+    li.inject(model, ["read"], r=2)
+    randomise(model)
+    dense = copy.deepcopy(model)
+    li.merge(dense)
+    assert len(hosts(model)) == 1
+    assert close(model(x), dense(x), 1e-5)
+    assert close(second(x), dense[1](x), 1e-5)
+    assert state(li.eject(model)) == before
 
 
 def test_checkpointing_and_recursion():

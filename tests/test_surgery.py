@@ -378,3 +378,18 @@ def test_rows_refuses_what_it_cannot_be_sure_of(two):
         assert up(torch.randn(3, 5, 32)).shape == (3, 5, 48)
     with pytest.raises(li.StateError, match="rows takes a list"), li.rows(model, None):
         pass
+
+
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"sparse": True}, {"padding_idx": 2}])
+def test_options_of_an_embedding(options):
+    """They concern the frozen table's own gradient: A and B get theirs as from any other embedding, dense, and none at the padding token."""
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(7, 4, **options)), torch.tensor([[1, 2, 1]])
+    plain = nn.Sequential(nn.Embedding(7, 4, padding_idx=options.get("padding_idx")))
+    plain.load_state_dict(model.state_dict())
+    for m in (model, plain):
+        li.inject(m, ["0"], r=2)
+        randomise(m)
+        m(ids).square().sum().backward()
+    for a, b in zip(li.parameters(model), li.parameters(plain), strict=True):
+        assert torch.equal(a.grad, b.grad)

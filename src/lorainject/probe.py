@@ -7,6 +7,7 @@ weight without calling the layer; if W has none either, this forward does not us
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .adapters import Host, mounted, walk
 from .errors import StateError, UnreachedAdapter
+from .graft import bare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,17 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
     """Run one forward, as `model(*args, **inputs)` in the mode it is in, and one backward, and see which adapters they reach.
 
     Raises UnreachedAdapter with every site whose adapter does nothing, and why; StateError if no adapter is on or they are
-    merged. What the forward itself raises, it raises. Gradients, random state, buffers, modes and requires_grad flags are
+    merged, or if the forward can't be called so. What the forward itself raises, it raises. Gradients, random state, buffers, modes and requires_grad flags are
     afterwards as before.
     """
     on = {name: host for name, host in mounted(model, "probe").items() if host.adapters.on}
     if not on:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
+    try:
+        inspect.signature(model.forward).bind(*args, **inputs)
+    except TypeError as e:
+        takes = ", ".join(inspect.signature(model.forward).parameters)
+        raise StateError(f"the model can't be called with these inputs: {e}", way_out=f"{bare(type(model)).__name__}.forward takes {takes}") from None
     asked = {name: Counter(host.adapters.fallbacks) for name, host in on.items()}
     used, acting, idle = _gradients(model, on, args, inputs)
     unreached = [name for name in on if name not in acting]

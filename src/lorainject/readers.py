@@ -60,14 +60,15 @@ def value(host: Host, siblings: list[Adapters]) -> LowRankSum | None:
     return LowRankSum(W0, found, host.adapters.fallbacks) if found else None
 
 
-def mount(path: str, module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]) -> None:
-    """Give a module the child that holds a weight's adapters, and graft it, or the weight's readers: first of them by its path."""
+def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Give a module (under all its paths) the child that holds a weight's adapters, and graft it, or the weight's readers, each with a path."""
     if adapters.kind.stacked:
         teach_dynamo()
     module._modules[child_name(adapters.parameter, adapters.label)] = adapters.train(module.training)
     for reader_path, reader in readers:
         reads = reader.__dict__.setdefault(READS, [])
-        entry = (tuple(path.removeprefix(reader_path).strip(".").split(".")) if path != reader_path else (), adapters.parameter)
+        below = next(p for p in paths if reader_path in ("", p) or p.startswith(f"{reader_path}."))
+        entry = (tuple(filter(None, below.removeprefix(reader_path).split("."))), adapters.parameter)
         if entry not in reads:
             reads.append(entry)
         _regraft(reader, True)

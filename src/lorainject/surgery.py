@@ -50,7 +50,7 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
             module = modules[s.path]
             if (own := adapters_of(module, s.parameter, s.label)) is None:
                 own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label, read=bool(s.readers))
-                mount(s.path, module, own, [(path, modules[path]) for path in s.readers])
+                mount((s.path, *s.aliases), module, own, [(path, modules[path]) for path in s.readers])
             own[name] = adapter.train(module.training)
         for each in routing:
             each.before[name], each.active = each.active, (name,)
