@@ -99,7 +99,7 @@ def test_inputs_that_the_model_can_not_take():
     before = state(model)
     small = li.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
     with pytest.raises(li.StateError, match=r"got an unexpected keyword argument 'pixels'\n=> Sequential\.forward takes input"):
-        li.probe(small, pixels=ids())
+        li.probe(small, torch.ones(2), pixels=ids())
     with pytest.raises(li.StateError, match="missing a required argument: 'input'"):
         li.probe(small)
     with pytest.raises(IndexError):

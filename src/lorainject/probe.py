@@ -29,7 +29,7 @@ class Reach:
     reached: tuple[str, ...]
     """Names of the sites whose adapters act on the output."""
     idle: tuple[str, ...] = ()
-    """Experts that got no token in this forward: other inputs may reach them. One of a stack is named by its number: "experts.down_proj, 3"."""
+    """Experts that got no token in this forward: other inputs may reach them. One of a stack has its number: "experts.down_proj, 3"."""
     dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Sites for which the sum W0 + s B A had to be formed, and the torch functions that asked for it: exact, but no faster than a merge."""
 
@@ -43,8 +43,8 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
     """Run one forward, as `model(*args, **inputs)` in the mode it is in, and one backward, and see which adapters they reach.
 
     Raises UnreachedAdapter with every site whose adapter does nothing, and why; StateError if no adapter is on or they are
-    merged, or if the forward can't be called so. What the forward itself raises, it raises. Gradients, random state, buffers, modes and requires_grad flags are
-    afterwards as before.
+    merged, or if the forward can't be called so. What the forward itself raises, it raises. Gradients, random state, buffers, modes
+    and requires_grad flags are afterwards as before.
     """
     on = {name: host for name, host in mounted(model, "probe").items() if host.adapters.on}
     if not on:
