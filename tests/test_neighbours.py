@@ -452,3 +452,24 @@ def test_cast_keeps_the_scale(base):
     s = model.model.layers[0].self_attn.q_proj.lora["default"].s
     assert s.dtype is torch.float32
     assert s.item() == pytest.approx(1 / 3, rel=1e-6)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_sharded_experts(implementation):
+    """fully_shard over weights that the model reads itself: the sum is made of the gathered W0, A and B, once."""
+    import test_readers
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = li.inject(test_readers.built(test_readers.mixtral, implementation), ["experts", "q_proj"], r=4)
+    randomise(model)
+    plain, mesh = copy.deepcopy(model), init_device_mesh("cpu", (1,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    y, wanted = test_readers.output(model), test_readers.output(plain)
+    assert torch.allclose(y, wanted, atol=1e-5)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    for p, q in zip(li.parameters(model), li.parameters(plain), strict=True):
+        assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5)
