@@ -73,6 +73,25 @@ def test_inspect(cli, saved):
     assert cli("inspect", saved / "base", ok=False).startswith("error: ")
 
 
+def test_slices_and_stacks(cli, tmp_path):
+    """Found and inspected by their names, as a table and as JSON."""
+    import test_readers
+
+    model = test_readers.built(test_readers.mixtral)
+    model.save_pretrained(tmp_path / "base")
+    targets = ("-t", "gate_up_proj[up]", "-t", "down_proj")
+    assert "experts.gate_up_proj[up]  experts  8x32x32" in cli("find", tmp_path / "base", *targets)
+    sites = json.loads(cli("find", tmp_path / "base", *targets, "--json"))["sites"]
+    assert sites[0]["rows"] == [[16, 32, 1]]
+    li.inject(model, ["gate_up_proj[up]", "down_proj"], r=4)
+    randomise(model)
+    shown = cli("inspect", li.save(model, tmp_path / "a.safetensors"))
+    assert "layers.0.mlp.experts.gate_up_proj[up]  32   16  4" in shown
+    sites = json.loads(cli("inspect", tmp_path / "a.safetensors", "--json"))["sites"]
+    wanted = next(delta for name, _, delta in li.deltas(model) if name == "layers.0.mlp.experts.gate_up_proj").norm()
+    assert next(s for s in sites if s["path"] == "layers.0.mlp.experts.gate_up_proj[up]")["norm"] == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_merge(cli, saved):
     """The merged directory is an ordinary model: same output as the adapted one, tokenizer copied, nothing of ours in it."""
     assert "merged adapter into 4 weights" in cli("merge", saved / "base", saved / "adapter", "-o", saved / "out")

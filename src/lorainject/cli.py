@@ -23,6 +23,7 @@ import lorainject as li
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ModuleNotFoundError as missing:
     sys.exit(f'the command line needs {missing.name}: pip install "lorainject[cli]"')
@@ -58,7 +59,7 @@ def find(
         base = _model_class(config := _config(model))(config)
     plan = li.find(base, targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling)
     if as_json:
-        sites = [asdict(s) | {"dtype": str(s.dtype), "scale": s.scale, "trainable": s.trainable} for s in plan]
+        sites = [asdict(s) | {"rows": _rows(s.rows), "dtype": str(s.dtype), "scale": s.scale, "trainable": s.trainable} for s in plan]
         print(json.dumps({"trainable": plan.trainable, "total": plan.total, "bytes": plan.bytes, "sites": sites}))
     else:
         print(plan)
@@ -69,7 +70,7 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's directory
     """Show what an adapter file holds: sites, ranks, scales, and the norm of each delta. Fails if the file would not load."""
     file = li.read(adapter)
     rows = [
-        {"path": s.path, "in": s.A.shape[1], "out": s.B.shape[0], "r": s.r, "alpha": s.alpha, "scale": s.scale,
+        {"path": s.name, "in": s.A.shape[-1], "out": s.B.shape[-2], "r": s.r, "alpha": s.alpha, "scale": s.scale,
          "dtype": str(s.A.dtype).removeprefix("torch."), "norm": _norm(s)} for s in file.sites
     ]  # fmt: skip
     unusual = ["every B is zero: untrained, or its keys were lost"] * all(row["norm"] == 0 for row in rows)
@@ -82,7 +83,7 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's directory
     for column in ("module", "in", "out", "r", "alpha", "scale", "dtype", "|sBA|"):
         table.add_column(column, justify="left" if column in ("module", "dtype") else "right")
     for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))  # a slice's [q] is no markup
     console = Console()
     console.print(table)
     console.print(f"{file.format} file, adapter {file.name!r}: {len(rows)} sites, {file.parameters:,} parameters", highlight=False)
@@ -134,6 +135,11 @@ def demo(
     run(model=model, data=data, out=out, method=method, seed=seed, **{k: v for k, v in given.items() if v is not None})
 
 
+def _rows(rows: tuple[range, ...] | None) -> list[tuple[int, int, int]] | None:
+    """A slice's rows for JSON: start, stop, step of each run."""
+    return None if rows is None else [(part.start, part.stop, part.step) for part in rows]
+
+
 def _layers(entries: list[str] | None) -> list[int] | None:
     """["0-2", "5"] -> [0, 1, 2, 5]."""
     if entries is None:
@@ -176,7 +182,7 @@ def _hub(model: str, get: Callable[..., Any], **options: Any) -> Any:
 def _norm(site: li.StoredSite) -> float:
     """|s B A| without forming it: |BA|^2 is the sum over (B^T B) * (A A^T), both (r, r)."""
     A, B = site.A.double(), site.B.double()
-    return site.scale * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0)) ** 0.5
+    return site.scale * float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)) ** 0.5
 
 
 if __name__ == "__main__":
