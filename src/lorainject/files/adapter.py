@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..adapters import Adapters, Host, misfit, mounted, ready, walk
 from ..anatomy import Weight, weights
 from ..errors import FileError, StateError
-from ..find import Pick, name_problems, site, total, unfit, wrapped
+from ..find import name_problems, site, total, unfit, wrapped
 from ..fingerprint import agree, sample
 from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
+from ..match import Pick
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
 from . import container, native, peft
