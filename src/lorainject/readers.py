@@ -23,7 +23,8 @@ from .adapters import Adapters, Host, LoraForward, child_name, hosts, walk
 from .errors import StateError
 from .graft import Graft, bare, change_class, grafted, objection
 from .lowrank import factors
-from .symbolic import LowRankSum, teach_dynamo
+from .products import teach_dynamo
+from .symbolic import LowRankSum
 
 READS = "_lora_reads"  # on a reader: [(path of the owner from the reader, as parts, the parameter's name)]
 _LOCK = threading.Lock()
