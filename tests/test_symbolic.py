@@ -30,7 +30,7 @@ def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LowRankS
 
     scale = torch.tensor(0.5)
     factors = tuple(Factors(randn(*shape[: stack + 1], R), randn(*shape[:stack], R, *shape[stack + 1 :]), scale) for _ in range(count))
-    return LowRankSum(randn(*shape), factors, Counter())
+    return LowRankSum(randn(*shape), factors, stack, Counter())
 
 
 def check(w: LowRankSum, function) -> None:
@@ -181,8 +181,8 @@ def test_dropout_drops_the_input():
     """In every product the adapter's input is dropped, not the base's; the mean over many masks is the undropped term."""
     torch.manual_seed(0)
     w = make(5, 4)
-    w = LowRankSum(w.W0, tuple(f._replace(dropout=0.5) for f in w.factors), Counter())
-    plain = LowRankSum(w.W0, tuple(f._replace(dropout=0.0) for f in w.factors), Counter())
+    w = LowRankSum(w.W0, tuple(f._replace(dropout=0.5) for f in w.factors), 0, Counter())
+    plain = LowRankSum(w.W0, tuple(f._replace(dropout=0.0) for f in w.factors), 0, Counter())
     many = x(1, 4).expand(20000, 4)
     for product in (lambda v: F.linear(many, v), lambda v: many @ v.T, lambda v: (v @ many.T).T, lambda v: torch.einsum("bi,oi->bo", many, v)):
         got = product(w)
@@ -213,7 +213,7 @@ def test_nothing_of_the_weights_size_is_made(product):
     """Neither forward nor backward makes a tensor as large as one expert; the dense sum would make the whole stack."""
     w = make(16, 48, 64, stack=1)
     w.W0.requires_grad_(False)
-    w = LowRankSum(w.W0.float(), w.factors, w.fallbacks)
+    w = LowRankSum(w.W0.float(), w.factors, 1, w.fallbacks)
     with Largest() as seen:
         product(w).square().sum().backward()
     assert seen.most < 16 * 64 * 8  # A and B of all experts, padded; the stack is six times that

@@ -85,7 +85,6 @@ class Adapters(nn.Module):
         self.routing, self.kind, self.parameter, self.label, self.read = routing, kind, parameter, label, read
         self.folded: Folded | None = None
         self.fallbacks: Counter[str] = Counter()
-        self.readers = 0
 
     parameter: str
     """The name of the weight in its module."""
@@ -95,14 +94,13 @@ class Adapters(nn.Module):
     """Whether the weight is read by somebody's own code (the weight graft), or applied by calling its module (the forward graft)."""
     fallbacks: Counter[str]
     """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
-    readers: int
-    """How many forwards that read this weight are running."""
 
     def __getitem__(self, name: str) -> LowRank:
         return cast(LowRank, self._modules[name])
 
     def __setitem__(self, name: str, adapter: LowRank) -> None:
         self._modules[name] = adapter  # not add_module, which reserves names such as "train" and "half"
+        self._mark(adapter)
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
@@ -146,14 +144,15 @@ class Adapters(nn.Module):
                 y = y.index_copy(0, index, self[name](add, y[index], self.kind.term, x[index]))
         return y
 
-    def mark(self) -> None:
-        """Let the optimiser's guard know whether A and B are merged (an attribute of theirs, since it sees nothing else)."""
-        for p in self.parameters():
-            p._lora_merged = bool(self.routing.merged)  # type: ignore[attr-defined]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.mark()  # a copied Parameter loses its attributes
+        for adapter in self._modules.values():
+            self._mark(cast(LowRank, adapter))  # a copied Parameter loses its attributes
+
+    def _mark(self, adapter: LowRank) -> None:
+        """Let the optimiser's guard ask whether A and B are merged (by an attribute of theirs, since it sees nothing else)."""
+        for p in adapter.parameters():
+            p._lora_routing = self.routing  # type: ignore[attr-defined]
 
     def _load_from_state_dict(
         self,

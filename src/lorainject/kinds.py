@@ -77,8 +77,8 @@ def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
     """The weight's shape; a quantised one's is packed, and the layer's sizes tell."""
     if parameter == "weight" and is_quantised(module):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    weight = getattr(module, parameter)
-    assert isinstance(weight, Tensor)
+    weight = module._parameters[parameter]
+    assert weight is not None
     return tuple(weight.shape)
 
 

@@ -182,17 +182,15 @@ class Whole:
 
 def _weights(on: Mapping[str, Host]) -> list[Whole]:
     """The adapted weights, each once."""
-    places: dict[tuple[int, str], dict[str, Host]] = {}
+    places: dict[tuple[int, str], list[tuple[str, Host]]] = {}
     for name, host in on.items():
-        places.setdefault(host.place, {})[name] = host
-    return [Whole(next(iter(hosts)).partition("[")[0], tuple(hosts.values())) for hosts in places.values()]
+        places.setdefault(host.place, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
+    return [Whole(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
 
 
 def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
     for host in on.values():
         host.adapters.routing.merged = names
-    for host in on.values():
-        host.adapters.mark()
 
 
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -301,7 +299,7 @@ def _tied(model: nn.Module) -> dict[tuple[int, str], list[str]]:
 
 def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """An optimiser that steps over merged A and B would train nothing, in silence."""
-    if any(getattr(p, "_lora_merged", False) for group in optimizer.param_groups for p in group["params"]):
+    if any(p._lora_routing.merged for group in optimizer.param_groups for p in group["params"] if hasattr(p, "_lora_routing")):
         raise StateError("can't train while merged: A and B are in the weights, and out of the graph", way_out="unmerge(model) first")
 
 

@@ -37,7 +37,7 @@ def _linear(function: Any, input: Any, weight: Any, bias: Tensor | None = None) 
 def _matmul(function: Any, input: Any, other: Any) -> Any:
     a, b = input, other
     w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
-    if not isinstance(x, Tensor) or not w.is_matrix:
+    if not isinstance(x, Tensor) or not w.is_matrix or (x.ndim == 1 and w.stack):
         return NotImplemented
     return _product(torch.matmul(a, w.W0) if w is b else torch.matmul(w.W0, b), w, x, right=w is b)
 

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import Adapters, Host, LoraForward, child_name, hosts, walk
 from .errors import StateError
 from .graft import Graft, bare, change_class, grafted, objection
-from .lowrank import factors
+from .lowrank import Factors, factors
 from .products import teach_dynamo
 from .symbolic import LowRankSum
 
@@ -34,38 +34,67 @@ class LoraReader(Graft):
     """The weight graft of one reader."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        opened: list[tuple[nn.Module, str]] = []
+        opened: list[tuple[nn.Module, str, Any]] = []
         try:
             for path, name in self.__dict__[READS]:
-                owner = _owner(self, path)
-                if _open(owner, name):
-                    opened.append((owner, name))
+                owner, me = _owner(self, path), None if torch.compiler.is_compiling() else object()
+                opened.append((owner, name, me))  # before it is opened: an interrupt must find it here
+                _open(owner, name, me)
             return type(self)._lora_base.forward(self, *args, **kwargs)
         finally:
-            for owner, name in opened:
-                _close(owner, name)
+            while opened:
+                _close(*opened[-1])
+                opened.pop()
 
 
-def value(host: Host, siblings: list[Adapters]) -> LowRankSum | None:
-    """W0 + s B A of all adapters that are on, for one weight (`siblings`: itself, or its slices); None if none is on."""
-    routing, kind = host.adapters.routing, host.adapters.kind
-    if routing.rows is not None and any(name in a for name in routing.rows for a in siblings):
-        raise StateError(
-            f"rows(...): the weight {host.adapters.parameter!r} of a {bare(type(host.module)).__name__} is read by the model's own code, which may"
-            " see the batch in any order",
-            way_out="inject the adapters without it: exclude=[...]",
-        )
-    W0 = host.weight
-    rest = tuple(W0.shape[kind.stacked + 1 :])
-    found = tuple(low(factors, kind.transposed, rest) for a in siblings for low in ([] if routing.rows is not None else a.on))
-    return LowRankSum(W0, found, host.adapters.fallbacks) if found else None
+class Hidden(LowRankSum):
+    """What hides a parameter: W0 + s B A of the adapters that are on *when it is used*, in any thread and grad mode."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name = owner, name
+        self.adapters = _siblings(owner, name)
+        self.kind, self.fallbacks = self.adapters[0].kind, self.adapters[0].fallbacks
+        self.stack = int(self.kind.stacked)
+        self.under = owner.__dict__.get(name)  # a replica of DataParallel has its parameters there
+        self.users: set[Any] = set()
+        self.traced = 0
+
+    users: set[Any]
+    """The forwards that read it now."""
+    traced: int
+    """And how many while torch.compile traces, where no interrupt can come in between."""
+
+    @property
+    def W0(self) -> Tensor:  # type: ignore[override]
+        """The parameter, wherever accelerate or FSDP have put it by now."""
+        return self.owner._parameters[self.name] if self.under is None else self.under  # type: ignore[return-value]
+
+    @property
+    def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
+        """Of the adapters that are on."""
+        routing = self.adapters[0].routing
+        if routing.rows is not None:
+            if any(name in a for name in routing.rows for a in self.adapters):
+                raise StateError(
+                    f"rows(...): the weight {self.name!r} of a {bare(type(self.owner)).__name__} is read by the model's own code, which may"
+                    " see the batch in any order",
+                    way_out="inject the adapters without it: exclude=[...]",
+                )
+            return ()
+        rest = tuple(self.W0.shape[self.stack + 1 :])
+        return tuple(low(factors, self.kind.transposed, rest) for a in self.adapters for low in a.on)
 
 
 def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]) -> None:
-    """Give a module (under all its paths) the child that holds a weight's adapters, and graft it, or the weight's readers, each with a path."""
+    """Give a module (under all its paths) the child that holds a weight's adapters, and graft it, or the weight's readers, each with a path.
+
+    A weight that has adapters already may get further readers.
+    """
     if adapters.kind.stacked:
         teach_dynamo()
-    module._modules[child_name(adapters.parameter, adapters.label)] = adapters.train(module.training)
+    if child_name(adapters.parameter, adapters.label) not in module._modules:
+        module._modules[child_name(adapters.parameter, adapters.label)] = adapters.train(module.training)
+    adapters.read = adapters.read or bool(readers)
     for reader_path, reader in readers:
         reads = reader.__dict__.setdefault(READS, [])
         below = next(p for p in paths if reader_path in ("", p) or p.startswith(f"{reader_path}."))
@@ -81,6 +110,7 @@ def unmount(model: nn.Module, gone: Sequence[Host]) -> None:
     """Take these children away again, and the grafts of modules that have nothing left to do."""
     grafted_before = grafts(model)
     for host in gone:
+        _forget(host.module)
         del host.module._modules[child_name(host.adapters.parameter, host.adapters.label)]
     for module in grafted_before.values():
         if READS in module.__dict__:
@@ -110,6 +140,8 @@ def objections(model: nn.Module) -> list[str]:
 
 def set_grafts(model: nn.Module, on: bool) -> None:
     """Give all of them the grafted class, or their own."""
+    for host in hosts(model).values():
+        _forget(host.module)
     for module in grafts(model).values():
         _regraft(module, on)
 
@@ -127,40 +159,55 @@ def _siblings(owner: nn.Module, name: str) -> list[Adapters]:
 def _owner(reader: nn.Module, path: tuple[str, ...]) -> nn.Module:
     module: Any = reader
     for part in path:
-        module = module._modules[part]
-    return module
+        module = module._modules.get("_orig_mod", module)._modules[part]  # a part may be compiled
+    return module._modules.get("_orig_mod", module)
 
 
-def _open(owner: nn.Module, name: str) -> bool:
-    """Hide the parameter, if an adapter is on; whether `_close` must follow."""
-    siblings = _siblings(owner, name)
-    if not siblings:
-        return False
+def _open(owner: nn.Module, name: str, me: Any) -> None:
+    """Hide the parameter, for `me` too."""
+    parameter = owner._parameters.get(name)
+    if not _siblings(owner, name) or (parameter is not None and parameter.is_meta and "_hf_hook" in owner.__dict__):
+        return  # offloaded: accelerate brings it when its module is called, which then hides it itself
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:  # a lock can't be traced
-        return _enter(owner, name, siblings)
+        hidden = owner.__dict__.get(name)
+        if not isinstance(hidden, Hidden):
+            hidden = owner.__dict__[name] = Hidden(owner, name)
+            _tell_kernel(owner)
+        if me is None:
+            hidden.traced += 1
+        else:
+            hidden.users.add(me)
 
 
-def _enter(owner: nn.Module, name: str, siblings: list[Adapters]) -> bool:
-    first = siblings[0]
-    if first.readers == 0:
-        if (new := value(Host(owner, first), siblings)) is None:
-            return False
-        owner.__dict__[name] = new
-        if isinstance(owner, nn.RNNBase):  # whose forward uses its own list of the parameters
-            owner.__dict__["_flat_weights"] = [owner.__dict__.get(n, owner._parameters.get(n)) for n in owner._flat_weights_names]
-    first.readers += 1
-    return True
-
-
-def _close(owner: nn.Module, name: str) -> None:
+def _close(owner: nn.Module, name: str, me: Any) -> None:
+    """Done with it; the last one shows the parameter again. May be called twice."""
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
-        _leave(owner, name)
+        hidden = owner.__dict__.get(name)
+        if isinstance(hidden, Hidden):
+            if me is None:
+                hidden.traced -= 1
+            else:
+                hidden.users.discard(me)
+            if not hidden.users and not hidden.traced:
+                _show(owner, name, hidden)
 
 
-def _leave(owner: nn.Module, name: str) -> None:
-    first = _siblings(owner, name)[0]
-    first.readers -= 1
-    if first.readers == 0:
+def _show(owner: nn.Module, name: str, hidden: Hidden) -> None:
+    if hidden.under is None:
         del owner.__dict__[name]
-        if isinstance(owner, nn.RNNBase):
-            owner.__dict__["_flat_weights"] = [owner._parameters.get(n) for n in owner._flat_weights_names]
+    else:
+        owner.__dict__[name] = hidden.under
+    _tell_kernel(owner)
+
+
+def _tell_kernel(owner: nn.Module) -> None:
+    """A recurrent layer's forward uses its own list of the parameters."""
+    if isinstance(owner, nn.RNNBase):
+        owner.__dict__["_flat_weights"] = [owner.__dict__.get(n, owner._parameters.get(n)) for n in owner._flat_weights_names]
+
+
+def _forget(owner: nn.Module) -> None:
+    """Show what a forward that was interrupted while it cleaned up has left hidden."""
+    for name, hidden in list(owner.__dict__.items()):
+        if isinstance(hidden, Hidden):
+            _show(owner, name, hidden)

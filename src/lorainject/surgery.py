@@ -49,8 +49,8 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
         for s, adapter in adapters:
             module = modules[s.path]
             if (own := adapters_of(module, s.parameter, s.label)) is None:
-                own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label, read=bool(s.readers))
-                mount((s.path, *s.aliases), module, own, [(path, modules[path]) for path in s.readers])
+                own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label)
+            mount((s.path, *s.aliases), module, own, [(path, modules[path]) for path in s.readers])
             own[name] = adapter.train(module.training)
         for each in routing:
             each.before[name], each.active = each.active, (name,)
@@ -79,8 +79,6 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         raise StateError(f"can't eject {name!r} alone after merge(reversible=False)", way_out="eject(model) leaves the folded weights")
     for routing in routings(model):
         routing.merged = ()
-    for host in on.values():
-        host.adapters.mark()
     set_grafts(model, True)  # what stays merged has its own classes still; unmount then takes off one graft after the other
     for each in names_of(model) if name is None else (name,):
         _remove(model, each)

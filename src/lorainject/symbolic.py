@@ -12,6 +12,7 @@ A delta is P (*stack, rows, r) times Q (*stack, r, *rest) for whatever the axes 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .errors import StateError
 from .lowrank import Factors
 
 Handler = Callable[..., Any]
@@ -30,16 +32,23 @@ BY_NAME: dict[str, Handler] = {}  # the same for operators that exist only where
 class LowRankSum:
     """W0 + the sum of s P Q over `factors`. No Tensor, and no copy of one: it lives as long as one forward."""
 
-    def __init__(self, W0: Tensor, factors: tuple[Factors, ...], fallbacks: Counter[str]) -> None:
-        self.W0, self.factors, self.fallbacks = W0, factors, fallbacks
+    def __init__(self, W0: Tensor, factors: tuple[Factors, ...], stack: int, fallbacks: Counter[str]) -> None:
+        self.W0, self.factors, self.stack, self.fallbacks = W0, factors, stack, fallbacks
+
+    W0: Tensor
+    factors: tuple[Factors, ...]
+    """One for each adapter that is on; with none the sum is W0."""
+    stack: int
+    """How many axes stand before the rows'."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(function, "__name__", str(function))
         if (answer := ANSWERS.get(function) or BY_NAME.get(name)) is not None:
-            result = answer(function, *args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
+            with contextlib.suppress(TypeError):  # arguments in a form that is not foreseen
+                result = answer(function, *args, **(kwargs or {}))
+                if result is not NotImplemented:
+                    return result
         args, kwargs = tree_map_only(cls, lambda w: w.dense(name), (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -49,22 +58,18 @@ class LowRankSum:
             self.fallbacks[asked_by] += 1
         W = self.W0
         for P, Q, s, _ in self.factors:
-            W = W + ((P * s) @ Q.flatten(P.ndim - 1)).reshape(W.shape).to(W.dtype)
+            W = W + ((P * s) @ Q.flatten(self.stack + 1)).reshape(W.shape).to(W.dtype)
         return W
-
-    @property
-    def stack(self) -> int:
-        """How many axes stand before the rows'."""
-        return self.factors[0].P.ndim - 2
 
     @property
     def is_matrix(self) -> bool:
         """Whether one axis follows the rows'."""
         return self.W0.ndim == self.stack + 2
 
-    def map(self, on_W: Callable[[Tensor], Tensor], on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor]) -> LowRankSum:
-        """The sum whose parts are these functions of the parts: a view of this one."""
-        return LowRankSum(on_W(self.W0), tuple(f._replace(P=on_P(f.P), Q=on_Q(f.Q)) for f in self.factors), self.fallbacks)
+    def view_of(self, W: Tensor, on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor], rest: int) -> LowRankSum:
+        """The sum whose parts are these functions of the parts, W of W0: a view of this one, with so many axes after the rows'."""
+        factors = tuple(f._replace(P=on_P(f.P), Q=on_Q(f.Q)) for f in self.factors)
+        return LowRankSum(W, factors, W.ndim - 1 - rest, self.fallbacks)
 
     # Views.
 
@@ -72,8 +77,8 @@ class LowRankSum:
         where = index if isinstance(index, tuple) else (index,)
         if (split := _split_index(where, self.W0.ndim, self.stack)) is None:
             return self.dense("__getitem__")[index]
-        on_P, on_Q = split
-        return self.map(lambda W: W[where], lambda P: P[on_P], lambda Q: Q[on_Q])
+        on_P, on_Q, rest = split
+        return self.view_of(self.W0[where], lambda P: P[on_P], lambda Q: Q[on_Q], rest)
 
     def __len__(self) -> int:
         return len(self.W0)
@@ -85,7 +90,7 @@ class LowRankSum:
         n = self.W0.ndim
         if self.is_matrix and {a % n, b % n} == {n - 2, n - 1}:
             swapped = tuple(f._replace(P=f.Q.mT, Q=f.P.mT) for f in self.factors)
-            return LowRankSum(self.W0.mT, swapped, self.fallbacks)
+            return LowRankSum(self.W0.mT, swapped, self.stack, self.fallbacks)
         return self.dense("transpose").transpose(a, b)
 
     swapaxes = transpose
@@ -117,31 +122,32 @@ class LowRankSum:
         return tuple(self[_at(dim % self.W0.ndim, i)] for i in range(self.W0.shape[dim]))
 
     def narrow(self, dim: int, start: int, length: int) -> LowRankSum | Tensor:
+        start %= self.W0.shape[dim]
         return self[_at(dim % self.W0.ndim, slice(start, start + length))]
 
     def select(self, dim: int, index: int) -> LowRankSum | Tensor:
         return self[_at(dim % self.W0.ndim, index)]
 
     def index_select(self, dim: int, index: Tensor) -> LowRankSum | Tensor:
-        return self[_at(dim % self.W0.ndim, index)]
+        return self[_at(dim % self.W0.ndim, index.reshape(-1))]
 
     def unsqueeze(self, dim: int) -> LowRankSum | Tensor:
         return self[_at(dim % (self.W0.ndim + 1), None)]
 
     def squeeze(self, dim: int) -> LowRankSum | Tensor:
-        dim %= self.W0.ndim
-        if dim <= self.stack:
+        W, dim, rest = self.W0.squeeze(dim), dim % self.W0.ndim, self.W0.ndim - self.stack - 1
+        if dim <= self.stack or (rest == 1 and W.ndim < self.W0.ndim):
             return self.dense("squeeze").squeeze(dim)
-        return self.map(lambda W: W.squeeze(dim), lambda P: P, lambda Q: Q.squeeze(dim))  # Q has r where W has the rows: the same axis
+        return self.view_of(W, lambda P: P, lambda Q: Q.squeeze(dim), W.ndim - self.stack - 1)  # Q has r where W has the rows: the same axis
 
     def reshape(self, *shape: Any) -> LowRankSum | Tensor:
         W, n = self.W0.reshape(*shape), self.stack
         rest = self.W0.shape[n + 1 :]
-        if W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only the rest is arranged anew
-            return self.map(lambda _: W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *W.shape[n + 1 :]))
-        if n == 0 and W.shape[-len(rest) :] == rest:  # the rows become a stack of rows (dbrx), over which Q is one and the same
+        if W.ndim > n + 1 and W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only the rest is arranged anew
+            return self.view_of(W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *W.shape[n + 1 :]), W.ndim - n - 1)
+        if n == 0 and W.ndim > len(rest) and W.shape[-len(rest) :] == rest:  # the rows become a stack of rows (dbrx), over which Q is one
             rows = W.shape[: -len(rest)]
-            return self.map(lambda _: W, lambda P: P.reshape(*rows, P.shape[-1]), lambda Q: Q.expand(*rows[:-1], *Q.shape))
+            return self.view_of(W, lambda P: P.reshape(*rows, P.shape[-1]), lambda Q: Q.expand(*rows[:-1], *Q.shape), len(rest))
         return self.dense("reshape").reshape(*shape)
 
     view = reshape
@@ -173,7 +179,7 @@ class LowRankSum:
     def to(self, *args: Any, **kwargs: Any) -> LowRankSum:
         W = self.W0.to(*args, **kwargs)
         factors = tuple(Factors(f.P.to(W.device), f.Q.to(W.device), f.s.to(W.device), f.dropout) for f in self.factors)
-        return LowRankSum(W, factors, self.fallbacks)
+        return LowRankSum(W, factors, self.stack, self.fallbacks)
 
     def type(self, dtype: torch.dtype) -> LowRankSum:
         return self.to(dtype)
@@ -196,9 +202,17 @@ class LowRankSum:
     def __neg__(self) -> Tensor:
         return -self.dense("__neg__")
 
+    def __abs__(self) -> Tensor:
+        return self.dense("__abs__").abs()
+
+    __hash__ = object.__hash__
+
     def __getattr__(self, name: str) -> Any:
         if name in METADATA:
             return getattr(self.W0, name)
+        if name.endswith("_") and not name.startswith("_"):
+            raise StateError(f"the model's own code changes an adapted weight in place ({name})",
+                             way_out="inject without it: exclude=[...]")  # fmt: skip
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.dense(name), name)
@@ -216,9 +230,11 @@ def _dense_operator(name: str) -> Callable[[LowRankSum, Any], Any]:
     return lambda self, other: getattr(self.dense(name), name)(other)
 
 
-for _operator in ("add", "sub", "mul", "truediv", "pow"):
+for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     for _name in (f"__{_operator}__", f"__r{_operator}__"):
         setattr(LowRankSum, _name, _dense_operator(_name))
+for _operator in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(LowRankSum, f"__{_operator}__", _dense_operator(f"__{_operator}__"))
 
 
 def _at(dim: int, index: Any) -> tuple[Any, ...]:
@@ -226,19 +242,22 @@ def _at(dim: int, index: Any) -> tuple[Any, ...]:
     return (*[slice(None)] * dim, index)
 
 
-def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
-    """The same index for P and for Q; None if the result is no such sum (a single row, picked columns)."""
+def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[Any, ...], tuple[Any, ...], int] | None:
+    """The same index for P and for Q, and how many axes then follow the rows'; None if the result is no such sum (one row, picked columns)."""
     taken = sum(i is not None and i is not Ellipsis for i in index)
     if any(i is Ellipsis for i in index):
         at = next(n for n, i in enumerate(index) if i is Ellipsis)
         index = (*index[:at], *[slice(None)] * (ndim - taken), *index[at + 1 :])
     on_P: list[Any] = []
     on_Q: list[Any] = []
-    axis = 0
+    axis, rest = 0, ndim - stack - 1
     for i in index:
         if i is None and axis > stack:
             on_Q.append(None)
+            rest += 1
             continue
+        if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.ndim > 1:
+            return None
         if i is None or axis < stack:
             on_P.append(i)
             on_Q.append(i)
@@ -252,7 +271,7 @@ def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[A
                 return None
             on_Q.append(i)
         axis += i is not None
-    return tuple(on_P), tuple(on_Q)
+    return tuple(on_P), tuple(on_Q), rest
 
 
 def answers(*functions: Any) -> Callable[[Handler], Handler]:
@@ -265,6 +284,23 @@ def answers(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-for _view in ("transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind", "narrow", "select", "index_select", "unsqueeze", "squeeze",
-              "reshape", "flatten"):  # fmt: skip
-    answers(getattr(torch, _view))(lambda function, w, *args, _view=_view, **kwargs: getattr(w, _view)(*args, **kwargs))
+VIEWS = ("transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind", "narrow", "select", "index_select", "unsqueeze", "squeeze",
+         "reshape", "view", "flatten", "type", "contiguous")  # fmt: skip
+
+
+def _or_dense(name: str, method: Handler) -> Handler:
+    """The method; called in a way that it does not foresee, that of the dense sum."""
+
+    def call(self: LowRankSum, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (TypeError, IndexError):
+            return getattr(self.dense(name), name)(*args, **kwargs)
+
+    return call
+
+
+for _view in VIEWS:
+    setattr(LowRankSum, _view, _or_dense(_view, getattr(LowRankSum, _view)))
+    if hasattr(torch, _view):
+        answers(getattr(torch, _view))(lambda function, w, *args, _view=_view, **kwargs: getattr(w, _view)(*args, **kwargs))
