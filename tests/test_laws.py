@@ -91,11 +91,12 @@ def check_laws_5_6_7_10(case: Case) -> None:
         assert w.dtype is torch.float32 or off < 0.02 or merged.numel() < 60
     # Either way rounding takes its toll, in half precision on T5 a heavy one: merging must not add to it.
     toll, merged = float((y.float() - exact).abs().max()), float((case.output().float() - exact).abs().max())
-    assert merged <= max(4 * toll, ROUNDING[y.dtype] * max(1.0, float(exact.abs().max())))
+    finite = bool(y.isfinite().all() & exact.isfinite().all())  # in float16 an attention's products can overflow, either way
+    assert not finite or merged <= max(4 * toll, ROUNDING[y.dtype] * max(1.0, float(exact.abs().max())))
     assert report.weight_bytes == sum(w.nbytes for w in pristine.values())
     li.unmerge(case.model)
     assert state(case.model) == before
-    assert torch.equal(case.output(), y)
+    assert torch.equal(case.output().nan_to_num(), y.nan_to_num())
 
 
 def check_law_8(case: Case, folder: Path) -> None:

@@ -461,3 +461,190 @@ def test_a_linear_with_a_forward_of_its_own():
     li.merge(dense)
     assert close(model(x)[0], dense(x)[0], 1e-5)
     assert close(model(x)[1], dense(x)[1], 1e-5)
+
+
+class Grad(nn.Module):
+    """A reader that lets another thing happen in the middle of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(4, 4)
+        self.meanwhile = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meanwhile()
+        return F.linear(x, self.read.weight)
+
+
+@pytest.fixture
+def reader() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(Grad())
+    li.inject(model, ["read"], r=2)
+    randomise(model)
+    return model
+
+
+def test_a_forward_inside_another(reader):
+    """What is on and whether gradients flow is asked at each use, not by whoever came first: without grad outside, with grad inside."""
+    x, seen = torch.randn(2, 4), []
+    with torch.no_grad():
+        wanted = reader(x)
+        with li.disabled(reader):
+            base = reader(x)
+
+    def train() -> None:
+        reader[0].meanwhile = lambda: None
+        with torch.enable_grad():
+            reader(x).sum().backward()
+            seen.append(bool(reader[0].read.lora["default"].A.grad.any()))
+        with li.disabled(reader):
+            seen.append(torch.equal(reader(x), base))
+
+    reader[0].meanwhile = train
+    with torch.no_grad():
+        assert torch.equal(reader(x), wanted)
+    assert seen == [True, True]
+    assert not shadows(reader)
+
+
+def test_eject_in_the_middle_of_a_forward(reader):
+    """The forward goes on with the base, and nothing stays hidden."""
+    x = torch.randn(2, 4)
+    reader[0].meanwhile = lambda: li.eject(reader)
+    y = reader(x)
+    reader[0].meanwhile = lambda: None
+    assert torch.equal(y, reader(x))
+    assert not shadows(reader)
+    assert type(reader[0]) is Grad
+
+
+@pytest.mark.parametrize("where", ["_open", "_close", "_show", "_tell_kernel"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_forward(reader, where, when, monkeypatch):
+    """An interrupt at any step of hiding and showing: at the latest the next verb shows the weight again."""
+    import lorainject.readers as readers
+
+    original, x = getattr(readers, where), torch.randn(2, 4)
+    y = reader(x)
+
+    def interrupted(*args):
+        monkeypatch.setattr(readers, where, original)
+        if when == "after":
+            original(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(readers, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader(x)
+    assert torch.equal(reader(x), y)
+    li.merge(reader)
+    li.unmerge(reader)
+    li.eject(reader)
+    assert not shadows(reader)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_with_a_graph_break(reader):
+    """Off and on again: the graph that was made while all was off must not be taken for the other."""
+    x = torch.randn(2, 4)
+    reader[0].meanwhile = torch._dynamo.graph_break
+    compiled = torch.compile(reader, backend="eager")
+    with torch.no_grad():
+        on = compiled(x)
+        with li.disabled(reader):
+            off = compiled(x)
+        assert not torch.equal(on, off)
+        assert torch.equal(compiled(x), on)
+        li.activate(reader)
+        assert torch.equal(compiled(x), off)
+        li.activate(reader, "default")
+        assert torch.equal(compiled(x), on)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_part():
+    """A part that was compiled on its own is reached all the same, and ejected."""
+    model = nn.Sequential(nn.Linear(4, 4), torch.compile(Parent(), backend="eager"))
+    li.inject(model, ["read"], r=2)
+    randomise(model)
+    dense = copy.deepcopy(model)
+    li.merge(dense)
+    x = torch.randn(2, 4)
+    assert close(model(x), dense(x), 1e-5)
+    li.eject(model)
+    assert not any(isinstance(m, Graft) for m in model.modules())
+    torch._dynamo.reset()
+
+
+def test_a_second_adapter_brings_its_readers():
+    """Injected into a part that reads nothing, a weight gets its readers when the whole is injected."""
+    model = nn.Sequential(Parent())
+    li.inject(model[0].read, [lambda path, module: True], r=2, name="a")
+    li.eject(model[0].read)
+    li.inject(model[0].read, [lambda path, module: True], r=2, name="a")
+    li.inject(model, ["read"], r=2, name="b")
+    randomise(model, "b")
+    assert li.probe(model, torch.randn(2, 4)).reached == ("0.read",)
+    li.eject(model)
+    assert not any(isinstance(m, Graft) for m in model.modules())
+
+
+def test_a_slice_on_meta():
+    """A slice's rows are no state: they come to life with A and B."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 6))
+    li.inject(model, ["0[1:3]"], r=2)
+    model.to_empty(device="cpu")
+    assert hosts(model)["0[1:3]"].adapters["default"].rows.tolist() == [1, 2]
+    with torch.device("meta"):
+        other = nn.Sequential(nn.Linear(4, 6))
+    li.inject(other, ["0[1:3]"], r=2)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(torch.ones(1, 4)).isnan(), model(torch.ones(1, 4)).isnan())
+    assert hosts(other)["0[1:3]"].adapters["default"].rows.device.type == "cpu"
+
+
+def test_what_changes_its_weight_in_place_is_refused():
+    """RWKV divides its weights in its own forward: an error that says so, instead of a change that is lost."""
+
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.read.weight.div_(2)
+            return self.read(x)
+
+    model = nn.Sequential(Divides())
+    li.inject(model, ["read"], r=2)
+    was = model[0].read.weight.clone()
+    with pytest.raises(li.StateError, match=r"changes an adapted weight in place \(div_\)"):
+        model(torch.randn(2, 4))
+    assert torch.equal(model[0].read.weight, was)
+
+
+def test_a_class_without_a_module_source():
+    """A class made in a notebook cell, whose module has no file: its methods are read one by one."""
+    import linecache
+
+    from lorainject import anatomy
+
+    source = "class Cell(nn.Module):\n    def forward(this, x):\n        return [F.linear(x, l.weight) for i, l in enumerate(this.layers)][0]\n"
+    linecache.cache["<cell 1>"] = (len(source), None, source.splitlines(True), "<cell 1>")
+    names = {"nn": nn, "F": F, "__name__": "no_such_module"}
+    exec(compile(source, "<cell 1>", "exec"), names)
+    assert "layers.*.weight" in anatomy._source_of(names["Cell"]).reads
+
+
+def test_comparisons_and_hash():
+    """They are the dense sum's, not Python's identity."""
+    model = Parent()
+    li.inject(model, ["read"], r=2)
+    seen = []
+    model.called.register_forward_hook(lambda *_: seen.append((model.read.weight != 0).sum() + (abs(model.read.weight) > 0).sum()))
+    model(torch.randn(2, 4))
+    assert int(seen[0]) == 32
+    assert hash(model.read.weight)

@@ -80,9 +80,9 @@ class Folded:
 class Adapters(nn.Module):
     """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y."""
 
-    def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, read: bool = False) -> None:
+    def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False) -> None:
         super().__init__()
-        self.routing, self.kind, self.parameter, self.label, self.read = routing, kind, parameter, label, read
+        self.routing, self.kind, self.parameter, self.label, self.named, self.read = routing, kind, parameter, label, named, False
         self.folded: Folded | None = None
         self.fallbacks: Counter[str] = Counter()
 
@@ -92,6 +92,8 @@ class Adapters(nn.Module):
     """Which slice of a fused weight ("q", "0:768"); empty for the whole."""
     read: bool
     """Whether the weight is read by somebody's own code (the weight graft), or applied by calling its module (the forward graft)."""
+    named: bool
+    """Whether the weight itself was named as a target, so that all modules it lies in read it."""
     fallbacks: Counter[str]
     """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
 

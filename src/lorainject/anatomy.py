@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,10 @@ class Weight:
     """Whether "all-linear" means it."""
     readers: tuple[nn.Module, ...] = ()
     """Modules whose own forward reads it; none if it is applied by calling its module, which takes the forward graft."""
+    bypassed: bool = False
+    """Whether a reader never calls the layer, so that what is put on its forward alone (by PEFT) does nothing."""
+    named: bool = False
+    """Whether the target was the weight itself ("q_proj.weight"), so that all modules it lies in read it."""
     owners: tuple[nn.Module, ...] = field(default=(), repr=False)
     """The modules on the way to it, the model first, its own module last."""
 
@@ -67,7 +72,7 @@ def weights(model: nn.Module) -> list[Weight]:
             paths.setdefault(id(module), []).append(path)
             modules[id(module)] = module
     at = {path: modules[key] for key, own in paths.items() for path in own}
-    read, multiplied = _read(list(modules.values()))
+    read, multiplied, bypassed = _read(list(modules.values()))
     read_by = {id(reader) for readers in read.values() for reader in readers}
     found = []
     for key, module in modules.items():
@@ -79,7 +84,9 @@ def weights(model: nn.Module) -> list[Weight]:
                 readers = tuple(dict.fromkeys((*readers, module)))  # for a direct call of the module
             found_to = (key, name) in multiplied and (kind_of(module, name) is None or (kind.name == "embedding" and not is_plain(module)))
             linear = kind.name in ("linear", "linear^T") or found_to or (kind_of(module, name) is None and _is_experts(module))
-            found.append(Weight(tuple(paths[key]), module, name, kind, linear, readers, owners))
+            if isinstance(module, nn.ParameterList | nn.ParameterDict):  # it has no forward
+                readers = owners[-2:-1]
+            found.append(Weight(tuple(paths[key]), module, name, kind, linear, readers, (key, name) in bypassed, owners=owners))
     return found
 
 
@@ -139,33 +146,38 @@ def _sums_over(module: nn.Module, name: str) -> bool:
     return name in _source_of(bare(type(module))).whole
 
 
-def _read(modules: Sequence[nn.Module]) -> tuple[dict[tuple[int, str], list[nn.Module]], set[tuple[int, str]]]:
-    """For each weight (owner's id, parameter) the modules whose forward reads it; and those weights that multiply."""
+Keys = set[tuple[int, str]]
+
+
+def _read(modules: Sequence[nn.Module]) -> tuple[dict[tuple[int, str], list[nn.Module]], Keys, Keys]:
+    """For each weight (owner's id, parameter) the modules whose forward reads it; those weights that multiply; those that are bypassed."""
     read: dict[tuple[int, str], list[nn.Module]] = {}
-    multiplied: set[tuple[int, str]] = set()
+    multiplied: Keys = set()
+    bypassed: Keys = set()
     for reader in modules:
         source = _source_of(bare(type(reader)))
         for dotted in source.reads:
             for owner, name in _resolve(reader, dotted.split(".")):
                 if owner is not reader:
                     read.setdefault((id(owner), name), []).append(reader)
+                    if dotted in source.at or dotted.rpartition(".")[0] not in source.calls:
+                        bypassed.add((id(owner), name))
                 if dotted in source.multiplies:
                     multiplied.add((id(owner), name))
         if isinstance(reader, nn.RNNBase):
             multiplied |= {(id(reader), name) for name in reader._parameters}
-    return read, multiplied
+    return read, multiplied, bypassed
 
 
 def _resolve(reader: nn.Module, parts: list[str]) -> Iterator[tuple[nn.Module, str]]:
     """The weights that `self.<parts>` means in this reader; `*` stands for any child (self.layers[i].weight)."""
     name, *more = parts
     if not more:
-        if isinstance(reader, nn.Module) and reader._parameters.get(name) is not None:
-            yield reader, name
+        yield from ((reader, n) for n in (reader._parameters if name == "*" else [name]) if reader._parameters.get(n) is not None)
         return
     for child in reader._modules.values() if name == "*" else [reader._modules.get(name)]:
-        if child is not None:
-            yield from _resolve(child, more)
+        if child is not None and not isinstance(child, torch.jit.ScriptModule):
+            yield from _resolve(child._modules.get("_orig_mod") or child, more)  # a part may be compiled
 
 
 @dataclass(frozen=True)
@@ -178,6 +190,10 @@ class Source:
     """Of these, the operands of products."""
     whole: frozenset[str] = frozenset()
     """Of these, the operands of einsum and convolutions."""
+    at: frozenset[str] = frozenset()
+    """Of these, the operands of @."""
+    calls: frozenset[str] = frozenset()
+    """What is called: "q_proj"."""
 
 
 _SOURCES: dict[type, Source] = {}  # reading a source takes milliseconds
@@ -195,15 +211,13 @@ def _by_source(cls: type[nn.Module]) -> Source:
         return Source(frozenset(f"layers.*.{name}" for name in layer.reads))
     if issubclass(cls, nn.ModuleList | nn.ModuleDict | nn.Sequential) or _kind_class(cls):
         return Source()
-    reads: set[str] = set()
-    multiplies: set[str] = set()
-    whole: set[str] = set()
+    reading = _Reading()
     for base in cls.__mro__:
         if base is nn.Module or base.__module__.startswith(("transformers.modeling_utils", "transformers.generation", "transformers.integrations")):
             break
         for method in _methods(base):
-            _Reading(method, reads, multiplies, whole)
-    return Source(frozenset(reads), frozenset(multiplies), frozenset(whole))
+            reading.of(method)
+    return Source(*map(frozenset, (reading.reads, reading.multiplies, reading.whole, reading.at, reading.calls)))
 
 
 def _kind_class(cls: type[nn.Module]) -> bool:
@@ -215,8 +229,17 @@ def _kind_class(cls: type[nn.Module]) -> bool:
 @functools.cache
 def _methods(cls: type) -> list[ast.FunctionDef]:
     """The methods that a forward may consist of."""
-    body = _classes(cls.__module__).get(cls.__qualname__, [])
+    body = _classes(cls.__module__).get(cls.__qualname__) or _one_by_one(cls)
     return [f for f in body if isinstance(f, ast.FunctionDef) and not f.name.strip("_").startswith(ASIDE)]
+
+
+def _one_by_one(cls: type) -> list[ast.stmt]:
+    """The methods of a class whose module has no source: of a notebook, say, where each cell has its own."""
+    found: list[ast.stmt] = []
+    for function in vars(cls).values():
+        with contextlib.suppress(OSError, TypeError, SyntaxError):
+            found += ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    return found
 
 
 @functools.cache
@@ -243,18 +266,26 @@ def _classes(module: str) -> dict[str, list[ast.stmt]]:
 
 
 class _Reading(ast.NodeVisitor):
-    """One method: which weights does it read, directly or by a local name?"""
+    """Methods: which weights do they read, directly or by a local name?"""
 
-    def __init__(self, method: ast.FunctionDef, reads: set[str], multiplies: set[str], whole: set[str]) -> None:
-        self.reads, self.multiplies, self.whole = reads, multiplies, whole
-        self.local: dict[str, str] = {}  # local name -> dotted name from self
+    def __init__(self) -> None:
+        self.reads: set[str] = set()
+        self.multiplies: set[str] = set()
+        self.whole: set[str] = set()
+        self.at: set[str] = set()
+        self.calls: set[str] = set()
+
+    def of(self, method: ast.FunctionDef) -> None:
+        """Take one method in."""
+        arguments = [*method.args.posonlyargs, *method.args.args]
+        self.local = {arguments[0].arg: ""} if arguments else {}  # local name -> dotted name from self
         for statement in method.body:
             self.visit(statement)
 
     def dotted(self, node: ast.expr) -> str | None:
         """self.a.b[i].weight -> "a.b.*.weight", through views and casts; None for anything else."""
         if isinstance(node, ast.Name):
-            return "" if node.id == "self" else self.local.get(node.id)
+            return self.local.get(node.id)
         if isinstance(node, ast.Attribute):
             if (inner := self.dotted(node.value)) is None:
                 return None
@@ -279,9 +310,24 @@ class _Reading(ast.NodeVisitor):
                     self.local[target.id] = name
 
     def visit_For(self, node: ast.For) -> None:
-        if isinstance(node.target, ast.Name) and (name := self.dotted(node.iter)):
-            self.local[node.target.id] = f"{name}.*"  # for layer in self.layers
+        self._each(node.target, node.iter)
         self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._each(node.target, node.iter)
+        self.generic_visit(node)
+
+    def visit_ListComp(self, node: ast.ListComp) -> None:
+        for generator in node.generators:  # before the element, which uses their names
+            self.visit(generator)
+        self.visit(node.elt)
+
+    def _each(self, target: ast.expr, over: ast.expr) -> None:
+        """for layer in self.layers, for i, layer in enumerate(self.layers)"""
+        if isinstance(over, ast.Call) and getattr(over.func, "id", "") == "enumerate" and isinstance(target, ast.Tuple) and over.args:
+            target, over = target.elts[-1], over.args[0]
+        if isinstance(target, ast.Name) and (name := self.dotted(over)):
+            self.local[target.id] = f"{name}.*"
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if node.attr in FACTS:
@@ -292,11 +338,13 @@ class _Reading(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         if isinstance(node.op, ast.MatMult):
-            self._multiply((node.left, node.right), "matmul")
+            self._multiply((node.left, node.right), "@")
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
         function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name := self.dotted(node.func):
+            self.calls.add(name)
         if function == "isinstance":
             return
         if function in MULTIPLY:
@@ -310,3 +358,5 @@ class _Reading(ast.NodeVisitor):
             self.multiplies.add(name)
             if function == "einsum" or function.startswith("conv"):
                 self.whole.add(name)
+            if function == "@":
+                self.at.add(name)

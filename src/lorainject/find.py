@@ -6,6 +6,7 @@ too. All that is wrong is collected and raised once, so that nothing is half don
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import regex
@@ -15,7 +16,7 @@ from torch import nn
 from .adapters import adapters_of, child_name, names_of, walk
 from .anatomy import Weight, towers
 from .errors import TargetError
-from .graft import objection
+from .graft import bare, objection
 from .kinds import is_quantised, refusal, shape_of
 from .match import Matcher, Pick, is_pattern, out_of, sliced
 from .spec import LoraSpec, Override, Plan, Site, Target
@@ -133,6 +134,8 @@ def unfit(weight: Weight, label: str = "") -> str | None:
         return f"has an attribute `{child}` of its own (another library's adapter?)"
     if (reason := refusal(weight.module, weight.parameter)) is not None:
         return reason
+    if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in (bare(type(m)).forward for m in weight.readers)):
+        return "it is read by a forward that is a generator or a coroutine, which would run after the adapter is off again"
     if weight.readers and is_quantised(weight.module):
         return f"{type(weight.readers[0]).__name__} reads its weight itself, which is quantised"
     return next((f"{type(m).__name__} reads it, and {reason}" for m in weight.readers if (reason := objection(m)) is not None), None)
@@ -169,7 +172,7 @@ def site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, s
     wide = torch.float32 if is_quantised(w.module) else torch.promote_types(stored.dtype, torch.float32)
     return Site(
         path=w.paths[0], aliases=w.paths[1:], parameter=w.parameter, label=pick.label, rows=rows,
-        kind=w.kind.name, shape=shape, stack=stack[0] if stack else 1, readers=tuple(paths[id(m)] for m in w.readers),
+        kind=w.kind.name, shape=shape, stack=stack[0] if stack else 1, readers=tuple(paths[id(m)] for m in w.readers), named=w.named,
         in_features=in_features, out_features=out_features if rows is None else sum(map(len, rows)),
         r=r, alpha=float(r if alpha is None else alpha), scaling=scaling, dropout=float(dropout), init=init, dtype=dtype or wide,
     )  # fmt: skip

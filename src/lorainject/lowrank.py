@@ -38,21 +38,23 @@ class LowRank(nn.Module):
     """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d float32 buffer.
 
     s is a buffer, since a Python float would make torch.compile build anew whenever it changes, and it follows from
-    `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it. `rows` (int64) are those of the
-    full weight's outputs that B's rows stand for, where only a slice of a fused weight is adapted.
+    `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it. So is `rows` (int64), which follows
+    from `slices`: those of the full weight's outputs that B's rows stand for, where only a slice of a fused weight is adapted.
 
     A and B are used by calling the module, `adapter(function, ...)` -> function(adapter, ...), never read around it, so that
     hooks which bring weights to the right device (accelerate) or gather them (FSDP) do so for A and B as well.
     """
 
     def __init__(self, A: Tensor, B: Tensor, *, alpha: float, scaling: str, dropout: float, init: str,
-                 padding_idx: int | None = None, rows: Tensor | None = None, out: int | None = None) -> None:  # fmt: skip
+                 padding_idx: int | None = None, slices: tuple[range, ...] | None = None, out: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         self.r, self.alpha, self.scaling, self.dropout, self.init = A.shape[-2], alpha, scaling, dropout, init
         self.padding_idx, self.out = padding_idx, B.shape[-2] if out is None else out
-        self.register_buffer("s", self._scale_on(A.device), persistent=False)
-        self.register_buffer("rows", None if rows is None else rows.to(A.device), persistent=False)
+        self.slices = slices
+        self.register_buffer("s", None, persistent=False)
+        self.register_buffer("rows", None, persistent=False)
+        self._rebuild()
 
     s: Tensor
     rows: Tensor | None
@@ -78,19 +80,20 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
-        rows = self.rows
         super()._apply(fn, recurse)
-        self.s = self._scale_on(self.A.device)
-        if rows is not None:
-            self.rows = rows.to(self.A.device)
+        self._rebuild()
         return self
 
-    def _scale_on(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.scale, dtype=torch.float32, device=device)
+    def _rebuild(self) -> None:
+        """What follows from Python values, on the device that A is on."""
+        self.s = torch.tensor(self.scale, dtype=torch.float32, device=self.A.device)
+        if self.slices is not None:
+            self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):  # else it may be the base's own checkpoint: Adapters decides
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self._rebuild()  # assign=True may have brought A to another device
 
     def extra_repr(self) -> str:
         return f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -39,7 +39,6 @@ class Matcher:
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = weights(model)
-        self.config = getattr(model, "config", None)
         self.named = list(walk(model))
         self.paths = {id(module): path for path, module in reversed(self.named)}
         self.all_linear = False
@@ -88,7 +87,7 @@ class Matcher:
         found = [w for w in self.weights if any(_ends(n, name) for n in w.names)]
         if not found and name.endswith(".weight"):  # a layer's weight by its own name: whoever reads it within the model shall be adapted
             layers = [w for w in self.weights if w.parameter == "weight" and any(_ends(n, name.removesuffix(".weight")) for n in w.names)]
-            found = [replace(w, readers=w.owners[1:] or w.owners) for w in layers]
+            found = [replace(w, readers=w.owners, named=True) for w in layers]
         return found
 
     def _role(self, entry: str) -> list[Pick]:
@@ -102,7 +101,7 @@ class Matcher:
             return [Pick(w) for w in among if not self.roles[w.key] & {"head", "router"}]
         whole = [Pick(w) for w in among if word in self.roles[w.key]]
         part = next((label for label, role in PART_ROLES.items() if role == word), None)
-        return whole + [Pick(w, part, rows[part]) for w in among if word not in self.roles[w.key] and part in (rows := self._parts(w))]
+        return whole + [Pick(w, part, rows[part]) for w in among if word not in self.roles[w.key] and part in (rows := parts_of(w))]
 
     def _slice(self, w: Weight, label: str, problems: list[str]) -> Pick | None:
         out = out_of(w)
@@ -112,16 +111,12 @@ class Matcher:
                 return Pick(w, label, (rows,))
             problems.append(f"{w.names[0]}[{label}]: it has the rows 0:{out}")
             return None
-        known = self._parts(w)
+        known = parts_of(w)
         if label in known:
             return Pick(w, label, known[label])
         have = f"it has {', '.join(known)}" if known else "how it is laid out is not known"
         problems.append(f"{w.names[0]} has no part {label!r}: {have}; rows work too, as in [0:{out // 3 or out}]")
         return None
-
-    def _parts(self, w: Weight) -> dict[str, tuple[range, ...]]:
-        owners, leaf = _home(w)
-        return (parts(self.config, owners[-1], leaf, out_of(w)) or {}) if owners else {}
 
     def _regex(self, pattern: str, path: str) -> bool:
         try:
@@ -141,7 +136,7 @@ class Matcher:
             word = entry.rsplit(".", 1)[-1]
             if word in KEYWORDS:
                 return "matches nothing: this model has no such weight" + (" there" if "." in entry else "")
-            of_parts = {PART_ROLES[label] for w in self.weights if w.multiplies for label in self._parts(w) if label in PART_ROLES}
+            of_parts = {PART_ROLES[label] for w in self.weights if w.multiplies for label in parts_of(w) if label in PART_ROLES}
             there = sorted(of_parts.union(*self.roles.values()))
             return f"is a role that this model has not; it has {', '.join(there) or 'none'}"
         return f"matches nothing{self.nearest(entry)}"
@@ -172,6 +167,12 @@ def _home(w: Weight) -> tuple[tuple[nn.Module, ...], str]:
     if kind_of(w.module, w.parameter) is None:
         return w.owners, w.parameter
     return w.owners[:-1], w.paths[0].rsplit(".", 1)[-1]
+
+
+def parts_of(w: Weight) -> dict[str, tuple[range, ...]]:
+    """The rows of each part of a fused weight; none if it is not fused, or how is not known."""
+    owners, leaf = _home(w)
+    return (parts(getattr(owners[0], "config", None), owners[-1], leaf, out_of(w)) or {}) if owners else {}
 
 
 def _roles(w: Weight) -> frozenset[str]:

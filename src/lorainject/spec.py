@@ -134,6 +134,8 @@ class Site:
     """Rows of B: of the slice, if it is one."""
     readers: tuple[str, ...] = ()
     """Paths of the modules whose own code reads the weight; none where it is applied by calling its module."""
+    named: bool = False
+    """Whether the weight itself was named, so that all modules it lies in read it."""
     r: int
     alpha: float
     scaling: str

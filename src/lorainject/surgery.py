@@ -49,7 +49,7 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
         for s, adapter in adapters:
             module = modules[s.path]
             if (own := adapters_of(module, s.parameter, s.label)) is None:
-                own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label)
+                own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label, named=s.named)
             mount((s.path, *s.aliases), module, own, [(path, modules[path]) for path in s.readers])
             own[name] = adapter.train(module.training)
         for each in routing:
@@ -68,6 +68,8 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     What is merged is unmerged first; after merge(reversible=False) the folded weights stay. Raises GraftError, before
     anything is changed, if somebody (FSDP, parametrize, a patch of forward) has built on a grafted class since.
     """
+    if _finish(model) and not hosts(model):
+        return model
     on = mounted(model, "eject", *([] if name is None else [name]), merged=True)
     problems = objections(model)
     problems += [f"{path}: its A and B are sharded" for path, host in on.items() if any(map(is_sharded, host.adapters.parameters()))]
@@ -139,10 +141,9 @@ def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | No
         B = torch.empty(*stack, site.out_features, site.r, dtype=site.dtype, device=device)
     else:
         A, B = (t.to(device, site.dtype) for t in factors)
-    rows = None if site.rows is None else torch.tensor([i for part in site.rows for i in part])
     adapter = LowRank(
         A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout, init=site.init,
-        padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None, rows=rows, out=out,
+        padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None, slices=site.rows, out=out,
     )  # fmt: skip
     if factors is None:
         adapter.reset_parameters()
@@ -167,12 +168,21 @@ def _remove(model: nn.Module, name: str) -> None:
     for host in hosts(model).values():
         if name in host.adapters:
             del host.adapters[name]
-    unmount(model, [host for host in hosts(model).values() if not list(host.adapters)])
-    if not hosts(model):
-        for _, module in walk(model):
-            for n in module.__dict__.pop(FROZEN, ()):
-                if (p := module._parameters.get(n)) is not None:
-                    p.requires_grad_(True)
+    _finish(model)
+
+
+def _finish(model: nn.Module) -> bool:
+    """Whatever carries no adapter any more is as it was before; whether there was such. Finishes an eject that was interrupted, too."""
+    empty = [host for host in hosts(model).values() if not list(host.adapters)]
+    if empty:
+        unmount(model, empty)
+    frozen = {id(module): module for _, module in walk(model) if FROZEN in module.__dict__} if not hosts(model) else {}
+    for module in frozen.values():
+        for n in module.__dict__[FROZEN]:
+            if (p := module._parameters.get(n)) is not None:
+                p.requires_grad_(True)
+        del module.__dict__[FROZEN]
+    return bool(empty or frozen)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Adapters, Host, misfit, mounted, ready, walk
 from ..anatomy import Weight, weights
@@ -26,7 +27,7 @@ from ..find import name_problems, site, total, unfit, wrapped
 from ..fingerprint import agree, sample
 from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
-from ..match import Pick
+from ..match import Pick, parts_of
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
 from . import container, native, peft
@@ -56,11 +57,11 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         warnings.warn(
             f"{', '.join(beside[:5])}{', ...' * (len(beside) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
         )
-    known = {n: w for w in weights(model) for n in w.names}
-    sites = tuple(_stored(known[at.partition("[")[0]], host, name) for at, host in on.items())
+    known = {w.key: w for w in weights(model)}
+    sites = tuple(_stored(known[host.place], host, name) for host in on.values())
     if format == "peft":
         sites = peft.padded(sites)
-        if beyond := [f"{s.name}: {s.kind}" for s in sites if not peft.holds(s)]:
+        if beyond := [f"{s.name}: {s.odd or s.kind}" for s in sites if not peft.holds(s)]:
             raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'")
         if path.suffix == ".safetensors":
             raise FileError("PEFT's format is a directory", way_out="give a path that does not end in .safetensors")
@@ -151,23 +152,19 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _stored(w: Weight, host: Host, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
-    rows = None if a.rows is None else tuple(_ranges(a.rows.tolist()))
-    return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=rows, kind=own.kind.name, shape=host.shape, aliases=w.paths[1:],
-                      readers=() if not own.read or w.readers else ("*",), A=a.A.detach(), B=a.B.detach(), alpha=a.alpha, scaling=a.scaling,
-                      dropout=a.dropout)  # fmt: skip
+    return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
+                      named=own.named, odd=_beyond_peft(w), aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
+                      scaling=a.scaling, dropout=a.dropout)  # fmt: skip
 
 
-def _ranges(rows: list[int]) -> list[range]:
-    """The rows as runs of one step: [0, 1, 2, 6, 7] -> 0:3, 6:8."""
-    runs: list[range] = []
-    for i in rows:
-        last = runs[-1] if runs else None
-        if last is not None and (len(last) == 1 or i - last[-1] == last.step) and i > last[-1]:
-            step = i - last[-1]
-            runs[-1] = range(last.start, i + 1, step)
-        else:
-            runs.append(range(i, i + 1))
-    return runs
+def _beyond_peft(w: Weight) -> str:
+    """Why PEFT would apply an adapter on this layer wrongly, or not at all; empty if it would not."""
+    m = w.module
+    if w.bypassed and w.kind.term is not None:
+        return f"{type(w.readers[0]).__name__} reads its weight, where PEFT's layer does nothing"
+    if isinstance(m, _ConvNd) and (m.groups > 1 or m.padding_mode != "zeros" or any(d != 1 for d in m.dilation)):
+        return "PEFT passes over groups, dilation and padding_mode"
+    return ""
 
 
 def _base(on: Mapping[str, Host]) -> BasePrint | None:
@@ -215,7 +212,8 @@ def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dty
         if problem:
             problems.append(f"{stored.name}: {problem}")
         else:
-            w = replace(w, paths=(stored.path, *(p for p in w.paths if p != stored.path)), readers=w.owners[1:] if stored.readers else w.readers)
+            first = (stored.path, *(p for p in w.paths if p != stored.path))
+            w = replace(w, paths=first, readers=w.owners if stored.named else w.readers, named=stored.named)
             pick = Pick(w, stored.label, stored.rows)
             sites.append(site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
                               dtype=dtype or stored.dtype))  # fmt: skip
@@ -227,11 +225,15 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
         return reason
     if apart := [p for p in stored.aliases if by_name.get(site_name(p, stored.parameter)) is not w]:
         return f"was one module with {', '.join(apart)} when the adapter was saved, and is not in this model"
+    if stored.shape and stored.kind != w.kind.name:
+        return f"the file has it on a weight of the kind {stored.kind}, this model has a {w.kind.name} there"
     if stored.embedding != (w.kind.name == "embedding"):
         return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {w.kind.name} there"
     stack, out, in_ = w.kind.sizes(shape_of(w.module, w.parameter))
     if stored.shape and stored.shape != shape_of(w.module, w.parameter):
         return f"the file has it on a weight {stored.shape}, this model's is {shape_of(w.module, w.parameter)}"
+    if stored.rows is not None and (wrong := _wrong_rows(stored, w, out)):
+        return wrong
     r, out = stored.r, out if stored.rows is None else sum(map(len, stored.rows))
     needed = (*stack, r, in_), (*stack, out, r)
     if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
@@ -239,6 +241,19 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
         return f"the file has {have}, this model's weight needs A {needed[0]} and B {needed[1]}"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (stored.A, stored.B)):
         return f"its A or B does not fit into {dtype}"
+    return None
+
+
+def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
+    """What is wrong with a slice's rows in this model."""
+    rows = stored.rows or ()
+    if sum(map(len, rows)) > out or any(part.start < 0 or part.stop > out or part.step < 1 for part in rows):
+        return f"the file has it on rows that are not all within 0:{out}"
+    if len({i for part in rows for i in part}) < sum(map(len, rows)):
+        return "the file names a row twice"
+    known = parts_of(w)
+    if stored.label in known and known[stored.label] != rows:
+        return f"its part {stored.label!r} has other rows in this model: the layouts differ (heads?)"
     return None
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..fingerprint import SAMPLES
+from ..spec import INITS, SCALINGS
 from . import container, peft
 from .record import AdapterFile, BasePrint, StoredSite
 
@@ -61,7 +62,11 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
             dtypes = [getattr(torch, name) for name in body["base_dtypes"]]
             base = BasePrint(dtype=dict(zip(body["sites"], dtypes, strict=True)), sample=dict(zip(body["sites"], samples, strict=True)))
         name, init = body["name"], body["init"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        if init not in INITS or any(x["scaling"] not in SCALINGS for x in body["sites"].values()):
+            raise ValueError(f"init {init!r} or a scaling is none that there is")
+        used = {key for pair in keys.values() for key in pair}
+        problems += [f"{key}: unexpected, neither A nor B of a site" for key in tensors if key not in used]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         problems.append(f"its lorainject record is damaged: {type(e).__name__}: {e}")
         return None
     whole = tuple(s for s in sites if s is not None)
@@ -74,7 +79,7 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
 
 
 def _is_plain(s: StoredSite) -> bool:
-    return (s.parameter, s.label, s.readers) == ("weight", "", ()) and s.kind in ("linear", "linear^T", "embedding")
+    return (s.parameter, s.label, s.named, s.odd) == ("weight", "", False, "") and s.kind in ("linear", "linear^T", "embedding")
 
 
 def _where(s: StoredSite) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def _where(s: StoredSite) -> dict[str, Any]:
     if _is_plain(s):
         return {}
     rows = s.rows and [[part.start, part.stop, part.step] for part in s.rows]
-    fields = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape, "readers": s.readers}
+    fields = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape, "named": s.named, "odd": s.odd}
     return {"path": s.path} | {key: value for key, value in fields.items() if value}
 
 
@@ -92,7 +97,7 @@ def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return StoredSite(
         path=settings.get("path", name), parameter=settings.get("parameter", "weight"), label=settings.get("label", ""),
         rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
-        kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), readers=tuple(settings.get("readers", ())),
+        kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), odd=str(settings.get("odd", "")),
         aliases=tuple(settings["aliases"]), A=peft.NONE, B=peft.NONE, alpha=0.0,
     )  # fmt: skip
 

@@ -61,7 +61,7 @@ def keys(sites: Sequence[StoredSite]) -> dict[str, tuple[str, str]]:
 
 def holds(s: StoredSite) -> bool:
     """Whether PEFT has such a site: no slices, no transposed convolutions, no parameters with more than three axes."""
-    if s.label or s.kind == "conv^T" or s.readers:
+    if s.label or s.kind == "conv^T" or s.named or s.odd:
         return False
     return s.parameter == "weight" or s.kind != "matrix" or len(s.shape) == 2
 

@@ -29,8 +29,10 @@ class StoredSite:
     """A row of kinds.KINDS; a file of another library does not tell linear from linear^T."""
     shape: tuple[int, ...] = ()
     """Of the whole weight as stored; empty if the file does not tell."""
-    readers: tuple[str, ...] = ()
-    """Modules that read the weight, where that was asked for and does not follow from the model."""
+    named: bool = False
+    """Whether the weight itself was named as a target, so that all modules it lies in read it."""
+    odd: str = ""
+    """Why PEFT would not apply it rightly, where it is known."""
     aliases: tuple[str, ...] = ()
     """Further paths of the same module in the model that it was saved from."""
     A: Tensor
