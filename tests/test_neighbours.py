@@ -473,3 +473,20 @@ def test_sharded_experts(implementation):
     wanted.square().sum().backward()
     for p, q in zip(li.parameters(model), li.parameters(plain), strict=True):
         assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["dt_proj", "conv1d", "out_proj"])
+def test_offloaded_weights_that_a_parent_reads(target):
+    """accelerate brings Mamba's weights while they are hidden, and puts them away again: the adapter acts as before. probe says it can't look."""
+    from accelerate import cpu_offload
+    from transformers import MambaConfig, MambaModel
+
+    torch.manual_seed(0)
+    model = MambaModel(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    li.inject(model, [target], r=2)
+    randomise(model)
+    wanted = model(ids()).last_hidden_state
+    cpu_offload(model, execution_device="cpu")
+    assert torch.allclose(model(ids()).last_hidden_state, wanted, atol=1e-5)
+    with pytest.raises(li.StateError, match=r"lies on the meta device \(offloaded\)"):
+        li.probe(model, ids())

@@ -49,6 +49,8 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
     on = {name: host for name, host in mounted(model, "probe").items() if host.adapters.on}
     if not on:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
+    if offloaded := [name for name, host in on.items() if host.weight.is_meta or any(p.is_meta for p in host.adapters.parameters())]:
+        raise StateError(f"{offloaded[0]} lies on the meta device (offloaded), where it gets no gradient", way_out="probe before it is offloaded")
     try:
         inspect.signature(model.forward).bind(*args, **inputs)
     except TypeError as e:

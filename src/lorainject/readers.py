@@ -165,9 +165,8 @@ def _owner(reader: nn.Module, path: tuple[str, ...]) -> nn.Module:
 
 def _open(owner: nn.Module, name: str, me: Any) -> None:
     """Hide the parameter, for `me` too."""
-    parameter = owner._parameters.get(name)
-    if not _siblings(owner, name) or (parameter is not None and parameter.is_meta and "_hf_hook" in owner.__dict__):
-        return  # offloaded: accelerate brings it when its module is called, which then hides it itself
+    if not _siblings(owner, name):
+        return
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:  # a lock can't be traced
         hidden = owner.__dict__.get(name)
         if not isinstance(hidden, Hidden):

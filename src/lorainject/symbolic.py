@@ -176,18 +176,20 @@ class LowRankSum:
     def size(self, dim: int | None = None) -> Any:
         return self.W0.shape if dim is None else self.W0.shape[dim]
 
-    def to(self, *args: Any, **kwargs: Any) -> LowRankSum:
+    def to(self, *args: Any, **kwargs: Any) -> LowRankSum | Tensor:
         W = self.W0.to(*args, **kwargs)
+        if W.is_meta:  # accelerate puts an offloaded parameter away while it is hidden
+            return W
         factors = tuple(Factors(f.P.to(W.device), f.Q.to(W.device), f.s.to(W.device), f.dropout) for f in self.factors)
         return LowRankSum(W, factors, self.stack, self.fallbacks)
 
-    def type(self, dtype: torch.dtype) -> LowRankSum:
+    def type(self, dtype: torch.dtype) -> LowRankSum | Tensor:
         return self.to(dtype)
 
-    def type_as(self, other: Tensor) -> LowRankSum:
+    def type_as(self, other: Tensor) -> LowRankSum | Tensor:
         return self.to(other.dtype)
 
-    def float(self) -> LowRankSum:
+    def float(self) -> LowRankSum | Tensor:
         return self.to(torch.float32)
 
     def contiguous(self) -> LowRankSum:
