@@ -482,7 +482,7 @@ def test_offloaded_weights_that_a_parent_reads(target):
     from transformers import MambaConfig, MambaModel
 
     torch.manual_seed(0)
-    model = MambaModel(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    model = MambaModel(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
     li.inject(model, [target], r=2)
     randomise(model)
     wanted = model(ids()).last_hidden_state
