@@ -10,7 +10,7 @@ from torch import nn
 
 import lorainject as li
 
-from models import bert, gpt2, llama, state
+from models import bert, gpt2, llama, state, t5
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +338,7 @@ def test_weights_that_are_read_around_are_known():
     wavlm = WavLMModel(WavLMConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(8,), conv_kernel=(2,),
                                    conv_stride=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2))  # fmt: skip
     assert li.find(wavlm, ["q_proj"]).sites[0].readers[0] == "encoder.layers.0.attention"
+    assert not any(site.readers for site in li.find(t5(), ["wo"]))  # it asks isinstance(self.wo.weight, Tensor), and for its dtype
 
 
 def test_heads_are_shown_and_only_heads(model):
