@@ -47,14 +47,14 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     problems += [f"{p.name}: {reason}" for p in chosen if (reason := unfit(p.weight, p.label))]
     if problems:
         raise TargetError("this can't be injected; nothing was changed:", problems, "correct these and call again; exclude=[...] leaves modules out")
-    readers = matcher.paths
     sites = tuple(
-        site(p, readers, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
+        site(p, matcher.paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
         for p, s in zip(chosen, settings, strict=True)
     )  # fmt: skip
     taken = {p.weight.key for p in chosen}
-    left_out = tuple(w.names[0] for w in matcher.aside if w.key not in taken)
-    return Plan(sites=sites, total=total(model), left_out=left_out if matcher.all_linear else (), towers=towers(model))
+    all_linear = any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets)
+    left_out = tuple(w.names[0] for w in matcher.aside if w.key not in taken) if all_linear else ()
+    return Plan(sites=sites, total=total(model), left_out=left_out, towers=towers(model))
 
 
 def _excluded(spec: LoraSpec, matcher: Matcher, problems: list[str]) -> set[tuple[int, str]]:
@@ -94,13 +94,16 @@ def _targeted(spec: LoraSpec, matcher: Matcher, excluded: set[tuple[int, str]], 
 def _overlaps(chosen: Sequence[Pick]) -> list[str]:
     """Weights of which the same rows were asked for twice."""
     problems = []
-    taken: dict[tuple[int, str], dict[int, Pick]] = {}
-    for p in (p for p in chosen if p.rows is not None or any(q.rows is not None and q.weight.key == p.weight.key for q in chosen)):
-        mine = taken.setdefault(p.weight.key, {})
-        rows = range(out_of(p.weight)) if p.rows is None else [i for part in p.rows for i in part]
-        if other := next((mine[i] for i in rows if i in mine), None):
-            problems.append(f"{p.name} and {other.name} overlap: each row takes one of them")
-        mine |= dict.fromkeys(rows, p)
+    of: dict[tuple[int, str], list[Pick]] = {}
+    for p in chosen:
+        of.setdefault(p.weight.key, []).append(p)
+    for picks in of.values():
+        taken: dict[int, Pick] = {}
+        for p in picks if len(picks) > 1 else ():
+            rows = range(out_of(p.weight)) if p.rows is None else [i for part in p.rows for i in part]
+            if other := next((taken[i] for i in rows if i in taken), None):
+                problems.append(f"{p.name} and {other.name} overlap: each row takes one of them")
+            taken |= dict.fromkeys(rows, p)
     return problems
 
 

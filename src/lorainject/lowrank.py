@@ -139,3 +139,8 @@ def factors(adapter: LowRank, transposed: bool, rest: tuple[int, ...]) -> Factor
         B = B.new_zeros(*B.shape[:-2], adapter.out, adapter.r).index_copy(-2, adapter.rows, B)
     P, Q = (A.mT, B.mT) if transposed else (B, A)
     return Factors(P, Q.reshape(*Q.shape[:-1], *rest), adapter.s, adapter.dropout if adapter.training else 0.0)
+
+
+def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
+    """s P Q, the delta itself: (*stack, rows, all of rest as one axis)."""
+    return (P * s) @ Q.flatten(P.ndim - 1)

@@ -41,7 +41,6 @@ class Matcher:
         self.weights = weights(model)
         self.named = list(walk(model))
         self.paths = {id(module): path for path, module in reversed(self.named)}
-        self.all_linear = False
         self.deadline = time.monotonic() + REGEX_SECONDS
         head = heads(model)
         self.roles = {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
@@ -97,7 +96,6 @@ class Matcher:
             return [Pick(w) for w in among if w.kind.name.startswith("conv")]
         among = [w for w in among if w.multiplies]
         if word == "all-linear":
-            self.all_linear = True
             return [Pick(w) for w in among if not self.roles[w.key] & {"head", "router"}]
         whole = [Pick(w) for w in among if word in self.roles[w.key]]
         part = next((label for label, role in PART_ROLES.items() if role == word), None)

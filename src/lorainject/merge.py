@@ -20,7 +20,7 @@ from .adapters import Folded, Host, merged_names, misfit, mounted, routings, wal
 from .errors import MergeError, StateError
 from .fingerprint import sample
 from .kinds import is_quantised, is_sharded
-from .lowrank import LowRank, factors
+from .lowrank import LowRank, delta, factors
 from .readers import objections, set_grafts
 
 TILE = 1 << 18  # elements: 1 MiB in float32, which an L2 cache holds
@@ -170,9 +170,10 @@ class Whole:
     def delta(self, names: Sequence[str], at: tuple[int, ...], rows: slice) -> Tensor:
         """Rows of the sum of s B A, as stored, of one matrix of a stack (`at`), flat (rows, rest): float32, or float64 for float64 weights."""
         kind, dtype = self.hosts[0].adapters.kind, torch.promote_types(self.weight.dtype, torch.float32)
-        rest = (self.weight.shape[kind.stacked + 1 :].numel(),)
-        parts = [(f.P[at][rows].to(dtype) * a.scale) @ f.Q[at].to(dtype) for a in self.adapters(names) for f in [factors(a, kind.transposed, rest)]]
-        return sum(parts[1:], parts[0])
+        rest = tuple(self.weight.shape[kind.stacked + 1 :])
+        parts = [(a, factors(a, kind.transposed, rest)) for a in self.adapters(names)]
+        first, *more = (delta(f.P[at][rows].to(dtype), f.Q[at].to(dtype), a.scale) for a, f in parts)
+        return sum(more, first)
 
     @property
     def matrices(self) -> Iterator[tuple[int, ...]]:

@@ -34,6 +34,7 @@ class LoraReader(Graft):
     """The weight graft of one reader."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward; around it each weight that it reads is hidden, and shown again whatever happens."""
         opened: list[tuple[nn.Module, str, Any]] = []
         try:
             for path, name in self.__dict__[READS]:

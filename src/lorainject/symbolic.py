@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .errors import StateError
-from .lowrank import Factors
+from .lowrank import Factors, delta
 
 Handler = Callable[..., Any]
 ANSWERS: dict[Any, Handler] = {}  # torch function -> what it does to a LowRankSum among its arguments (products.py)
@@ -58,7 +58,7 @@ class LowRankSum:
             self.fallbacks[asked_by] += 1
         W = self.W0
         for P, Q, s, _ in self.factors:
-            W = W + ((P * s) @ Q.flatten(self.stack + 1)).reshape(W.shape).to(W.dtype)
+            W = W + delta(P, Q, s).reshape(W.shape).to(W.dtype)
         return W
 
     @property
