@@ -57,11 +57,16 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         warnings.warn(
             f"{', '.join(beside[:5])}{', ...' * (len(beside) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
         )
-    known = {w.key: w for w in weights(model)}
-    sites = tuple(_stored(known[host.place], host, name) for host in on.values())
+    by_place: dict[tuple[int, str], list[Host]] = {}
+    for host in on.values():
+        by_place.setdefault(host.place, []).append(host)
+    # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
+    stored = [(w, _stored(w, host, name)) for w in weights(model) for host in sorted(by_place.get(w.key, ()), key=_first_row)]
+    sites = tuple(s for _, s in stored)
     if format == "peft":
+        odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
         sites = peft.padded(sites)
-        if beyond := [f"{s.name}: {s.odd or s.kind}" for s in sites if not peft.holds(s)]:
+        if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft.holds(s)]:
             raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'")
         if path.suffix == ".safetensors":
             raise FileError("PEFT's format is a directory", way_out="give a path that does not end in .safetensors")
@@ -153,18 +158,22 @@ def _config(path: Path) -> dict[str, Any]:
 def _stored(w: Weight, host: Host, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
     return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
-                      named=own.named, odd=_beyond_peft(w), aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
+                      named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
                       scaling=a.scaling, dropout=a.dropout)  # fmt: skip
 
 
-def _beyond_peft(w: Weight) -> str:
-    """Why PEFT would apply an adapter on this layer wrongly, or not at all; empty if it would not."""
+def _first_row(host: Host) -> int:
+    return min((part.start for a in host.adapters for part in host.adapters[a].slices or ()), default=0)
+
+
+def _beyond_peft(w: Weight) -> str | None:
+    """Why PEFT would apply an adapter on this layer wrongly, or not at all; None if it would not."""
     m = w.module
     if w.bypassed and w.kind.term is not None:
         return f"{type(w.readers[0]).__name__} reads its weight, where PEFT's layer does nothing"
     if isinstance(m, _ConvNd) and (m.groups > 1 or m.padding_mode != "zeros" or any(d != 1 for d in m.dilation)):
         return "PEFT passes over groups, dilation and padding_mode"
-    return ""
+    return None
 
 
 def _base(on: Mapping[str, Host]) -> BasePrint | None:
@@ -247,7 +256,7 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
 def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
     """What is wrong with a slice's rows in this model."""
     rows = stored.rows or ()
-    if sum(map(len, rows)) > out or any(part.start < 0 or part.stop > out or part.step < 1 for part in rows):
+    if any(part.start < 0 or part.stop > out or part.step < 1 for part in rows):  # before anything counts them
         return f"the file has it on rows that are not all within 0:{out}"
     if len({i for part in rows for i in part}) < sum(map(len, rows)):
         return "the file names a row twice"

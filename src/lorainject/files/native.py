@@ -79,7 +79,7 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
 
 
 def _is_plain(s: StoredSite) -> bool:
-    return (s.parameter, s.label, s.named, s.odd) == ("weight", "", False, "") and s.kind in ("linear", "linear^T", "embedding")
+    return (s.parameter, s.label, s.named, s.peft) == ("weight", "", False, True) and s.kind in ("linear", "linear^T", "embedding")
 
 
 def _where(s: StoredSite) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _where(s: StoredSite) -> dict[str, Any]:
     if _is_plain(s):
         return {}
     rows = s.rows and [[part.start, part.stop, part.step] for part in s.rows]
-    fields = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape, "named": s.named, "odd": s.odd}
+    fields = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape, "named": s.named, "apart": not s.peft}
     return {"path": s.path} | {key: value for key, value in fields.items() if value}
 
 
@@ -97,7 +97,7 @@ def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return StoredSite(
         path=settings.get("path", name), parameter=settings.get("parameter", "weight"), label=settings.get("label", ""),
         rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
-        kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), odd=str(settings.get("odd", "")),
+        kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), peft=not settings.get("apart"),
         aliases=tuple(settings["aliases"]), A=peft.NONE, B=peft.NONE, alpha=0.0,
     )  # fmt: skip
 

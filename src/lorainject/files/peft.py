@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..adapters import walk
 from ..errors import FileError
-from ..kinds import KINDS
+from ..kinds import KINDS, LAYERS
 from ..lowrank import scale
 from ..spec import is_alpha, site_name
 from .record import AdapterFile, StoredSite
@@ -46,24 +46,27 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits under wh
 
 
 def keys(sites: Sequence[StoredSite]) -> dict[str, tuple[str, str]]:
-    """For each site the names of its two tensors; of what PEFT has no name for, names that it will not take for its own."""
+    """For each site, in the model's order, the names of its two tensors; of what PEFT has not, names that it won't take for its own."""
     found = {}
     for s in sites:
         if not holds(s):
             found[s.name] = (f"{s.name}.lora_A", f"{s.name}.lora_B")
             continue
-        bare = [other.parameter for other in sites if other.path == s.path and other.parameter != "weight" and holds(other)]
-        levels = len(bare) - 1 - bare.index(s.parameter) if s.parameter in bare else 0
+        beside = [other.parameter for other in sites if other.path == s.path and is_bare(other) and holds(other)]
+        levels = len(beside) - 1 - beside.index(s.parameter) if is_bare(s) else 0
         a, b = EMBEDDING if s.embedding else LINEAR
         found[s.name] = (f"{PREFIX}{s.path}{'.base_layer' * levels}{a}", f"{PREFIX}{s.path}{'.base_layer' * levels}{b}")
     return found
 
 
 def holds(s: StoredSite) -> bool:
-    """Whether PEFT has such a site: no slices, no transposed convolutions, no parameters with more than three axes."""
-    if s.label or s.kind == "conv^T" or s.named or s.odd:
-        return False
-    return s.parameter == "weight" or s.kind != "matrix" or len(s.shape) == 2
+    """Whether PEFT has such a site: no slices, no transposed convolutions, no bare parameters that are neither matrix nor stack."""
+    return s.peft and not s.label and not s.named and s.kind != "conv^T" and (s.kind != "matrix" or len(s.shape) == 2)
+
+
+def is_bare(s: StoredSite) -> bool:
+    """Whether it sits on a parameter of a module that is no layer: PEFT's target_parameters."""
+    return s.kind not in {kind.name for kind in LAYERS}
 
 
 def tensors(sites: Sequence[StoredSite]) -> dict[str, Tensor]:
@@ -115,10 +118,8 @@ def config(model: nn.Module, sites: tuple[StoredSite, ...]) -> dict[str, Any]:
     scalings = {s.scaling for s in sites}
     if len(scalings) > 1:
         raise FileError("PEFT's config holds one scaling for all sites, this adapter has both", way_out='save(model, "x.safetensors") holds it')
-    modules, bare = tuple(s for s in sites if s.parameter == "weight" and s.kind != "matrix"), [s for s in sites if s.parameter != "weight"]
-    bare += [s for s in sites if s.parameter == "weight" and s.kind in ("matrix", "experts", "experts^T")]
-    modules = tuple(s for s in modules if s not in bare)
-    names = {id(s): f"{s.path}.{s.parameter}" if s in bare else s.path for s in sites}
+    bare = [s for s in sites if is_bare(s)]
+    names = [f"{s.path}.{s.parameter}" if is_bare(s) else s.path for s in sites]
     return {
         "peft_type": "LORA", "peft_version": WRITTEN_AS, "task_type": _task(model), "inference_mode": True, "revision": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -127,10 +128,10 @@ def config(model: nn.Module, sites: tuple[StoredSite, ...]) -> dict[str, Any]:
         "bias": "none", "fan_in_fan_out": {s.kind for s in sites} == {"linear^T"},
         "use_rslora": scalings == {"rslora"}, "use_dora": False, "lora_bias": False, "init_lora_weights": True,
         "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
-        "target_modules": _target_modules(model, modules),
-        "target_parameters": [names[id(s)] for s in bare] or None,
-        "rank_pattern": {f"^{re.escape(names[id(s)])}": s.r for s in sites if s.r != r},
-        "alpha_pattern": {f"^{re.escape(names[id(s)])}": s.alpha for s in sites if s.alpha != alpha},
+        "target_modules": _target_modules(model, [s for s in sites if not is_bare(s)]),
+        "target_parameters": [f"{s.path}.{s.parameter}" for s in bare] or None,
+        "rank_pattern": {f"^{re.escape(name)}": s.r for name, s in zip(names, sites, strict=True) if s.r != r},
+        "alpha_pattern": {f"^{re.escape(name)}": s.alpha for name, s in zip(names, sites, strict=True) if s.alpha != alpha},
     }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def _task(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
 
 
-def _target_modules(model: nn.Module, sites: tuple[StoredSite, ...]) -> list[str]:
+def _target_modules(model: nn.Module, sites: Sequence[StoredSite]) -> list[str]:
     """Leaf names if they mean exactly these sites in this model, as people write them; else full paths; none, if there are no sites."""
     chosen = {s.path for s in sites}
     leaves = {path.rsplit(".", 1)[-1] for path in chosen}

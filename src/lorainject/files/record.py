@@ -31,8 +31,8 @@ class StoredSite:
     """Of the whole weight as stored; empty if the file does not tell."""
     named: bool = False
     """Whether the weight itself was named as a target, so that all modules it lies in read it."""
-    odd: str = ""
-    """Why PEFT would not apply it rightly, where it is known."""
+    peft: bool = True
+    """Whether PEFT, reading this site as its own, would apply it rightly."""
     aliases: tuple[str, ...] = ()
     """Further paths of the same module in the model that it was saved from."""
     A: Tensor
