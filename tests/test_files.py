@@ -496,3 +496,90 @@ def test_configs_that_make_no_sense(base, model, tmp_path, config):
     path = rewritten(model, tmp_path / "a", lambda t, c: c.update(config))
     with pytest.raises(li.FileError):
         li.load(base, path)
+
+
+FORGED = {
+    "rows out of range": (lambda site: site | {"rows": [[100, 103, 1]]}, r"rows that are not all within 0:9"),
+    "negative rows": (lambda site: site | {"rows": [[-3, 0, 1]]}, r"rows that are not all within 0:9"),
+    "a row twice": (lambda site: site | {"rows": [[0, 1, 1]] * 3}, r"names a row twice"),
+    "more rows than memory": (lambda site: site | {"rows": [[0, 10**30, 1]]}, r"is damaged|not all within"),
+    "another kind": (lambda site: site | {"kind": "linear^T"}, r"a weight of the kind linear\^T, this model has a linear there"),
+    "another shape": (lambda site: site | {"shape": [9, 9]}, r"on a weight \(9, 9\), this model's is \(9, 4\)"),
+    "a scaling that is none": (lambda site: site | {"scaling": "foo"}, r"a scaling is none that there is"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in FORGED.items()])
+def test_forged_records(change, message, tmp_path):
+    """A record whose digest is right and whose slice is not: refused by name, nothing is loaded."""
+    from lorainject.files import container, native
+
+    model = li.inject(nn.Sequential(nn.Linear(4, 9)), ["0[0:3]"], r=2)
+    path = li.save(model, tmp_path / "a.safetensors")
+    tensors, metadata = container.read(path)
+    body = json.loads(metadata[native.KEY])
+    del body["digest"]
+    body["sites"] = {name: change(site) for name, site in body["sites"].items()}
+    record = json.dumps(body | {"digest": native._digest(body, tensors)})
+    container.write({path: container.dump(tensors, {"format": "pt", native.KEY: record})})
+    fresh = nn.Sequential(nn.Linear(4, 9))
+    before = state(fresh)
+    with pytest.raises(li.FileError, match=message):
+        li.load(fresh, path, check_base=False)
+    assert state(fresh) == before
+
+
+def test_a_tensor_that_the_record_does_not_know(tmp_path):
+    """Said by name, not passed over."""
+    from lorainject.files import container, native
+
+    path = li.save(li.inject(nn.Sequential(nn.Linear(4, 9)), ["0"], r=2), tmp_path / "a.safetensors")
+    tensors, metadata = container.read(path)
+    tensors["stray"] = torch.zeros(2)
+    body = json.loads(metadata[native.KEY])
+    del body["digest"]
+    record = json.dumps(body | {"digest": native._digest(body, tensors)})
+    container.write({path: container.dump(tensors, {"format": "pt", native.KEY: record})})
+    with pytest.raises(li.FileError, match="stray: unexpected, neither A nor B of a site"):
+        li.read(path)
+
+
+def test_a_part_of_another_layout(tmp_path):
+    """The slice q of two heads has other rows than that of four: refused, though every shape fits."""
+    from transformers import GPTNeoXConfig, GPTNeoXModel
+
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    two, four = (GPTNeoXModel(GPTNeoXConfig(**sizes, num_attention_heads=heads)) for heads in (2, 4))
+    path = li.save(li.inject(two, ["query_key_value[q]"], r=2), tmp_path / "a.safetensors")
+    with pytest.raises(li.FileError, match=r"its part 'q' has other rows in this model: the layouts differ"):
+        li.load(four, path, check_base=False)
+
+
+def test_the_order_of_injection_leaves_no_trace(tmp_path):
+    """Which adapter came first on a module's parameters and slices changes no byte, and none of PEFT's nested names."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.zeros(2, 4, 4)), nn.Parameter(torch.zeros(2, 4, 4))
+
+        def forward(self, x):
+            return x @ self.up[0] @ self.down[1]
+
+    written = []
+    for first in ([], ["down"], ["fused[2:4]"]):
+        model = nn.Sequential()
+        model.experts, model.fused = Experts(), nn.Linear(4, 4)
+        nn.init.zeros_(model.fused.weight)
+        if first:
+            li.inject(model, first, r=2, name="first")
+        li.inject(model, ["up", "down", "fused[0:2,2:4]"], r=2)
+        randomise(model)
+        with torch.no_grad():
+            for path, p in model.named_parameters():
+                if ".default." in path:
+                    p.fill_(len(path))
+        written.append(li.save(model, tmp_path / "a.safetensors").read_bytes())
+    assert written[0] == written[1] == written[2]
+    up = next(s for s in li.read(tmp_path / "a.safetensors").sites if s.parameter == "up")
+    assert float(up.A[0, 0, 0]) == len("experts.lora_up.default.A")

@@ -314,3 +314,22 @@ def test_convolutions_both_ways(tmp_path):
     upward = li.inject(nn.Sequential(nn.ConvTranspose2d(3, 6, 3)), "all-conv", r=2)
     with pytest.raises(li.FileError, match=r"PEFT has no place for:\n  - 0: conv\^T"):
         li.save(upward, tmp_path / "up", format="peft")
+
+
+def test_what_peft_would_apply_wrongly_is_kept_from_it(tmp_path):
+    """Convolutions whose options PEFT passes over, and layers that it adapts in vain: our file holds them, PEFT finds no config."""
+    circular = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"))
+    attention = nn.Sequential(nn.MultiheadAttention(4, 2))
+    for model, target, reason in (
+        (circular, "0", "PEFT passes over groups, dilation and padding_mode"),
+        (attention, "out_proj", "PEFT's layer does nothing"),
+    ):
+        fresh = copy.deepcopy(model)
+        li.inject(model, [target], r=2)
+        randomise(model)
+        folder = li.save(model, tmp_path / target)
+        assert not (folder / "adapter_config.json").exists()
+        li.load(fresh, folder)
+        assert [bits(p) for p in li.parameters(fresh)] == [bits(p) for p in li.parameters(model)]
+        with pytest.raises(li.FileError, match=reason):
+            li.save(model, tmp_path / "peft", format="peft")

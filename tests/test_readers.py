@@ -241,6 +241,59 @@ def test_weights_that_models_read(build, targets, inputs, dense):
     assert state(li.eject(model)) == before
 
 
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(4, 6, 3, stride=2, dilation=2, padding_mode="replicate", padding=1), (2, 4, 11)),
+    "2d in groups": (nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"), (2, 4, 7, 7)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 7, 7)),
+    "2d, channels last": (nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), (2, 4, 7, 7)),
+    "3d": (nn.Conv3d(4, 6, (1, 2, 3), stride=2), (1, 4, 5, 5, 5)),
+    "3d, a point": (nn.Conv3d(4, 6, 1), (1, 4, 3, 3, 3)),
+    "transposed 1d": (nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), (2, 4, 7)),
+    "transposed 2d in groups": (nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2, padding=1), (2, 4, 7, 7)),
+    "transposed 3d": (nn.ConvTranspose3d(4, 6, 2), (1, 4, 3, 3, 3)),
+}
+CELLS = {
+    "GRUCell": (nn.GRUCell(4, 5), [(2, 4), (2, 5)]), "LSTMCell": (nn.LSTMCell(4, 5), [(2, 4)]), "RNNCell": (nn.RNNCell(4, 5), [(2, 4), (2, 5)]),
+    "Bilinear": (nn.Bilinear(4, 5, 3), [(2, 4), (2, 5)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "shape"), [pytest.param(*w, id=name) for name, w in CONVOLUTIONS.items()])
+def test_convolutions(layer, shape, tmp_path):
+    """With every option: adapted is merged, which is saved and loaded; W0 comes back to the bit, and in its memory format."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(copy.deepcopy(layer)), torch.randn(shape)
+    before, fresh = state(model), copy.deepcopy(model)
+    li.inject(model, "all-conv", r=2)
+    randomise(model)
+    y = model(x)
+    assert not li.probe(model, x).dense
+    assert torch.equal(li.load(fresh, li.save(model, tmp_path / "a.safetensors"))(x), y)
+    li.merge(model)
+    assert close(model(x), y, 1e-5)
+    li.unmerge(model)
+    assert model[0].weight.stride() == layer.weight.stride()
+    assert state(li.eject(model)) == before
+
+
+@pytest.mark.parametrize(("layer", "shapes"), [pytest.param(*w, id=name) for name, w in CELLS.items()])
+def test_cells_and_bilinear(layer, shapes):
+    """Their kernels take whole weights: the dense sum, exact and counted."""
+    torch.manual_seed(0)
+    layer, inputs = copy.deepcopy(layer), [torch.randn(shape) for shape in shapes]
+    before = state(layer)
+    li.inject(layer, "all-linear", r=2)
+    randomise(layer)
+    dense = copy.deepcopy(layer)
+    li.merge(dense)
+    got, want = (y[0] if isinstance(y, tuple) else y for y in (layer(*inputs), dense(*inputs)))
+    assert close(got, want, 1e-5)
+    got.sum().backward()
+    assert any(host.adapters.fallbacks for host in hosts(layer).values())
+    assert any(bool(p.grad.any()) for p in li.parameters(layer))
+    assert state(li.eject(layer)) == before
+
+
 class Parent(nn.Module):
     """Reads `read` in its forward, and `hidden` in a way that its source does not show; calls `called`."""
 
@@ -581,8 +634,6 @@ def test_a_second_adapter_brings_its_readers():
     """Injected into a part that reads nothing, a weight gets its readers when the whole is injected."""
     model = nn.Sequential(Parent())
     li.inject(model[0].read, [lambda path, module: True], r=2, name="a")
-    li.eject(model[0].read)
-    li.inject(model[0].read, [lambda path, module: True], r=2, name="a")
     li.inject(model, ["read"], r=2, name="b")
     randomise(model, "b")
     assert li.probe(model, torch.randn(2, 4)).reached == ("0.read",)
@@ -630,13 +681,13 @@ def test_a_class_without_a_module_source():
     """A class made in a notebook cell, whose module has no file: its methods are read one by one."""
     import linecache
 
-    from lorainject import anatomy
+    from lorainject.sources import source_of
 
     source = "class Cell(nn.Module):\n    def forward(this, x):\n        return [F.linear(x, l.weight) for i, l in enumerate(this.layers)][0]\n"
     linecache.cache["<cell 1>"] = (len(source), None, source.splitlines(True), "<cell 1>")
     names = {"nn": nn, "F": F, "__name__": "no_such_module"}
     exec(compile(source, "<cell 1>", "exec"), names)
-    assert "layers.*.weight" in anatomy._source_of(names["Cell"]).reads
+    assert "layers.*.weight" in source_of(names["Cell"]).reads
 
 
 def test_comparisons_and_hash():
@@ -648,3 +699,58 @@ def test_comparisons_and_hash():
     model(torch.randn(2, 4))
     assert int(seen[0]) == 32
     assert hash(model.read.weight)
+
+
+def test_a_forward_that_runs_later_is_refused():
+    """A generator's body runs when the adapter is off again."""
+
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor):
+            yield F.linear(x, self.read.weight)
+
+    with pytest.raises(li.TargetError, match="read by a forward that is a generator"):
+        li.inject(nn.Sequential(Later()), ["read"])
+
+
+def test_parameters_in_a_list():
+    """The list has no forward: its parent is the reader."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ws = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.ws[0] @ self.ws[1]
+
+    model, x = nn.Sequential(Listed()), torch.randn(2, 4)
+    li.inject(model, "all-linear", r=2)
+    randomise(model)
+    assert li.probe(model, x).reached == ("0.ws.0", "0.ws.1")
+    dense = copy.deepcopy(model)
+    li.merge(dense)
+    assert close(model(x), dense(x), 1e-5)
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes one, on the CPU: copies of the modules whose parameters are plain tensors."""
+    modules = list(model.modules())
+    copies = {id(m): m._replicate_for_data_parallel() for m in modules}
+    for m in modules:
+        own = copies[id(m)]
+        own._modules |= {name: copies[id(child)] for name, child in m._modules.items()}
+        for name, t in m._parameters.items():
+            setattr(own, name, None if t is None else t * 1)
+    return copies[id(model)]
+
+
+def test_replicas_of_data_parallel(reader):
+    """A replica reads its own copies, and shows them again."""
+    twin, x = replica(reader), torch.randn(2, 4)
+    assert torch.equal(twin(x), reader(x))
+    assert type(twin[0].read.__dict__["weight"]) is Tensor
+    assert not shadows(reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import loralib
 import pytest
@@ -129,19 +130,26 @@ def test_slices_of_different_scales_are_padded(model, tmp_path):
     assert torch.allclose(run(li.load(base, tmp_path), X), run(model, X), atol=1e-5)
 
 
+def merged_after_a_file(model: nn.Module, targets: list[str], weight: nn.Parameter, folder: Path) -> torch.Tensor:
+    """W0 of a model into which the slices are merged, after a file of them gave a fresh one the same output, and the merge did."""
+    fresh, was = copy.deepcopy(model), weight.detach().clone()
+    li.inject(model, targets, r=2)
+    randomise(model)
+    y = model(**X).last_hidden_state
+    assert torch.equal(li.load(fresh, li.save(model, folder / "a.safetensors"))(**X).last_hidden_state, y)
+    li.merge(model)
+    assert torch.allclose(model(**X).last_hidden_state, y, atol=1e-4)
+    return was
+
+
 def test_interleaved_heads(tmp_path):
     """GPT-NeoX keeps q, k, v of each head together: the slice q is every head's first third, and no row of k or v changes."""
     torch.manual_seed(0)
     model = GPTNeoXModel(GPTNeoXConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).eval()
     site = li.find(model, ["query_key_value[q]"], r=2).sites[0]
     assert site.rows == (range(8), range(24, 32))
-    fresh, weight = copy.deepcopy(model), model.layers[0].attention.query_key_value.weight
-    was = weight.detach().clone()
-    li.inject(model, ["query_key_value[q]"], r=2)
-    randomise(model)
-    y = model(**X).last_hidden_state
-    assert torch.equal(li.load(fresh, li.save(model, tmp_path / "a.safetensors"))(**X).last_hidden_state, y)
-    li.merge(model)
+    weight = model.layers[0].attention.query_key_value.weight
+    was = merged_after_a_file(model, ["query_key_value[q]"], weight, tmp_path)
     changed = (weight != was).any(1)
     assert torch.equal(changed.nonzero().flatten(), torch.tensor([*range(8), *range(24, 32)]))
 
@@ -155,16 +163,10 @@ def test_interleaved_experts(tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape) * 0.2)
-    fresh, weight = copy.deepcopy(model), model.layers[0].mlp.experts.gate_up_proj
-    was = weight.detach().clone()
-    li.inject(model, ["gate_up_proj[up]"], r=2)
-    randomise(model)
-    y = model(**X).last_hidden_state
-    assert torch.equal(li.load(fresh, li.save(model, tmp_path / "a.safetensors"))(**X).last_hidden_state, y)
-    li.merge(model)
+    weight = model.layers[0].mlp.experts.gate_up_proj
+    was = merged_after_a_file(model, ["gate_up_proj[up]"], weight, tmp_path)
     assert torch.equal(weight[..., ::2], was[..., ::2])
     assert (weight[..., 1::2] != was[..., 1::2]).any((0, 1)).all()
-    assert torch.allclose(model(**X).last_hidden_state, y, atol=1e-4)
 
 
 ROLES = {
