@@ -15,7 +15,6 @@ An error lists *all* that is wrong, ends with the next step, and leaves the mode
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 
 
@@ -26,9 +25,10 @@ class LoraError(Exception):
 
     def __init__(self, what: str, problems: Iterable[str] = (), way_out: str = "") -> None:
         self.problems = tuple(problems)
-        alike = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem) for problem in self.problems)  # one line for all layers
-        single = {re.sub(r"(?<=\.)\d+(?=\.)", "*", problem): problem for problem in self.problems}
-        shown = [f"  - {starred} ({n} times)" if n > 1 else f"  - {single[starred]}" for starred, n in alike.items()]
+        alike: dict[str, list[str]] = {}  # one line for all layers
+        for problem in self.problems:
+            alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem), []).append(problem)
+        shown = [f"  - {starred} ({len(of)} times)" if len(of) > 1 else f"  - {of[0]}" for starred, of in alike.items()]
         lines = [what, *shown[: self.LISTED]]
         if len(shown) > self.LISTED:
             lines.append(f"  - ... and {len(shown) - self.LISTED} more (see .problems)")

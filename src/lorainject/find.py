@@ -140,8 +140,8 @@ def unfit(weight: Weight, label: str = "") -> str | None:
     if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in (bare(type(m)).forward for m in weight.readers)):
         return "it is read by a forward that is a generator or a coroutine, which would run after the adapter is off again"
     if weight.readers and is_quantised(weight.module):
-        return f"{type(weight.readers[0]).__name__} reads its weight itself, which is quantised"
-    return next((f"{type(m).__name__} reads it, and {reason}" for m in weight.readers if (reason := objection(m)) is not None), None)
+        return f"{bare(type(weight.readers[0])).__name__} reads its weight itself, which is quantised"
+    return next((f"{bare(type(m)).__name__} reads it, and {reason}" for m in weight.readers if (reason := objection(m)) is not None), None)
 
 
 def wrapped(model: nn.Module) -> list[str]:

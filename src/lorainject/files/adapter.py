@@ -25,6 +25,7 @@ from ..anatomy import Weight, weights
 from ..errors import FileError, StateError
 from ..find import name_problems, site, total, unfit, wrapped
 from ..fingerprint import agree, sample
+from ..graft import bare
 from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
 from ..match import Pick, parts_of
@@ -170,7 +171,7 @@ def _beyond_peft(w: Weight) -> str | None:
     """Why PEFT would apply an adapter on this layer wrongly, or not at all; None if it would not."""
     m = w.module
     if w.bypassed and w.kind.term is not None:
-        return f"{type(w.readers[0]).__name__} reads its weight, where PEFT's layer does nothing"
+        return f"{bare(type(w.readers[0])).__name__} reads its weight, where PEFT's layer does nothing"
     if isinstance(m, _ConvNd) and (m.groups > 1 or m.padding_mode != "zeros" or any(d != 1 for d in m.dilation)):
         return "PEFT passes over groups, dilation and padding_mode"
     return None

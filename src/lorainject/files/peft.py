@@ -35,6 +35,7 @@ from .record import AdapterFile, StoredSite
 PREFIX = "base_model.model."
 WRITTEN_AS = "0.21.2"  # the version whose layout we write
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+OF_LAYERS = frozenset(kind.name for kind in LAYERS)
 PATTERN_SECONDS = 1.0
 NONE = torch.empty(0)  # in place of A and B until they are found
 DEFAULT_ALPHA = 8  # PEFT's, for a config that does not say
@@ -52,10 +53,12 @@ def keys(sites: Sequence[StoredSite]) -> dict[str, tuple[str, str]]:
         if not holds(s):
             found[s.name] = (f"{s.name}.lora_A", f"{s.name}.lora_B")
             continue
-        beside = [other.parameter for other in sites if other.path == s.path and is_bare(other) and holds(other)]
-        levels = len(beside) - 1 - beside.index(s.parameter) if is_bare(s) else 0
+        at = f"{PREFIX}{s.path}"
+        if is_bare(s):
+            beside = [other.parameter for other in sites if other.path == s.path and is_bare(other) and holds(other)]
+            at += ".base_layer" * (len(beside) - 1 - beside.index(s.parameter))
         a, b = EMBEDDING if s.embedding else LINEAR
-        found[s.name] = (f"{PREFIX}{s.path}{'.base_layer' * levels}{a}", f"{PREFIX}{s.path}{'.base_layer' * levels}{b}")
+        found[s.name] = (at + a, at + b)
     return found
 
 
@@ -66,7 +69,7 @@ def holds(s: StoredSite) -> bool:
 
 def is_bare(s: StoredSite) -> bool:
     """Whether it sits on a parameter of a module that is no layer: PEFT's target_parameters."""
-    return s.kind not in {kind.name for kind in LAYERS}
+    return s.kind not in OF_LAYERS
 
 
 def tensors(sites: Sequence[StoredSite]) -> dict[str, Tensor]:
