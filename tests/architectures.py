@@ -696,7 +696,7 @@ def _general(reason: str) -> str:
     """A reason without names and numbers, so that like ones can be counted."""
     text = reason.split(" (float64")[0].split(" (")[0]
     text = re.sub(r"\b[\w]+(\.[\w]+)+\b|'[^']*'", "…", text)
-    return re.sub(r"[-+]?\d[\d.e+-]*", "n", text)[:140]
+    return re.sub(r"(?<!\w)[-+]?\d[\d.e+-]*", "n", text)[:140]
 
 
 def _cell(text: str) -> str:

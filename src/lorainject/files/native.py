@@ -33,8 +33,8 @@ def encode(name: str, init: str, sites: tuple[StoredSite, ...], base: BasePrint 
         "name": name,
         "init": init,
         "sites": {s.name: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} | _where(s) for s in sites},
-        "base": base64.b64encode(container.raw(torch.cat(list(base.sample.values())))).decode() if base else "",
-        "base_dtypes": [str(dtype).removeprefix("torch.") for dtype in base.dtype.values()] if base else [],
+        "base": base64.b64encode(container.raw(torch.cat([base.sample[s.name] for s in sites]))).decode() if base else "",
+        "base_dtypes": [str(base.dtype[s.name]).removeprefix("torch.") for s in sites] if base else [],
     }
     return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
 
