@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,20 +108,28 @@ def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: 
 
 
 def unmount(model: nn.Module, gone: Sequence[Host]) -> None:
-    """Take these children away again, and the grafts of modules that have nothing left to do."""
-    grafted_before = grafts(model)
+    """Take these children away again, and the grafts of modules that have nothing left to do.
+
+    The children go last: where an interrupt leaves one, the next eject finds it and finishes.
+    """
+    going = {id(host.adapters) for host in gone}
+
+    def stay(adapters: Iterable[Any]) -> bool:
+        return any(id(a) not in going for a in adapters)
+
+    for module in grafts(model).values():
+        if READS in module.__dict__:
+            kept = [(path, name) for path, name in module.__dict__[READS] if stay(_siblings(_owner(module, path), name))]
+            if not kept:
+                change_class(module, bare(type(module)))
+                del module.__dict__[READS]
+            else:
+                module.__dict__[READS] = kept
+        elif not stay(child for child in module._modules.values() if isinstance(child, Adapters)):
+            change_class(module, bare(type(module)))
     for host in gone:
         _forget(host.module)
         del host.module._modules[child_name(host.adapters.parameter, host.adapters.label)]
-    for module in grafted_before.values():
-        if READS in module.__dict__:
-            kept = [(path, name) for path, name in module.__dict__[READS] if _siblings(_owner(module, path), name)]
-            module.__dict__[READS] = kept
-            if not kept:
-                del module.__dict__[READS]
-                change_class(module, bare(type(module)))
-        elif not any(isinstance(child, Adapters) for child in module._modules.values()):
-            change_class(module, bare(type(module)))
 
 
 def grafts(model: nn.Module) -> dict[str, nn.Module]:
