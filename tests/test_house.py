@@ -14,8 +14,8 @@ import lorainject as li
 
 SOURCE = Path(li.__file__).parent
 # Each floor may import the floors above it in this list, and nothing below.
-FLOORS = ["errors", "graft", "lowrank", "symbolic", "products", "fingerprint", "layouts", "roles", "spec", "kinds", "adapters", "readers", "sources", "anatomy", "match", "find", "merge", "surgery", "probe",
-          "files.record", "files.container", "files.peft", "files.native", "files.adapter", "files", "", "codesearch", "demo", "cli"]  # fmt: skip
+FLOORS = ["errors", "graft", "fold", "lowrank", "symbolic", "products", "fingerprint", "layouts", "roles", "spec", "kinds", "quantised", "adapters", "readers", "sources", "anatomy", "match", "find", "change", "merge", "surgery", "probe",
+          "files.record", "files.container", "files.places", "files.peft", "files.native", "files.adapter", "files", "", "codesearch", "demo", "cli"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -8,7 +8,7 @@ In short:
     li.merge(model); li.unmerge(model)                      # W0 + s B A, and back to the bit
 """
 
-from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, TargetError, UnreachedAdapter
+from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, SurvivalWarning, TargetError, UnreachedAdapter
 from .files.adapter import load, read, save
 from .files.record import AdapterFile, StoredSite
 from .find import find
@@ -35,6 +35,7 @@ __all__ = [
     "SpecError",
     "StateError",
     "StoredSite",
+    "SurvivalWarning",
     "TargetError",
     "UnreachedAdapter",
     "activate",

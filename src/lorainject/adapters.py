@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateError
+from .fold import Journal
 from .graft import Graft
 from .kinds import Kind, shape_of
-from .lowrank import LowRank, add
+from .lowrank import Factors, LowRank, add
 from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
@@ -65,16 +66,42 @@ class Loading:
     """Whether it has any key of A or B."""
 
 
+Terms = dict[str, tuple[Factors, ...]]
+"""One weight's deltas by adapter: one for the whole, or one a slice."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Folded:
-    """What merge leaves on a module so that unmerge can take the fold out again, to the bit."""
+    """What merge leaves on a weight, for unmerge."""
 
-    backup: Tensor | None
-    """W0 as stored; None after merge(reversible=False)."""
-    checksum: Tensor
-    """Of the folded weight, so that unmerge knows whether somebody changed it since."""
+    how: str
+    """The way it went (see change.py)."""
+    terms: Terms
+    """As they were added, on the device where they were."""
+    journal: Journal | None
+    """What is kept of W0, if the fold was in place; None too after merge(reversible=False)."""
+    original: nn.Parameter | None
+    """What the module had, if the fold is in a parameter of its own; None too after merge(reversible=False)."""
+    cls: type[nn.Module]
+    """The module's own class."""
+    like: tuple[torch.dtype, tuple[int, ...]]
+    """The merged weight's dtype and shape."""
+    mark: int
+    """Checksum of the parameter of its own."""
     sample: Tensor | None
     """A few values of W0, for the fingerprint in files saved while merged."""
+
+    @property
+    def nbytes(self) -> int:
+        """Kept for unmerge, in all. (The original of a tied weight is somebody else's, too.)"""
+        kept = 0 if self.journal is None else self.journal.nbytes
+        own = 0 if self.original is None or self.how == "Untied" else self.original.nbytes
+        return kept + own + sum(f.P.nbytes + f.Q.nbytes for term in self.terms.values() for f in term)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether anything was kept to go back by."""
+        return self.journal is not None or self.original is not None
 
 
 class Adapters(nn.Module):

@@ -9,6 +9,8 @@
     ├── MergeError     a fold that would lose or spoil a weight: tied, overflowing, changed since
     └── FileError      an adapter file that can't be read, written, or does not fit this model
 
+    SurvivalWarning    the one warning: a merge whose result is right, but coarse
+
 An error lists *all* that is wrong, ends with the next step, and leaves the model as it was.
 """
 
@@ -63,3 +65,7 @@ class MergeError(LoraError, RuntimeError):
 
 class FileError(LoraError, OSError):
     """An adapter file can't be read or written, or does not fit the model."""
+
+
+class SurvivalWarning(UserWarning):
+    """The storage dtype is too coarse for a delta: less than 0.9 of it is in the merged weight."""

@@ -14,7 +14,7 @@ Legend of the suffixes: R rank, I in, O out, and for embeddings V vocabulary (= 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -144,3 +144,17 @@ def factors(adapter: LowRank, transposed: bool, rest: tuple[int, ...]) -> Factor
 def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
     """s P Q, the delta itself: (*stack, rows, all of rest as one axis)."""
     return (P * s) @ Q.flatten(P.ndim - 1)
+
+
+def copied(f: Factors) -> Factors:
+    """A copy that no training, replacing or moving of A and B changes; Q (*stack, r, width)."""
+    return Factors(f.P.detach().clone(memory_format=torch.contiguous_format), f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone())
+
+
+def joined(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
+    """P (*stack, rows, R) and Q (*stack, R, width), float64, with P Q the sum of all s P Q: one product however many there are.
+
+    In float64, so that it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine.
+    """
+    P, Q = zip(*((f.P.double() * f.s.double(), f.Q.double()) for f in parts), strict=True)
+    return torch.cat(P, -1), torch.cat(Q, -2)

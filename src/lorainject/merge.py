@@ -1,14 +1,16 @@
 """Fold adapters into the weights, W = W0 + s B A, and take them out again to the bit.
 
-The sum is formed in float32 (float64 for float64 weights), tile by tile, and rounded once to the weight's dtype. A merged
-module has its original class, so its forward is the original forward. Of W0 a backup is kept; unmerge checks by dtype and
-checksum that the weight is still the one that merge wrote, since putting W0 back would otherwise undo somebody's work.
+The sum is formed in float32 (float64 for float64 weights), tile by tile, and rounded once to the weight's dtype, however many
+adapters are folded. A merged module has its original class, so its forward is the original forward. Instead of W0 a journal is
+kept (fold.py), with the factors that were used: A and B may be trained, replaced or moved meanwhile. A weight that can't be
+written in place (tied and to be untied, or quantised) gives way to a new parameter, and comes back itself.
 """
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +18,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapters import Folded, Host, merged_names, misfit, mounted, routings, walk
-from .errors import MergeError, StateError
-from .fingerprint import sample
+from .adapters import Host, merged_names, misfit, mounted, names_of, routings, walk
+from .change import WAYS, Before, InPlace, Whole, can_be_linear, fold_again, mark, summed, unfold, wholes
+from .errors import MergeError, StateError, SurvivalWarning
+from .fold import wide
+from .graft import bare
 from .kinds import is_quantised, is_sharded
-from .lowrank import LowRank, delta, factors
+from .quantised import scheme
 from .readers import objections, set_grafts
 
-TILE = 1 << 18  # elements: 1 MiB in float32, which an L2 cache holds
+SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,9 @@ class MergedSite:
     """||W - W0 - d|| / ||d||; 0 for a zero delta."""
     weight_bytes: int
     journal_bytes: int
-    """Kept so that unmerge can be exact; 0 after merge(reversible=False)."""
+    """Kept so that unmerge can be exact, the factors included; 0 after merge(reversible=False)."""
+    codes_changed: float | None = None
+    """Of a quantised weight, the share of the codes that are others now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,56 +77,59 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True) -> MergeReport:
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True, strict: bool | None = None,
+          untie: bool = False, dequantise: bool = False) -> MergeReport:  # fmt: skip
     """Fold the adapters that are on (or `names`, which must include those) into the weights; all or nothing.
 
-    Every module then has its original class and costs what the base costs. `reversible=False` keeps nothing for unmerge.
+    Every module then has its original class and costs what the base costs. While some are merged, `names` folds further ones
+    in as well: always from W0, with one rounding. `reversible=False` keeps nothing for unmerge.
+
+    Where less than 0.9 of a delta survives the rounding to the weight's dtype, a SurvivalWarning says so; `strict=True` refuses
+    instead, before anything is written. A quantised weight is dequantised, summed and quantised anew by the same scheme, which is
+    refused below 0.9 unless `strict=False`; `dequantise=True` makes it an ordinary nn.Linear in bfloat16
+    (or its bias's dtype) instead.
+
+    `untie=True` gives a tied weight memory of its own until unmerge. (To export such a model, set its config's
+    `tie_word_embeddings=False`: transformers 5 sees that the two differ, other readers go by the config.)
 
     Raises StateError if already merged, if nothing is on, or if an adapter that is on would be left out; MergeError with
     every weight that can't be folded: tied to another module's, on the meta device, or with a result that is not finite.
     """
-    if merged := merged_names(model):
-        raise StateError(f"{', '.join(map(repr, merged))} is already merged", way_out="unmerge(model) first")
+    merged = merged_names(model)
     asked = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
-    on = mounted(model, "merge", *asked)
+    if again := [n for n in merged if names is None or n in asked]:
+        raise StateError(f"{', '.join(map(repr, again))} is already merged", way_out="unmerge(model) first")
+    on = mounted(model, "merge", *asked, merged=True)
     active = tuple(dict.fromkeys(n for r in routings(model) for n in r.active))
     chosen = active if names is None else asked
     if not chosen:
         raise StateError("no adapter is on" if names is None else "no adapter was named",
                          way_out="activate(model, name) first, or say which: merge(model, name)")  # fmt: skip
-    if dropped := [n for n in active if n not in chosen]:
+    if not merged and (dropped := [n for n in active if n not in chosen]):
         raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
-
-    weights = [w for w in _weights(on) if w.adapters(chosen)]
+    weights = wholes(on)
     tied = _tied(model)
-    problems = objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := _unfoldable(w, chosen, tied))]
+    asked_of = [w for w in weights if w.adapters(chosen)]
+    problems = objections(model) + [f"{w.name}: {reason}" for w in asked_of if (reason := _unfoldable(w, chosen, {} if untie else tied, dequantise))]
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
-
-    backups: list[tuple[Whole, Tensor]] = []
-    report = []
-    try:
+    before = unfold(weights) if merged else {}
+    with _else_again(model, weights, before, merged):
+        jobs = []
         for w in weights:
-            first, backup = sample(w.weight), w.weight.detach().clone()
-            backups.append((w, backup))
-            report.append(_fold(w, backup, chosen, backup.nbytes if reversible else 0))
-            w.folded = Folded(backup=backup if reversible else None, checksum=checksum(w.weight), sample=first)
-        set_grafts(model, False)
-        _set_merged(on, chosen)
-    except BaseException:
-        for w, backup in backups:
-            w.weight.copy_(backup)
-            w.folded = None
-        set_grafts(model, True)
-        _set_merged(on, ())
-        raise
-    return MergeReport(names=chosen, sites=tuple(report))
+            was = before[w.name].folded if w.name in before else None
+            found = (was.terms if was else {}) | w.terms(chosen)
+            if terms := {n: found[n] for n in names_of(model) if n in found}:  # in one order, whatever came first
+                jobs.append(WAYS[was.how if was else _way(w, w.hosts[0].place in tied, dequantise)](w, terms))
+        return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)
 
 
 @torch.no_grad()
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
     """Take out again what was merged: every weight is W0 once more, to the bit, and the adapters are on as before.
+
+    With `names`, those alone, in any order; they are off then, and the weights what merging the others gives.
 
     Raises StateError if nothing is merged, MergeError (and changes nothing) where W0 can't be given back: after
     merge(reversible=False), or if a weight's dtype or values were changed in between.
@@ -128,65 +137,30 @@ def unmerge(model: nn.Module) -> nn.Module:
     on = {path: host for path, host in mounted(model, "unmerge", merged=True).items() if host.adapters.routing.merged}
     if not on:
         raise StateError("nothing is merged", way_out="merge(model) comes first")
-    folded = [w for w in _weights(on) if w.folded is not None]
-    if problems := objections(model) + [f"{w.name}: {reason}" for w in folded if (reason := _stuck(w))]:
+    merged = merged_names(model)
+    gone = merged if names is None else [names] if isinstance(names, str) else list(names)
+    if unknown := [n for n in gone if n not in merged]:
+        raise StateError(f"{', '.join(map(repr, unknown))} is not merged", way_out=f"merged are {', '.join(map(repr, merged))}")
+    weights = wholes(on)
+    if problems := objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := _stuck(w))]:
         raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
-    # Each step can be done again, so that an unmerge that was interrupted is finished by the next.
-    for w in folded:
-        if w.folded is not None and w.folded.backup is not None:
-            w.weight.copy_(w.folded.backup)
-            w.folded = None
+    before = unfold(weights)
+    if left := tuple(n for n in merged if n not in gone):
+        with _else_again(model, weights, before, merged):
+            kept = {name: {n: t for n, t in was.folded.terms.items() if n in left} for name, was in before.items()}
+            jobs = [WAYS[before[w.name].folded.how](w, kept[w.name]) for w in weights if kept.get(w.name)]
+            for w in weights:
+                w.folded = None
+            _merge(model, on, jobs, left, reversible=True, strict=False)
+        for routing in routings(model):
+            routing.active = tuple(n for n in routing.active if n not in gone)
+        return model
+    # Each step can be done again, so that an unmerge that is interrupted here is finished by the next.
     set_grafts(model, True)
+    for w in weights:
+        w.folded = None
     _set_merged(on, ())
     return model
-
-
-@dataclass
-class Whole:
-    """One weight with all that is adapted of it: the whole, or several slices."""
-
-    name: str
-    hosts: tuple[Host, ...]
-
-    @property
-    def weight(self) -> Tensor:
-        """As stored."""
-        return self.hosts[0].weight
-
-    def adapters(self, names: Sequence[str]) -> list[LowRank]:
-        """Those of these names."""
-        return [host.adapters[n] for n in names for host in self.hosts if n in host.adapters]
-
-    @property
-    def folded(self) -> Folded | None:
-        """What merge left: on the first of its hosts that says so."""
-        return next((host.adapters.folded for host in self.hosts if host.adapters.folded is not None), None)
-
-    @folded.setter
-    def folded(self, value: Folded | None) -> None:
-        for host in self.hosts:
-            host.adapters.folded = value
-
-    def delta(self, names: Sequence[str], at: tuple[int, ...], rows: slice) -> Tensor:
-        """Rows of the sum of s B A, as stored, of one matrix of a stack (`at`), flat (rows, rest): float32, or float64 for float64 weights."""
-        kind, dtype = self.hosts[0].adapters.kind, torch.promote_types(self.weight.dtype, torch.float32)
-        rest = tuple(self.weight.shape[kind.stacked + 1 :])
-        parts = [(a, factors(a, kind.transposed, rest)) for a in self.adapters(names)]
-        first, *more = (delta(f.P[at][rows].to(dtype), f.Q[at].to(dtype), a.scale) for a, f in parts)
-        return sum(more, first)
-
-    @property
-    def matrices(self) -> Iterator[tuple[int, ...]]:
-        """The index of each matrix: one empty index, or one for each expert of a stack."""
-        return ((i,) for i in range(len(self.weight))) if self.hosts[0].adapters.kind.stacked else iter([()])
-
-
-def _weights(on: Mapping[str, Host]) -> list[Whole]:
-    """The adapted weights, each once."""
-    places: dict[tuple[int, str], list[tuple[str, Host]]] = {}
-    for name, host in on.items():
-        places.setdefault(host.place, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
-    return [Whole(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
 
 
 def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
@@ -201,58 +175,84 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
     merged W0 + s B A. The delta is formed in float32 (float64 for float64 weights), one weight at a time.
     """
     on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
-    for w in _weights(on):
-        names = w.hosts[0].adapters.routing.active if name is None else (name,)
-        if w.adapters(names):
-            d = torch.stack([w.delta(names, at, slice(None)).detach() for at in w.matrices])
-            yield w.name, w.weight.detach(), d.reshape(w.hosts[0].shape)
+    for w in wholes(on):
+        if terms := w.terms(w.hosts[0].adapters.routing.active if name is None else (name,)):
+            P, Q = summed(terms)
+            yield w.name, w.weight.detach(), (P @ Q).to(wide(w.weight.dtype)).reshape(w.hosts[0].shape)
 
 
-def checksum(weight: Tensor) -> Tensor:
-    """A sum of the weight's bits, in words of 8 bytes, each times an odd number that grows with its place: int64, one a tile."""
-    flat = weight.detach().contiguous().flatten().view(torch.uint8)
-    words = (nn.functional.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 else flat).view(torch.int64)
-    odd = torch.arange(1, 2 * min(TILE, len(words)), 2, device=words.device)
-    return torch.stack([(tile * odd[: len(tile)]).sum() for tile in words.split(TILE)]).cpu()
+def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
+           strict: bool | None) -> MergeReport:  # fmt: skip
+    """Fold into weights that are all W0; all or nothing."""
+    try:
+        for write in (False, True) if strict else (True,):
+            if problems := [problem for job in jobs if (problem := job.fold(write)) is not None]:
+                raise MergeError("nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype")
+            _judge(jobs, strict)
+        for job in jobs:
+            job.w.folded = job.folded(reversible)
+        set_grafts(model, False)
+        for job in jobs:
+            job.finish()
+        _set_merged(on, names)
+        return MergeReport(names=names, sites=tuple(_site(job) for job in jobs))
+    except BaseException:
+        for job in jobs:
+            job.undo()
+            job.w.folded = None
+        set_grafts(model, True)
+        _set_merged(on, ())
+        raise
 
 
-def _fold(w: Whole, backup: Tensor, names: Sequence[str], kept: int) -> MergedSite:
-    """W = round(W0 + s B A), tile by tile, measuring what the rounding left of the delta."""
-    dot = square = lost = 0.0
-    for at in w.matrices:
-        W, W0 = w.weight[at], backup[at]
-        step = max(1, TILE * len(W) // W.numel())
-        for start in range(0, len(W), step):
-            rows = slice(start, start + step)
-            d = w.delta(names, at, rows).reshape(W[rows].shape)
-            w0 = W0[rows].to(d.dtype)
-            W[rows] = w0 + d
-            got, asked = (W[rows].to(d.dtype) - w0).flatten(), d.flatten()
-            products = _products(got, asked)
-            if not math.isfinite(sum(products)):  # W0 holds infinity or NaN, which is its own business; or the sum does
-                if not bool(d.isfinite().all()) or bool((~W[rows].isfinite() & w0.isfinite()).any()):
-                    raise MergeError(f"{w.name}: W0 + s B A is not finite in {W.dtype}; nothing was merged",
-                                     way_out="lower alpha, or merge a copy of the model in a wider dtype")  # fmt: skip
-                products = _products(torch.where(got.isfinite(), got, asked).double(), asked.double())
-            dot, square, lost = (total + new for total, new in zip((dot, square, lost), products, strict=True))
-    return MergedSite(path=w.name, norm=square**0.5, survival=dot / square if square else 1.0, error=(lost / square) ** 0.5 if square else 0.0,
-                      weight_bytes=w.weight.nbytes, journal_bytes=kept)  # fmt: skip
+def _site(job: InPlace) -> MergedSite:
+    assert job.w.folded is not None
+    return MergedSite(path=job.w.name, norm=job.norm, survival=job.survival, error=job.error, weight_bytes=job.w.weight.nbytes,
+                      journal_bytes=job.w.folded.nbytes, codes_changed=job.codes_changed)  # fmt: skip
 
 
-def _products(got: Tensor, asked: Tensor) -> tuple[float, float, float]:
-    """<got, asked>, |asked|^2 and |got - asked|^2 of two flat tensors."""
-    lost = got - asked
-    return float(torch.dot(got, asked)), float(torch.dot(asked, asked)), float(torch.dot(lost, lost))
+def _judge(jobs: Sequence[InPlace], strict: bool | None) -> None:
+    """Warn of what does not survive, or refuse it."""
+    drowned = {job: f"{job.w.name}: {max(job.survival, 0.0):.2f} of its delta, error {job.error:.0%}" for job in jobs if job.survival < SURVIVAL}
+    refused = [line for job, line in drowned.items() if strict or (strict is None and job.codes_changed is not None)]
+    what = f"less than {SURVIVAL} of a delta survives the rounding to the stored weight"
+    if refused:
+        raise MergeError(f"nothing was merged: {what}:", refused, "keep the adapter unmerged; merge in a wider dtype (a copy of the model in"
+                         " float32, or dequantise=True); or accept the loss: strict=False")  # fmt: skip
+    if drowned:
+        warning = MergeError(f"{what}:", drowned.values(), "keep the adapter unmerged, or merge in a wider dtype (a copy of the model in float32)")
+        warnings.warn(str(warning), SurvivalWarning, stacklevel=5)
 
 
-def _unfoldable(w: Whole, names: Sequence[str], tied: dict[tuple[int, str], list[str]]) -> str | None:
+def _way(w: Whole, tied: bool, dequantise: bool) -> str:
+    if is_quantised(w.module):
+        return "Dequantised" if dequantise else "Requantised"
+    return "Untied" if tied else "InPlace"
+
+
+@contextmanager
+def _else_again(model: nn.Module, weights: Sequence[Whole], before: Mapping[str, Before], merged: Sequence[str]) -> Iterator[None]:
+    """If this fails, what was unfolded for it is folded once more."""
+    try:
+        yield
+    except BaseException:
+        if before:
+            set_grafts(model, False)
+            fold_again(weights, before)
+            _set_merged({w.name: host for w in weights for host in w.hosts}, tuple(merged))
+        raise
+
+
+def _unfoldable(w: Whole, names: Sequence[str], tied: Mapping[tuple[int, str], list[str]], dequantise: bool) -> str | None:
     """Why nothing can be folded into this weight; None if it can."""
     host = w.hosts[0]
     weight = host.module._parameters.get(host.adapters.parameter)
     if weight is None:
         return "its weight is computed (parametrised since inject)"
-    if is_quantised(host.module):
-        return "its weight is quantised: keep the adapter unmerged, or merge into the model before quantising"
+    if dequantise and is_quantised(host.module) and not can_be_linear(host.module):
+        return f"a {bare(type(host.module)).__name__} can't become an nn.Linear: merge without dequantise=True, or before quantising"
+    if is_quantised(host.module) and scheme(host.module) is None:
+        return "its weight is quantised in a way that can't be redone: keep the adapter unmerged, or merge into the model before quantising"
     if is_sharded(weight):
         return "its weight is sharded"
     if weight.is_inference():
@@ -262,20 +262,24 @@ def _unfoldable(w: Whole, names: Sequence[str], tied: dict[tuple[int, str], list
     if weight.is_meta or any(p.is_meta for a in w.adapters(names) for p in a.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
     if host.place in tied:
-        return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well"
+        return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
     if not all(bool(p.isfinite().all()) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
     return None
 
 
 def _stuck(w: Whole) -> str | None:
-    """Why W0 can't be given back to this weight; None if it can."""
-    folded, weight = w.folded, w.weight
-    if folded is None or folded.backup is None:
+    """Why W0 can't be given back to this weight; None if it can, as far as one sees."""
+    if (folded := w.folded) is None:
+        return None
+    if not folded.reversible:
         return "was merged with reversible=False, which keeps nothing to go back by"
-    if (weight.dtype, weight.shape) != (folded.backup.dtype, folded.backup.shape):
-        return f"is {weight.dtype} {tuple(weight.shape)} now, but was {folded.backup.dtype} {tuple(folded.backup.shape)} when it was merged"
-    if not torch.equal(checksum(weight), folded.checksum) and not torch.equal(checksum(weight), checksum(folded.backup)):
+    now, shape = (w.weight.dtype, tuple(w.weight.shape)), folded.like[1]
+    if now != folded.like:
+        return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
+    if folded.original is not None and folded.original.device != w.weight.device:
+        return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
+    if folded.original is not None and mark(w) != folded.mark:
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 

@@ -75,7 +75,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     problems += [f"{path}: its A and B are sharded" for path, host in on.items() if any(map(is_sharded, host.adapters.parameters()))]
     if problems:
         raise GraftError("nothing was ejected:", problems, "undo what was built on top, in reverse order, and eject then")
-    if any(host.adapters.folded and host.adapters.folded.backup is not None for host in on.values()):
+    if any(host.adapters.folded and host.adapters.folded.reversible for host in on.values()):
         unmerge(model)
     elif name is not None and merged_names(model):
         raise StateError(f"can't eject {name!r} alone after merge(reversible=False)", way_out="eject(model) leaves the folded weights")

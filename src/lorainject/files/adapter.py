@@ -101,14 +101,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
-    problems: list[str] = []
-    sites = _fit(model, file, by_name, dtype, problems)
-    if file.format == "peft":
-        expected = {stored.path for stored in file.sites}
-        problems += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_name) if p not in expected]
-    problems += [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_name.get(p), tensor))]
-    if problems:
-        raise FileError(f"{file.path} does not fit this model; nothing was loaded:", problems, "load it onto the model it was made for")
+    sites = fitted(model, file, by_name, dtype, [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_name.get(p), tensor))])
     others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
@@ -201,6 +194,18 @@ def _unwritable(host: Host, a: LowRank) -> str | None:
     if not (a.A.isfinite().all() and a.B.isfinite().all()):
         return "A or B holds NaN or infinity"
     return None
+
+
+def fitted(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:
+    """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and these `problems`."""
+    wrong: list[str] = []
+    sites = _fit(model, file, by_name, dtype, wrong)
+    if file.format == "peft":
+        expected = {stored.path for stored in file.sites}
+        wrong += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_name) if p not in expected]
+    if wrong or problems:
+        raise FileError(f"{file.path} does not fit this model:", wrong + problems, "use it with the model it was made for")
+    return sites
 
 
 def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:

@@ -1,0 +1,314 @@
+"""One weight on its way from W0 to W0 + s B A and back: in place with a journal, or in a parameter of its own.
+
+Each way can be measured without writing, carried out, undone while the merge is under way, and taken back from what was left on the
+weight (Folded), so that the merge of a whole model is all or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Folded, Host, Terms
+from .errors import MergeError
+from .fingerprint import sample
+from .fold import TILE, Fold, Journal, checksum, refold, same, tiles, wide
+from .graft import bare, change_class
+from .kinds import is_quantised
+from .lowrank import LowRank, copied, factors, joined
+from .quantised import Scheme, scheme
+
+
+@dataclass
+class Whole:
+    """One weight with all that is adapted of it: the whole, or several slices."""
+
+    name: str
+    hosts: tuple[Host, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose weight it is."""
+        return self.hosts[0].module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """As stored."""
+        return self.module._parameters[self.hosts[0].adapters.parameter]  # type: ignore[return-value]
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self.module._parameters[self.hosts[0].adapters.parameter] = value
+
+    def adapters(self, names: Sequence[str]) -> list[LowRank]:
+        """Those of these names."""
+        return [host.adapters[n] for n in names for host in self.hosts if n in host.adapters]
+
+    @property
+    def folded(self) -> Folded | None:
+        """What merge left: on the first of its hosts that says so."""
+        return next((host.adapters.folded for host in self.hosts if host.adapters.folded is not None), None)
+
+    @folded.setter
+    def folded(self, value: Folded | None) -> None:
+        for host in self.hosts:
+            host.adapters.folded = value
+
+    def terms(self, names: Sequence[str]) -> Terms:
+        """The deltas of these adapters as they are now, in the stored orientation."""
+        kind, shape = self.hosts[0].adapters.kind, self.hosts[0].shape
+        rest = tuple(shape[kind.stacked + 1 :])
+        return {n: tuple(copied(a(factors, kind.transposed, rest)) for a in found) for n in names if (found := self.adapters([n]))}
+
+    def tiles(self, weight: Tensor, P: Tensor, Q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each tile (rows, *rest), a view of the weight, with the P (rows, R) and Q (R, width) of its delta."""
+        for W, p, q in zip(weight, P, Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, P, Q)]:
+            for rows in tiles(len(W), q.shape[-1], p.device):
+                yield W[rows], p[rows], q
+
+
+def wholes(on: Mapping[str, Host]) -> list[Whole]:
+    """The adapted weights, each once."""
+    places: dict[tuple[int, str], list[tuple[str, Host]]] = {}
+    for name, host in on.items():
+        places.setdefault(host.place, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
+    return [Whole(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
+
+
+class InPlace:
+    """W0 gives way to M, tile by tile, and a journal remembers it."""
+
+    codes_changed: float | None = None
+
+    def __init__(self, w: Whole, terms: Terms) -> None:
+        self.w, self.terms, self.before, self.cls = w, terms, w.weight, bare(type(w.module))
+        self.P, self.Q = summed(terms)
+        gram = (self.P.mT @ self.P) * (self.Q @ self.Q.mT)
+        self.norm = float(gram.sum().clamp(min=0)) ** 0.5  # |P Q|^2 = <P^T P, Q Q^T>
+        self.sample = None if is_quantised(w.module) else sample(w.weight)
+        self.tally = Fold()
+
+    def fold(self, write: bool) -> str | None:
+        """Measure, and write too; what is wrong, or None."""
+        if not self.norm < torch.finfo(wide(self.before.dtype)).max:
+            return f"{self.w.name}: s B A is not finite"
+        try:
+            self.tally = Fold()
+            self._fold(write)
+        except MergeError as e:
+            return f"{self.w.name}: {e}; nothing was merged"
+        return None
+
+    def _fold(self, write: bool) -> None:
+        self._tiled(self.before if write else None)
+
+    def _tiled(self, target: Tensor | None) -> None:
+        targets = None if target is None else self.w.tiles(target, self.P, self.Q)
+        for view, p, q in self.w.tiles(self.before, self.P, self.Q):
+            m = self.tally.tile(flat(view), p, q)
+            if targets is not None:
+                next(targets)[0].copy_(m.view(view.shape))
+
+    def finish(self) -> None:
+        """What has to wait until the grafts are off."""
+
+    def undo(self) -> None:
+        """W0 again, wherever M is already."""
+        for (view, p, q), entry in zip(self.w.tiles(self.before, self.P, self.Q), self.tally.kept, strict=False):
+            if checksum(flat(view)) != entry.before and (w0 := entry.unfold(flat(view), _product(p, q, view))) is not None:
+                view.copy_(w0.view(view.shape))
+
+    def folded(self, reversible: bool) -> Folded:
+        """What is left on the weight."""
+        return self._folded(reversible, Journal.of(self.tally.kept) if reversible else None, None)
+
+    def _folded(self, reversible: bool, journal: Journal | None, original: nn.Parameter | None) -> Folded:
+        like = (self.w.weight.dtype, tuple(self.w.weight.shape))
+        return Folded(how=type(self).__name__, terms=self.terms if reversible else {}, journal=journal, original=original, cls=self.cls,
+                      like=like, mark=0 if original is None else mark(self.w), sample=self.sample)  # fmt: skip
+
+    @property
+    def survival(self) -> float:
+        """<M - W0, d> / <d, d>; 1 for a zero delta."""
+        return 1 + self.tally.dot / self.norm**2 if self.norm else 1.0
+
+    @property
+    def error(self) -> float:
+        """|M - W0 - d| / |d|; 0 for a zero delta."""
+        return self.tally.lost**0.5 / self.norm if self.norm else 0.0
+
+
+class Untied(InPlace):
+    """The fold goes into memory of its own; others that share W0 keep it."""
+
+    def _fold(self, write: bool) -> None:
+        new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad) if write else None
+        self._tiled(new)
+        if new is not None:
+            self.w.weight = new
+
+    def undo(self) -> None:
+        self.w.weight = self.before
+
+    def folded(self, reversible: bool) -> Folded:
+        return self._folded(reversible, None, self.before if reversible else None)
+
+
+class Requantised(Untied):
+    """Dequantised, summed, and quantised anew by the same scheme."""
+
+    def __init__(self, w: Whole, terms: Terms) -> None:
+        super().__init__(w, terms)
+        self.scheme = cast(Scheme, scheme(w.module))
+
+    def _fold(self, write: bool) -> None:
+        W0, d = self.scheme.dequantise(self.w.module), (self.P @ self.Q).float()
+        new = self.scheme.requantise(self.w.module, W0 + d)
+        self.scheme.install(self.w.module, new)
+        self._measure(W0, d, self.scheme.dequantise(self.w.module))
+        self.codes_changed = self.scheme.codes_changed(self.before, new)
+        if not write:
+            self.undo()
+
+    def _measure(self, W0: Tensor, d: Tensor, M: Tensor) -> None:
+        if not bool(M.isfinite().all()):
+            raise MergeError("W0 + s B A is not finite as it is stored")
+        error = (M - W0 - d).flatten()
+        self.tally.lost, self.tally.dot = float(error @ error), float(error @ d.flatten())
+
+    def undo(self) -> None:
+        if self.w.weight is not self.before:
+            self.scheme.install(self.w.module, self.before)
+
+
+class Dequantised(Requantised):
+    """The layer is an nn.Linear, in its bias's dtype, or without one in bfloat16."""
+
+    def _fold(self, write: bool) -> None:
+        W0, d = self.scheme.dequantise(self.w.module), (self.P @ self.Q).float()
+        bias = self.w.module._parameters.get("bias")
+        M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
+        self._measure(W0, d, M.float())
+        if write:
+            self.w.weight = nn.Parameter(M, requires_grad=False)
+
+    def finish(self) -> None:
+        change_class(self.w.module, nn.Linear)
+
+    def undo(self) -> None:
+        change_class(self.w.module, self.cls)
+        self.w.weight = self.before
+
+
+def can_be_linear(module: nn.Module) -> bool:
+    """Whether Python lets such an object become an nn.Linear (quanto's can't)."""
+    other = object.__new__(bare(type(module)))
+    try:
+        other.__class__ = nn.Linear
+    except TypeError:
+        return False
+    return True
+
+
+WAYS = {way.__name__: way for way in (InPlace, Untied, Requantised, Dequantised)}
+
+
+class Before(NamedTuple):
+    """A folded weight, as it was before it was unfolded."""
+
+    folded: Folded
+    weight: nn.Parameter
+    cls: type[nn.Module]
+
+
+def unfold(weights: Sequence[Whole]) -> dict[str, Before]:
+    """W0 again in all of them, in place or as the parameter that it was; what was there, by name. All or nothing.
+
+    Raises MergeError with every weight that does not come out as W0.
+    """
+    before = {w.name: Before(w.folded, w.weight, type(w.module)) for w in weights if w.folded is not None}
+    done: list[tuple[Tensor, int, Tensor, Tensor, Tensor | None]] = []
+    problems = []
+    try:
+        for w in weights:
+            if w.folded is not None and w.folded.journal is not None and not _unfold(w, w.folded.journal, done):
+                problems.append(f"{w.name}: was changed since it was merged (trained, loaded or edited), or s B A comes out otherwise here"
+                                " (another machine or BLAS library)")  # fmt: skip
+        if problems:
+            raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
+    except BaseException:
+        for view, w0, p, q, M in done:
+            if checksum(flat(view)) == w0:
+                view.copy_((refold(flat(view), _product(p, q, view)) if M is None else M).view(view.shape))
+        raise
+    for w in weights:
+        if w.folded is not None and w.folded.original is not None:
+            _put(w, w.folded.how, w.folded.original, w.folded.cls)
+    return before
+
+
+def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
+    """What `unfold` took out, to the bit."""
+    for w in weights:
+        if (was := before.get(w.name)) is not None:
+            if (journal := was.folded.journal) is not None:
+                found = list(w.tiles(w.weight, *summed(was.folded.terms)))
+                for (view, p, q), kept in zip(found, journal.kept(view.numel() for view, _, _ in found), strict=True):
+                    if checksum(flat(view)) == kept.before:
+                        view.copy_(refold(flat(view), _product(p, q, view)).view(view.shape))
+            else:
+                _put(w, was.folded.how, was.weight, was.cls)
+            w.folded = was.folded
+
+
+def _unfold(w: Whole, journal: Journal, done: list[tuple[Tensor, int, Tensor, Tensor, Tensor | None]]) -> bool:
+    """One weight, as far as it goes; each tile that is written is noted before."""
+    assert w.folded is not None
+    found = list(w.tiles(w.weight, *summed(w.folded.terms)))
+    for (view, p, q), kept in zip(found, journal.kept(view.numel() for view, _, _ in found), strict=True):
+        M = flat(view)
+        if checksum(M) == kept.before:  # nothing changed here, or an unmerge that was interrupted has been here
+            continue
+        d = _product(p, q, view)
+        if (w0 := kept.unfold(M, d)) is None:
+            return False
+        again = kept.places is not None or same(refold(w0, d), M)
+        done.append((view, kept.before, p, q, None if again else M.clone()))
+        view.copy_(w0.view(view.shape))
+    return True
+
+
+def _put(w: Whole, how: str, weight: nn.Parameter, cls: type[nn.Module]) -> None:
+    """Exchange the parameter, and what goes with it."""
+    if how == "Requantised" and (found := scheme(w.module)) is not None:
+        found.install(w.module, weight)
+    else:
+        w.weight = weight
+    if type(w.module) is not cls:
+        change_class(w.module, cls)
+
+
+def summed(terms: Terms) -> tuple[Tensor, Tensor]:
+    """P (*stack, rows, R) and Q (*stack, R, width), float64, with P Q the sum of the deltas."""
+    return joined(f for parts in terms.values() for f in parts)
+
+
+def mark(w: Whole) -> int:
+    """By which a parameter of its own is known again: a checksum of all of it."""
+    found = scheme(w.module)
+    values = w.weight.detach() if found is None else found.codes(w.weight)
+    return sum((2 * i + 1) * checksum(part) for i, part in enumerate(values.reshape(-1).split(TILE)))
+
+
+def flat(view: Tensor) -> Tensor:
+    """(rows, width), contiguous."""
+    return view.detach().reshape(len(view), -1).contiguous()
+
+
+def _product(p: Tensor, q: Tensor, view: Tensor) -> Tensor:
+    """d as Fold.tile forms it. Where the factors lie, wherever the weight is by now: there it comes out as it did."""
+    return (p @ q).to(wide(view.dtype)).to(view.device)
