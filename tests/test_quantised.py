@@ -97,7 +97,7 @@ def test_merging(model, how, tmp_path):
     with torch.no_grad():
         adapted = model(x)
         if how == "dequantised" and "QLinear" in str(classes):
-            with pytest.raises(li.MergeError, match="0: a QLinear can't become an nn.Linear: merge without dequantise=True"):
+            with pytest.raises(li.MergeError, match=r"0: a QLinear can't become an nn.Linear: merge without dequantise=True"):
                 li.merge(model, dequantise=True)
             return
         report = li.merge(model, dequantise=how == "dequantised", strict=False)

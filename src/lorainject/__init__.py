@@ -10,6 +10,8 @@ In short:
 
 from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, SurvivalWarning, TargetError, UnreachedAdapter
 from .files.adapter import load, read, save
+from .files.checkpoint import merge_checkpoint
+from .files.inplace import merge_in_place, unmerge_in_place
 from .files.record import AdapterFile, StoredSite
 from .find import find
 from .merge import MergedSite, MergeReport, deltas, merge, unmerge
@@ -46,10 +48,13 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "merge_checkpoint",
+    "merge_in_place",
     "parameters",
     "probe",
     "read",
     "rows",
     "save",
     "unmerge",
+    "unmerge_in_place",
 ]

@@ -18,9 +18,13 @@ def sample(weight: Tensor) -> Tensor | None:
     """SAMPLES values of a weight (float32, on the weight's device), at fixed places spread over it; None on the meta device."""
     if weight.is_meta or weight.numel() == 0:
         return None
-    places = [(2 * i + 1) * weight.numel() // (2 * SAMPLES) for i in range(SAMPLES)]
-    where = torch.unravel_index(torch.tensor(places, device=weight.device), weight.shape)
+    where = torch.unravel_index(torch.tensor(places(weight.numel()), device=weight.device), weight.shape)
     return weight.detach()[where].to(torch.float32)
+
+
+def places(numel: int) -> list[int]:
+    """Which elements of a weight are its sample."""
+    return [(2 * i + 1) * numel // (2 * SAMPLES) for i in range(SAMPLES)]
 
 
 def agree(mine: Tensor, theirs: Tensor, my_dtype: torch.dtype, their_dtype: torch.dtype) -> bool:

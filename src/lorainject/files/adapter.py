@@ -101,7 +101,8 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
-    sites = fitted(model, file, by_name, dtype, [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_name.get(p), tensor))])
+    replaced = [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_name.get(p), tensor))]
+    sites = fitted(model, file, by_name, dtype, replaced)
     others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
@@ -197,7 +198,7 @@ def _unwritable(host: Host, a: LowRank) -> str | None:
 
 
 def fitted(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:
-    """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and these `problems`."""
+    """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and `problems`."""
     wrong: list[str] = []
     sites = _fit(model, file, by_name, dtype, wrong)
     if file.format == "peft":

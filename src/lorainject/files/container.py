@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..errors import FileError
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
+          torch.uint16: "U16"}  # fmt: skip
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
