@@ -158,7 +158,7 @@ def test_several_adapters_with_weights(tmp_path):
     got = tensors(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.allclose(got.double(), w0 + d[0] + 0.25 * d[1] - d[2], atol=1e-7)
     for weights in ([1, 1], [1, 1, float("nan")], []):
-        with pytest.raises(li.SpecError, match="3 adapters and the weights.*\n=> give each adapter one weight"):
+        with pytest.raises(li.SpecError, match=r"3 adapters and the weights.*\n=> give each adapter one weight"):
             li.merge_checkpoint(tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "no", weights=weights)
 
 
@@ -419,13 +419,13 @@ def test_a_shard_that_changes_underneath(made, in_place, monkeypatch):
     from lorainject.files import checkpoint
 
     shard = sorted((made / "base").glob("*.safetensors"))[0]
-    before, right = contents(made), checkpoint.tiled
+    before, right = contents(made), checkpoint.get
 
     def meddling(*args):
         shard.write_bytes(shard.read_bytes())
         return right(*args)
 
-    monkeypatch.setattr(checkpoint, "tiled", meddling)
+    monkeypatch.setattr(checkpoint, "get", meddling)
     with pytest.raises(li.FileError, match=r"was changed while it was being merged\n=> merge again"):
         if in_place:
             li.merge_in_place(made / "base", made / "adapter0")

@@ -94,7 +94,9 @@ def test_slices_and_stacks(cli, tmp_path):
 
 def test_merge(cli, saved):
     """The merged directory is an ordinary model: same output as the adapted one, tokenizer copied, nothing of ours in it."""
-    assert "merged adapter into 4 weights" in cli("merge", saved / "base", saved / "adapter", "-o", saved / "out")
+    said = cli("merge", saved / "base", saved / "adapter", "-o", saved / "out")
+    assert "into 4 weights (" in said
+    assert "of the update survived the storage dtype\nwritten to" in said
     merged = AutoModelForCausalLM.from_pretrained(saved / "out")
     adapted = li.load(AutoModelForCausalLM.from_pretrained(saved / "base"), saved / "adapter")
     x = {"input_ids": ids()}
@@ -102,6 +104,19 @@ def test_merge(cli, saved):
     assert (saved / "out" / "tokenizer.json").read_text() == "{}"
     assert sorted(p.name for p in saved.iterdir()) == ["adapter", "base", "out"]
     assert "already exists" in cli("merge", saved / "base", saved / "adapter", "-o", saved / "out", ok=False)
+
+
+def test_merge_in_place_and_unmerge(cli, saved):
+    """Into the model itself, with weights, and out again."""
+    before = {p.name: p.read_bytes() for p in (saved / "base").iterdir()}
+    said = cli("merge", saved / "base", saved / "adapter", saved / "adapter", "--in-place", "-w", "0.5", "-w", "0.25")
+    assert "`lorainject unmerge " in said
+    assert {p.name for p in (saved / "base").iterdir()} == {*before, ".lorainject-merge"}
+    assert (saved / "base" / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert "is merged already" in cli("merge", saved / "base", saved / "adapter", "--in-place", ok=False)
+    assert "every file to the byte" in cli("unmerge", saved / "base")
+    assert {p.name: p.read_bytes() for p in (saved / "base").iterdir()} == before
+    assert "nothing is merged in place" in cli("unmerge", saved / "base", ok=False)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +129,8 @@ def test_merge(cli, saved):
         ),
         (("find", "{base}", "-t", "q_proj", "--layers", "few"), "error: --layers few: neither a number nor a range"),
         (("merge", "{base}", "{base}", "-o", "{base}/out"), "holds no adapter_model.safetensors"),
+        (("merge", "{base}", "{base}"), "error: merge needs either --output DIR or --in-place"),
+        (("merge", "nobody/nothing", "{base}", "-o", "{base}/out"), "'nobody/nothing' is neither a directory here nor to be had from the hub"),
     ],
 )
 def test_mistakes(cli, saved, args, message, monkeypatch):
@@ -127,4 +144,4 @@ def test_mistakes(cli, saved, args, message, monkeypatch):
 def test_as_a_program():
     """The installed command answers, with every verb in its help."""
     done = subprocess.run([sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, timeout=120, check=True)
-    assert all(verb in done.stdout for verb in ("demo", "find", "inspect", "merge"))
+    assert all(verb in done.stdout for verb in ("demo", "find", "inspect", "merge", "unmerge"))

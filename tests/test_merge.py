@@ -250,18 +250,26 @@ def test_where_the_delta_comes_out_otherwise(model, monkeypatch):
     before = state(model)
     li.merge(model)
     merged = state(model)
-    change = sys.modules["lorainject.change"]
-    right = change._product
-    monkeypatch.setattr(change, "_product", lambda p, q, view: right(p, q, view) * (1 + 1e-5))
+    desk = sys.modules["lorainject.fold"].Desk
+    right = desk._lay
+
+    def off_by(share: float) -> None:
+        def lay(self, tile, P, Q):
+            right(self, tile, P, Q)
+            self.d *= 1 + share
+
+        monkeypatch.setattr(desk, "_lay", lay)
+
+    off_by(1e-5)
     with pytest.raises(li.MergeError, match=r"s B A comes out otherwise here \(another machine or BLAS library\)"):
         li.unmerge(model)
     assert state(model) == merged
-    monkeypatch.setattr(change, "_product", right)
+    monkeypatch.setattr(desk, "_lay", right)
     assert state(li.unmerge(model)) == before
     whole = one(torch.bfloat16, std=5)
     before = state(whole)
     li.merge(whole)
-    monkeypatch.setattr(change, "_product", lambda p, q, view: right(p, q, view) * (1 + 1e-2))
+    off_by(1e-2)
     assert state(li.unmerge(whole)) == before
 
 

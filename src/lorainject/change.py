@@ -6,6 +6,7 @@ weight (Folded), so that the merge of a whole model is all or nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from .adapters import Folded, Host, Terms
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import TILE, Fold, Journal, checksum, refold, same, tiles, wide
+from .fold import TILE, Desk, Fold, Journal, Kept, checksum, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, joined
 from .quantised import Scheme, scheme
+from .workers import Each
 
 
 @dataclass
@@ -70,6 +72,12 @@ class Whole:
             for rows in tiles(len(W), q.shape[-1], p.device):
                 yield W[rows], p[rows], q
 
+    def kept_tiles(self, folded: Folded) -> Iterator[tuple[Tensor, Tensor, Tensor, Kept]]:
+        """The same of what is merged in place, each with what was kept of it."""
+        assert folded.journal is not None
+        found = list(self.tiles(self.weight, *summed(folded.terms)))
+        return ((*tile, kept) for tile, kept in zip(found, folded.journal.kept(view.numel() for view, _, _ in found), strict=True))
+
 
 def wholes(on: Mapping[str, Host]) -> list[Whole]:
     """The adapted weights, each once."""
@@ -83,48 +91,54 @@ class InPlace:
     """W0 gives way to M, tile by tile, and a journal remembers it."""
 
     codes_changed: float | None = None
+    norm = 0.0
+    """|d|, Frobenius."""
 
     def __init__(self, w: Whole, terms: Terms) -> None:
         self.w, self.terms, self.before, self.cls = w, terms, w.weight, bare(type(w.module))
-        self.P, self.Q = summed(terms)
-        gram = (self.P.mT @ self.P) * (self.Q @ self.Q.mT)
-        self.norm = float(gram.sum().clamp(min=0)) ** 0.5  # |P Q|^2 = <P^T P, Q Q^T>
         self.sample = None if is_quantised(w.module) else sample(w.weight)
         self.tally = Fold()
 
-    def fold(self, write: bool) -> str | None:
+    def fold(self, write: bool, each: Each) -> str | None:
         """Measure, and write too; what is wrong, or None."""
+        P, Q = summed(self.terms)
+        self.norm = float(((P.mT @ P) * (Q @ Q.mT)).sum().clamp(min=0)) ** 0.5  # |P Q|^2 = <P^T P, Q Q^T>
         if not self.norm < torch.finfo(wide(self.before.dtype)).max:
             return f"{self.w.name}: s B A is not finite"
         try:
             self.tally = Fold()
-            self._fold(write)
+            self._fold(P, Q, write, each)
         except MergeError as e:
             return f"{self.w.name}: {e}; nothing was merged"
         return None
 
-    def _fold(self, write: bool) -> None:
-        self._tiled(self.before if write else None)
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
+        self._tiled(P, Q, self.before if write else None, each, keep=write)
 
-    def _tiled(self, target: Tensor | None) -> None:
-        targets = None if target is None else self.w.tiles(target, self.P, self.Q)
-        for view, p, q in self.w.tiles(self.before, self.P, self.Q):
-            m = self.tally.tile(flat(view), p, q)
-            if targets is not None:
-                next(targets)[0].copy_(m.view(view.shape))
+    def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool) -> None:
+        def fold(i: int, view: Tensor, p: Tensor, q: Tensor, out: Tensor | None) -> None:
+            m = self.tally.tile(i, flat(view), p, q, keep)
+            if out is not None:
+                out.copy_(m.view(out.shape))
+
+        outs = itertools.repeat(None) if target is None else (view for view, _, _ in self.w.tiles(target, P, Q))
+        each(fold, ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, P, Q), outs, strict=False))))
 
     def finish(self) -> None:
         """What has to wait until the grafts are off."""
 
     def undo(self) -> None:
         """W0 again, wherever M is already."""
-        for (view, p, q), entry in zip(self.w.tiles(self.before, self.P, self.Q), self.tally.kept, strict=False):
-            if checksum(flat(view)) != entry.before and (w0 := entry.unfold(flat(view), _product(p, q, view))) is not None:
+        for i, (view, p, q) in enumerate(self.w.tiles(self.before, *summed(self.terms))):
+            kept = self.tally.kept.get(i)
+            if kept is None or checksum(flat(view)) == kept.before:
+                continue
+            if (w0 := self.tally.desk.unfold(flat(view), p, q, kept)) is not None:
                 view.copy_(w0.view(view.shape))
 
     def folded(self, reversible: bool) -> Folded:
         """What is left on the weight."""
-        return self._folded(reversible, Journal.of(self.tally.kept) if reversible else None, None)
+        return self._folded(reversible, Journal.of(self.tally) if reversible else None, None)
 
     def _folded(self, reversible: bool, journal: Journal | None, original: nn.Parameter | None) -> Folded:
         like = (self.w.weight.dtype, tuple(self.w.weight.shape))
@@ -145,9 +159,9 @@ class InPlace:
 class Untied(InPlace):
     """The fold goes into memory of its own; others that share W0 keep it."""
 
-    def _fold(self, write: bool) -> None:
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad) if write else None
-        self._tiled(new)
+        self._tiled(P, Q, new, each, keep=False)
         if new is not None:
             self.w.weight = new
 
@@ -165,8 +179,8 @@ class Requantised(Untied):
         super().__init__(w, terms)
         self.scheme = cast(Scheme, scheme(w.module))
 
-    def _fold(self, write: bool) -> None:
-        W0, d = self.scheme.dequantise(self.w.module), (self.P @ self.Q).float()
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
+        W0, d = self.scheme.dequantise(self.w.module), (P @ Q).float()
         new = self.scheme.requantise(self.w.module, W0 + d)
         self.scheme.install(self.w.module, new)
         self._measure(W0, d, self.scheme.dequantise(self.w.module))
@@ -178,7 +192,7 @@ class Requantised(Untied):
         if not bool(M.isfinite().all()):
             raise MergeError("W0 + s B A is not finite as it is stored")
         error = (M - W0 - d).flatten()
-        self.tally.lost, self.tally.dot = float(error @ error), float(error @ d.flatten())
+        self.tally.measured[0] = float(error @ error), float(error @ d.flatten())
 
     def undo(self) -> None:
         if self.w.weight is not self.before:
@@ -188,8 +202,8 @@ class Requantised(Untied):
 class Dequantised(Requantised):
     """The layer is an nn.Linear, in its bias's dtype, or without one in bfloat16."""
 
-    def _fold(self, write: bool) -> None:
-        W0, d = self.scheme.dequantise(self.w.module), (self.P @ self.Q).float()
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
+        W0, d = self.scheme.dequantise(self.w.module), (P @ Q).float()
         bias = self.w.module._parameters.get("bias")
         M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
         self._measure(W0, d, M.float())
@@ -225,25 +239,39 @@ class Before(NamedTuple):
     cls: type[nn.Module]
 
 
-def unfold(weights: Sequence[Whole]) -> dict[str, Before]:
+def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
     """W0 again in all of them, in place or as the parameter that it was; what was there, by name. All or nothing.
 
     Raises MergeError with every weight that does not come out as W0.
     """
     before = {w.name: Before(w.folded, w.weight, type(w.module)) for w in weights if w.folded is not None}
     done: list[tuple[Tensor, int, Tensor, Tensor, Tensor | None]] = []
-    problems = []
+    stuck: list[str] = []
+    desk = Desk()
+
+    def out(name: str, view: Tensor, p: Tensor, q: Tensor, kept: Kept) -> None:
+        M = flat(view)
+        if checksum(M) == kept.before:  # nothing changed here, or an unmerge that was interrupted has been here
+            return
+        if (w0 := desk.unfold(M, p, q, kept)) is None:
+            stuck.append(name)
+            return
+        again = kept.gaps is not None or same(desk.refold(w0, p, q), M)
+        done.append((view, kept.before, p, q, None if again else M.clone()))  # before it is written
+        view.copy_(w0.view(view.shape))
+
     try:
         for w in weights:
-            if w.folded is not None and w.folded.journal is not None and not _unfold(w, w.folded.journal, done):
-                problems.append(f"{w.name}: was changed since it was merged (trained, loaded or edited), or s B A comes out otherwise here"
-                                " (another machine or BLAS library)")  # fmt: skip
-        if problems:
+            if w.folded is not None and w.folded.journal is not None:
+                each(out, ((w.name, *tile) for tile in w.kept_tiles(w.folded)))
+        if stuck:
+            problems = [f"{name}: was changed since it was merged (trained, loaded or edited), or s B A comes out otherwise here"
+                        " (another machine or BLAS library)" for name in dict.fromkeys(stuck)]  # fmt: skip
             raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
     except BaseException:
         for view, w0, p, q, M in done:
             if checksum(flat(view)) == w0:
-                view.copy_((refold(flat(view), _product(p, q, view)) if M is None else M).view(view.shape))
+                view.copy_((desk.refold(flat(view), p, q) if M is None else M).view(view.shape))
         raise
     for w in weights:
         if w.folded is not None and w.folded.original is not None:
@@ -253,33 +281,16 @@ def unfold(weights: Sequence[Whole]) -> dict[str, Before]:
 
 def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
     """What `unfold` took out, to the bit."""
+    desk = Desk()
     for w in weights:
         if (was := before.get(w.name)) is not None:
-            if (journal := was.folded.journal) is not None:
-                found = list(w.tiles(w.weight, *summed(was.folded.terms)))
-                for (view, p, q), kept in zip(found, journal.kept(view.numel() for view, _, _ in found), strict=True):
+            if was.folded.journal is not None:
+                for view, p, q, kept in w.kept_tiles(was.folded):
                     if checksum(flat(view)) == kept.before:
-                        view.copy_(refold(flat(view), _product(p, q, view)).view(view.shape))
+                        view.copy_(desk.refold(flat(view), p, q).view(view.shape))
             else:
                 _put(w, was.folded.how, was.weight, was.cls)
             w.folded = was.folded
-
-
-def _unfold(w: Whole, journal: Journal, done: list[tuple[Tensor, int, Tensor, Tensor, Tensor | None]]) -> bool:
-    """One weight, as far as it goes; each tile that is written is noted before."""
-    assert w.folded is not None
-    found = list(w.tiles(w.weight, *summed(w.folded.terms)))
-    for (view, p, q), kept in zip(found, journal.kept(view.numel() for view, _, _ in found), strict=True):
-        M = flat(view)
-        if checksum(M) == kept.before:  # nothing changed here, or an unmerge that was interrupted has been here
-            continue
-        d = _product(p, q, view)
-        if (w0 := kept.unfold(M, d)) is None:
-            return False
-        again = kept.places is not None or same(refold(w0, d), M)
-        done.append((view, kept.before, p, q, None if again else M.clone()))
-        view.copy_(w0.view(view.shape))
-    return True
 
 
 def _put(w: Whole, how: str, weight: nn.Parameter, cls: type[nn.Module]) -> None:
@@ -307,8 +318,3 @@ def mark(w: Whole) -> int:
 def flat(view: Tensor) -> Tensor:
     """(rows, width), contiguous."""
     return view.detach().reshape(len(view), -1).contiguous()
-
-
-def _product(p: Tensor, q: Tensor, view: Tensor) -> Tensor:
-    """d as Fold.tile forms it. Where the factors lie, wherever the weight is by now: there it comes out as it did."""
-    return (p @ q).to(wide(view.dtype)).to(view.device)

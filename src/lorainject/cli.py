@@ -2,7 +2,8 @@
 
     lorainject find MODEL -t q_proj -t v_proj      what would be injected, on the meta device: no weight is read
     lorainject inspect ADAPTER                     what an adapter file holds
-    lorainject merge MODEL ADAPTER -o DIR          fold an adapter into a model and save that
+    lorainject merge MODEL ADAPTER... -o DIR       fold adapters into a model's checkpoint: a copy, or --in-place
+    lorainject unmerge MODEL                       and out again, to the byte, after --in-place
     lorainject demo                                the whole job on a real model and real text
 
 MODEL is a local directory or a name on the Hugging Face hub.
@@ -11,9 +12,9 @@ MODEL is a local directory or a name on the Hugging Face hub.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.table import Table
 except ModuleNotFoundError as missing:
     sys.exit(f'the command line needs {missing.name}: pip install "lorainject[cli]"')
@@ -94,27 +96,33 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's directory
 @app.command()
 def merge(
     model: Annotated[str, typer.Argument(help="Directory or hub name.")],
-    adapter: Annotated[Path, typer.Argument(help="An adapter's directory or .safetensors file.")],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Directory to make; must not exist, or be empty.")],
+    adapters: Annotated[list[Path], typer.Argument(help="One or more adapters: directories or .safetensors files.")],
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to make; must not exist, or be empty.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Into MODEL itself; `lorainject unmerge` takes it out again.")] = False,
+    weights: Annotated[list[float] | None, typer.Option("--weight", "-w", help="Of each adapter, in their order; 1 each if not given.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse where rounding to the stored dtype would lose much of the update.")] = False,
     any_base: Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not made for.")] = False,
 ) -> None:
-    """Fold ADAPTER into MODEL and save the result as an ordinary model, tokenizer and all."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise li.FileError(f"{out} already exists", way_out="name a directory that does not, or is empty")
-    base = _hub(model, _model_class(_config(model)).from_pretrained, dtype="auto")
-    li.load(base, adapter, name="adapter", check_base=not any_base)
-    report = li.merge(base, reversible=False)
-    li.eject(base)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    base.save_pretrained(unfinished)
-    for file in sorted(Path(model).iterdir()) if Path(model).is_dir() else ():
-        if file.is_file() and not (unfinished / file.name).exists() and not file.name.endswith((".safetensors", ".bin", ".index.json")):
-            shutil.copy2(file, unfinished)
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
-    print(f"{report}\nwritten to {out}")
+    """Fold ADAPTERS into MODEL's checkpoint, shard by shard: nearly a file copy, whatever its size."""
+    if (out is None) != in_place:
+        raise li.SpecError("merge needs either --output DIR or --in-place", way_out="lorainject merge MODEL ADAPTER -o DIR")
+    options: dict[str, Any] = {"weights": weights, "strict": strict, "check_base": not any_base}
+    with _progress("merging") as progress:
+        if out is None:
+            report = li.merge_in_place(_local(model), adapters, progress=progress, **options)
+        else:
+            report = li.merge_checkpoint(_local(model), adapters, out, progress=progress, **options)
+    where = f"written to {out}" if out is not None else f"`lorainject unmerge {model}` takes it out again"
+    print(f"merged {', '.join(map(str, adapters))} into {len(report.sites)} weights ({report.weight_bytes:,} bytes);"
+          f" {report.survival:.4f} of the update survived the storage dtype\n{where}")  # fmt: skip
+
+
+@app.command()
+def unmerge(model: Annotated[Path, typer.Argument(help="A directory that `lorainject merge --in-place` has changed.")]) -> None:
+    """Give MODEL back every byte that it had before `merge --in-place`, or before one that was interrupted."""
+    with _progress("unmerging") as progress:
+        li.unmerge_in_place(model, progress=progress)
+    print(f"{model} is what it was: every file to the byte")
 
 
 @app.command()
@@ -133,6 +141,25 @@ def demo(
 
     given: dict[str, Any] = {"targets": targets, "r": r, "steps": steps}
     run(model=model, data=data, out=out, method=method, seed=seed, **{k: v for k, v in given.items() if v is not None})
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that counts bytes, on stderr, if that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _local(model: str) -> Path:
+    """The directory, or the hub's model in the local cache."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*"]
+    return Path(_hub(model, snapshot_download, ignore_patterns=ignored))
 
 
 def _rows(rows: tuple[range, ...] | None) -> list[tuple[int, int, int]] | None:

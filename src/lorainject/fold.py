@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from .errors import MergeError
 
-TILE = 1 << 16  # elements: all that is at work on one tile fits an L2 cache, and a place in it fits 16 bits
+TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+PRODUCT = 1 << 16  # elements of a product in float64, which is rounded before it leaves the cache
+WORDS = 1 << 14  # of a checksum, between two multipliers: these, too, shall lie in the cache
 WHOLE = -1
+GAP, LONGEST = torch.uint16, (1 << 16) - 1
 
 
 def tiles(rows: int, width: int, device: torch.device | str = "cpu") -> Iterator[slice]:
@@ -45,84 +49,137 @@ class Kept(NamedTuple):
     """Checksum of W0."""
     after: int
     """Checksum of M if all of the tile is kept, else 0: then folding anew tells whether M is what it was."""
-    places: Tensor | None
-    """Flat places of the elements kept, uint16 (int32 in larger tiles); None: all are."""
+    gaps: Tensor | None
+    """From each element kept to the next, the first from the tile's beginning: uint16. None: all are kept."""
     bits: Tensor
     """W0 at those places, in its dtype."""
 
-    def unfold(self, m: Tensor, d: Tensor) -> Tensor | None:
-        """W0 from M and the d that was added, both (rows, width); None if what comes out is not W0, or M not what it was."""
-        if self.places is None:
-            return self.bits.to(m.device, copy=True).view_as(m) if checksum(m) == self.after else None
-        w0 = (m.to(d.dtype) - d).to(m.dtype)
-        w0.view(-1)[self.places.to(m.device, torch.int64)] = self.bits.to(m.device)
-        return w0 if checksum(w0) == self.before and same(refold(w0, d), m) else None
 
+class Desk(threading.local):
+    """Each thread's memory for one tile, used again for the next: to take it anew, or more of it than a cache holds, costs more than the work.
 
-class Fold:
-    """The fold of one weight, while it is under way: what it keeps, and what it measures."""
+    Tiles are (rows, width), contiguous; d = P Q, finite, with P (rows, R) and Q (R, width) in float64. What the functions return is
+    overwritten by the next call.
+    """
 
-    def __init__(self) -> None:
-        self.kept: list[Kept] = []
-        self.lost = self.dot = 0.0
-        self.scratch: dict[str, Tensor] = {}
+    like: tuple[torch.Size, torch.dtype, torch.device] | None = None
+    tile: Tensor | None = None
 
-    kept: list[Kept]
-    """By tile."""
-    lost: float
-    """|M - W0 - d|^2, over the finite elements of W0."""
-    dot: float
-    """<M - W0 - d, d>, likewise."""
-
-    def tile(self, w0: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-        """M for one tile W0 (rows, width), contiguous, and d = P Q (float64), which is finite. The result is overwritten by the next.
+    def fold(self, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> tuple[Tensor, tuple[float, float], Kept | None]:
+        """M; |M - W0 - d|^2 and <M - W0 - d, d> over the finite elements of W0; and, if asked for, what to keep.
 
         Raises MergeError where W0 is finite and M is not.
         """
-        d = self._cast("d", torch.mm(P, Q, out=self._room("product", w0, P.dtype)), wide(w0.dtype))
-        base = self._cast("base", w0, d.dtype)
-        m = self._cast("m", torch.add(base, d, out=self._room("sum", w0, d.dtype)), w0.dtype)
-        near = torch.sub(self._cast("sum", m, d.dtype), d, out=self._room("near", w0, d.dtype))
-        guess = self._cast("guess", near, w0.dtype)
-        places, bits = self._differing(guess, w0)
-        if bool((bits.isfinite() & ~m.view(-1)[places].isfinite()).any()):  # there, the guess is not finite either
-            raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
-        if guess is near:  # no rounding but d's own: M - W0 - d is zero wherever the guess is right
-            error, d = near.view(-1)[places] - bits, d.view(-1)[places]
+        self._lay(w0, P, Q)
+        m = self._plus_d(w0)
+        kept = self._kept(w0, m, self._minus_d(m)) if keep else None
+        if m is self.sum:  # no rounding but the sum's own
+            torch.sub(torch.sub(m, w0, out=self.other), self.d, out=self.other)
         else:
-            error, d = near.sub_(base).view(-1), d.view(-1)
+            self.other.copy_(m).sub_(self.sum)
+        return m, self._measured(w0, m), kept
+
+    def unfold(self, m: Tensor, P: Tensor, Q: Tensor, kept: Kept) -> Tensor | None:
+        """W0; None if what comes out is not W0, or M is not what it was."""
+        if kept.gaps is None:
+            return kept.bits.to(m.device).view_as(m) if checksum(m) == kept.after else None
+        self._lay(m, P, Q)
+        w0 = self._minus_d(m)
+        w0.view(-1)[kept.gaps.to(m.device, torch.int64).cumsum(0)] = kept.bits.to(m.device)
+        return w0 if checksum(w0) == kept.before and same(self._plus_d(w0), m) else None
+
+    def refold(self, w0: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+        """M once more, from what `unfold` gave."""
+        self._lay(w0, P, Q)
+        return self._plus_d(w0)
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """For a tile that has to be brought here first."""
+        if self.tile is None or self.tile.shape != shape or self.tile.dtype != dtype:
+            self.tile = torch.empty(shape, dtype=dtype)
+        return self.tile
+
+    def _lay(self, tile: Tensor, P: Tensor, Q: Tensor) -> None:
+        """Room for such a tile, and d. (On the device of the factors it comes out as it did, wherever the weight is by now.)"""
+        step = max(1, PRODUCT // tile.shape[1])
+        if self.like != (tile.shape, tile.dtype, tile.device):
+            self.like = tile.shape, tile.dtype, tile.device
+            self.product = torch.empty(min(step, len(tile)), tile.shape[1], dtype=torch.float64, device=P.device)
+            self.d, self.sum, self.other = (torch.empty_like(tile, dtype=wide(tile.dtype)) for _ in range(3))
+            narrow = self.d.dtype != tile.dtype
+            self.m, self.guess = (torch.empty_like(tile), torch.empty_like(tile)) if narrow else (self.sum, self.other)
+            self.differ = torch.empty_like(tile, dtype=torch.bool).view(-1)
+        for start in range(0, len(tile), step):
+            p = P[start : start + step]
+            self.d[start : start + step].copy_(torch.mm(p, Q, out=self.product[: len(p)]))
+
+    def _plus_d(self, w0: Tensor) -> Tensor:
+        if self.m is self.sum:
+            return torch.add(w0, self.d, out=self.sum)
+        return self.m.copy_(self.sum.copy_(w0).add_(self.d))
+
+    def _minus_d(self, m: Tensor) -> Tensor:
+        if self.guess is self.other:
+            return torch.sub(m, self.d, out=self.other)
+        return self.guess.copy_(self.other.copy_(m).sub_(self.d))
+
+    def _measured(self, w0: Tensor, m: Tensor) -> tuple[float, float]:
+        error, d = self.other.view(-1), self.d.view(-1)
         lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
         if not math.isfinite(lost + dot):  # infinity or NaN in W0 is its own business
-            error = torch.where(error.isfinite(), error, 0)
+            if bool((w0.isfinite() & ~m.isfinite()).any()):
+                raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
+            error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
-        index = torch.uint16 if w0.numel() <= 1 << 16 else torch.int32
-        some = len(places) * (w0.itemsize + index.itemsize) < w0.nbytes
-        if some:
-            self.kept.append(Kept(checksum(w0), 0, places.to(index), bits))
-        else:
-            self.kept.append(Kept(checksum(w0), checksum(m), None, w0.reshape(-1).clone()))
-        self.lost += lost
-        self.dot += dot
-        return m
+        return lost, dot
 
-    def _differing(self, guess: Tensor, w0: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat places (int64) where the bits differ, and W0 there."""
+    def _kept(self, w0: Tensor, m: Tensor, guess: Tensor) -> Kept:
         a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (w0, guess))
-        if a.device.type != "cpu":
-            places = (a != b).nonzero().view(-1)
-            return places, w0.view(-1)[places]
-        differ = self._room("differ", w0, torch.bool).view(-1).numpy()  # numpy finds them several times faster
-        places = torch.from_numpy(np.flatnonzero(np.not_equal(a.numpy(), b.numpy(), out=differ)))
-        return places, w0.view(-1)[places]
+        if a.device.type == "cpu":  # numpy needs a third of torch's time for this
+            places = np.flatnonzero(np.not_equal(a.numpy(), b.numpy(), out=self.differ.numpy()))
+        else:
+            places = (a != b).nonzero().view(-1).cpu().numpy()
+        if len(places) * (w0.itemsize + GAP.itemsize) >= w0.nbytes:
+            return Kept(checksum(w0), checksum(m), None, w0.reshape(-1).clone())
+        gaps = np.diff(places)
+        if len(places) == 0 or places[0] > LONGEST or (gaps > LONGEST).any():  # some more are kept, lest a gap be too long for 16 bits
+            places = np.union1d(places, np.arange(0, len(a), LONGEST))
+            gaps = np.diff(places)
+        steps = np.empty(len(places), np.uint16)
+        steps[0], steps[1:] = places[0], gaps
+        bits = torch.from_numpy(a.numpy()[places]) if a.device.type == "cpu" else a[torch.from_numpy(places).to(a.device)]
+        return Kept(checksum(w0), 0, torch.from_numpy(steps).to(a.device), bits.view(w0.dtype))
 
-    def _room(self, use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory that all tiles use in turn: to take it anew costs more than what is done in it."""
-        if (room := self.scratch.get(use)) is None or room.shape != like.shape or room.dtype != dtype:
-            room = self.scratch[use] = torch.empty_like(like, dtype=dtype)
-        return room
 
-    def _cast(self, use: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return t if t.dtype == dtype else self._room(use, t, dtype).copy_(t)
+class Fold:
+    """The fold of one weight, while it is under way, in as many threads as there are: what it measures, and what it keeps."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Kept] = {}
+        self.measured: dict[int, tuple[float, float]] = {}
+        self.desk = Desk()
+
+    kept: dict[int, Kept]
+    """By tile; empty where nobody wants the way back."""
+    measured: dict[int, tuple[float, float]]
+    """By tile: |M - W0 - d|^2 and <M - W0 - d, d>, over the finite elements of W0."""
+
+    @property
+    def lost(self) -> float:
+        """|M - W0 - d|^2"""
+        return math.fsum(lost for lost, _ in self.measured.values())
+
+    @property
+    def dot(self) -> float:
+        """<M - W0 - d, d>"""
+        return math.fsum(dot for _, dot in self.measured.values())
+
+    def tile(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> Tensor:
+        """M for tile i (see Desk.fold)."""
+        m, self.measured[i], kept = self.desk.fold(w0, P, Q, keep)
+        if kept is not None:
+            self.kept[i] = kept
+        return m
 
 
 @dataclass(frozen=True)
@@ -135,17 +192,17 @@ class Journal:
     """int64 (tiles,)"""
     counts: Tensor
     """int32 (tiles,): how many elements are kept, or WHOLE."""
-    places: Tensor
-    """uint16 or int32: of the tiles that are not kept whole."""
+    gaps: Tensor
+    """uint16: of the tiles that are not kept whole."""
     bits: Tensor
     """In the weight's dtype: of all."""
 
     @classmethod
-    def of(cls, kept: Sequence[Kept]) -> Journal:
-        """Put end to end; at least one tile."""
-        before, after, places, bits = zip(*kept, strict=True)
-        counts = [WHOLE if p is None else len(p) for p in places]
-        some = [p for p in places if p is not None] or [torch.empty(0, dtype=torch.uint16)]
+    def of(cls, fold: Fold) -> Journal:
+        """What a fold of at least one tile has kept."""
+        before, after, gaps, bits = zip(*(fold.kept[i] for i in sorted(fold.kept)), strict=True)
+        counts = [WHOLE if g is None else len(g) for g in gaps]
+        some = [g for g in gaps if g is not None] or [torch.empty(0, dtype=GAP)]
         return cls(torch.tensor(before), torch.tensor(after), torch.tensor(counts, dtype=torch.int32), torch.cat(some), torch.cat(bits))
 
     def kept(self, sizes: Iterable[int]) -> Iterator[Kept]:
@@ -156,7 +213,7 @@ class Journal:
                 yield Kept(before, after, None, self.bits[bit : bit + size])
                 bit += size
             else:
-                yield Kept(before, after, self.places[place : place + count], self.bits[bit : bit + count])
+                yield Kept(before, after, self.gaps[place : place + count], self.bits[bit : bit + count])
                 place, bit = place + count, bit + count
 
     @property
@@ -165,22 +222,18 @@ class Journal:
         return sum(t.nbytes for t in vars(self).values())
 
 
-def refold(w0: Tensor, d: Tensor) -> Tensor:
-    """M once more, from what `unfold` gave."""
-    return (w0.to(d.dtype) + d).to(w0.dtype)
-
-
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype have the same bits."""
     return torch.equal(a.view(BITS[a.itemsize]), b.view(BITS[b.itemsize]))
 
 
 def checksum(tile: Tensor) -> int:
-    """A sum of the tile's bits, in words of 8 bytes, each times an odd number that grows with its place: whatever is exchanged, it shows."""
-    flat = tile.reshape(-1).view(torch.uint8)
-    words = (torch.nn.functional.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 else flat).view(torch.int64)
-    odd = _odd(len(words), words.device)
-    return int(torch.dot(words, odd) if words.device.type == "cpu" else (words * odd).sum())  # CUDA has no dot of integers
+    """A sum of the tile's bits, in words of 8 bytes, each times an odd number of its own place: whatever is exchanged, it shows."""
+    raw = tile.reshape(-1).view(torch.uint8)
+    words = (torch.nn.functional.pad(raw, (0, -len(raw) % 8)) if len(raw) % 8 else raw).view(torch.int64)
+    odd = _odd(min(len(words), WORDS), words.device)
+    parts = [torch.dot(part, odd[: len(part)]) if part.device.type == "cpu" else (part * odd[: len(part)]).sum() for part in words.split(WORDS)]
+    return sum(int(part) * (2 * i + 1) ** 9 for i, part in enumerate(parts)) % (1 << 63)
 
 
 @functools.lru_cache(maxsize=8)

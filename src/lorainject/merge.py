@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from .graft import bare
 from .kinds import is_quantised, is_sharded
 from .quantised import scheme
 from .readers import objections, set_grafts
+from .workers import Each, workers
 
 SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
 
@@ -114,7 +115,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     problems = objections(model) + [f"{w.name}: {reason}" for w in asked_of if (reason := _unfoldable(w, chosen, {} if untie else tied, dequantise))]
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
-    before = unfold(weights) if merged else {}
+    before = _unfold(weights) if merged else {}
     with _else_again(model, weights, before, merged):
         jobs = []
         for w in weights:
@@ -144,7 +145,7 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     weights = wholes(on)
     if problems := objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := _stuck(w))]:
         raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
-    before = unfold(weights)
+    before = _unfold(weights)
     if left := tuple(n for n in merged if n not in gone):
         with _else_again(model, weights, before, merged):
             kept = {name: {n: t for n, t in was.folded.terms.items() if n in left} for name, was in before.items()}
@@ -186,7 +187,9 @@ def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], na
     """Fold into weights that are all W0; all or nothing."""
     try:
         for write in (False, True) if strict else (True,):
-            if problems := [problem for job in jobs if (problem := job.fold(write)) is not None]:
+            with _workers([job.w for job in jobs]) as each:
+                problems = [problem for job in jobs if (problem := job.fold(write, each)) is not None]
+            if problems:
                 raise MergeError("nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype")
             _judge(jobs, strict)
         for job in jobs:
@@ -203,6 +206,15 @@ def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], na
         set_grafts(model, True)
         _set_merged(on, ())
         raise
+
+
+def _unfold(weights: Sequence[Whole]) -> dict[str, Before]:
+    with _workers(weights) as each:
+        return unfold(weights, each)
+
+
+def _workers(weights: Sequence[Whole]) -> AbstractContextManager[Each]:
+    return workers("cpu" if all(w.weight.device.type == "cpu" for w in weights) else "cuda")
 
 
 def _site(job: InPlace) -> MergedSite:

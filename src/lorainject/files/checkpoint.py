@@ -12,7 +12,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from ..anatomy import weights as weights_of
 from ..errors import FileError, MergeError, SpecError, SurvivalWarning
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
-from ..fold import Fold, tiles
+from ..fold import Desk, Fold, tiles
 from ..lowrank import Factors, LowRank, factors, joined
 from ..merge import SURVIVAL, MergedSite, MergeReport
 from ..spec import Site, site_name
+from ..workers import workers
 from .adapter import fitted, read
 from .patches import Patch, find, patches
 from .places import Place, meta_model, places
@@ -80,7 +82,10 @@ class Sum:
     stacked: bool
     places: tuple[Place, ...]
     parts: tuple[Factors, ...]
-    tally: Fold = field(default_factory=Fold)
+    lost: float = 0.0
+    """|M - W0 - d|^2, of what has been folded."""
+    dot: float = 0.0
+    """<M - W0 - d, d>"""
 
     def patches(self, key: str) -> Iterator[Patch]:
         """Of one tensor on disk."""
@@ -98,31 +103,27 @@ class MergePlan:
     def write(self, shard: Shard, source: int, target: int | None, meter: Meter, keep: Callable[[str, Patch, Fold], None] | None = None) -> None:
         """Copy a shard, with the sums in it. Without a target they are only measured; `keep` takes each patch's journal."""
         done, by_key, problems = 0, self._by_key(), []
-        for key, stored in shard.tensors.items():
-            if key not in by_key:
-                continue
-            found = [(s, patch) for s in by_key[key] for patch in s.patches(key)]
-            streamed = all(p.whole for _, p in found) and sum(p.width * len(p.starts) for _, p in found) == math.prod(stored.shape)
-            if target is not None:
-                copy(source, target, done, stored.start if streamed else stored.stop, meter)
-            dtype = DTYPES[stored.dtype]
-            for s, patch in found:
-                try:
-                    for rows, w0, p, q in tiled(patch, source, stored, dtype):
-                        m = s.tally.tile(w0, p, q)
-                        if target is not None:
-                            put(target, stored, patch, rows, m)
-                        if keep is None:
-                            s.tally.kept.clear()
-                        if streamed:
-                            meter.add(m.nbytes)
-                except MergeError as e:
-                    problems.append(f"{s.name}: {e}")
-                else:
+        with workers() as each:
+            for key, stored in shard.tensors.items():
+                if key not in by_key:
+                    continue
+                found = [(s, patch) for s in by_key[key] for patch in s.patches(key)]
+                streamed = all(p.whole for _, p in found) and sum(p.width * len(p.starts) for _, p in found) == math.prod(stored.shape)
+                if target is not None:
+                    copy(source, target, done, stored.start if streamed else stored.stop, meter)
+                for s, patch in found:
+                    tally = Fold()
+                    try:
+                        each(partial(_fold, tally, patch, stored, source, target, keep is not None), enumerate(tiled(patch)))
+                    except MergeError as e:
+                        problems.append(f"{s.name}: {e}")
+                        continue
+                    s.lost, s.dot = s.lost + tally.lost, s.dot + tally.dot
                     if keep is not None:
-                        keep(key, patch, s.tally)
-                s.tally.kept.clear()
-            done = stored.stop
+                        keep(key, patch, tally)
+                    if streamed and target is not None:
+                        meter.add(patch.width * len(patch.starts) * BYTES[stored.dtype])
+                done = stored.stop
         if target is not None:
             copy(source, target, done, shard.size, meter)
         if problems:
@@ -142,7 +143,7 @@ class MergePlan:
     def forget(self) -> None:
         """What was measured."""
         for s in self.sums:
-            s.tally = Fold()
+            s.lost = s.dot = 0.0
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
@@ -152,8 +153,8 @@ class MergePlan:
 def _site(s: Sum) -> MergedSite:
     P, Q = joined(s.parts)
     square = float(((P.mT @ P) * (Q @ Q.mT)).sum().clamp(min=0))
-    return MergedSite(path=s.name, norm=square**0.5, survival=1 + s.tally.dot / square if square else 1.0,
-                      error=(s.tally.lost / square) ** 0.5 if square else 0.0, weight_bytes=math.prod(s.shape) * BYTES[s.dtype],
+    return MergedSite(path=s.name, norm=square**0.5, survival=1 + s.dot / square if square else 1.0,
+                      error=(s.lost / square) ** 0.5 if square else 0.0, weight_bytes=math.prod(s.shape) * BYTES[s.dtype],
                       journal_bytes=0)  # fmt: skip
 
 
@@ -300,15 +301,26 @@ def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
 # --- bytes
 
 
-def tiled(patch: Patch, source: int, stored: Stored, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Each tile of a patch: which of its runs, their elements (runs, width), which the next overwrites, and P (runs, R) and Q (R, width)."""
+def tiled(patch: Patch) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each tile of a patch: which of its runs, and their P (runs, R) and Q (R, width)."""
     P, Q = patch.factors()
-    for rows in tiles(len(P), patch.width):
-        w0 = torch.empty(rows.stop - rows.start, patch.width, dtype=dtype)
-        for offset, run in _extents(stored, patch, rows, w0):
-            if os.preadv(source, [run], offset) != len(run):
-                raise OSError(errno.EIO, "a shard became shorter while it was read")
-        yield rows, w0, P[rows], Q
+    return ((rows, P[rows], Q) for rows in tiles(len(P), patch.width))
+
+
+def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
+    """A tile's elements (runs, width). This thread's next call overwrites them."""
+    values = desk.room((rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
+    for offset, run in _extents(stored, patch, rows, values):
+        if os.preadv(source, [run], offset) != len(run):
+            raise OSError(errno.EIO, "a shard became shorter while it was read")
+    return values
+
+
+def _fold(tally: Fold, patch: Patch, stored: Stored, source: int, target: int | None, keep: bool, i: int, tile: tuple[slice, Tensor, Tensor]) -> None:
+    rows, p, q = tile
+    m = tally.tile(i, get(tally.desk, source, stored, patch, rows), p, q, keep)
+    if target is not None:
+        put(target, stored, patch, rows, m)
 
 
 def put(target: int, stored: Stored, patch: Patch, rows: slice, values: Tensor) -> None:

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from ..errors import FileError, MergeError, StateError
-from ..fold import Fold, Journal, tiles, wide
+from ..fold import Desk, Fold, Journal, tiles
 from ..lowrank import Factors
 from ..merge import MergeReport
 from . import container
-from .checkpoint import MergePlan, judge, plan_merge, put, tiled
+from .checkpoint import MergePlan, get, judge, plan_merge, put, tiled
 from .patches import Patch
 from .record import AdapterFile
-from .shards import DTYPES, INDEX, Shard, Stored
+from .shards import INDEX, Shard, Stored
 from .transaction import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
 
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 1
@@ -118,7 +118,7 @@ def _journal(patch: Patch, tally: Fold) -> dict[str, torch.Tensor]:
     rows, columns = torch.from_numpy(patch.rows), torch.from_numpy(patch.columns)
     cut = [patch.cut(f, rows, columns) for f in patch.parts]
     factors = {f"{name}{i}": t.contiguous() for i, f in enumerate(cut) for name, t in (("P", f.P), ("Q", f.Q))}
-    return vars(Journal.of(tally.kept)) | factors | {"starts": torch.from_numpy(patch.starts)}
+    return vars(Journal.of(tally)) | factors | {"starts": torch.from_numpy(patch.starts)}
 
 
 def _restore(base: Path, meter: Meter) -> None:
@@ -153,6 +153,7 @@ def _restore(base: Path, meter: Meter) -> None:
 
 def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | None, meter: Meter) -> str | None:
     """W0's bytes into `target`, or nowhere; what is wrong, or None."""
+    desk = Desk()
     with (base / name).open("rb") as f:
         source = f.fileno()
         if target is not None:
@@ -161,13 +162,14 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             dtype, shape, start, stop = record["tensors"][entry["key"]]
             stored = Stored(dtype, tuple(shape), start, stop)
             t, _ = container.read(base / FOLDER / entry["file"])
-            journal = Journal(*(t[field] for field in ("before", "after", "counts", "places", "bits")))
+            journal = Journal(*(t[field] for field in ("before", "after", "counts", "gaps", "bits")))
             P = [Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s)) for i, s in enumerate(entry["s"])]
             runs = torch.arange(len(t["starts"]))
             patch = Patch(entry["key"], entry["width"], t["starts"].numpy(), tuple(P), (), runs.numpy(), torch.arange(entry["width"]).numpy(), False)
             sizes = [(rows.stop - rows.start) * patch.width for rows in tiles(len(runs), patch.width)]
-            for (rows, m, p, q), kept in zip(tiled(patch, source, stored, DTYPES[dtype]), journal.kept(sizes), strict=True):
-                w0 = kept.unfold(m, (p @ q).to(wide(m.dtype)))
+            for (rows, p, q), kept in zip(tiled(patch), journal.kept(sizes), strict=True):
+                m = get(desk, source, stored, patch, rows)
+                w0 = desk.unfold(m, p, q, kept)
                 if w0 is None:
                     return f"{name}: {entry['key']} does not come out as it was (another machine or BLAS library)"
                 if target is not None:

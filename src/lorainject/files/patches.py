@@ -6,6 +6,7 @@ restricted to a place is again rows of P times columns of Q, so nothing of the w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Patch:
         P, Q = f.P[self.at][rows], f.Q[self.at][:, columns]
         return Factors(Q.mT, P.mT, f.s) if self.turned else Factors(P, Q, f.s)
 
-    @property
+    @functools.cached_property
     def whole(self) -> bool:
         """Whether its runs follow each other without a gap."""
         return bool((np.diff(self.starts) == self.width).all())

@@ -1,0 +1,55 @@
+"""Threads for work that is cut into tiles: one for each of torch's, in which torch itself uses one.
+
+(Several threads inside an operator on a small tile wait for each other longer than they work.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Each = Callable[[Callable[..., object], Iterable[Any]], None]
+"""Call a function with each of these tuples of arguments. The first error is raised when no call is under way any more."""
+
+
+@contextmanager
+def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
+    """As many as torch has threads; on a GPU, or where torch has one, the calling thread."""
+    threads = torch.get_num_threads()
+    if threads == 1 or torch.device(device).type != "cpu":
+        yield _each_here
+        return
+    with ThreadPoolExecutor(threads, initializer=_start) as pool:
+
+        def each(function: Callable[..., object], items: Iterable[Any]) -> None:
+            calls = [pool.submit(function, *item) for item in items]
+            try:
+                for call in calls:
+                    call.result()
+            except BaseException:
+                for call in calls:
+                    call.cancel()
+                for call in calls:
+                    if not call.cancelled():
+                        call.exception()  # waits
+                raise
+
+        try:
+            yield each
+        finally:
+            pool.shutdown()
+            torch.set_num_threads(threads)  # what the last thread has set, new threads would begin with
+
+
+def _each_here(function: Callable[..., object], items: Iterable[Any]) -> None:
+    for item in items:
+        function(*item)
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)  # this is each thread's own
