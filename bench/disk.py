@@ -3,7 +3,7 @@
     scripts/bench disk                   1 GB and 6 GB in bf16, all-linear adapters, and per-expert files
     scripts/bench disk --sizes 1 --rounds 5
 
-The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16. Each run is a process of its own; printed are medians of
+The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16. Each run is a process of its own with all cores; printed are medians of
 wall time without the imports, of the ratio round by round, and of how far the process grew beyond what the imports took. Source
 files are in the page cache; ours and `cp` end with an fsync of what they wrote.
 """
@@ -105,7 +105,7 @@ WAYS = {"lorainject": ours, "cp -r": cp, "PEFT": theirs}
 def child(way: str, base: Path, adapter: Path, out: Path) -> None:
     """One run, measured from within."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    _ = transformers.LlamaForCausalLM, transformers.MixtralForCausalLM  # to import them takes seconds, and both need them
     if way == "PEFT":
         import peft  # noqa: F401
     grown, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -452,3 +452,10 @@ def test_killed_at_any_point(made, kills):
     done = subprocess.run([sys.executable, script, made, str(kills)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout
+
+
+def test_a_config_that_no_model_can_be_built_from(made):
+    """The reason, and not a traceback."""
+    config = made / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 0}))
+    nothing_happened(made, r"can't be built from its config\.json: .*\n=> mend it")

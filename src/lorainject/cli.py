@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for other program
 
 def main() -> None:
     """Run; a user's mistake ends as its message on stderr and exit status 1."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except li.LoraError as e:

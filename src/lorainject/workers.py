@@ -19,7 +19,8 @@ Each = Callable[[Callable[..., object], Iterable[Any]], None]
 @contextmanager
 def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
     """As many as torch has threads; on a GPU, or where torch has one, the calling thread."""
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    threads = min(before, 8)  # more would wait for Python
     if threads == 1 or torch.device(device).type != "cpu":
         yield _each_here
         return
@@ -42,7 +43,7 @@ def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
             yield each
         finally:
             pool.shutdown()
-            torch.set_num_threads(threads)  # what the last thread has set, new threads would begin with
+            torch.set_num_threads(before)  # what the last thread has set, new threads would begin with
 
 
 def _each_here(function: Callable[..., object], items: Iterable[Any]) -> None:

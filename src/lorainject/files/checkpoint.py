@@ -181,7 +181,10 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
         raise SpecError(f"{len(files)} adapters and the weights {factor}", way_out="give each adapter one weight, a finite number")
     found = scan(base)
     disk = Disk(found)
-    model = meta_model(base) or _skeleton(files, disk)
+    try:
+        model = meta_model(base) or _skeleton(files, disk)
+    except Exception as e:  # whatever a model's class raises: a package that it needs is missing, a config it can't be built from
+        raise FileError(f"the model of {base} can't be built from its config.json: {e}", way_out="mend it, or install what it asks for") from e
     at, reasons, _ = places(model, {key: t.shape for key, t in disk.tensors.items()})
     by_name = {n: w for w in weights_of(model) for n in w.names}
     sums: dict[tuple[int, str], Sum] = {}
