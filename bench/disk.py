@@ -3,16 +3,15 @@
     scripts/bench disk                   1 GB and 6 GB in bf16, all-linear adapters, and per-expert files
     scripts/bench disk --sizes 1 --rounds 5
 
-The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16. Each run is a process of its own with all cores; printed are medians of
-wall time without the imports, of the ratio round by round, and of how far the process grew beyond what the imports took. Source
-files are in the page cache; ours and `cp` end with an fsync of what they wrote.
+The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16. Each run is a process of its own with all cores;
+printed are medians of wall time without the imports, of the ratio round by round, and of how far the process's memory (peak resident
+set) grew. Source files are in the page cache; ours and `cp` end with an fsync of what they wrote, PEFT does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -108,9 +107,15 @@ def child(way: str, base: Path, adapter: Path, out: Path) -> None:
     _ = transformers.LlamaForCausalLM, transformers.MixtralForCausalLM  # to import them takes seconds, and both need them
     if way == "PEFT":
         import peft  # noqa: F401
-    grown, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    resident, start = memory("VmRSS"), time.perf_counter()
     WAYS[way](base, adapter, out)
-    print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown]))
+    print(json.dumps([time.perf_counter() - start, memory("VmHWM") - resident]))
+
+
+def memory(what: str) -> int:
+    """Of this process, in KiB: VmRSS now, VmHWM at its peak."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)).split()[1])
 
 
 def main() -> None:
@@ -140,8 +145,9 @@ def main() -> None:
                         shutil.move(folder / "out", folder / "ours")
                     shutil.rmtree(folder / "out", ignore_errors=True)
             size = sum(p.stat().st_size for p in (folder / "base").iterdir())
-            table = Table("way", "seconds", "ours / it", "growth, MiB", box=None, header_style="bold",
-                          title=f"{size / 1e9:.1f} GB, {len(list((folder / 'base').glob('*.safetensors')))} shards{', 16 experts a layer' * bool(experts)}")  # fmt: skip
+            shards = len(list((folder / "base").glob("*.safetensors")))
+            title = f"{size / 1e9:.1f} GB, {shards} shard{'s' * (shards > 1)}{', 16 experts a layer' * bool(experts)}"
+            table = Table("way", "seconds", "ours / it", "growth, MiB", box=None, header_style="bold", title=title)
             for way, found in seen.items():
                 ratio = statistics.median(a[0] / b[0] for a, b in zip(seen["lorainject"], found, strict=True))
                 seconds, growth = (statistics.median(x) for x in zip(*found, strict=True))

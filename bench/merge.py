@@ -13,13 +13,13 @@ import argparse
 import copy
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import torch
@@ -72,19 +72,26 @@ def row(dtype: torch.dtype, share: float, rounds: int) -> list[str]:
     assert isinstance(report, li.MergeReport)
     ms = {k: statistics.median(v[1:]) * 1e3 for k, v in times.items()}
     ratios = [statistics.median(a / b for a, b in zip(times[k][1:], times[f"PEFT {k}"][1:], strict=True)) for k in ("merge", "unmerge")]
-    drift = max(
-        float((layer.get_base_layer().weight - w).abs().max() / w.abs().max()) for layer, w in zip(other.base_model.model, before, strict=True)
-    )
-    return [f"{share:.1%}", f"{ms['merge']:.0f}", f"{ratios[0]:.2f}", f"{ms['unmerge']:.0f}", f"{ratios[1]:.2f}",
-            f"{report.journal_bytes / report.weight_bytes:.1%}", f"{report.survival:.3f}", f"{report.sites[0].error:.0%}", f"{drift:.0e}"]  # fmt: skip
+    layers = zip(other.base_model.model, before, strict=True)
+    drift = max(float((layer.get_base_layer().weight - w).abs().max() / w.abs().max()) for layer, w in layers)
+    kept = report.journal_bytes / report.weight_bytes
+    return [f"{share:.1%}", f"{ms['merge']:.0f}", f"{ratios[0]:.2f}", f"{ms['unmerge']:.0f}", f"{ratios[1]:.2f}", f"{kept:.1%}",
+            f"{report.survival:.3f}", f"{report.sites[0].error:.0%}", f"{drift:.0e}"]  # fmt: skip
 
 
 def growth(way: str) -> None:
     """In a process of its own: how far a merge makes it grow, in MiB."""
     mine, other = pair(torch.bfloat16, 0.01)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    li.merge(mine), li.unmerge(mine), other.merge_adapter(), other.unmerge_adapter()  # what the first call of each library loads
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    resident = memory("VmRSS")
     li.merge(mine) if way == "lorainject" else other.merge_adapter()
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024))
+    print(json.dumps((memory("VmHWM") - resident) / 1024))
+
+
+def memory(what: str) -> int:
+    """Of this process, in KiB: VmRSS now, VmHWM at its peak."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)).split()[1])
 
 
 def main() -> None:
@@ -100,8 +107,9 @@ def main() -> None:
     for n in dict.fromkeys((1, threads)):
         torch.set_num_threads(n)
         for dtype in (torch.bfloat16, torch.float32):
-            table = Table("|d| / |W|", "merge, ms", "/ PEFT", "unmerge, ms", "/ PEFT", "kept / backup", "survival", "error", "PEFT's drift", box=None,
-                          header_style="bold", title=f"{str(dtype).removeprefix('torch.')}, {n} thread{'s' * (n > 1)}")  # fmt: skip
+            title = f"{str(dtype).removeprefix('torch.')}, {n} thread{'s' * (n > 1)}"
+            columns = ("|d| / |W|", "merge, ms", "/ PEFT", "unmerge, ms", "/ PEFT", "kept / backup", "survival", "error", "PEFT's drift")
+            table = Table(*columns, box=None, header_style="bold", title=title)
             for share in SHARES if n == threads else (0.01,):
                 table.add_row(*row(dtype, share, args.rounds))
             console.print(table)
