@@ -162,7 +162,7 @@ def test_several_adapters_with_weights(tmp_path):
             li.merge_checkpoint(tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "no", weights=weights)
 
 
-def nothing_happened(made: Path, match: str, error: type[Exception] = li.FileError, **options: object) -> None:
+def assert_refused(made: Path, match: str, error: type[Exception] = li.FileError, **options: object) -> None:
     """Both ways raise this, and leave everything as it was."""
     before = contents(made)
     with pytest.raises(error, match=match):
@@ -178,15 +178,15 @@ def test_a_truncated_shard(made):
     """Its header speaks of more bytes than there are."""
     shard = sorted((made / "base").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    nothing_happened(made, r"has [\d,]+ bytes, its header speaks of [\d,]+\n=> it was cut off")
+    assert_refused(made, r"has [\d,]+ bytes, its header speaks of [\d,]+\n=> it was cut off")
     shard.write_bytes(shard.read_bytes()[:5])
-    nothing_happened(made, "is not a whole safetensors file")
+    assert_refused(made, "is not a whole safetensors file")
     shard.write_bytes((1 << 60).to_bytes(8, "little") + b"{" * 100)
-    nothing_happened(made, "is not a whole safetensors file")
+    assert_refused(made, "is not a whole safetensors file")
     shard.write_bytes((16).to_bytes(8, "little") + b'{"a": [[[[[[[[[[' + b"0" * 10)
-    nothing_happened(made, "has a header that can't be read")
+    assert_refused(made, "has a header that can't be read")
     shard.unlink()
-    nothing_happened(made, "in the index, but not in the directory")
+    assert_refused(made, "in the index, but not in the directory")
 
 
 def test_an_index_that_lies(made):
@@ -202,21 +202,21 @@ def test_an_index_that_lies(made):
         ({names[0]: "missing.safetensors"}, "missing.safetensors: in the index, but not in the directory"),
     ]:
         index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | change}))
-        nothing_happened(made, match)
+        assert_refused(made, match)
     index.write_text(json.dumps(good | {"weight_map": {k: v for k, v in good["weight_map"].items() if k != names[3]}}))
-    nothing_happened(made, "but the index says nothing of it")
+    assert_refused(made, "but the index says nothing of it")
     for text in ("{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 3}}'):
         index.write_text(text)
-        nothing_happened(made, "holds no weight_map")
+        assert_refused(made, "holds no weight_map")
 
 
 def test_other_formats(made):
     """A pickle or a quantised checkpoint: what to do instead."""
     for shard in (made / "base").glob("*.safetensors*"):
         shard.unlink()
-    nothing_happened(made, "holds no weights")
+    assert_refused(made, "holds no weights")
     (made / "base" / "pytorch_model.bin").write_bytes(b"PK")
-    nothing_happened(made, r"(?s)has no \.safetensors file.*pytorch_model\.bin.*save it as safetensors once")
+    assert_refused(made, r"(?s)has no \.safetensors file.*pytorch_model\.bin.*save it as safetensors once")
 
 
 def test_quantised_tensors(tmp_path):
@@ -230,7 +230,7 @@ def test_quantised_tensors(tmp_path):
 
     file = tmp_path / "base" / "model.safetensors"
     save_file({k: t.to(torch.float8_e4m3fn) if "q_proj" in k else t for k, t in load_file(file).items()}, file, {"format": "pt"})
-    nothing_happened(tmp_path, r"(?s)q_proj: is stored as F8_E4M3, quantised.*\(2 times\)")
+    assert_refused(tmp_path, r"(?s)q_proj: is stored as F8_E4M3, quantised.*\(2 times\)")
 
 
 def test_an_adapter_that_does_not_fit(made, tmp_path):
@@ -238,12 +238,12 @@ def test_an_adapter_that_does_not_fit(made, tmp_path):
     other = llama(hidden_size=64)
     randomise(li.inject(other, ["q_proj", "mlp.up_proj"]))
     li.save(other, made / "adapter0")
-    nothing_happened(made, r"(?s)does not fit this model.*q_proj.*up_proj: is not in this model")
+    assert_refused(made, r"(?s)does not fit this model.*q_proj.*up_proj: is not in this model")
     torch.manual_seed(1)
     other = mixtral()
     randomise(li.inject(other, ["q_proj"]))
     li.save(other, made / "adapter0")
-    nothing_happened(made, r"(?s)is not the base that the adapter was made for.*q_proj: another base weight.*check_base=False")
+    assert_refused(made, r"(?s)is not the base that the adapter was made for.*q_proj: another base weight.*check_base=False")
     li.merge_checkpoint(made / "base", made / "adapter0", made / "out", check_base=False)
 
 
@@ -278,7 +278,7 @@ def test_tied_on_disk(tmp_path):
     model.save_pretrained(tmp_path / "base")
     randomise(li.inject(model, ["lm_head", "c_attn"]))
     li.save(model, tmp_path / "adapter0")
-    nothing_happened(tmp_path, r"lm_head: is tied to transformer\.wte\.weight, which the fold would change as well")
+    assert_refused(tmp_path, r"lm_head: is tied to transformer\.wte\.weight, which the fold would change as well")
 
 
 def test_symlinks_are_never_written_through(made):
@@ -458,4 +458,4 @@ def test_a_config_that_no_model_can_be_built_from(made):
     """The reason, and not a traceback."""
     config = made / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 0}))
-    nothing_happened(made, r"can't be built from its config\.json: .*\n=> mend it")
+    assert_refused(made, r"can't be built from its config\.json: .*\n=> mend it")

@@ -20,7 +20,7 @@ from .fingerprint import sample
 from .fold import TILE, Desk, Fold, Journal, Kept, checksum, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
-from .lowrank import LowRank, copied, factors, joined
+from .lowrank import LowRank, copied, factors, joined, norm
 from .quantised import Scheme, scheme
 from .workers import Each
 
@@ -102,7 +102,7 @@ class InPlace:
     def fold(self, write: bool, each: Each) -> str | None:
         """Measure, and write too; what is wrong, or None."""
         P, Q = summed(self.terms)
-        self.norm = float(((P.mT @ P) * (Q @ Q.mT)).sum().clamp(min=0)) ** 0.5  # |P Q|^2 = <P^T P, Q Q^T>
+        self.norm = norm(P, Q)
         if not self.norm < torch.finfo(wide(self.before.dtype)).max:
             return f"{self.w.name}: s B A is not finite"
         try:
@@ -144,16 +144,6 @@ class InPlace:
         like = (self.w.weight.dtype, tuple(self.w.weight.shape))
         return Folded(how=type(self).__name__, terms=self.terms if reversible else {}, journal=journal, original=original, cls=self.cls,
                       like=like, mark=0 if original is None else mark(self.w), sample=self.sample)  # fmt: skip
-
-    @property
-    def survival(self) -> float:
-        """<M - W0, d> / <d, d>; 1 for a zero delta."""
-        return 1 + self.tally.dot / self.norm**2 if self.norm else 1.0
-
-    @property
-    def error(self) -> float:
-        """|M - W0 - d| / |d|; 0 for a zero delta."""
-        return self.tally.lost**0.5 / self.norm if self.norm else 0.0
 
 
 class Untied(InPlace):
@@ -249,7 +239,8 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
     stuck: list[str] = []
     desk = Desk()
 
-    def out(name: str, view: Tensor, p: Tensor, q: Tensor, kept: Kept) -> None:
+    def take_out(name: str, view: Tensor, p: Tensor, q: Tensor, kept: Kept) -> None:
+        """One tile."""
         M = flat(view)
         if checksum(M) == kept.before:  # nothing changed here, or an unmerge that was interrupted has been here
             return
@@ -263,7 +254,7 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
     try:
         for w in weights:
             if w.folded is not None and w.folded.journal is not None:
-                each(out, ((w.name, *tile) for tile in w.kept_tiles(w.folded)))
+                each(take_out, ((w.name, *tile) for tile in w.kept_tiles(w.folded)))
         if stuck:
             problems = [f"{name}: was changed since it was merged (trained, loaded or edited), or s B A comes out otherwise here"
                         " (another machine or BLAS library)" for name in dict.fromkeys(stuck)]  # fmt: skip

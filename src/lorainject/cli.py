@@ -22,6 +22,8 @@ from typing import Annotated, Any
 
 import lorainject as li
 
+from .lowrank import norm
+
 try:
     import typer
     from rich.console import Console
@@ -209,9 +211,7 @@ def _hub(model: str, get: Callable[..., Any], **options: Any) -> Any:
 
 
 def _norm(site: li.StoredSite) -> float:
-    """|s B A| without forming it: |BA|^2 is the sum over (B^T B) * (A A^T), both (r, r)."""
-    A, B = site.A.double(), site.B.double()
-    return site.scale * float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)) ** 0.5
+    return site.scale * norm(site.B.double(), site.A.double())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ An error lists *all* that is wrong, ends with the next step, and leaves the mode
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LoraError(Exception):
@@ -65,6 +66,17 @@ class MergeError(LoraError, RuntimeError):
 
 class FileError(LoraError, OSError):
     """An adapter file can't be read or written, or does not fit the model."""
+
+
+@contextmanager
+def system_errors(what: str, problems: Iterable[str] = (), way_out: str = "") -> Iterator[None]:
+    """Within it, what the operating system raises becomes a FileError that says `what` can't be done."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as e:
+        raise FileError(f"{what}: {e.strerror or e}", problems, way_out) from e
 
 
 class SurvivalWarning(UserWarning):

@@ -151,6 +151,11 @@ def copied(f: Factors) -> Factors:
     return Factors(f.P.detach().clone(memory_format=torch.contiguous_format), f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone())
 
 
+def norm(P: Tensor, Q: Tensor) -> float:
+    """|P Q|, Frobenius, without forming it: its square is <P^T P, Q Q^T>, both (r, r). In float64 from float64."""
+    return float(((P.mT @ P) * (Q @ Q.mT)).sum().clamp(min=0)) ** 0.5
+
+
 def joined(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
     """P (*stack, rows, R) and Q (*stack, R, width), float64, with P Q the sum of all s P Q: one product however many there are.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,12 @@ class MergedSite:
     """Kept so that unmerge can be exact, the factors included; 0 after merge(reversible=False)."""
     codes_changed: float | None = None
     """Of a quantised weight, the share of the codes that are others now."""
+
+    @classmethod
+    def measured(cls, path: str, norm: float, lost: float, dot: float, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
+        """From |d|, |W - W0 - d|^2 and <W - W0 - d, d>; nothing kept yet."""
+        survival, error = (1 + dot / norm**2, lost**0.5 / norm) if norm else (1.0, 0.0)
+        return cls(path=path, norm=norm, survival=survival, error=error, weight_bytes=weight_bytes, journal_bytes=0, codes_changed=codes_changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +197,16 @@ def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], na
                 problems = [problem for job in jobs if (problem := job.fold(write, each)) is not None]
             if problems:
                 raise MergeError("nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype")
-            _judge(jobs, strict)
+            sites = [MergedSite.measured(j.w.name, j.norm, j.tally.lost, j.tally.dot, j.w.weight.nbytes, j.codes_changed) for j in jobs]
+            judge(sites, strict, stacklevel=5)
         for job in jobs:
             job.w.folded = job.folded(reversible)
         set_grafts(model, False)
         for job in jobs:
             job.finish()
         _set_merged(on, names)
-        return MergeReport(names=names, sites=tuple(_site(job) for job in jobs))
+        kept = [job.w.folded.nbytes if job.w.folded else 0 for job in jobs]
+        return MergeReport(names=names, sites=tuple(replace(site, journal_bytes=n) for site, n in zip(sites, kept, strict=True)))
     except BaseException:
         for job in jobs:
             job.undo()
@@ -217,23 +225,19 @@ def _workers(weights: Sequence[Whole]) -> AbstractContextManager[Each]:
     return workers("cpu" if all(w.weight.device.type == "cpu" for w in weights) else "cuda")
 
 
-def _site(job: InPlace) -> MergedSite:
-    assert job.w.folded is not None
-    return MergedSite(path=job.w.name, norm=job.norm, survival=job.survival, error=job.error, weight_bytes=job.w.weight.nbytes,
-                      journal_bytes=job.w.folded.nbytes, codes_changed=job.codes_changed)  # fmt: skip
-
-
-def _judge(jobs: Sequence[InPlace], strict: bool | None) -> None:
-    """Warn of what does not survive, or refuse it."""
-    drowned = {job: f"{job.w.name}: {max(job.survival, 0.0):.2f} of its delta, error {job.error:.0%}" for job in jobs if job.survival < SURVIVAL}
-    refused = [line for job, line in drowned.items() if strict or (strict is None and job.codes_changed is not None)]
-    what = f"less than {SURVIVAL} of a delta survives the rounding to the stored weight"
+def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> None:
+    """Warn of what does not survive, or refuse it: with `strict`, or where it is None quantised weights alone."""
+    drowned = {s: f"{s.path}: {max(s.survival, 0.0):.2f} of its delta, error {s.error:.0%}" for s in sites if s.survival < SURVIVAL}
+    refused = [line for s, line in drowned.items() if strict or (strict is None and s.codes_changed is not None)]
+    what, wider = (
+        f"less than {SURVIVAL} of a delta survives the rounding to the stored weight",
+        "merge in a wider dtype (a copy of the model in float32)",
+    )
     if refused:
-        raise MergeError(f"nothing was merged: {what}:", refused, "keep the adapter unmerged; merge in a wider dtype (a copy of the model in"
-                         " float32, or dequantise=True); or accept the loss: strict=False")  # fmt: skip
+        raise MergeError(f"nothing was merged: {what}:", refused, f"keep the adapter unmerged, {wider}, or accept the loss: strict=False")
     if drowned:
-        warning = MergeError(f"{what}:", drowned.values(), "keep the adapter unmerged, or merge in a wider dtype (a copy of the model in float32)")
-        warnings.warn(str(warning), SurvivalWarning, stacklevel=5)
+        warning = MergeError(f"{what}:", drowned.values(), f"keep the adapter unmerged, or {wider}")
+        warnings.warn(str(warning), SurvivalWarning, stacklevel=stacklevel)
 
 
 def _way(w: Whole, tied: bool, dequantise: bool) -> str:

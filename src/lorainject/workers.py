@@ -27,6 +27,7 @@ def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
     with ThreadPoolExecutor(threads, initializer=_start) as pool:
 
         def each(function: Callable[..., object], items: Iterable[Any]) -> None:
+            """Each of them in whichever thread is free."""
             calls = [pool.submit(function, *item) for item in items]
             try:
                 for call in calls:

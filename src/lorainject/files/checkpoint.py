@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from ..anatomy import Weight
 from ..anatomy import weights as weights_of
-from ..errors import FileError, MergeError, SpecError, SurvivalWarning
+from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
 from ..fold import Desk, Fold, tiles
-from ..lowrank import Factors, LowRank, factors, joined
-from ..merge import SURVIVAL, MergedSite, MergeReport
+from ..lowrank import Factors, LowRank, factors, joined, norm
+from ..merge import MergedSite, MergeReport, judge
 from ..spec import Site, site_name
 from ..workers import workers
 from .adapter import fitted, read
@@ -68,7 +68,7 @@ def merge_checkpoint(base_dir: str | Path, adapters: str | Path | AdapterFile | 
             with opened(shard) as source, new(folder / shard.path.name) as f:
                 plan.write(shard, source, f, meter)
         report = plan.report()
-        judge(report, strict)
+        judge(report.sites, strict, stacklevel=3)
     return report
 
 
@@ -147,26 +147,8 @@ class MergePlan:
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
-        return MergeReport(names=self.names, sites=tuple(_site(s) for s in self.sums))
-
-
-def _site(s: Sum) -> MergedSite:
-    P, Q = joined(s.parts)
-    square = float(((P.mT @ P) * (Q @ Q.mT)).sum().clamp(min=0))
-    return MergedSite(path=s.name, norm=square**0.5, survival=1 + s.dot / square if square else 1.0,
-                      error=(s.lost / square) ** 0.5 if square else 0.0, weight_bytes=math.prod(s.shape) * BYTES[s.dtype],
-                      journal_bytes=0)  # fmt: skip
-
-
-def judge(report: MergeReport, strict: bool) -> None:
-    """Warn of what does not survive, or refuse it."""
-    drowned = [f"{s.path}: {max(s.survival, 0.0):.2f} of its delta, error {s.error:.0%}" for s in report.sites if s.survival < SURVIVAL]
-    if drowned:
-        e = MergeError(f"less than {SURVIVAL} of a delta survives the rounding to the stored weight:", drowned,
-                       "serve the adapter unmerged, or merge into a copy of the model in float32")  # fmt: skip
-        if strict:
-            raise e
-        warnings.warn(str(e), SurvivalWarning, stacklevel=3)
+        sites = (MergedSite.measured(s.name, norm(*joined(s.parts)), s.lost, s.dot, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
+        return MergeReport(names=self.names, sites=tuple(sites))
 
 
 # --- planning

@@ -10,29 +10,29 @@ the shards. Whatever was interrupted, `unmerge_in_place` gives the old bytes bac
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import FileError, MergeError, StateError
+from ..errors import FileError, MergeError, StateError, system_errors
 from ..fold import Desk, Fold, Journal, tiles
 from ..lowrank import Factors
-from ..merge import MergeReport
+from ..merge import MergeReport, judge
 from . import container
-from .checkpoint import MergePlan, get, judge, plan_merge, put, tiled
+from .checkpoint import MergePlan, get, plan_merge, put, tiled
 from .patches import Patch
 from .record import AdapterFile
 from .shards import INDEX, Shard, Stored
 from .transaction import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
 
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 1
+SPACE = "check its permissions and the free space"
 
 
 def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], *,
@@ -53,12 +53,12 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
         raise FileError(f"{base} holds symlinks, as the hub's cache does; the files that they point to belong to others, too:", links,
                         "merge into a directory of its own")  # fmt: skip
     meter = Meter(sum(shard.size for shard in touched), progress)
-    with locked(base), _failing(base, "merged into"):
+    with locked(base), system_errors(f"{base} can't be merged into", way_out=SPACE):
         if strict:
             for shard in touched:
                 with opened(shard) as source:
                     plan.write(shard, source, None, Meter(0, None))
-            judge(plan.report(), strict)
+            judge(plan.report().sites, strict, stacklevel=3)
             plan.forget()
         shutil.rmtree(folder, ignore_errors=True)  # a merge that was killed before it had a manifest
         folder.mkdir()
@@ -75,8 +75,9 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
             else:
                 shutil.rmtree(folder)
             raise
-    judge(plan.report(), strict=False)
-    return plan.report()
+    report = plan.report()
+    judge(report.sites, strict=False, stacklevel=3)
+    return report
 
 
 def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) -> Path:
@@ -87,7 +88,7 @@ def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) ->
     base = Path(model_dir)
     if not (base / FOLDER / MANIFEST).exists():
         raise StateError(f"nothing is merged in place in {base}", way_out="merge_in_place comes first")
-    with locked(base), _failing(base, "unmerged"):
+    with locked(base), system_errors(f"{base} can't be unmerged", way_out=SPACE):
         _restore(base, Meter(sum(2 * (base / name).stat().st_size for name in _state(base)["shards"]), progress))
     return base
 
@@ -212,13 +213,3 @@ def _state(base: Path) -> dict[str, Any]:
 
 def _save(folder: Path, state: dict[str, Any]) -> None:
     container.write({folder / MANIFEST: [json.dumps(state).encode()]})
-
-
-@contextlib.contextmanager
-def _failing(base: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        if isinstance(e, FileError):
-            raise
-        raise FileError(f"{base} can't be {what}: {e.strerror or e}", way_out="check its permissions and the free space") from e

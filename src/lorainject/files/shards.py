@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FileError
+from ..errors import FileError, system_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,7 +60,7 @@ def scan(folder: Path) -> list[Shard]:
     if not folder.is_dir():
         raise FileError(f"{folder} is not a directory", way_out="give the directory with the model's config.json and .safetensors files")
     index = folder / INDEX
-    try:
+    with system_errors(f"{folder} can't be read", way_out="check the files and their permissions"):
         if index.exists():
             named = _weight_map(index)
             names = sorted(set(named.values()))
@@ -74,10 +74,6 @@ def scan(folder: Path) -> list[Shard]:
         if odd or missing:
             raise FileError(f"{index} does not fit its directory:", odd + missing, "download the missing files, or the whole model anew")
         shards = [_shard(folder / name) for name in names]
-    except OSError as e:
-        if isinstance(e, FileError):
-            raise
-        raise FileError(f"{folder} can't be read: {e.strerror or e}", way_out="check the files and their permissions") from e
     if named:
         there = {key: shard.path.name for shard in shards for key in shard.tensors}
         wrong = [f"{key}: in {there.get(key, 'no shard')}, but the index says {named.get(key, 'nothing of it')}"
@@ -98,7 +94,7 @@ def _shard(path: Path) -> Shard:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             tensors = {key: _stored(entry, 8 + length) for key, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise FileError(f"{path} has a header that can't be read: {e}", way_out="get the file again from where it came") from e
     tensors = dict(sorted(tensors.items(), key=lambda item: item[1].start))
     end = 8 + length

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import FileError
+from ..errors import FileError, system_errors
 from .shards import Shard, identity
 
 PIECE = 1 << 25  # bytes copied at a time, between two reports of progress
@@ -51,12 +51,15 @@ def copy(source: int, target: int, start: int, stop: int, meter: Meter) -> None:
 @contextlib.contextmanager
 def opened(shard: Shard) -> Iterator[int]:
     """A shard to read from. Raises FileError if it is not, or no longer at the end, the file that was looked at."""
+
+    def check() -> None:
+        if not identity(os.fstat(f.fileno())) == identity(shard.path.stat()) == shard.seen:
+            raise FileError(f"{shard.path} was changed while it was being merged", way_out="merge again when nobody writes to it")
+
     with shard.path.open("rb") as f:
-        for _ in (0, 1):
-            if identity(os.fstat(f.fileno())) != shard.seen or identity(shard.path.stat()) != shard.seen:
-                raise FileError(f"{shard.path} was changed while it was being merged", way_out="merge again when nobody writes to it")
-            if _ == 0:
-                yield f.fileno()
+        check()
+        yield f.fileno()
+        check()
 
 
 @contextlib.contextmanager
@@ -77,7 +80,7 @@ def new(path: Path) -> Iterator[int]:
 def building(out: Path) -> Iterator[Path]:
     """A folder that takes the place of `out` when all is well, and else goes away; so does what a killed run has left."""
     folder = out.with_name(UNFINISHED.format(out.name))
-    try:
+    with system_errors(f"{out} can't be written", ["nothing is left of it"], "check the place, its permissions and the free space"):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             try:
@@ -91,12 +94,6 @@ def building(out: Path) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-    except OSError as e:
-        if isinstance(e, FileError):
-            raise
-        raise FileError(
-            f"{out} can't be written: {e.strerror or e}", ["nothing is left of it"], "check the place, its permissions and the free space"
-        ) from e
 
 
 @contextlib.contextmanager
