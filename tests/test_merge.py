@@ -217,6 +217,29 @@ def test_a_further_merge_that_fails_leaves_the_first(model):
         li.merge(model)
 
 
+@pytest.mark.parametrize("spoil", ["irreversible", "cast", "edited"])
+def test_a_further_merge_needs_w0(model, spoil):
+    """Where W0 can't be had again, nothing is folded on top: unmerge would give back what never was W0."""
+    li.inject(model, ["q_proj"], r=2, name="second")
+    randomise(model, "second")
+    li.activate(model, "default")
+    li.merge(model, reversible=spoil != "irreversible")
+    if spoil == "cast":
+        model.to(torch.bfloat16)
+    if spoil == "edited":
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    before = state(model)
+    match = {
+        "irreversible": "reversible=False, which keeps nothing",
+        "cast": r"is torch\.bfloat16 .* now",
+        "edited": "was changed since it was merged",
+    }
+    with pytest.raises(li.MergeError, match=match[spoil]):
+        li.merge(model, "second")
+    assert state(model) == before
+
+
 def test_after_a_partial_unmerge_the_adapter_is_off(model):
     """What was taken out does not come back with the rest."""
     li.inject(model, ["q_proj"], r=2, name="second")

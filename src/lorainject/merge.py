@@ -119,6 +119,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     tied = _tied(model)
     asked_of = [w for w in weights if w.adapters(chosen)]
     problems = objections(model) + [f"{w.name}: {reason}" for w in asked_of if (reason := _unfoldable(w, chosen, {} if untie else tied, dequantise))]
+    problems += [f"{w.name}: {reason}" for w in weights if (reason := _stuck(w))]  # the sum is formed from W0
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
     before = _unfold(weights) if merged else {}
@@ -229,10 +230,8 @@ def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> 
     """Warn of what does not survive, or refuse it: with `strict`, or where it is None quantised weights alone."""
     drowned = {s: f"{s.path}: {max(s.survival, 0.0):.2f} of its delta, error {s.error:.0%}" for s in sites if s.survival < SURVIVAL}
     refused = [line for s, line in drowned.items() if strict or (strict is None and s.codes_changed is not None)]
-    what, wider = (
-        f"less than {SURVIVAL} of a delta survives the rounding to the stored weight",
-        "merge in a wider dtype (a copy of the model in float32)",
-    )
+    what = f"less than {SURVIVAL} of a delta survives the rounding to the stored weight"
+    wider = "merge in a wider dtype (a copy of the model in float32)"
     if refused:
         raise MergeError(f"nothing was merged: {what}:", refused, f"keep the adapter unmerged, {wider}, or accept the loss: strict=False")
     if drowned:
