@@ -445,6 +445,25 @@ def test_two_at_once(made):
         li.merge_in_place(made / "base", made / "adapter0")
 
 
+def test_another_merge_in_between(made, monkeypatch):
+    """Merged in place by another process while this one was planning: refused, and the other's way back is untouched."""
+    from lorainject.files import inplace
+
+    before, plan = contents(made / "base"), inplace.plan_merge
+
+    def planned(*args):
+        found = plan(*args)
+        monkeypatch.setattr(inplace, "plan_merge", plan)
+        li.merge_in_place(made / "base", made / "adapter1")
+        return found
+
+    monkeypatch.setattr(inplace, "plan_merge", planned)
+    with pytest.raises(li.StateError, match="is merged already"):
+        li.merge_in_place(made / "base", made / "adapter0")
+    li.unmerge_in_place(made / "base")
+    assert contents(made / "base") == before
+
+
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_at_any_point(made, kills):
     """kill -9 at random points of merge_checkpoint, merge_in_place and unmerge_in_place: never a half-made checkpoint (faults.py)."""

@@ -45,8 +45,7 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
     """
     base = Path(model_dir)
     folder = base / FOLDER
-    if (folder / MANIFEST).exists():
-        raise StateError(f"{base} is merged already, or a merge was interrupted there", way_out=f"lorainject unmerge {base}")
+    _refuse_merged(base)
     plan = plan_merge(base, adapters, weights, check_base)
     touched = [shard for shard in plan.shards if plan.touches(shard)]
     if links := [f"{shard.path.name} -> {os.readlink(shard.path)}" for shard in plan.shards if shard.path.is_symlink()]:
@@ -54,6 +53,7 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
                         "merge into a directory of its own")  # fmt: skip
     meter = Meter(sum(shard.size for shard in touched), progress)
     with locked(base), system_errors(f"{base} can't be merged into", way_out=SPACE):
+        _refuse_merged(base)  # by somebody else meanwhile, whose journal lies there
         if strict:
             for shard in touched:
                 with opened(shard) as source:
@@ -78,6 +78,11 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
     report = plan.report()
     judge(report.sites, strict=False, stacklevel=3)
     return report
+
+
+def _refuse_merged(base: Path) -> None:
+    if (base / FOLDER / MANIFEST).exists():
+        raise StateError(f"{base} is merged already, or a merge was interrupted there", way_out=f"lorainject unmerge {base}")
 
 
 def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) -> Path:
