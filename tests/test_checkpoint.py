@@ -331,6 +331,10 @@ def test_a_model_that_transformers_does_not_know(tmp_path):
     (tmp_path / "base" / "evil.py").write_text("raise SystemExit('ran')")
     li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "unknown")
     assert same(tensors(tmp_path / "known"), tensors(tmp_path / "unknown"))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": True}))
+    with pytest.raises(li.FileError, match="q_proj: is not in this model"):
+        li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "turned")
 
 
 @pytest.mark.parametrize(("saved", "trained"), [("BertForMaskedLM", "BertModel"), ("BertModel", "BertForMaskedLM")])

@@ -264,9 +264,12 @@ def _named_as(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]
 
 
 def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
-    """For a checkpoint whose code is its own: the adapted layers, as far as a matrix of the file's name and shape is on disk."""
+    """For a checkpoint whose code is its own: the adapted layers, as far as a matrix of the file's name and shape is on disk.
+
+    PEFT's `fan_in_fan_out` may mean some of the layers: which are stored (in, out), only their code could tell.
+    """
     root = nn.Module()
-    for s in (s for file in files for s in file.sites):
+    for s in (s for file in files if not file.config.get("fan_in_fan_out") for s in file.sites):
         stored = disk.tensors.get(f"{s.path}.weight")
         if stored is None or len(stored.shape) != 2 or s.parameter != "weight" or s.A.ndim != 2 or s.kind not in ("linear", "embedding"):
             continue
