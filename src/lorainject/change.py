@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapters import Folded, Host, Terms
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import TILE, Desk, Fold, Journal, Kept, checksum, same, tiles, wide
+from .fold import TILE, Desk, Fold, Journal, Kept, Measured, checksum, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, joined, norm
@@ -99,24 +99,36 @@ class InPlace:
         self.sample = None if is_quantised(w.module) else sample(w.weight)
         self.tally = Fold()
 
-    def fold(self, write: bool, each: Each) -> str | None:
-        """Measure, and write too; what is wrong, or None."""
+    def fold(self, write: bool, keep: bool, each: Each) -> str | None:
+        """Measure; write, and keep the way back, too. What is wrong, or None."""
         P, Q = summed(self.terms)
         self.norm = norm(P, Q)
         if not self.norm < torch.finfo(wide(self.before.dtype)).max:
             return f"{self.w.name}: s B A is not finite"
         try:
             self.tally = Fold()
-            self._fold(P, Q, write, each)
+            self._fold(P, Q, write, keep, each)
         except MergeError as e:
             return f"{self.w.name}: {e}; nothing was merged"
         return None
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
-        self._tiled(P, Q, self.before if write else None, each, keep=write)
+    def fits(self) -> bool:
+        """Whether the sum can't overflow, by |d_ij| <= |P_i| |Q_j|: then it may be written at once, and nothing kept for the case that it does."""
+        if not self.before.is_contiguous():
+            return False
+        P, Q = summed(self.terms)
+        low, high = torch.aminmax(self.before)
+        bound = float(P.norm(dim=-1).max() * Q.norm(dim=-2).max()) + max(float(high), -float(low))
+        return bound < torch.finfo(self.before.dtype).max / 2  # not if NaN or infinity is in it
 
-    def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool) -> None:
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
+        self._tiled(P, Q, self.before if write else None, each, keep, plain=not keep)
+
+    def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
         def fold(i: int, view: Tensor, p: Tensor, q: Tensor, out: Tensor | None) -> None:
+            if plain and out is not None:
+                self.tally.add(i, flat(view), p, q, flat(out))
+                return
             m = self.tally.tile(i, flat(view), p, q, keep)
             if out is not None:
                 out.copy_(m.view(out.shape))
@@ -149,9 +161,9 @@ class InPlace:
 class Untied(InPlace):
     """The fold goes into memory of its own; others that share W0 keep it."""
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad) if write else None
-        self._tiled(P, Q, new, each, keep=False)
+        self._tiled(P, Q, new, each, keep=False, plain=not keep)
         if new is not None:
             self.w.weight = new
 
@@ -169,7 +181,11 @@ class Requantised(Untied):
         super().__init__(w, terms)
         self.scheme = cast(Scheme, scheme(w.module))
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
+    def fits(self) -> bool:
+        """Only the new codes tell."""
+        return False
+
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
         W0, d = self.scheme.dequantise(self.w.module), (P @ Q).float()
         new = self.scheme.requantise(self.w.module, W0 + d)
         self.scheme.install(self.w.module, new)
@@ -182,7 +198,8 @@ class Requantised(Untied):
         if not bool(M.isfinite().all()):
             raise MergeError("W0 + s B A is not finite as it is stored")
         error = (M - W0 - d).flatten()
-        self.tally.measured[0] = float(error @ error), float(error @ d.flatten())
+        d = d.flatten()
+        self.tally.tiles[0] = Measured(float(d @ d), float(error @ error), float(error @ d))
 
     def undo(self) -> None:
         if self.w.weight is not self.before:
@@ -192,7 +209,7 @@ class Requantised(Untied):
 class Dequantised(Requantised):
     """The layer is an nn.Linear, in its bias's dtype, or without one in bfloat16."""
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, each: Each) -> None:
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
         W0, d = self.scheme.dequantise(self.w.module), (P @ Q).float()
         bias = self.w.module._parameters.get("bias")
         M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
@@ -242,10 +259,9 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
     def take_out(name: str, view: Tensor, p: Tensor, q: Tensor, kept: Kept) -> None:
         """One tile."""
         M = flat(view)
-        if checksum(M) == kept.before:  # nothing changed here, or an unmerge that was interrupted has been here
-            return
         if (w0 := desk.unfold(M, p, q, kept)) is None:
-            stuck.append(name)
+            if checksum(M) != kept.before:  # else an unmerge that was interrupted has been here
+                stuck.append(name)
             return
         again = kept.gaps is not None or same(desk.refold(w0, p, q), M)
         done.append((view, kept.before, p, q, None if again else M.clone()))  # before it is written

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +25,10 @@ from .errors import MergeError
 TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-PRODUCT = 1 << 16  # elements of a product in float64, which is rounded before it leaves the cache
-WORDS = 1 << 14  # of a checksum, between two multipliers: these, too, shall lie in the cache
+PRODUCT = 1 << 17  # elements of a product in float64, which is rounded before it leaves the cache
+STEP, RUN = 4099, 256  # so many elements of every so many are measured; a prime, so that they lie in other columns on each row
+LANES = 1 << 12  # words that a checksum leaves to be multiplied in 64 bits, which is slow
+MULTIPLIERS = [pow(0x9E3779B1, 2 * i + 1, 1 << 32) - (1 << 31) | 1 for i in range(40)]
 WHOLE = -1
 GAP, LONGEST = torch.uint16, (1 << 16) - 1
 
@@ -40,6 +42,32 @@ def tiles(rows: int, width: int, device: torch.device | str = "cpu") -> Iterator
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which the sum for a weight of this dtype is formed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Measured(NamedTuple):
+    """What became of a delta, over the finite elements of W0: sums of squares, of all elements or of a part that stands for them."""
+
+    asked: float
+    """|d|^2"""
+    lost: float
+    """|M - W0 - d|^2"""
+    dot: float
+    """<M - W0 - d, d>"""
+
+    @classmethod
+    def total(cls, parts: Iterable[Measured]) -> Measured:
+        """Of several parts together."""
+        return cls(*map(math.fsum, zip(*parts, strict=True))) if (parts := list(parts)) else cls(0.0, 0.0, 0.0)
+
+    @property
+    def survival(self) -> float:
+        """<M - W0, d> / <d, d>: the share of d that is really in M; 1 for a zero d."""
+        return 1 + self.dot / self.asked if self.asked else 1.0
+
+    @property
+    def error(self) -> float:
+        """|M - W0 - d| / |d|; 0 for a zero d."""
+        return (self.lost / self.asked) ** 0.5 if self.asked else 0.0
 
 
 class Kept(NamedTuple):
@@ -65,19 +93,26 @@ class Desk(threading.local):
     like: tuple[torch.Size, torch.dtype, torch.device] | None = None
     tile: Tensor | None = None
 
-    def fold(self, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> tuple[Tensor, tuple[float, float], Kept | None]:
-        """M; |M - W0 - d|^2 and <M - W0 - d, d> over the finite elements of W0; and, if asked for, what to keep.
-
-        Raises MergeError where W0 is finite and M is not.
-        """
+    def fold(self, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> tuple[Tensor, Measured, Kept | None]:
+        """M, what became of d, and, if asked for, what to keep. Raises MergeError where W0 is finite and M is not."""
         self._lay(w0, P, Q)
         m = self._plus_d(w0)
-        kept = self._kept(w0, m, self._minus_d(m)) if keep else None
-        if m is self.sum:  # no rounding but the sum's own
-            torch.sub(torch.sub(m, w0, out=self.other), self.d, out=self.other)
+        low, high = torch.aminmax(m)
+        if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
+            raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
+        part, d = self._part()
+        return m, self._measured(part(w0), part(m), d), self._kept(w0, m) if keep else None
+
+    def add(self, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Measured:
+        """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
+        self._lay(w0, P, Q)
+        part, d = self._part()
+        before = part(w0).clone()
+        if out.dtype == self.d.dtype:
+            torch.add(w0, self.d, out=out)
         else:
-            self.other.copy_(m).sub_(self.sum)
-        return m, self._measured(w0, m), kept
+            out.copy_(self.sum.copy_(w0).add_(self.d))
+        return self._measured(before, part(out), d)
 
     def unfold(self, m: Tensor, P: Tensor, Q: Tensor, kept: Kept) -> Tensor | None:
         """W0; None if what comes out is not W0, or M is not what it was."""
@@ -104,14 +139,14 @@ class Desk(threading.local):
         step = max(1, PRODUCT // tile.shape[1])
         if self.like != (tile.shape, tile.dtype, tile.device):
             self.like = tile.shape, tile.dtype, tile.device
-            self.product = torch.empty(min(step, len(tile)), tile.shape[1], dtype=torch.float64, device=P.device)
             self.d, self.sum, self.other = (torch.empty_like(tile, dtype=wide(tile.dtype)) for _ in range(3))
+            product = torch.empty(min(step, len(tile)), tile.shape[1], dtype=torch.float64, device=P.device)
+            self.parts = [(d, product[: len(d)]) for d in self.d.split(step)]
             narrow = self.d.dtype != tile.dtype
             self.m, self.guess = (torch.empty_like(tile), torch.empty_like(tile)) if narrow else (self.sum, self.other)
             self.differ = torch.empty_like(tile, dtype=torch.bool).view(-1)
-        for start in range(0, len(tile), step):
-            p = P[start : start + step]
-            self.d[start : start + step].copy_(torch.mm(p, Q, out=self.product[: len(p)]))
+        for p, (d, product) in zip(P.split(step), self.parts, strict=True):
+            d.copy_(torch.mm(p, Q, out=product))
 
     def _plus_d(self, w0: Tensor) -> Tensor:
         if self.m is self.sum:
@@ -123,18 +158,22 @@ class Desk(threading.local):
             return torch.sub(m, self.d, out=self.other)
         return self.guess.copy_(self.other.copy_(m).sub_(self.d))
 
-    def _measured(self, w0: Tensor, m: Tensor) -> tuple[float, float]:
-        error, d = self.other.view(-1), self.d.view(-1)
+    def _part(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Which elements are measured, and those of d: all, in float64, where d vanishes on those that would stand for them."""
+        d = some(self.d)
+        return (some, d) if float(torch.dot(d, d)) else (Tensor.flatten, self.d.flatten().double())
+
+    def _measured(self, w0: Tensor, m: Tensor, d: Tensor) -> Measured:
+        error = torch.sub(m.to(d.dtype), w0.to(d.dtype)).sub_(d)
         lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
         if not math.isfinite(lost + dot):  # infinity or NaN in W0 is its own business
-            if bool((w0.isfinite() & ~m.isfinite()).any()):
-                raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
             error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
-        return lost, dot
+        times = self.d.numel() / d.numel()
+        return Measured(times * float(torch.dot(d, d)), times * lost, times * dot)
 
-    def _kept(self, w0: Tensor, m: Tensor, guess: Tensor) -> Kept:
-        a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (w0, guess))
+    def _kept(self, w0: Tensor, m: Tensor) -> Kept:
+        a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (w0, self._minus_d(m)))
         if a.device.type == "cpu":  # numpy needs a third of torch's time for this
             places = np.flatnonzero(np.not_equal(a.numpy(), b.numpy(), out=self.differ.numpy()))
         else:
@@ -156,30 +195,29 @@ class Fold:
 
     def __init__(self) -> None:
         self.kept: dict[int, Kept] = {}
-        self.measured: dict[int, tuple[float, float]] = {}
+        self.tiles: dict[int, Measured] = {}
         self.desk = Desk()
 
     kept: dict[int, Kept]
     """By tile; empty where nobody wants the way back."""
-    measured: dict[int, tuple[float, float]]
-    """By tile: |M - W0 - d|^2 and <M - W0 - d, d>, over the finite elements of W0."""
+    tiles: dict[int, Measured]
+    """By tile."""
 
     @property
-    def lost(self) -> float:
-        """|M - W0 - d|^2"""
-        return math.fsum(lost for lost, _ in self.measured.values())
-
-    @property
-    def dot(self) -> float:
-        """<M - W0 - d, d>"""
-        return math.fsum(dot for _, dot in self.measured.values())
+    def measured(self) -> Measured:
+        """Of all tiles."""
+        return Measured.total(self.tiles.values())
 
     def tile(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> Tensor:
         """M for tile i (see Desk.fold)."""
-        m, self.measured[i], kept = self.desk.fold(w0, P, Q, keep)
+        m, self.tiles[i], kept = self.desk.fold(w0, P, Q, keep)
         if kept is not None:
             self.kept[i] = kept
         return m
+
+    def add(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> None:
+        """M for tile i, straight into `out` (see Desk.add)."""
+        self.tiles[i] = self.desk.add(w0, P, Q, out)
 
 
 @dataclass(frozen=True)
@@ -222,20 +260,41 @@ class Journal:
         return sum(t.nbytes for t in vars(self).values())
 
 
+def some(tile: Tensor) -> Tensor:
+    """A sixteenth of the elements of a large tile, evenly from all rows and columns; all of a small one. 1-D."""
+    step = tile.numel() // STEP
+    return tile.as_strided((step, RUN), (STEP, 1), tile.storage_offset()).flatten() if step > 8 else tile.flatten()
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype have the same bits."""
-    return torch.equal(a.view(BITS[a.itemsize]), b.view(BITS[b.itemsize]))
+    a, b = a.view(BITS[a.itemsize]), b.view(BITS[b.itemsize])
+    return bool(np.array_equal(a.numpy(), b.numpy()) if a.device.type == "cpu" else torch.equal(a, b))  # torch takes four times as long
 
 
 def checksum(tile: Tensor) -> int:
-    """A sum of the tile's bits, in words of 8 bytes, each times an odd number of its own place: whatever is exchanged, it shows."""
+    """Of the tile's bits and their places: the second half is added to the first, times a number of that step's own, until little is left.
+
+    So each word of 4 bytes is multiplied by an odd number that its place decides, mod 2^32, and the processor does several at a time.
+    """
     raw = tile.reshape(-1).view(torch.uint8)
-    words = (torch.nn.functional.pad(raw, (0, -len(raw) % 8)) if len(raw) % 8 else raw).view(torch.int64)
-    odd = _odd(min(len(words), WORDS), words.device)
-    parts = [torch.dot(part, odd[: len(part)]) if part.device.type == "cpu" else (part * odd[: len(part)]).sum() for part in words.split(WORDS)]
-    return sum(int(part) * (2 * i + 1) ** 9 for i, part in enumerate(parts)) % (1 << 63)
+    words = _whole(raw, 4).view(torch.int32)
+    multipliers = iter(MULTIPLIERS)
+    while len(words) > LANES:
+        first, second = _whole(words, 2).chunk(2)
+        words = torch.add(first, second, alpha=next(multipliers))
+    weights = _weights(len(words), words.device)
+    total = torch.dot(words.long(), weights) if words.device.type == "cpu" else (words * weights).sum()
+    return int(total) ^ len(raw)
+
+
+def _whole(x: Tensor, n: int) -> Tensor:
+    """With zeros up to the next multiple of n."""
+    return torch.nn.functional.pad(x, (0, -len(x) % n)) if len(x) % n else x
 
 
 @functools.lru_cache(maxsize=8)
-def _odd(n: int, device: torch.device) -> Tensor:
-    return torch.arange(1, 2 * n, 2, device=device)
+def _weights(n: int, device: torch.device) -> Tensor:
+    """Odd numbers of 64 bits that no small multiples of each other cancel."""
+    mixed = torch.arange(1, n + 1, device=device) * -7046029254386353131
+    return (mixed ^ (mixed >> 29)) * -4658895280553007687 | 1

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .adapters import Host, merged_names, misfit, mounted, names_of, routings, walk
 from .change import WAYS, Before, InPlace, Whole, can_be_linear, fold_again, mark, summed, unfold, wholes
 from .errors import MergeError, StateError, SurvivalWarning
-from .fold import wide
+from .fold import Measured, wide
 from .graft import bare
 from .kinds import is_quantised, is_sharded
 from .quantised import scheme
 from .readers import objections, set_grafts
-from .workers import Each, workers
+from .workers import Each, uninterrupted, workers
 
 SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
 
@@ -47,12 +47,6 @@ class MergedSite:
     """Kept so that unmerge can be exact, the factors included; 0 after merge(reversible=False)."""
     codes_changed: float | None = None
     """Of a quantised weight, the share of the codes that are others now."""
-
-    @classmethod
-    def measured(cls, path: str, norm: float, lost: float, dot: float, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
-        """From |d|, |W - W0 - d|^2 and <W - W0 - d, d>; nothing kept yet."""
-        survival, error = (1 + dot / norm**2, lost**0.5 / norm) if norm else (1.0, 0.0)
-        return cls(path=path, norm=norm, survival=survival, error=error, weight_bytes=weight_bytes, journal_bytes=0, codes_changed=codes_changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +83,8 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     """Fold the adapters that are on (or `names`, which must include those) into the weights; all or nothing.
 
     Every module then has its original class and costs what the base costs. While some are merged, `names` folds further ones
-    in as well: always from W0, with one rounding. `reversible=False` keeps nothing for unmerge.
+    in as well: always from W0, with one rounding. `reversible=False` keeps nothing for unmerge, and an interrupt (Ctrl-C) then waits
+    until all is folded.
 
     Where less than 0.9 of a delta survives the rounding to the weight's dtype, a SurvivalWarning says so; `strict=True` refuses
     instead, before anything is written. A quantised weight is dequantised, summed and quantised anew by the same scheme, which is
@@ -192,14 +187,26 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
 def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
            strict: bool | None) -> MergeReport:  # fmt: skip
     """Fold into weights that are all W0; all or nothing."""
+    if strict or reversible or not all(job.fits() for job in jobs):
+        return _carry_out(model, on, jobs, names, reversible, strict)
+    # Nothing of it can fail, so no way back is kept meanwhile, which takes half of the time.
+    with uninterrupted():
+        report = _carry_out(model, on, jobs, names, reversible, strict, keep=False)
+    judge(report.sites, strict, stacklevel=4)
+    return report
+
+
+def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool, strict: bool | None,
+               keep: bool = True) -> MergeReport:  # fmt: skip
     try:
         for write in (False, True) if strict else (True,):
             with _workers([job.w for job in jobs]) as each:
-                problems = [problem for job in jobs if (problem := job.fold(write, each)) is not None]
+                problems = [problem for job in jobs if (problem := job.fold(write, write and keep, each)) is not None]
             if problems:
                 raise MergeError("nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype")
-            sites = [MergedSite.measured(j.w.name, j.norm, j.tally.lost, j.tally.dot, j.w.weight.nbytes, j.codes_changed) for j in jobs]
-            judge(sites, strict, stacklevel=5)
+            sites = [merged_site(j.w.name, j.norm, j.tally.measured, j.w.weight.nbytes, j.codes_changed) for j in jobs]
+            if keep:
+                judge(sites, strict, stacklevel=6)
         for job in jobs:
             job.w.folded = job.folded(reversible)
         set_grafts(model, False)
@@ -224,6 +231,12 @@ def _unfold(weights: Sequence[Whole]) -> dict[str, Before]:
 
 def _workers(weights: Sequence[Whole]) -> AbstractContextManager[Each]:
     return workers("cpu" if all(w.weight.device.type == "cpu" for w in weights) else "cuda")
+
+
+def merged_site(path: str, norm: float, measured: Measured, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
+    """A site of which nothing is kept yet."""
+    return MergedSite(path=path, norm=norm, survival=measured.survival, error=measured.error, weight_bytes=weight_bytes, journal_bytes=0,
+                      codes_changed=codes_changed)  # fmt: skip
 
 
 def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +47,22 @@ def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
         finally:
             pool.shutdown()
             torch.set_num_threads(before)  # what the last thread has set, new threads would begin with
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """An interrupt (SIGINT) within it comes at its end. Other threads than the main one get none anyway."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
 
 
 def _each_here(function: Callable[..., object], items: Iterable[Any]) -> None:

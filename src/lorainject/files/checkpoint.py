@@ -25,9 +25,9 @@ from ..anatomy import weights as weights_of
 from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
-from ..fold import Desk, Fold, tiles
+from ..fold import Desk, Fold, Measured, tiles
 from ..lowrank import Factors, LowRank, factors, joined, norm
-from ..merge import MergedSite, MergeReport, judge
+from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
 from ..workers import workers
 from .adapter import fitted, read
@@ -82,10 +82,8 @@ class Sum:
     stacked: bool
     places: tuple[Place, ...]
     parts: tuple[Factors, ...]
-    lost: float = 0.0
-    """|M - W0 - d|^2, of what has been folded."""
-    dot: float = 0.0
-    """<M - W0 - d, d>"""
+    measured: Measured = Measured.total(())
+    """Of what has been folded."""
 
     def patches(self, key: str) -> Iterator[Patch]:
         """Of one tensor on disk."""
@@ -118,7 +116,7 @@ class MergePlan:
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
-                    s.lost, s.dot = s.lost + tally.lost, s.dot + tally.dot
+                    s.measured = Measured.total((s.measured, tally.measured))
                     if keep is not None:
                         keep(key, patch, tally)
                     if streamed and target is not None:
@@ -143,11 +141,11 @@ class MergePlan:
     def forget(self) -> None:
         """What was measured."""
         for s in self.sums:
-            s.lost = s.dot = 0.0
+            s.measured = Measured.total(())
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
-        sites = (MergedSite.measured(s.name, norm(*joined(s.parts)), s.lost, s.dot, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
+        sites = (merged_site(s.name, norm(*joined(s.parts)), s.measured, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
