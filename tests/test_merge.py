@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lorainject as li
+from lorainject import fold
 
 from models import TINY, bits, gpt2, ids, llama, randomise, run, state
 
@@ -82,6 +83,58 @@ def test_eject_after_merge(name):
     assert not torch.allclose(run(folded, tiny.inputs()), plain, atol=1e-4)
     li.merge(model)
     assert state(li.eject(model)) == before
+
+
+def test_a_plain_merge_gives_the_same_bits_and_keeps_nothing(monkeypatch):
+    """reversible=False writes at once: nothing is compared or kept on the way, unless a sum might overflow."""
+    kept = []
+    monkeypatch.setattr(fold.Desk, "_kept", spy(fold.Desk._kept, kept))
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, reversible, large = one(dtype), one(dtype), one(dtype)
+        li.merge(plain, reversible=False)
+        assert not kept
+        li.merge(reversible)
+        assert bits(plain[0].weight) == bits(reversible[0].weight)
+        with torch.no_grad():
+            large[0].weight[0, 0] = torch.finfo(dtype).max
+        before = state(large)
+        kept.clear()
+        li.merge(large, reversible=False)
+        assert kept
+        large = one(dtype)
+        with torch.no_grad():
+            large[0].weight[0, 0] = torch.finfo(dtype).max
+            large[0].lora["default"].B[0] = large[0].lora["default"].A[:, 0] * torch.finfo(dtype).max ** 0.5
+            large[0].lora["default"].A.mul_(torch.finfo(dtype).max ** 0.5)
+        before = state(large)
+        with pytest.raises(li.MergeError, match="not finite"):
+            li.merge(large, reversible=False)
+        assert state(large) == before
+        kept.clear()
+
+
+def spy(function, calls: list):
+    """`function`, which notes each call."""
+
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+def test_a_plain_merge_that_the_system_breaks_off_says_so(model, monkeypatch):
+    """Out of memory halfway, with nothing kept: an error that says that weights are spoiled, and the grafts still stand."""
+    original, calls = fold.Desk.add, iter(range(100))
+
+    def broken(*args):
+        if next(calls) == 3:
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(fold.Desk, "add", broken)
+    with pytest.raises(li.MergeError, match="some weights written.*\n=> load the base anew"):
+        li.merge(model, reversible=False)
 
 
 def test_survival_is_the_share_that_rounding_left():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 import lorainject as li
 from lorainject import fold
-from lorainject.workers import workers
+from lorainject.workers import uninterrupted, workers
 
 from models import bits, randomise
 
@@ -63,3 +65,23 @@ def test_an_error_ends_all(threads):
     thread.start()
     thread.join()
     assert new == [3]
+
+
+def test_an_interrupt_waits():
+    """Ctrl-C within `uninterrupted` comes when it ends, and the handler is the old one again; in another thread it is not touched."""
+    before, reached = signal.getsignal(signal.SIGINT), False
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is before
+    inside = []
+
+    def elsewhere() -> None:
+        with uninterrupted():
+            inside.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert inside == [before]

@@ -189,9 +189,13 @@ def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], na
     """Fold into weights that are all W0; all or nothing."""
     if strict or reversible or not all(job.fits() for job in jobs):
         return _carry_out(model, on, jobs, names, reversible, strict)
-    # Nothing of it can fail, so no way back is kept meanwhile, which takes half of the time.
-    with uninterrupted():
-        report = _carry_out(model, on, jobs, names, reversible, strict, keep=False)
+    # None of these sums can fail, so no way back is kept meanwhile: that would take half of the time.
+    try:
+        with uninterrupted():
+            report = _carry_out(model, on, jobs, names, reversible, strict, keep=False)
+    except Exception as e:  # the system's (out of memory)
+        raise MergeError("the merge broke off with some weights written; reversible=False keeps nothing to go back by",
+                         way_out="load the base anew") from e  # fmt: skip
     judge(report.sites, strict, stacklevel=4)
     return report
 
