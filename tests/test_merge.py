@@ -133,7 +133,7 @@ def test_a_plain_merge_that_the_system_breaks_off_says_so(model, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(fold.Desk, "add", broken)
-    with pytest.raises(li.MergeError, match="some weights written.*\n=> load the base anew"):
+    with pytest.raises(li.MergeError, match=r"some weights written.*\n=> load the base anew"):
         li.merge(model, reversible=False)
 
 

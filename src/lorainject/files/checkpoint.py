@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Sum:
     stacked: bool
     places: tuple[Place, ...]
     parts: tuple[Factors, ...]
-    measured: Measured = Measured.total(())
+    measured: Measured = field(default_factory=lambda: Measured.total(()))
     """Of what has been folded."""
 
     def patches(self, key: str) -> Iterator[Patch]:
