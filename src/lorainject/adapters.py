@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .errors import StateError
 from .fold import Journal
 from .graft import Graft
-from .kinds import Kind, shape_of
-from .lowrank import Factors, LowRank, add
+from .kinds import Kind, makes_output, shape_of
+from .lowrank import Factors, LowRank
 from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
@@ -105,7 +105,7 @@ class Folded:
 
 
 class Adapters(nn.Module):
-    """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y."""
+    """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y (see Term)."""
 
     def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False) -> None:
         super().__init__()
@@ -145,12 +145,12 @@ class Adapters(nn.Module):
         """Those of the active adapters that this weight has."""
         return [self[name] for name in self.routing.active if name in self._modules]
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
         if self.routing.rows is not None:
             return self._by_rows(x, y)
         for name in self.routing.active:
             if name in self._modules:
-                y = self[name](add, y, self.kind.term, x)
+                y, own = self[name](self.kind.term, y, x, own), True
         return y
 
     def _by_rows(self, x: Tensor, y: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class Adapters(nn.Module):
         for name, index in (routing.rows or {}).items():
             if name in self._modules:
                 index = index.to(x.device)
-                y = y.index_copy(0, index, self[name](add, y[index], self.kind.term, x[index]))
+                y = y.index_copy(0, index, self[name](self.kind.term, y[index], x[index], True))
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -220,11 +220,22 @@ class LoraForward(Graft):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        y = type(self)._lora_base.forward(self, *args, **kwargs)
-        for child in self._modules.values():
-            if isinstance(child, Adapters):
-                y = child(x, y)
-        return y
+        base, children = type(self)._lora_base, [child for child in self._modules.values() if isinstance(child, Adapters)]
+        # Not of a quantised or sharded weight; and torch.compile does better without.
+        own = not torch.compiler.is_compiling() and makes_output(base) and type(self._parameters.get("weight")) is nn.Parameter  # type: ignore[arg-type]
+        shape = x.shape if own and _would_be_view(self, x) and children[0].routing.rows is None else None
+        if shape is not None:
+            x = x.flatten(0, -2)
+            args, kwargs = (x,), {}
+        y = base.forward(self, *args, **kwargs)
+        for child in children:
+            y = child(x, y, own)
+        return y if shape is None else y.unflatten(0, shape[:-1])
+
+
+def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
+    """Whether torch would flatten the input itself and return a view, of whose gradient autograd makes a copy when it is written to."""
+    return linear._parameters.get("bias") is not None and x.ndim > 2 and torch.is_grad_enabled() and x.is_contiguous() and x.numel() > 0
 
 
 class Host(NamedTuple):

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from .accumulate import accumulate
 from .graft import bare, objection
-from .lowrank import Term, look_up, project
+from .lowrank import Term, add_looked_up
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED = ("bitsandbytes.", "optimum.quanto.", "torchao.")  # whose layers or tensors hold a weight that can't be read as numbers
@@ -35,7 +37,7 @@ class Kind:
     stacked: bool = False
     """Whether the first axis counts experts, each with an A and a B of its own."""
     term: Term | None = None
-    """(adapter, input) -> the low-rank term of the output, for the forward graft; None for the weight graft."""
+    """What adds the low-rank term to the output, for the forward graft; None for the weight graft."""
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """(stack, out, in) of a stored shape."""
@@ -44,9 +46,9 @@ class Kind:
 
 
 LAYERS = (
-    Kind(name="linear", type="torch.nn.modules.linear.Linear", term=project),
-    Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, term=project),
-    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, term=look_up),
+    Kind(name="linear", type="torch.nn.modules.linear.Linear", term=accumulate),
+    Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, term=accumulate),
+    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, term=add_looked_up),
     Kind(name="conv^T", type="torch.nn.modules.conv._ConvTransposeNd", transposed=True),
     Kind(name="conv", type="torch.nn.modules.conv._ConvNd"),
 )
@@ -64,6 +66,13 @@ def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether the module's forward is that of its kind, and not one of its own."""
     return bare(type(module)).forward is _row(type(module))[1].forward or is_quantised(module)
+
+
+@cache
+def makes_output(cls: type[nn.Module]) -> bool:
+    """Whether such a layer's forward returns memory that it has just taken, which nothing else sees: that of its kind does."""
+    kind, row = _row(cls)
+    return kind is not None and kind.term is not None and cls.forward is row.forward
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ Legend of the suffixes: R rank, I in, O out, and for embeddings V vocabulary (= 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Term = Callable[["LowRank", Tensor], Tensor]
+Term = Callable[["LowRank", Tensor, Tensor, bool], Tensor]
+"""(adapter, output y, input x, whether y may be written to) -> y with the low-rank term of x added."""
+Parts = tuple[tuple[slice, slice], ...]
+"""Of a slice: runs of the outputs, and the rows of B that stand for them; empty for the whole weight."""
 
 
 class Factors(NamedTuple):
@@ -52,12 +56,15 @@ class LowRank(nn.Module):
         self.r, self.alpha, self.scaling, self.dropout, self.init = A.shape[-2], alpha, scaling, dropout, init
         self.padding_idx, self.out = padding_idx, B.shape[-2] if out is None else out
         self.slices = slices
+        self.parts = _parts(slices)
         self.register_buffer("s", None, persistent=False)
         self.register_buffer("rows", None, persistent=False)
         self._rebuild()
 
     s: Tensor
     rows: Tensor | None
+    parts: Parts | None
+    """The same in runs; None if it has none."""
 
     @property
     def scale(self) -> float:
@@ -104,7 +111,14 @@ def scale(alpha: float, r: int, scaling: str) -> float:
     return alpha / math.sqrt(r) if scaling == "rslora" else alpha / r
 
 
-def add(adapter: LowRank, y: Tensor, term: Term, x: Tensor) -> Tensor:
+def _parts(slices: tuple[range, ...] | None) -> Parts | None:
+    if any(part.step != 1 for part in slices or ()):
+        return None
+    ends = list(itertools.accumulate(map(len, slices or ())))
+    return tuple((slice(part.start, part.stop), slice(end - len(part), end)) for part, end in zip(slices or (), ends, strict=True))
+
+
+def add(adapter: LowRank, y: Tensor, term: Callable[[LowRank, Tensor], Tensor], x: Tensor) -> Tensor:
     """y + term(x), in y's dtype; a slice's term goes to the outputs that are its rows."""
     t = term(adapter, x).to(y.dtype)
     return y + t if adapter.rows is None else y.index_add(-1, adapter.rows, t)
@@ -125,6 +139,11 @@ def look_up(adapter: LowRank, ids: Tensor) -> Tensor:
     h_R = F.embedding(ids, adapter.A.t(), padding_idx=adapter.padding_idx) * adapter.s
     h_R = h_R * F.dropout(h_R.new_ones(*ids.shape, 1), adapter.dropout, adapter.training)
     return F.linear(h_R, adapter.B)
+
+
+def add_looked_up(adapter: LowRank, y: Tensor, ids: Tensor, own: bool) -> Tensor:
+    """y plus what `look_up` finds."""
+    return add(adapter, y, look_up, ids)
 
 
 def factors(adapter: LowRank, transposed: bool, rest: tuple[int, ...]) -> Factors:

@@ -1,0 +1,257 @@
+"""The low-rank term of a linear layer, on every route that it takes, beside the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+import lorainject as li
+from lorainject import accumulate as module
+from lorainject.accumulate import accumulate
+from lorainject.kinds import makes_output
+from lorainject.lowrank import LowRank
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+I, O = 24, 20  # noqa: E741
+
+
+def low_rank(r: int = 3, *, slices: tuple[range, ...] | None = None, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LowRank:
+    g = torch.Generator().manual_seed(1)
+    rows = O if slices is None else sum(map(len, slices))
+    A, B = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((r, I), (rows, r)))
+    return LowRank(A, B, alpha=5, scaling="standard", dropout=dropout, init="kaiming", slices=slices, out=O)
+
+
+def exact(a: LowRank, y: Tensor, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """y + s x A^T B^T and the gradients for y, x, A and B, in float64, by autograd through the formula."""
+    y, x, A, B = (t.detach().double().requires_grad_() for t in (y, x, a.A, a.B))
+    term = a.scale * (x @ A.T @ B.T)
+    if a.slices is not None:
+        term = torch.zeros_like(y).index_add(-1, torch.tensor([i for part in a.slices for i in part]), term)
+    out = y + term
+    return [out.detach(), *torch.autograd.grad(out, (y, x, A, B), dy.double())]
+
+
+@st.composite
+def inputs(draw) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y and dy in one dtype and several layouts."""
+    dtype = draw(st.sampled_from(DTYPES))
+    batch = draw(st.sampled_from([(1,), (2,), (17,), (131,), (1, 1), (2, 9), (3, 1, 4), (0,), (2, 0)]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x, y, dy = (torch.randn(*batch, n, generator=g, dtype=torch.float64).to(dtype) for n in (I, O, O))
+    if draw(st.booleans()):
+        x, dy = (t.mT.contiguous().mT for t in (x, dy)) if len(batch) > 1 else (x.expand(x.shape), dy.t().contiguous().t())
+    return x, y, dy
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@given(
+    inputs(),
+    st.integers(1, 5),
+    st.sampled_from([None, (range(4, 9),), (range(0, 3), range(10, 20)), (range(0, 20, 3),)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_formula(instructions, xy, r, slices, own, views):
+    """Output and every gradient, in each dtype, layout, size and slice, with and without half-precision instructions."""
+    x, y, dy = xy
+    a = low_rank(r, slices=slices, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_has_instructions", lambda half: instructions)
+        patch.setattr(module, "CAST", 60)
+        for t in (x, y):
+            t.requires_grad_()
+        made = (y.clone() if not views else y.clone().view(1, *y.shape)[0]) if own else y
+        out = a(accumulate, made, x, own)
+        found = [out.detach(), *torch.autograd.grad(out, (y, x, a.A, a.B), dy)]
+        with torch.no_grad():
+            silent = a(accumulate, y.detach().clone(), x, own)
+    eps = torch.finfo(x.dtype).eps
+    for got, want in zip(found, exact(a, y, x, dy), strict=True):
+        assert got.shape == want.shape
+        assert torch.allclose(got.double(), want, rtol=20 * eps, atol=20 * eps * max(1.0, float(want.abs().max()) if want.numel() else 1.0))
+    assert torch.allclose(
+        silent.double(), found[0].double(), rtol=4 * eps, atol=8 * eps * max(1.0, float(silent.abs().max()) if silent.numel() else 1.0)
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("slices", [None, (range(1), range(3, 5))], ids=str)
+@pytest.mark.parametrize("own", [True, False])
+def test_gradients_of_first_and_second_order(dropout, slices, own):
+    """gradcheck and gradgradcheck, with a seed that is the same each time."""
+    rows = 5 if slices is None else 3
+    A, B = torch.randn(2, 4, dtype=torch.float64), torch.randn(rows, 2, dtype=torch.float64)
+    a = LowRank(A, B, alpha=3, scaling="standard", dropout=dropout, init="kaiming", slices=slices, out=5).train()
+
+    def f(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return torch.func.functional_call(a, {"A": A, "B": B}, (accumulate, y * 1, x, own))
+
+    args = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 1, 5), (2, 1, 4))] + [a.A, a.B]
+    assert torch.autograd.gradcheck(f, args)
+    assert torch.autograd.gradgradcheck(f, args)
+
+
+def layers(n: int = 1, *, bias: bool = False, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(64, 64, bias=bias, dtype=dtype) for _ in range(n)])
+    li.inject(model, [str(i) for i in range(n)], r=4, alpha=8, dropout=dropout)
+    with torch.no_grad():
+        for p in li.parameters(model):
+            p.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(48, 64), (2, 24, 64)], ids=str)
+def test_nothing_of_the_outputs_size_is_allocated(bias, grad, shape, monkeypatch):
+    """The output's memory is that which the base's own forward has made."""
+    model, made = layers(bias=bias), []
+    original = nn.Linear.forward
+
+    def forward(self, x):
+        made.append(original(self, x))
+        return made[-1]
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    li.eject(model)  # a class of our own holds the forward that it saw
+    li.inject(model, ["0"], r=4)
+    with torch.set_grad_enabled(grad):
+        y = model[0](torch.randn(shape, requires_grad=grad))
+    assert y.untyped_storage().data_ptr() == made[0].untyped_storage().data_ptr()
+    assert y.shape == (*shape[:-1], 64)
+
+
+def saved(call) -> int:
+    """Bytes that autograd keeps, parameters and each memory once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter) and not isinstance(t._base, nn.Parameter):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = call()
+    assert y is not None
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saved_for_backward(dtype, dropout):
+    """Three layers that read one x save it once, and of width r each an h and a cast of A and B; dropout adds nothing."""
+    model, x = layers(3, dropout=dropout, dtype=dtype).train(), torch.randn(2, 512, 64, dtype=dtype)
+    thin = 3 * 4 * (1024 + 2 * 64) * 4
+    assert x.nbytes <= saved(lambda: [layer(x) for layer in model]) <= x.nbytes + thin
+
+
+def test_the_output_may_be_changed_in_place_afterwards():
+    """As a residual connection does, in the forward and before the backward."""
+    for bias in (False, True):
+        model, x = layers(bias=bias), torch.randn(2, 5, 64)
+        model[0](x).add_(1).mul_(2).sum().backward()
+        first = [p.grad.clone() for p in li.parameters(model)]
+        model.zero_grad()
+        ((model[0](x) + 1) * 2).sum().backward()
+        for a, p in zip(first, li.parameters(model), strict=True):
+            assert torch.allclose(a, p.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_under_checkpointing(reentrant):
+    """The mask that the forward drew is the one that the backward uses, when the forward runs again too; another forward draws another."""
+    model, x = layers(dropout=0.5).train(), torch.randn(3, 64, requires_grad=True)
+
+    def grads(run) -> list[Tensor]:
+        torch.manual_seed(5)
+        model.zero_grad()
+        run().square().sum().backward()
+        return [p.grad.clone() for p in li.parameters(model)]
+
+    plain = grads(lambda: model[0](x))
+    again = grads(lambda: checkpoint.checkpoint(model[0], x, use_reentrant=reentrant))
+    assert all(map(torch.equal, plain, again))
+    assert not torch.equal(model[0](x), model[0](x))
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    """Elements are zero with probability p, the others 1 / (1 - p) times as large."""
+    masks = torch.cat([m for _, _, m in module._dropped(torch.ones(500, 100), torch.float32, 0.3, seed=1)])
+    assert masks.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert float(masks.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_autocast_is_followed():
+    """Under autocast to bfloat16 the output has the base's dtype, and float32 gradients reach A and B."""
+    model, x = layers(), torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model[0](x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    want = model[0](x).detach()
+    assert torch.allclose(y.float(), want, atol=0.05 * float(want.abs().max()))
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in li.parameters(model))
+
+
+def test_transforms_of_functions():
+    """vmap, jvp and func.grad see the formula in plain operators."""
+    model = layers()
+    x = torch.randn(5, 64)
+    assert torch.allclose(torch.vmap(model[0])(x), model[0](x), atol=1e-5)
+    value, tangent = torch.func.jvp(model[0], (x,), (torch.ones_like(x),))
+    assert torch.allclose(value, model[0](x), atol=1e-5)
+    assert torch.allclose(tangent, model[0](x + 1) - model[0](x), atol=1e-4)
+    per_sample = torch.vmap(torch.func.grad(lambda v: model[0](v).sum()))(x)
+    assert torch.allclose(per_sample[0], torch.func.grad(lambda v: model[0](v).sum())(x[0]), atol=1e-5)
+
+
+def test_selective_checkpointing_keeps_what_it_kept():
+    """A policy that keeps a product's output may not find it changed."""
+    model, x = layers(), torch.randn(4, 64, requires_grad=True)
+
+    def policy(ctx, op, *args, **kwargs):
+        return checkpoint.CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mm.default else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    def context():
+        return checkpoint.create_selective_checkpoint_contexts(policy)
+
+    y = checkpoint.checkpoint(lambda x: model[0](x).sin(), x, use_reentrant=False, context_fn=context)
+    y.sum().backward()
+    got = [p.grad.clone() for p in li.parameters(model)]
+    model.zero_grad()
+    model[0](x).sin().sum().backward()
+    for a, p in zip(got, li.parameters(model), strict=True):
+        assert torch.allclose(a, p.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_a_frozen_factor_gets_no_gradient(frozen):
+    """LoRA-FA freezes A; x gets its gradient all the same."""
+    model, x = layers(), torch.randn(4, 64, requires_grad=True)
+    a = model[0].lora["default"]
+    getattr(a, frozen).requires_grad_(False)
+    model[0](x).sum().backward()
+    assert getattr(a, frozen).grad is None
+    assert getattr(a, "B" if frozen == "A" else "A").grad is not None
+    assert x.grad is not None
+
+
+def test_whose_output_may_be_written_to():
+    """A layer's own, if its forward is that of its kind: a subclass may hand out memory that it still needs."""
+
+    class Remembers(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = super().forward(x)
+            return self.last
+
+    assert makes_output(nn.Linear)
+    assert makes_output(type("Plain", (nn.Linear,), {}))
+    assert not makes_output(Remembers)
+    assert not makes_output(nn.Conv1d)
