@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import FileError
@@ -43,6 +44,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(
             f"{path} can't be read: {reason}", way_out="check the path and its permissions; a hub's name is not taken: download the adapter first"
         ) from e
+
+
+def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same of a file in memory, which was in an archive at `path`."""
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    except (SafetensorError, ValueError, struct.error) as e:
+        raise FileError(f"{path} holds no whole safetensors file: {e}", way_out="get the file again from where it came") from None
+    return tensors, header.get("__metadata__", {})
 
 
 def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
