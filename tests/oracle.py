@@ -63,7 +63,7 @@ def alike(file: li.AdapterFile, other: li.AdapterFile) -> bool:
     """Whether two records are the same to the bit, whatever formats they come from."""
 
     def bits(t: Tensor | None) -> object:
-        return None if t is None else (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes())
+        return None if t is None else (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     def said(f: li.AdapterFile) -> object:
         sites = {

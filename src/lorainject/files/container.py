@@ -73,7 +73,7 @@ def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator
 def raw(tensor: Tensor) -> bytes:
     """The tensor's elements as little-endian bytes."""
     assert sys.byteorder == "little", "safetensors is little endian"
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def write(files: Mapping[Path, Iterable[bytes]]) -> None:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
-from . import container, native, peft_reader
+from . import adapterhub, container, litgpt, loralib, mlx, native, peft_reader, torchtune
 from .format import Files, Format, fitted
 from .record import AdapterFile, payload_problems
 from .source import Hints, Source, open_source
 
 # The first that claims a source has it: the more particular ones come first.
-FORMATS: dict[str, Format] = {f.name: f for f in (native.FORMAT, peft_reader.FORMAT)}
+FORMATS: dict[str, Format] = {f.name: f for f in (
+    native.FORMAT, peft_reader.FORMAT, torchtune.FORMAT, mlx.FORMAT, adapterhub.FORMAT, litgpt.FORMAT, loralib.FORMAT,
+)}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@
     whole to slices      the rows of B, with all of A
     experts apart        A[e], B[e]
     turn                 (B A)^T = A^T B^T
+    grouped rows         loralib's MergedLinear: part j has rows [j r, (j + 1) r] of A, and its own rows of B
+    rows in pairs        the rows of q and k in rotary pairs (n, d/2, 2), as Meta's code has them, or in halves (n, 2, d/2), as transformers'
     Tucker               A' = einsum("mnhw,nj->mjhw", mid, down), B' = up
 
 Writing a lower rank is not among them: that is an approximation, and nothing here does it.
@@ -105,6 +107,48 @@ def apart(s: StoredSite, paths: Sequence[str]) -> list[StoredSite]:
 def turned(s: StoredSite) -> StoredSite:
     """The transposed update."""
     return replace(s, A=s.B.mT.contiguous(), B=s.A.mT.contiguous())
+
+
+def grouped(s: StoredSite, A: Tensor, B: Tensor, enabled: Sequence[bool]) -> list[tuple[StoredSite, Tensor, Tensor]]:
+    """MergedLinear's A (k r, in) and B (k out/g, r) as sites on slices, k of g parts enabled: each with its A (r, in) and B (out/g, r)."""
+    k, r = sum(enabled), B.shape[1]
+    if k == 0 or A.shape[0] != k * r or B.shape[0] % k:
+        raise FileError(f"{s.name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no {k} of {len(enabled)} groups", way_out="correct the groups")
+    part = B.shape[0] // k
+    shape = (part * len(enabled), A.shape[1])
+    found = []
+    for j, g in enumerate(g for g, on in enumerate(enabled) if on):
+        rows = range(g * part, (g + 1) * part)
+        slice_ = replace(s, label=f"{rows.start}:{rows.stop}", rows=(rows,), shape=shape)
+        found.append((slice_, A[j * r : (j + 1) * r], B[j * part : (j + 1) * part]))
+    return found
+
+
+def merged_linear(group: Sequence[StoredSite]) -> tuple[Tensor, Tensor, list[bool]] | None:
+    """The inverse: A, B and which parts are enabled; None if these slices are no equal parts of the weight with one rank and scale."""
+    group = sorted(group, key=lambda s: s.rows[0].start if s.rows else 0)
+    first = group[0]
+    out = KINDS[first.kind].sizes(first.shape)[1] if first.shape else 0
+    part = first.B.shape[0]
+    at = [s.rows[0].start // part for s in group if s.rows and len(s.rows) == 1 and s.rows[0] == range(s.rows[0].start, s.rows[0].start + part)
+          and s.rows[0].start % part == 0]  # fmt: skip
+    if not out or out % part or len(set(at)) != len(group) or any((s.r, s.scale) != (first.r, first.scale) for s in group):
+        return None
+    return torch.cat([s.A for s in group]), torch.cat([s.B for s in group]), [g in at for g in range(out // part)]
+
+
+def in_halves(rows: int, heads: int) -> Tensor:
+    """Which row in pairs is each row in halves: B_halves = B_pairs[in_halves(...)]. Raises FileError if the heads don't share the rows."""
+    if heads < 1 or rows % (2 * heads):
+        raise FileError(
+            f"{rows} rows are not those of {heads} heads", way_out="give the heads of queries, and of keys and values: Hints(heads=(32, 8))"
+        )
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+
+
+def in_pairs(rows: int, heads: int) -> Tensor:
+    """The inverse."""
+    return torch.argsort(in_halves(rows, heads))
 
 
 def tucker(what: str, mid: Tensor, down: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Format:
     """"site": each site has its scale; "alpha": one alpha, divided by each site's rank; "one": one rank and one alpha; "none": s = 1."""
     suffix: str = ""
     """Of its single file; empty for a directory."""
+    asks: tuple[str, ...] = ()
+    """The hints that whoever reads such a file must be given, since it does not hold them."""
 
 
 def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, tuple[str, ...]]:
