@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lorainject as li
 
@@ -52,6 +52,18 @@ def merged(file: li.AdapterFile, base: Mapping[str, Tensor], transposed: tuple[s
     for path, t in file.tokens.items():
         now[f"{path}.weight"][list(t.ids)] = t.rows.double()
     return now
+
+
+def tree(weights: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """A model of linears and convolutions, by the names and shapes of their weights."""
+    root = nn.Module()
+    for name, (out, in_, *kernel) in weights.items():
+        *parents, leaf = name.removesuffix(".weight").split(".")
+        at = root
+        for part in parents:
+            at = at._modules[part] if part in at._modules else at.register_module(part, nn.Module()) or at._modules[part]
+        at.add_module(leaf, nn.Conv2d(in_, out, kernel) if kernel else nn.Linear(in_, out))
+    return root
 
 
 def error(now: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

@@ -31,7 +31,6 @@ from ..spec import Plan, Site, site_name
 from ..surgery import attach
 from . import exact, peft
 from .convert import FORMATS, put, read
-from .naming import named_as
 from .record import AdapterFile, BasePrint, StoredSite
 from .source import Hints
 
@@ -91,7 +90,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     base that the adapter was made for (`check_base=False` accepts another base).
     """
     ready(model, "load an adapter")
-    file = named_as(read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model)), model)
+    file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
     name = file.name if name is None else name
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")

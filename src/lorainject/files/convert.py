@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
-from . import adapterhub, container, litgpt, loralib, mlx, native, peft_reader, torchtune
-from .format import Files, Format, fitted
+from . import adapterhub, container, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from .format import Files, Format, fitted, method
+from .naming import named_as
 from .record import AdapterFile, payload_problems
 from .source import Hints, Source, open_source
 
 # The first that claims a source has it: the more particular ones come first.
 FORMATS: dict[str, Format] = {f.name: f for f in (
-    native.FORMAT, peft_reader.FORMAT, torchtune.FORMAT, mlx.FORMAT, adapterhub.FORMAT, litgpt.FORMAT, loralib.FORMAT,
+    native.FORMAT, gguf.FORMAT, onnx.FORMAT, kohya.FORMAT, diffusers.FORMAT, peft_reader.FORMAT, torchtune.FORMAT, mlx.FORMAT, adapterhub.FORMAT,
+    litgpt.FORMAT, loralib.FORMAT,
 )}  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = Fa
         problems.append("it holds no A and B")
     if problems or file is None:
         raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
-    return file
+    return file if hints.model is None else named_as(file, hints.model)
 
 
 def write(file: AdapterFile, path: str | Path, *, format: str = "lorainject", lossy: bool = False, hints: Hints | None = None) -> Conversion:
@@ -100,17 +102,8 @@ def _form(name: str) -> Format:
     return FORMATS[name]
 
 
-# Tensors by whose names other methods than LoRA are known.
-OTHERS: dict[str, tuple[str, ...]] = {
-    "LoHa (products of two pairs)": ("hada_w1_a",), "LoKr (Kronecker products)": ("lokr_w1", "lokr_w2"), "OFT (rotations)": ("oft_blocks", "oft_R"),
-    "IA3 (rescaled activations)": ("on_input", "ia3_l"), "GLoRA": ("a1.weight", "b1.weight"), "a full difference, of full rank": (".diff", ".diff_b"),
-    "trained norms": ("w_norm", "b_norm"), "VeRA (shared random matrices)": ("vera_lambda_b",), "AdaLoRA": ("lora_E",),
-}  # fmt: skip
-
-
 def _unknown(source: Source) -> list[str]:
     """What can be said of a source that no format claims."""
-    found = [f"it is {what}, which is no pair of low-rank factors" for what, marks in OTHERS.items()
-             if any(mark in key for key in source.tensors for mark in marks)]  # fmt: skip
+    found = [f"it is {what}, which is no pair of low-rank factors" for what in dict.fromkeys(map(method, source.tensors)) if what]
     names = list(source.tensors)
     return found or [f"it holds {len(names)} tensors: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"]

@@ -37,6 +37,22 @@ PAYLOAD: dict[str, dict[str, Any]] = {
 """Features that a site can be written without, by `lossy`."""
 
 
+# What the tensors of other methods than LoRA are called.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "LoHa (products of two pairs)": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".hada_t1", ".hada_t2"),
+    "LoKr (Kronecker products)": (".lokr_w1", ".lokr_w2", ".lokr_t2"), "OFT (rotations)": (".oft_blocks", ".oft_diag", ".oft_R", ".rescale"),
+    "IA3 (rescaled activations)": (".on_input", ".ia3_l"), "GLoRA": (".a1.weight", ".b1.weight", ".a2.weight", ".b2.weight"),
+    "a full difference, of full rank": (".diff", ".diff_b"), "trained norms": (".w_norm", ".b_norm"),
+    "VeRA (shared random matrices)": (".vera_lambda_", "vera_A", "vera_B"), "AdaLoRA": (".lora_E",),
+    "cloneofsimo's numbered layers, whose places are not told": (":up", ":down"),
+}  # fmt: skip
+
+
+def method(key: str) -> str | None:
+    """Which other method a tensor of this name belongs to."""
+    return next((what for what, marks in OTHERS.items() if any(mark in key for mark in marks)), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """One format of adapter files."""
@@ -56,6 +72,8 @@ class Format:
     """"site": each site has its scale; "alpha": one alpha, divided by each site's rank; "one": one rank and one alpha; "none": s = 1."""
     suffix: str = ""
     """Of its single file; empty for a directory."""
+    names: frozenset[str] = frozenset({"hf"})
+    """The namespaces of records that it can write."""
     asks: tuple[str, ...] = ()
     """The hints that whoever reads such a file must be given, since it does not hold them."""
 
@@ -66,6 +84,9 @@ def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, t
     Raises FileError with everything that has no exact form there.
     """
     sites = file.sites
+    if file.namespace not in form.names:
+        raise FileError(f"{form.name} is written under a model's own names, these are of the kind {file.namespace!r}",
+                        way_out='read it with the model, and say which: hints=Hints(model=unet, component="unet")')  # fmt: skip
     if "slices" not in form.holds and any(map(FEATURES["slices"], sites)):
         if unknown := [f"{s.name}: a slice of a weight whose size the file does not tell" for s in sites if s.rows is not None and not s.shape]:
             raise FileError(f"{form.name} has no place for:", unknown, "read it with the model: hints=Hints(model=...)")

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import FileError
 from . import container, exact
 from .format import Files, Format
+from .names import stacks
 from .record import NONE, AdapterFile, StoredSite, checked
 from .source import CONFIG, Hints, Source
 
 ENDS = (".lora_a", ".lora_b")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
-EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
 
 
 def claims(source: Source) -> bool:
@@ -78,7 +74,7 @@ def _experts(s: StoredSite) -> list[StoredSite]:
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     """The directory that mlx-lm reads. Raises FileError for experts of which some have no adapter."""
     tensors: dict[str, Tensor] = {}
-    for s in _stacks(file.sites):
+    for s in stacks(file.sites, ".switch_mlp"):
         a, b = (s.A, s.B) if s.A.ndim == 3 else (s.A.mT, s.B.mT)
         tensors |= {f"{s.path}.lora_a": a.contiguous(), f"{s.path}.lora_b": b.contiguous()}
         tensors |= {f"{s.path}.m": s.magnitude} if s.magnitude is not None else {}
@@ -89,21 +85,6 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     config["lora_parameters"] = {"rank": first.r, "scale": first.scale, "dropout": first.dropout, "keys": keys}
     text = json.dumps(config, indent=4) + "\n"
     return {path / "adapters.safetensors": container.dump(tensors, {}), path / CONFIG: [text.encode()]}
-
-
-def _stacks(sites: tuple[StoredSite, ...]) -> Iterator[StoredSite]:
-    """Experts that are linears of their own as switch_mlp's stacks."""
-    stacks: dict[str, dict[int, StoredSite]] = {}
-    for s in sites:
-        if at := EXPERT.fullmatch(s.path):
-            stacks.setdefault(f"{at['block']}.switch_mlp.{at['leaf']}", {})[int(at["n"])] = s
-        else:
-            yield s
-    for path, experts in stacks.items():
-        if sorted(experts) != list(range(len(experts))):
-            raise FileError(f"{path}: only the experts {', '.join(map(str, sorted(experts)))} have an adapter", way_out="mlx-lm needs all of them")
-        ordered = [experts[e] for e in range(len(experts))]
-        yield replace(ordered[0], path=path, kind="experts", A=torch.stack([s.A for s in ordered]), B=torch.stack([s.B for s in ordered]))
 
 
 FORMAT = Format(

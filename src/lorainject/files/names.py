@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import FileError
 from . import exact
 from .record import StoredSite
 from .source import Hints
@@ -52,6 +53,25 @@ def reordered(s: StoredSite, heads: tuple[int, int], *, to_pairs: bool) -> Store
         return s
     at = (exact.in_pairs if to_pairs else exact.in_halves)(s.B.shape[0], heads[leaf == "k_proj"])
     return replace(s, B=s.B[at], magnitude=None if s.magnitude is None else s.magnitude[at], bias=None if s.bias is None else s.bias[at])
+
+
+EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
+
+
+def stacks(sites: Sequence[StoredSite], level: str) -> Iterator[StoredSite]:
+    """Experts that are linears of their own as stacks at <block><level>.<leaf>. Raises FileError where some have no adapter."""
+    found: dict[str, dict[int, StoredSite]] = {}
+    for s in sites:
+        if at := EXPERT.fullmatch(s.path):
+            found.setdefault(f"{at['block']}{level}.{at['leaf']}", {})[int(at["n"])] = s
+        else:
+            yield s
+    for path, experts in found.items():
+        if sorted(experts) != list(range(len(experts))) or len({s.r for s in experts.values()}) > 1:
+            raise FileError(f"{path}: the experts {', '.join(map(str, sorted(experts)))} have adapters, not all of one rank",
+                            way_out="there is a stack for all experts only")  # fmt: skip
+        ordered = [experts[e] for e in range(len(experts))]
+        yield replace(ordered[0], path=path, kind="experts", A=torch.stack([s.A for s in ordered]), B=torch.stack([s.B for s in ordered]))
 
 
 def pickled(tensors: Mapping[str, Any]) -> bytes:

@@ -26,7 +26,10 @@ from .record import AdapterFile, StoredSite
 
 EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
 LEAVES = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}  # gate, up, down
-TEXT = ("", "text_model_")  # a level that transformers 5's CLIP no longer has
+# For each of kohya's prefixes the part of a pipeline that it may mean, as diffusers calls it; the longer prefixes first.
+PREFIXES = {"lora_prior_unet_": ("prior",), "lora_unet_": ("unet", "transformer"), "lora_transformer_": ("transformer",),
+            "lora_te1_": ("text_encoder",), "lora_te2_": ("text_encoder_2",), "lora_te3_": ("text_encoder_3",), "lora_te_": ("text_encoder",),
+            "lycoris_": ("unet", "transformer")}  # fmt: skip
 
 
 def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
@@ -51,20 +54,25 @@ def _name(s: StoredSite) -> str:
 
 
 def _of_kind(s: StoredSite, w: Weight | None) -> StoredSite:
-    """Other libraries' files don't tell a linear from one that is stored (in, out)."""
+    """Other libraries' files don't tell a linear from one that is stored (in, out), or from a convolution of a single point."""
+    if w is not None and s.kind == "conv" and w.kind.name == "linear" and set(s.shape[2:]) == {1}:
+        return replace(s, kind="linear", shape=())
     if w is not None and s.kind == "linear" and w.kind.name == "linear^T" and s.shape:
         return replace(s, kind="linear^T", shape=s.shape[::-1])
     return s
 
 
 def _inside(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]) -> Callable[[str], str]:
-    """The change of prefix under which all sites are there; none, if there is none."""
+    """The change of prefix under which the most sites are there; none, if none helps."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     changes: list[Callable[[str], str]] = [lambda path: path]
     if prefix != ".":
         changes += [lambda path: prefix + path, lambda path: path.removeprefix(prefix)]
     if file.namespace == "pipeline":
         changes += [lambda path: path.partition(".")[2]]
+    changes += [lambda path: path.removeprefix("text_model."), lambda path: f"text_model.{path}"]  # CLIP's, in transformers 4 and not in 5
+    if file.namespace == "pipeline":
+        changes += [lambda path: path.partition(".")[2].removeprefix("text_model."), lambda path: f"text_model.{path.partition('.')[2]}"]
     missing = [sum(site_name(change(s.path), s.parameter) not in by_name for s in file.sites) for change in changes]
     return changes[missing.index(min(missing))]
 
@@ -76,12 +84,18 @@ def _flat(file: AdapterFile, model: nn.Module) -> Callable[[str], str]:
         table.setdefault(path.replace(".", "_"), set()).add(path)
     found: dict[str, str] = {}
     for s in file.sites:
-        bare = s.path.partition(":")[2]
-        known = next((table[flat] for level in TEXT for flat in (level + bare, bare.removeprefix(level or "text_model_")) if flat in table), {s.path})
+        bare = s.path[len(prefix_of(s.path)) :]
+        tries = (bare, bare.removeprefix("text_model_"), f"text_model_{bare}")
+        known = next((table[flat] for flat in tries if flat in table), {s.path})
         if len(known) > 1:
             raise FileError(f"{file.path}: {s.path} may mean {' or '.join(sorted(known))}", way_out="rename one of the modules")
         found[s.path] = next(iter(known))
     return lambda path: found.get(path, path)
+
+
+def prefix_of(flat: str) -> str:
+    """What kohya's names begin with: lora_unet_, lora_te1_, ...; empty if with none of them."""
+    return next((p for p in PREFIXES if flat.startswith(p)), "")
 
 
 # --- what transformers would convert -----------------------------------------------------------------------------------

@@ -179,4 +179,5 @@ def _digest(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 FORMAT = Format(name="lorainject", library="lorainject", claims=claims, read=read, write=write,
-                holds=frozenset({*FEATURES, "whole tensors", "tokens"}), scales="site")  # fmt: skip
+                holds=frozenset({*FEATURES, "whole tensors", "tokens"}), scales="site",
+                names=frozenset({"hf", "kohya", "pipeline"}))  # fmt: skip

@@ -44,6 +44,8 @@ class Hints:
     """How the columns of a stack's B go: "rank_major" (PEFT) or "grouped_by_expert" (unsloth up to 2026.9.5)."""
     out_proj_factor: float | None = None
     """What PEFT's nn.MultiheadAttention applied out_proj's update times. None: 2 up to 0.21.2, whose code adds it twice, 1 after."""
+    component: str | None = None
+    """Of an image pipeline: "unet", "transformer", "text_encoder", "text_encoder_2". Read: only this one's sites; write: whose these are."""
     architecture: str | None = None
     """GGUF's word for the base ("llama")."""
     model: nn.Module | None = field(default=None, repr=False)
