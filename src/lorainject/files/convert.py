@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import FileError, SpecError
 from . import adapterhub, container, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
 from .format import Files, Format, fitted, method
-from .naming import named_as
+from .naming import named_as, of_component
 from .record import AdapterFile, payload_problems
 from .source import Hints, Source, open_source
 
@@ -55,8 +55,10 @@ def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = Fa
         raise FileError(
             f"{what} not as {form.library} writes them: {type(e).__name__}: {e}", way_out="get the file again, or save the adapter anew"
         ) from e
+    if file is not None and hints.component is not None:
+        file = of_component(file, hints.component)
     if file is not None and not file.sites and not problems:
-        problems.append("it holds no A and B")
+        problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
     if problems or file is None:
         raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
     return file if hints.model is None else named_as(file, hints.model)

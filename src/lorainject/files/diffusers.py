@@ -39,7 +39,7 @@ def claims(source: Source) -> bool:
 
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
-    """The record; paths begin with the component, unless the hints name one. What is wrong goes into `problems`."""
+    """The record; paths begin with the component. What is wrong goes into `problems`."""
     said = header(source, KEY) or {}
     found: dict[str, dict[str, Tensor]] = {}
     for key, t in source.tensors.items():
@@ -51,8 +51,6 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     sites: list[StoredSite] = []
     for at, parts in found.items():
         component, _, path = at.partition(".")
-        if hints.component not in (None, component):
-            continue
         if missing := [half for half in "AB" if half not in parts]:
             problems += [f"{at}: {half} is missing" for half in missing]
             continue
@@ -63,14 +61,13 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         config = {key.removeprefix(f"{component}."): value for key, value in said.items() if key.startswith(f"{component}.")}
         m = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
         conv = A.ndim > 2
-        s = StoredSite(path=at if hints.component is None else path, kind="conv" if conv else "linear", A=NONE, B=NONE, alpha=0,
+        s = StoredSite(path=at, kind="conv" if conv else "linear", A=NONE, B=NONE, alpha=0,
                        shape=(B.shape[0], *A.shape[1:]) if conv else (), magnitude=None if m is None else m.flatten())  # fmt: skip
         alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(config, source.metadata, component, path, A.shape[0])
         made = checked(s, A.flatten(1), B.flatten(1), problems, alpha=alpha, scaling="rslora" if config.get("use_rslora") else "standard")
         sites += [made] if made else []
     silent = not said and not any("alpha" in parts for parts in found.values())
-    return AdapterFile(path=source.path, format="diffusers", sites=tuple(sites), config=said,
-                       namespace="pipeline" if hints.component is None else "hf",
+    return AdapterFile(path=source.path, format="diffusers", sites=tuple(sites), config=said, namespace="pipeline",
                        notes=("no header tells alpha: as in diffusers, the scale was taken for 1",) * silent)  # fmt: skip
 
 

@@ -41,8 +41,6 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         else:
             what = method(key)
             problems.append(f"{key}: {f'{what}, which is no pair of low-rank factors' if what else 'unexpected, neither lora_down nor lora_up'}")
-    if hints.component is not None:
-        found = {at: parts for at, parts in found.items() if hints.component in PREFIXES.get(prefix_of(at), ())}
     sites = [s for at, parts in found.items() if (s := _site(at, parts, problems)) is not None]
     return AdapterFile(path=source.path, format="kohya", sites=tuple(sites), config=dict(source.metadata), namespace="kohya")
 

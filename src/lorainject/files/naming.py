@@ -32,6 +32,16 @@ PREFIXES = {"lora_prior_unet_": ("prior",), "lora_unet_": ("unet", "transformer"
             "lycoris_": ("unet", "transformer")}  # fmt: skip
 
 
+def of_component(file: AdapterFile, component: str) -> AdapterFile:
+    """What belongs to one part of a pipeline; where the parts have names of their own, under the part's."""
+    if file.namespace == "kohya":
+        return replace(file, sites=tuple(s for s in file.sites if component in PREFIXES.get(prefix_of(s.path), ())))
+    if file.namespace == "pipeline":
+        sites = tuple(replace(s, path=s.path.partition(".")[2]) for s in file.sites if s.path.startswith(f"{component}."))
+        return replace(file, sites=sites, namespace="hf")
+    return file
+
+
 def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
     """The file with the paths that its sites have in this model, as far as they can be found; our own files are not touched.
 

@@ -59,7 +59,8 @@ def start(path: Path) -> bytes:
 
 def _pickle(path: Path) -> Opened:
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as f:  # not the path, by whose ending torch may take it for something else
+            value = torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a forged file makes the unpickler raise
         raise FileError(f"{path} is no pickle of tensors alone: {str(e).splitlines()[0]}", way_out="it is not opened in any other way; ask for the"
                         " adapter as safetensors") from None  # fmt: skip
