@@ -197,6 +197,70 @@ def test_a_second_time_changes_nothing(format, tmp_path_factory):
     check()
 
 
+@pytest.mark.parametrize("format", ["torchtune", "gguf"])
+def test_rows_in_rotary_pairs(format, tmp_path):
+    """Pair i's part p is row 2 i + p of a head there, and row p d/2 + i in transformers; v is left alone."""
+    d, B = 8, torch.arange(16.0)[:, None]
+    sites = tuple(li.StoredSite(path=f"model.layers.0.self_attn.{leaf}", A=torch.ones(1, 3), B=B, alpha=1) for leaf in ("q_proj", "k_proj", "v_proj"))
+    done = li.write(li.AdapterFile(path=tmp_path, format="peft", sites=sites), tmp_path / f"a{li.FORMATS[format].suffix}", format=format,
+                    hints=li.Hints(heads=(2, 1), architecture="llama"))  # fmt: skip
+    if format == "torchtune":
+        found = {key.split(".")[3]: t for key, t in torch.load(done.path, weights_only=True).items() if "lora_b" in key}
+    else:
+        from gguf import GGUFReader
+
+        names = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj"}
+        found = {names[t.name.split(".")[2]]: torch.from_numpy(t.data.copy()) for t in GGUFReader(done.path).tensors if t.name.endswith("lora_b")}
+    for leaf, size in (("q_proj", d), ("k_proj", 2 * d)):
+        wanted = [float(head * size + p * size // 2 + i) for head in range(16 // size) for i in range(size // 2) for p in range(2)]
+        assert found[leaf].flatten().tolist() == wanted
+    assert torch.equal(found["v_proj"], B)
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(2.0, torch.bfloat16), (0.125, torch.bfloat16), (3.0, torch.float32), (1 / 3, torch.float32)])
+def test_folding_is_exact_in_every_dtype(factor, dtype):
+    """A scale goes into bfloat16 factors where that loses nothing, and else makes them float32."""
+    from lorainject.files.exact import folded
+
+    s = li.StoredSite(path="a", A=torch.randn(2, 3).bfloat16(), B=torch.randn(64, 2).bfloat16(), alpha=2 * factor)
+    one = folded(s, 1.0)
+    assert one.scale == 1
+    assert one.B.dtype == dtype
+    assert torch.allclose(one.B.double(), s.B.double() * factor, rtol=1e-7, atol=0)
+
+
+def test_gguf_without_alpha(tmp_path):
+    """alpha = 0 means that the scale is 1, as in llama.cpp."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "a.gguf", "qwen2")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    for part, shape in (("lora_a", (2, 3)), ("lora_b", (4, 2))):
+        writer.add_tensor(f"blk.3.ffn_up.weight.{part}", torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (s,) = li.read(tmp_path / "a.gguf").sites
+    assert (s.path, s.scale) == ("model.layers.3.mlp.up_proj", 1)
+
+
+def test_gguf_of_another_architecture(tmp_path):
+    """Names by llama.cpp's own table for the base, both ways, with its embedding turned, in bfloat16 and half; q and k as they are."""
+    sites = (
+        li.StoredSite(path="transformer.h.1.attn.c_attn", A=torch.randn(2, 6).half(), B=torch.randn(18, 2).half(), alpha=4),
+        li.StoredSite(path="transformer.wte", kind="embedding", A=torch.randn(2, 9).bfloat16(), B=torch.randn(6, 2).bfloat16(), alpha=4),
+    )
+    file = li.AdapterFile(path=tmp_path, format="peft", sites=sites)
+    model = tree({"transformer.h.1.attn.c_attn.weight": (18, 6), "transformer.wte.weight": (9, 6)})
+    done = li.write(file, tmp_path / "a.gguf", format="gguf", hints=li.Hints(architecture="gpt2"))
+    assert alike(li.read(done.path, hints=li.Hints(model=model)), file)
+    with pytest.raises(li.FileError, match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, no weight that is known here; read it with the model"):
+        li.read(done.path)
+
+
 # --- what a format can't hold -------------------------------------------------------------------------------------------
 
 CANT = {

@@ -118,6 +118,24 @@ def test_square_stacks_go_by_the_version(version, transposed, turned, tmp_path):
     assert torch.allclose(s.B @ s.A, first.mT if turned else first)
 
 
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.19.0", "0.21.2"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_with_the_model_the_shapes_decide(turned, version, tmp_path):
+    """Whatever the config says of the version, or doesn't."""
+    model = Square(False)
+    model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 5, 3))
+    A, B = (torch.randn(4, 5), torch.randn(3, 4)) if turned else (torch.randn(4, 3), torch.randn(5, 4))
+    save_file({"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.gate_up_proj"]} | (
+        {"peft_version": version} if version else {}
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (s,) = li.read(tmp_path, hints=li.Hints(model=model)).sites
+    first = B.reshape(len(B), 2, 2).permute(2, 0, 1) @ A.reshape(2, 2, -1)
+    assert s.shape == (2, 5, 3)
+    assert torch.allclose(s.B @ s.A, first.mT if turned else first)
+
+
 @pytest.mark.parametrize(
     ("config", "hints", "grouped"),
     [
@@ -165,7 +183,7 @@ def test_adapters_of_transformers_4s_experts(name, tmp_path):
     """Each expert was a linear then, now there are stacks: gate alone in one layer, some experts only, mixed ranks; the dense sum is the judge."""
     model, (gate, up, down), block = _moe(name)
     dense, tensors = copy.deepcopy(model.eval()), {}
-    for layer, expert, leaf, r in [(0, 0, gate, 2), (0, 3, gate, 2), (0, 3, up, 3), (0, 1, down, 2), (1, 2, gate, 2)]:
+    for layer, expert, leaf, r in [(0, 0, gate, 3), (0, 3, gate, 2), (0, 3, up, 3), (0, 1, down, 2), (1, 2, gate, 2)]:
         out, in_ = (16, 12) if leaf == down else (12, 16)
         A, B = torch.randn(r, in_), torch.randn(out, r)
         at = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{leaf}"

@@ -67,7 +67,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     alpha = float(about.get(ALPHA, 0.0))
     for at, parts in found.items():
         A, B = parts["lora_a"], parts["lora_b"]
-        embedding = at.endswith("embed_tokens")
+        embedding = at == (inverse.get("token_embd") or NAMES.ours("token_embd"))
         s = StoredSite(path=at, kind="experts" if A.ndim == 3 else "embedding" if embedding else "linear", A=NONE, B=NONE, alpha=0)
         made = checked(s, A.mT.contiguous() if embedding else A, B, problems, alpha=alpha or B.shape[-1])
         if made is not None and made.A.ndim == 3:
