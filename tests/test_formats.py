@@ -291,6 +291,16 @@ def test_lossy_only_when_asked_for(tmp_path):
     assert {s.path for s in li.read(tmp_path / "a").sites} == {"lin", "c1", "emb"}
 
 
+def test_no_two_adapters_in_one_directory(tmp_path):
+    """A second format beside the first would be read as a mixture of both."""
+    li.convert(FIXTURES / "mlx_lora", tmp_path / "a", format="peft")
+    with pytest.raises(li.FileError, match=r"holds another adapter, .*\n  - adapter_model\.safetensors"):
+        li.convert(tmp_path / "a", tmp_path / "a", format="mlx")
+    assert li.read(tmp_path / "a").format == "peft"
+    with pytest.raises(li.FileError, match="peft is a directory"):
+        li.convert(FIXTURES / "mlx_lora", tmp_path / "b.safetensors", format="peft")
+
+
 def test_stacks_become_experts_and_back(tmp_path):
     """A stack is written as the experts' own linears where a format has none, and mlx-lm's switch_mlp is a stack again."""
     file = li.read(FIXTURES / "peft_params")

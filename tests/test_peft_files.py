@@ -200,7 +200,7 @@ def test_adapters_of_transformers_4s_experts(name, tmp_path):
 
 def test_attention_whose_update_counts_twice(tmp_path):
     """nn.MultiheadAttention in PEFT applies out_proj's update twice: what was trained so is read so, and is one hint away from once."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     class Attend(nn.Module):
         def __init__(self) -> None:
@@ -222,6 +222,27 @@ def test_attention_whose_update_counts_twice(tmp_path):
     file, once = li.read(tmp_path), li.read(tmp_path, hints=li.Hints(out_proj_factor=1))
     assert "counts twice" in file.notes[0]
     assert {s.name: s.scale for s in once.sites} == {"mha.out_proj": 1.5, "mha.in_proj_weight": 1.5}
+    li.write(file, tmp_path / "peft", format="peft")
+    ours, they = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "peft", tmp_path))
+    assert ours.keys() == they.keys()
+    assert all(torch.equal(t, they[key]) for key, t in ours.items())
+    with torch.no_grad():
+        li.write(once, tmp_path / "once", format="peft")
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "once").eval()
+        assert torch.allclose(again(x), li.load(copy.deepcopy(base), tmp_path, hints=li.Hints(out_proj_factor=1))(x), atol=1e-5)
+    assert alike(li.read(li.write(file, tmp_path / "native").path), file)
+    assert not (tmp_path / "native" / "adapter_config.json").exists()  # in which PEFT's out_proj would do nothing
+
+
+def test_tensors_in_a_pickle(tmp_path):
+    """adapter_model.bin, as PEFT wrote it before 0.7; beside safetensors it is passed over."""
+    theirs = FIXTURES / "peft_plain"
+    torch.save(load_file(theirs / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_bytes((theirs / "adapter_config.json").read_bytes())
+    assert alike(li.read(tmp_path, allow_pickle=True), li.read(theirs))
+    (tmp_path / "adapter_model.safetensors").write_bytes((theirs / "adapter_model.safetensors").read_bytes())
+    (tmp_path / "adapter_model.bin").write_bytes(b"spoilt")
+    assert alike(li.read(tmp_path), li.read(theirs))
 
 
 def raw(tensors):

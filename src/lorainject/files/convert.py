@@ -15,7 +15,7 @@ from . import adapterhub, container, diffusers, gguf, kohya, litgpt, loralib, ml
 from .format import Files, Format, fitted, method
 from .naming import named_as, of_component
 from .record import AdapterFile, payload_problems
-from .source import Hints, Source, open_source
+from .source import FILES, Hints, Source, open_source
 
 # The first that claims a source has it: the more particular ones come first.
 FORMATS: dict[str, Format] = {f.name: f for f in (
@@ -77,9 +77,12 @@ def write(file: AdapterFile, path: str | Path, *, format: str = "lorainject", lo
         raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
     if form.suffix and path.suffix != form.suffix:
         raise FileError(f"{form.name} is a single file", way_out=f"give a path that ends in {form.suffix}")
-    if not form.suffix and path.is_file() and path.suffix != ".safetensors":
-        raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
-    put(form.write(fit, path, hints or Hints()))
+    if not form.suffix and (path.is_file() or path.suffix == ".safetensors") and form is not native.FORMAT:
+        raise FileError(f"{form.name} is a directory", way_out="give a path that is no file, and does not end in .safetensors")
+    files = form.write(fit, path, hints or Hints())
+    if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
+        raise FileError(f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory")
+    put(files)
     return Conversion(path=path, format=form.name, file=fit, lost=lost)
 
 

@@ -49,6 +49,9 @@ def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
     """
     if file.format == "lorainject" and file.namespace == "hf":
         return file
+    there = dict(walk(model))
+    if all(s.path in there and s.parameter in there[s.path]._parameters and (s.kind == "embedding" or not s.shape) for s in file.sites):
+        return replace(file, namespace="hf")
     by_name = {n: w for w in weights(model) for n in w.names}
     change = _flat(file, model) if file.namespace == "kohya" else _inside(file, model, by_name)
     sites = tuple(replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites)

@@ -20,6 +20,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,28 @@ def _saved(file: AdapterFile, biases: set[str]) -> list[str] | None:
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> dict[Path, Any]:
     """The directory that PEFT reads."""
+    file, attention = _attention(file)
     if beyond := [f"{s.name}: {s.kind}" for s in file.sites if not holds(s)]:
         raise FileError("PEFT has no place for:", beyond, "write it in the format lorainject")
     text = json.dumps(config(file), indent=2, sort_keys=True) + "\n"
-    return {path / TENSORS: container.dump(tensors(file.sites) | extras(file), {"format": "pt"}), path / CONFIG: [text.encode()]}
+    return {path / TENSORS: container.dump(tensors(file.sites) | extras(file) | attention, {"format": "pt"}), path / CONFIG: [text.encode()]}
+
+
+def _attention(file: AdapterFile) -> tuple[AdapterFile, dict[str, Tensor]]:
+    """nn.MultiheadAttention as PEFT has it: one adapter on the module, with out_proj's A and B, which count twice, inside of it."""
+    owners = {f"{s.path}.out_proj".removeprefix("."): s.path for s in file.sites if s.parameter == "in_proj_weight"}
+    outs = {owners[s.path]: s for s in file.sites if s.path in owners}
+    sites: list[StoredSite] = []
+    beside: dict[str, Tensor] = {}
+    for s in (s for s in file.sites if s.path not in owners):
+        if s.parameter == "in_proj_weight" and (out := outs.get(s.path)) is not None:
+            r = max(s.r, out.r)
+            s = replace(exact.ranked(s, r), parameter="weight", kind="linear", shape=())
+            out = exact.folded(exact.ranked(out, r), 2 * s.scale)
+            at = ".".join(filter(None, (s.path, "base_layer.out_proj")))
+            beside |= {f"{PREFIX}{at}.lora_A.weight": out.A, f"{PREFIX}{at}.lora_B.weight": out.B}
+        sites.append(s)
+    return replace(file, sites=tuple(sites)), beside
 
 
 def scale_of(config: Mapping[str, Any], path: str, r: int) -> float:

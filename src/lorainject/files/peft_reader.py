@@ -161,7 +161,8 @@ def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], rea
     shape = (B.shape[0], *A.shape[1:]) if conv or in_proj else ()
     s = StoredSite(path=at, parameter="in_proj_weight" if in_proj else "weight", shape=tuple(shape), A=NONE, B=NONE, alpha=0,
                    kind="embedding" if embedding else "conv" if conv else "matrix" if in_proj else "linear",
-                   magnitude=None if magnitude is None else magnitude.flatten(), bias=bias)  # fmt: skip
+                   magnitude=None if magnitude is None else magnitude.flatten(), bias=bias,
+                   peft=not path.endswith(".base_layer.out_proj"))  # fmt: skip
     factor = 1.0
     if path.endswith(".base_layer.out_proj"):
         factor = (2.0 if reading.version < (0, 21, 3) else 1.0) if reading.hints.out_proj_factor is None else reading.hints.out_proj_factor
