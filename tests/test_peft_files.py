@@ -234,6 +234,46 @@ def test_attention_whose_update_counts_twice(tmp_path):
     assert not (tmp_path / "native" / "adapter_config.json").exists()  # in which PEFT's out_proj would do nothing
 
 
+def test_tinkers_experts(tmp_path):
+    """One A for all experts, a B for each; w1, w3 and w2; the head by another name: onto a model with stacks."""
+    model = _moe("qwen3_moe")[0].eval()
+    dense, at, tensors = copy.deepcopy(model), "base_model.model.model.layers.1.mlp.experts", {}
+    for leaf, (out, in_), (a, b) in (("w1", (12, 16), (1, 4)), ("w3", (12, 16), (1, 4)), ("w2", (16, 12), (4, 1))):
+        A, B = torch.randn(a, 2, in_), torch.randn(b, out, 2)
+        tensors |= {f"{at}.{leaf}.lora_A.weight": A, f"{at}.{leaf}.lora_B.weight": B}
+        experts = dense.model.layers[1].mlp.experts
+        weight, rows = (experts.down_proj, slice(None)) if leaf == "w2" else (experts.gate_up_proj, slice(12) if leaf == "w1" else slice(12, None))
+        weight.data[:, rows] += 2 * B @ A
+    A, B = torch.randn(2, 16), torch.randn(99, 2)
+    tensors |= {"base_model.model.model.unembed_tokens.lora_A.weight": A, "base_model.model.model.unembed_tokens.lora_B.weight": B}
+    dense.lm_head.weight.data += 2 * B @ A
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    with torch.no_grad():
+        assert torch.allclose(li.load(model, tmp_path)(ids()).logits, dense(ids()).logits, atol=1e-4)
+
+
+def test_transformers_4s_experts_into_a_checkpoint(tmp_path):
+    """On disk as in memory: the stacks' update lies in the experts' own tensors there."""
+    from transformers import AutoModelForCausalLM
+
+    model, (gate, _, down), block = _moe("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    tensors = {}
+    for leaf, out, in_ in ((gate, 12, 16), (down, 16, 12)):
+        at = f"base_model.model.model.layers.0.{block}.experts.2.{leaf}"
+        tensors |= {f"{at}.lora_A.weight": torch.randn(2, in_), f"{at}.lora_B.weight": torch.randn(out, 2)}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    li.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    merged_, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), li.load(model.eval(), tmp_path / "a")
+    with torch.no_grad():
+        assert torch.allclose(merged_(ids()).logits, loaded(ids()).logits, atol=1e-5)
+    with pytest.raises(li.FileError, match=r"lin: a magnitude \(DoRA\); merging does not put it on yet"):
+        li.merge_checkpoint(tmp_path / "base", FIXTURES / "peft_dora", tmp_path / "dora")
+
+
 def test_tensors_in_a_pickle(tmp_path):
     """adapter_model.bin, as PEFT wrote it before 0.7; beside safetensors it is passed over."""
     theirs = FIXTURES / "peft_plain"

@@ -31,6 +31,7 @@ SAVED = re.compile(r"(?P<path>.*?)(?:\.base_layer|\.modules_to_save\.[^.]+)*\.(?
 BEYOND = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config",
           "enable_lora")  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits under which the base itself was altered
+TINKER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 ORDER = ("in_proj_weight", "gate_up_proj", "down_proj")  # as transformers registers them
 STORED_IN_OUT = ("GptOss", "Aria", "OpenAIPrivacyFilter")  # classes whose experts are (E, in, out), by how their names begin
 # Model types whose stacked experts unsloth (up to 2026.9.5) trained with B's columns by expert, and said nothing of it.
@@ -117,7 +118,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         problems.append("modules_to_save is set, but none of these modules' tensors is there")
     if config.get("bias", "none") != "none" and not any(name.endswith("bias") for name in replaced):
         problems.append(f"bias is {config['bias']!r}, but no bias is there")
-    sites = [s for path, group in groups.items() for s in [_site(path, group, groups, reading)] if s is not None]
+    sites = [s for path, group in groups.items() for s in _sites(path, group, groups, reading) if s is not None]
     return AdapterFile(path=source.path, format="peft", sites=tuple(sites), replaced=replaced, tokens=tokens, config=dict(config),
                        notes=tuple(dict.fromkeys(reading.notes)))  # fmt: skip
 
@@ -139,6 +140,20 @@ def _tokens(path: str, rows: Tensor, config: Mapping[str, Any], problems: list[s
     return {path: TokenRows(ids=tuple(ids), rows=rows)}
 
 
+def _sites(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], reading: _Reading) -> list[StoredSite | None]:
+    """A pair's site; of Tinker's stacks, A (E or 1, r, in) and B (E or 1, out, r), one for each expert, which shares what there is one of."""
+    A, B = group.get("lora_A"), group.get("lora_B")
+    leaf = path.rpartition(".")[2]
+    if A is None or B is None or A.ndim != 3 or B.ndim != 3 or leaf not in TINKER or not path.endswith(f".experts.{leaf}"):
+        return [_site(path, group, groups, reading)]
+    E = max(A.shape[0], B.shape[0])
+    if not {A.shape[0], B.shape[0]} <= {1, E}:
+        reading.problems.append(f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} are for different numbers of experts")
+        return []
+    at = path.removesuffix(leaf)
+    return [reading.made(StoredSite(path=f"{at}{e}.{TINKER[leaf]}", A=NONE, B=NONE, alpha=0), A[e % len(A)], B[e % len(B)]) for e in range(E)]
+
+
 def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], reading: _Reading) -> StoredSite | None:
     """One pair; None, and lines in the problems, if it is none."""
     embedding = "lora_embedding_A" in group
@@ -147,7 +162,7 @@ def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], rea
         reading.problems.extend(f"{peft.PREFIX}{path}.{half}{'' if embedding else '.weight'}: missing" for half in missing)
         return None
     A, B = (group[half] for half in halves)
-    at = path.replace(".base_layer", "")
+    at = "lm_head" if path == "model.unembed_tokens" else path.replace(".base_layer", "")  # Tinker's name for it
     if candidates := _parameters(at, reading):
         return _parameter(path, at, A, B, groups, candidates, reading)
     magnitude, bias = group.get("lora_magnitude_vector"), group.get("bias")
