@@ -220,6 +220,37 @@ def test_sizes_that_a_conversion_would_make(tmp_path):
         li.read(tmp_path / "x.safetensors")
 
 
+JUNK = (None, "x", -1, 0, 1e400, [], {}, [[1]], {"a": {"b": 2}}, True, "../../x")
+CONFIGS = ("peft_plain", "peft_params", "peft_tokens", "peft_dora", "mlx_lora", "adapterhub_gpt2", "peft_target_parameters/0.18.1/gptoss_ad")
+
+
+@pytest.mark.parametrize("fixture", CONFIGS)
+def test_configs_of_any_nonsense(fixture, tmp_path):
+    """Each field of a config with each kind of junk in it: the file is read or refused, and never ends as Python's own error."""
+    source = FIXTURES / fixture
+    for p in source.iterdir():
+        (tmp_path / p.name).write_bytes(p.read_bytes())
+    config = json.loads((source / "adapter_config.json").read_text())
+    inner = config["config"] if "config" in config else config.get("lora_parameters", config)
+    for fields in (config, inner):
+        for field, value in list(fields.items()):
+            for junk in JUNK:
+                fields[field] = junk
+                (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+                try:
+                    assert li.read(tmp_path, allow_pickle=True).sites
+                except li.FileError as e:
+                    assert "\n=> " in str(e)
+            fields[field] = value
+
+
+def test_names_without_end(tmp_path):
+    """A tensor's name is matched with patterns: it may not be longer than any module's."""
+    save_file({"a." * 10**5 + "lora_A.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(li.FileError, match="names of more than 1024 characters"):
+        li.read(tmp_path / "x.safetensors")
+
+
 def test_configs_are_data(tmp_path):
     """An import path in a config is never followed, deep and long JSON never parsed to its end, YAML never builds objects."""
     folder = peft(tmp_path / "a", auto_mapping={"base_model_class": "system", "parent_library": "os"}, runtime_config={"x": "os.mkdir"})

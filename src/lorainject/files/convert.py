@@ -50,7 +50,7 @@ def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = Fa
     problems = payload_problems(source.tensors)
     try:
         file = form.read(source, hints, problems)
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, KeyError) as e:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError) as e:
         what = f"{source.path} and the config beside it are" if source.configs else f"{source.path} is"
         raise FileError(
             f"{what} not as {form.library} writes them: {type(e).__name__}: {e}", way_out="get the file again, or save the adapter anew"

@@ -25,6 +25,7 @@ FILES = (TENSORS, "adapter_model.bin", "pytorch_lora_weights.safetensors", "pyto
          "adapter.safetensors", "pytorch_adapter.bin", "lit_model.pth.lora", "lit_model_lora_finetuned.pth", "adapter_model.pt")  # fmt: skip
 CONFIG = "adapter_config.json"
 CONFIGS = (CONFIG, "hyperparameters.yaml", "model_config.yaml")
+LONGEST_NAME = 1024
 LONGEST = 2**24  # bytes of a config, or of JSON in a header
 
 
@@ -88,6 +89,10 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
         raise FileError(f"{file} is not a whole safetensors file", [looks],
                         "if you trust it: allow_pickle=True (only tensors are taken out of it, by torch's restricted unpickler)")  # fmt: skip
     tensors, metadata = openers.OPEN[kind](file)
+    if long := [key[:40] for key in tensors if len(key) > LONGEST_NAME]:
+        raise FileError(
+            f"{file} has tensors with names of more than {LONGEST_NAME} characters:", long, "no module has such a name: it was made to do harm"
+        )
     return Source(path=path, file=file, container=kind, tensors=tensors, metadata=metadata, configs=configs)
 
 
