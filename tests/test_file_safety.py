@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -237,10 +238,8 @@ def test_configs_of_any_nonsense(fixture, tmp_path):
             for junk in JUNK:
                 fields[field] = junk
                 (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-                try:
+                with contextlib.suppress(li.FileError):
                     assert li.read(tmp_path, allow_pickle=True).sites
-                except li.FileError as e:
-                    assert "\n=> " in str(e)
             fields[field] = value
 
 

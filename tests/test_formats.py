@@ -343,6 +343,31 @@ def test_loralib_onto_a_model():
     assert error(li.eject(model).state_dict(), wanted) < 1e-5
 
 
+def test_loralib_reads_what_we_write(tmp_path):
+    """Its own layers, run live: the state dict fits, and merging gives the same weights."""
+    import loralib
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.emb = loralib.Linear(5, 4, r=2, lora_alpha=6), loralib.Embedding(7, 4, r=2, lora_alpha=6)
+            self.m101 = loralib.MergedLinear(5, 12, r=2, lora_alpha=6, enable_lora=[True, False, True])
+
+    file = li.read(FIXTURES / "loralib" / "lora.pt", allow_pickle=True, hints=LORALIB)
+    file = replace(file, sites=tuple(s for s in file.sites if s.path in ("lin", "emb", "m101")))
+    done = li.write(file, tmp_path / "a.pt", format="loralib")
+    theirs, base = Theirs().train(), load_file(FIXTURES / "loralib" / "base.safetensors")
+    missing = theirs.load_state_dict(
+        {key: t for key, t in base.items() if key.partition(".")[0] in ("lin", "emb", "m101")}, strict=False
+    ).missing_keys
+    written = torch.load(done.path, weights_only=True)
+    assert sorted(written) == sorted(missing)
+    theirs.load_state_dict(written, strict=False)
+    merged_ = theirs.eval().state_dict()
+    wanted = load_file(FIXTURES / "loralib" / "expected_merged.safetensors")
+    assert all((merged_[key] - wanted[key]).abs().max() < 1e-6 for key in ("lin.weight", "emb.weight", "m101.weight"))
+
+
 def test_loralib_whole_checkpoints(tmp_path):
     """Saved in eval mode the weights hold the update already: A and B are read, the weights passed over, and it says so."""
     at = FIXTURES / "loralib"

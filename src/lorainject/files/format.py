@@ -88,7 +88,10 @@ def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, t
         raise FileError(f"{form.name} is written under a model's own names, these are of the kind {file.namespace!r}",
                         way_out='read it with the model, and say which: hints=Hints(model=unet, component="unet")')  # fmt: skip
     if "slices" not in form.holds and any(map(FEATURES["slices"], sites)):
-        if unknown := [f"{s.name}: a slice of a weight whose size the file does not tell" for s in sites if s.rows is not None and not s.shape]:
+        cut = [s for s in sites if s.rows is not None]
+        unknown = [f"{s.name}: a slice of a weight whose size the file does not tell" for s in cut if not s.shape]
+        unknown += [f"{s.name}: a slice with a magnitude or a bias of its own" for s in cut if s.magnitude is not None or s.bias is not None]
+        if unknown:
             raise FileError(f"{form.name} has no place for:", unknown, "read it with the model: hints=Hints(model=...)")
         sites = exact.padded(sites)
     if "stacks" not in form.holds:
