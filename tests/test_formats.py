@@ -42,7 +42,7 @@ class Loralib(nn.Module):
 
 def kohya() -> li.Hints:
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
-    return li.Hints(model=tree({key: tuple(t.shape) for key, t in base.items()}))
+    return li.Hints(component="unet", model=tree({key: tuple(t.shape) for key, t in base.items()}))
 
 
 LORALIB = li.Hints(alpha=6, groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}, model=Loralib())

@@ -48,6 +48,8 @@ def test_without_the_header_the_scale_is_one():
     assert {s.scale for s in with_.sites if s.path.startswith("unet.")} == {2}
     assert {s.scale for s in with_.sites if s.path.startswith("text_encoder.")} == {3}
     assert "scale was taken for 1" in without.notes[0]
+    with pytest.warns(UserWarning, match="no header tells alpha: as in diffusers, the scale was taken for 1"):
+        li.load(part("unet"), DIFFUSERS / "no_header.safetensors", hints=li.Hints(component="unet"))
     assert not with_.notes
 
 
@@ -81,7 +83,9 @@ def test_a_model_without_text_model(tmp_path):
     """CLIP's level `text_model`, which transformers 5 took away, is found with and without."""
     for name in ("lora_te_text_model_encoder_fc1", "text_encoder.text_model.encoder.fc1"):
         ends = (".lora_down.weight", ".lora_up.weight") if "lora_te" in name else (".lora_A.weight", ".lora_B.weight")
-        save_file({name + ends[0]: torch.ones(2, 3), name + ends[1]: torch.ones(4, 2)}, tmp_path / "x.safetensors")
+        save_file(
+            {name + ends[0]: torch.ones(2, 3), name + ends[1]: torch.ones(4, 2), f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "x.safetensors"
+        )
         for prefix in ("", "text_model."):
             model = li.load(tree({f"{prefix}encoder.fc1.weight": (4, 3)}), tmp_path / "x.safetensors")
             assert [name for name, _, _ in li.deltas(model)] == [f"{prefix}encoder.fc1"]
@@ -128,8 +132,10 @@ def test_names_that_collide_without_dots(tmp_path):
     sites = tuple(li.StoredSite(path=path, A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2) for path in ("a.b_c", "a_b.c"))
     file = li.AdapterFile(path=Path("drawn"), format="lorainject", sites=sites)
     with pytest.raises(li.FileError, match=r"a_b\.c and a\.b_c are both lora_unet_a_b_c"):
-        li.write(file, tmp_path / "x.safetensors", format="kohya")
-    li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya")
+        li.write(file, tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet"))
+    with pytest.raises(li.FileError, match="kohya has no prefix for None"):
+        li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya")
+    li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet"))
     with pytest.raises(li.FileError, match=r"may mean a\.b_c or a_b\.c"):
         li.read(tmp_path / "x.safetensors", hints=li.Hints(model=tree({"a.b_c.weight": (4, 3), "a_b.c.weight": (4, 3)})))
 

@@ -97,6 +97,14 @@ def test_loralib_onto_a_model():
     assert error(li.eject(model).state_dict(), wanted) < 1e-5
 
 
+def test_biases_become_pefts(tmp_path):
+    """loralib's lora_bias.pt as PEFT's files: the biases are of adapted layers, and the config says so."""
+    file = li.read(FIXTURES / "loralib" / "lora_bias.pt", allow_pickle=True, hints=LORALIB)
+    li.write(file, tmp_path / "a", format="peft")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["bias"] == "lora_only"
+    assert set(li.read(tmp_path / "a").replaced) == {"lin.bias", "m101.bias", "m111.bias", "mf.bias"}
+
+
 def test_loralib_reads_what_we_write(tmp_path):
     """Its own layers, run live: the state dict fits, and merging gives the same weights."""
     import loralib

@@ -87,10 +87,12 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads every format in
     `li.FORMATS`; `allow_pickle` and `hints` are read's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong
     shape or not finite, whatever a file holds beside A and B (DoRA's magnitudes, biases, heads), and every weight that differs from the
-    base that the adapter was made for (`check_base=False` accepts another base).
+    base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
     """
     ready(model, "load an adapter")
     file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
+    for note in file.notes:
+        warnings.warn(f"{file.path}: {note}", stacklevel=2)
     name = file.name if name is None else name
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")

@@ -93,7 +93,7 @@ def _one(values: set[str]) -> str:
 
 
 def _flat(path: str, file: AdapterFile, hints: Hints) -> str:
-    component, _, rest = path.partition(".") if file.namespace == "pipeline" else (hints.component or "unet", "", path)
+    component, _, rest = path.partition(".") if file.namespace == "pipeline" else (hints.component, "", path)
     two = any(s.path.startswith("text_encoder_2.") for s in file.sites) and file.namespace == "pipeline"
     prefix = next((p for p, parts in PREFIXES.items() if component in parts and not (p == "lora_te1_" and not two)), None)
     if prefix is None:

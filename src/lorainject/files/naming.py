@@ -136,7 +136,7 @@ def _converted(sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, 
 def _with_siblings(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, tuple[int, int]]:
     """With the experts and parts that the file has no adapter for: transformers stacks what it is given."""
     whole = dict(shapes)
-    count = max((p.shape[0] for _, p in model.named_parameters() if p.ndim == 3), default=0)
+    count = max((p.shape[0] for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name), default=0)
     for key, (out, in_) in shapes.items():
         if (at := EXPERT.fullmatch(key.removesuffix(".weight"))) is None:
             continue

@@ -121,16 +121,15 @@ def config(file: AdapterFile) -> dict[str, Any]:
     bare = [s for s in sites if is_bare(s)]
     names = [f"{s.path}.{s.parameter}" if is_bare(s) else s.path for s in sites]
     chosen = sorted({s.path for s in sites if not is_bare(s)})
-    given = file.config.get("target_modules")
-    biases = {name.removesuffix(".bias") for name in file.replaced if name.endswith(".bias")}
+    saved = _saved(file)
     return dict.fromkeys(ABOUT) | {key: file.config[key] for key in ABOUT if file.config.get(key)} | {
         "peft_type": "LORA", "peft_version": WRITTEN_AS, "inference_mode": True, "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0 if bare else max(s.dropout for s in sites),  # PEFT has no dropout on parameters, and refuses one
-        "bias": file.config.get("bias", "none") if biases else "none", "fan_in_fan_out": {s.kind for s in sites} == {"linear^T"},
+        "bias": _bias(file, saved), "fan_in_fan_out": {s.kind for s in sites} == {"linear^T"},
         "use_rslora": {s.scaling for s in sites} == {"rslora"}, "use_dora": any(s.magnitude is not None for s in sites),
         "lora_bias": any(s.bias is not None for s in sites), "init_lora_weights": True,
-        "modules_to_save": _saved(file, biases), "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
-        "target_modules": sorted(given) if isinstance(given, list) and set(targeted({"target_modules": given}, chosen)) == set(chosen) else chosen,
+        "modules_to_save": saved, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
+        "target_modules": _targets(file.config.get("target_modules"), chosen),
         "target_parameters": [f"{s.path}.{s.parameter}" for s in bare] or None,
         "trainable_token_indices": {path: list(t.ids) for path, t in file.tokens.items()} or None,
         "rank_pattern": {f"^{re.escape(name)}": s.r for name, s in zip(names, sites, strict=True) if s.r != r},
@@ -138,12 +137,26 @@ def config(file: AdapterFile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _saved(file: AdapterFile, biases: set[str]) -> list[str] | None:
+def _targets(given: Any, chosen: list[str]) -> list[str]:
+    """The list as it stood, if its entries still mean these paths, all and each; else the paths themselves."""
+    if not isinstance(given, list) or set(targeted({"target_modules": given}, chosen)) != set(chosen):
+        return chosen
+    return sorted(given) if all(targeted({"target_modules": [entry]}, chosen) for entry in given) else chosen
+
+
+def _saved(file: AdapterFile) -> list[str] | None:
     """modules_to_save: the modules whose weight is replaced, but for adapted embeddings, whose base weight merely came along."""
-    adapted = {s.path for s in file.sites}
-    whole = {name for name in file.replaced if not name.endswith(".bias")} - adapted
+    whole = {name for name in file.replaced if not name.endswith(".bias")} - {s.path for s in file.sites}
     kept = file.config.get("modules_to_save")
     return sorted(kept) if isinstance(kept, list) and kept and whole else sorted(whole) or None
+
+
+def _bias(file: AdapterFile, saved: list[str] | None) -> str:
+    """ "none", "lora_only" (of adapted layers) or "all", by the biases that are there and belong to no saved module."""
+    biases = {name.removesuffix(".bias") for name in file.replaced if name.endswith(".bias") and name.removesuffix(".bias") not in file.replaced}
+    if not biases or file.config.get("bias") in ("all", "lora_only"):
+        return str(file.config["bias"]) if biases else "none"
+    return "lora_only" if biases <= {s.path for s in file.sites} else "all"
 
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> dict[Path, Any]:
