@@ -92,6 +92,15 @@ def test_what_the_library_computes(name, fixture):
             assert ((found[key].mT if turned else found[key]).reshape(t.shape) - t).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["kohya", "gguf", "onnx", "loralib", "diffusers"])
+def test_a_name_says_nothing(name, tmp_path):
+    """A file by another name, or with the ending of another format, is what it was."""
+    fixture = FOUND[name]
+    for ending in ("x", "x.safetensors", "x.bin", "x.gguf"):
+        (tmp_path / ending).write_bytes((FIXTURES / fixture.path).read_bytes())
+        assert alike(li.read(tmp_path / ending, allow_pickle=True, hints=fixture.hints), opened(fixture))
+
+
 def test_litgpt_in_transformers_names():
     """q and v come apart, the rest is renamed; the fused rows of the merged weight are the judge."""
     at = FIXTURES / "litgpt"

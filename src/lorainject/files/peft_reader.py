@@ -24,6 +24,7 @@ SAVED = re.compile(r"(?P<path>.*?)(?:\.base_layer|\.modules_to_save\.[^.]+)*\.(?
 BEYOND = ("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config",
           "enable_lora")  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits under which the base itself was altered
+OUT_PROJ = ".base_layer.out_proj"
 TINKER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -128,28 +129,31 @@ def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], rea
     at = "lm_head" if path == "model.unembed_tokens" else path.replace(".base_layer", "")  # Tinker's name for it
     if candidates := parameters(at, reading):
         return parameter(path, at, A, B, groups, candidates, reading)
-    magnitude, bias = group.get("lora_magnitude_vector"), group.get("bias")
+    if path.endswith(OUT_PROJ) or path + OUT_PROJ in groups:
+        return _attention(path, at, A, B, reading)
+    magnitude, conv = group.get("lora_magnitude_vector"), A.ndim > 2
     if magnitude is None and any("lora_magnitude_vector" in other for other in groups.values()):
         reading.problems.append(f"{at}: its magnitude is missing")
-    conv = A.ndim > 2
     if conv and B.shape[1:2].numel() and B.shape[1] != A.shape[0]:
         reading.problems.append(f"{at}: a grouped convolution's {tuple(A.shape)} and {tuple(B.shape)}, which not even PEFT can merge: not supported")
         return None
-    in_proj = f"{path}.base_layer.out_proj" in groups
-    shape = (B.shape[0], *A.shape[1:]) if conv or in_proj else ()
-    s = StoredSite(path=at, parameter="in_proj_weight" if in_proj else "weight", shape=tuple(shape), A=NONE, B=NONE, alpha=0,
-                   kind="embedding" if embedding else "conv" if conv else "matrix" if in_proj else "linear",
-                   magnitude=None if magnitude is None else magnitude.flatten(), bias=bias,
-                   peft=not path.endswith(".base_layer.out_proj"))  # fmt: skip
-    factor = 1.0
-    if path.endswith(".base_layer.out_proj"):
-        factor = (2.0 if reading.version < (0, 21, 3) else 1.0) if reading.hints.out_proj_factor is None else reading.hints.out_proj_factor
-        if factor == 2 and reading.hints.out_proj_factor is None:
-            reading.notes.append(
-                "the update of out_proj counts twice, as in PEFT up to 0.21.2, where it was trained so (Hints(out_proj_factor=1): once)"
-            )
-    mha = at.removesuffix(".out_proj") if factor != 1 or path != at else at
-    return reading.made(s, *peft.unpacked(A, B, s.kind, s.shape), factor, at=mha if path != at or in_proj else None)
+    s = StoredSite(path=at, kind="embedding" if embedding else "conv" if conv else "linear", shape=(B.shape[0], *A.shape[1:]) if conv else (),
+                   A=NONE, B=NONE, alpha=0, magnitude=None if magnitude is None else magnitude.flatten(), bias=group.get("bias"))  # fmt: skip
+    return reading.made(s, *peft.unpacked(A, B, s.kind, s.shape))
+
+
+def _attention(path: str, at: str, A: Tensor, B: Tensor, reading: Reading) -> StoredSite | None:
+    """nn.MultiheadAttention's in_proj_weight or out_proj, whose settings go by the module's path; out_proj's update counts twice."""
+    if not path.endswith(OUT_PROJ):
+        s = StoredSite(path=at, parameter="in_proj_weight", kind="matrix", shape=(*B.shape[:1], *A.shape[1:]), A=NONE, B=NONE, alpha=0)
+        return reading.made(s, A, B, at=at)
+    factor = reading.hints.out_proj_factor
+    if factor is None:
+        factor = 2.0 if reading.version <= (0, 21, 2) else 1.0
+        times = "twice, as in PEFT up to 0.21.2, where it was trained so" if factor == 2 else "once, as later PEFT should do"
+        reading.notes.append(f"the update of out_proj counts {times} (Hints(out_proj_factor=...) decides)")
+    s = StoredSite(path=at, A=NONE, B=NONE, alpha=0, peft=False)  # as a layer of its own PEFT would adapt it in vain
+    return reading.made(s, A, B, factor, at=at.removesuffix(".out_proj"))
 
 
 FORMAT = Format(name="peft", library="peft 0.21.2 (reads 0.7 and later)", claims=claims, read=read, write=peft.write,
