@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -77,6 +78,21 @@ def test_pipelines_between_the_formats(format, tmp_path):
         again = li.read(place, hints=hints)
         assert alike(again, once)
         assert len(once.sites) == sum(key.startswith(f"{component}.") for key in WEIGHTS)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_component_is_a_peft_directory(component, tmp_path):
+    """One directory for each part, which PEFT itself puts onto the part; and back into one file."""
+    from peft import PeftModel
+
+    hints = li.Hints(component=component)
+    li.convert(DIFFUSERS / "pytorch_lora_weights.safetensors", tmp_path / "a", format="peft", hints=hints)
+    base = part(component)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a")).merge_and_unload()
+    for path, weight, d in li.deltas(li.load(copy.deepcopy(base), tmp_path / "a")):
+        assert torch.allclose(theirs.get_submodule(path).weight, weight + d, atol=1e-5)
+    li.convert(tmp_path / "a", tmp_path / "b", format="diffusers", hints=hints)
+    assert alike(li.read(tmp_path / "b", hints=hints), li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints))
 
 
 def test_a_model_without_text_model(tmp_path):
