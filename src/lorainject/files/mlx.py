@@ -51,10 +51,13 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     sites: list[StoredSite] = []
     for at in paths:
         a, b = (source.tensors[at + end] for end in ENDS)
+        if not 2 <= min(a.ndim, b.ndim) <= max(a.ndim, b.ndim) <= 3:
+            problems.append(f"{at}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} are no pair (in, r) and (r, out)")
+            continue
         if b.ndim == 3 and a.ndim == 2:  # before October 2025
             a = a.reshape(b.shape[0], -1, a.shape[1])
         A, B = (a, b) if b.ndim == 3 else (a.mT.contiguous(), b.mT.contiguous())
-        r = A.shape[-2] if A.ndim > 1 else 1
+        r = A.shape[-2]
         scale = given.get("scale", (hints.alpha or 0) / r)
         alpha = scale * r * (given["alpha"] / given.get("rank", r) if "alpha" in given else 1)
         embedding = at.rpartition(".")[2] in EMBEDDINGS
