@@ -141,7 +141,82 @@ def test_mistakes(cli, saved, args, message, monkeypatch):
     assert "Traceback" not in error
 
 
+EACH = {
+    "peft_plain": ("peft", ()), "mlx_lora": ("mlx", ()), "adapterhub_gpt2": ("adapterhub", ("--allow-pickle",)), "litgpt": ("litgpt", ("--allow-pickle",)),
+    "torchtune": ("torchtune", ("--allow-pickle", "--alpha", 6, "--heads", "4,2")), "kohya_lycoris/lora.safetensors": ("kohya", ()),
+    "loralib/lora.pt": ("loralib", ("--allow-pickle", "--alpha", 6, "--group", "m101=101", "--group", "m111=111", "--group", "mf=101")),
+    "diffusers/pytorch_lora_weights.safetensors": ("diffusers", ("--component", "unet")), "gguf/lora.gguf": ("gguf", ("--heads", "4,2")),
+    "onnx_adapter/a.onnx_adapter": ("onnx", ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "told"), EACH.items(), ids=EACH)
+def test_inspect_every_format(cli, place, told):
+    """The format, by site r, alpha, sizes and norm; exit status 1 for what load refuses (here a head, and DoRA)."""
+    from oracle import FIXTURES
+
+    format, options = told
+    loads = format not in ("peft", "kohya")
+    about = json.loads(cli("inspect", FIXTURES / place, "--json", *options, ok=True) if loads else capture(cli, FIXTURES / place, *options))
+    assert about["format"] == format
+    assert about["loads"] == loads
+    assert all(row["norm"] > 0 and row["alpha"] > 0 for row in about["sites"])
+    assert about["parameters"] == sum(row["r"] * (row["in"] + row["out"]) for row in about["sites"])
+
+
+def capture(cli, *args: object) -> str:
+    """stdout of an inspect that ends with exit status 1."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "lorainject.cli", "inspect", *map(str, args), "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert not done.stderr
+    return done.stdout
+
+
+def test_what_is_unusual(cli, tmp_path):
+    """Zeros, outliers, mixed ranks and scales, ranks above the matrix's, what was taken for granted."""
+    from pathlib import Path as P
+
+    pair = (torch.ones(2, 3), torch.ones(4, 2))
+    sites = [li.StoredSite(path=f"m.{i}.a", A=pair[0], B=pair[1] * (100 if i == 2 else 1), alpha=2) for i in range(5)]
+    sites += [li.StoredSite(path="m.5.a", A=torch.ones(9, 3), B=torch.zeros(4, 9), alpha=2, scaling="rslora")]
+    li.write(li.AdapterFile(path=P("x"), format="peft", sites=tuple(sites)), tmp_path / "a.safetensors")
+    unusual = json.loads(cli("inspect", tmp_path / "a.safetensors", "--json"))["unusual"]
+    for line in ("B is zero at 1 sites: m.5.a", "more than 10 times the usual norm: m.2.a", "the rank is higher than the matrix's: m.5.a",
+                 "r differs by site: 2, 9", "rank-stabilised: the scale is alpha / sqrt(r)", "no fingerprint of the base"):  # fmt: skip
+        assert any(u.startswith(line) for u in unusual), (line, unusual)
+
+
+def test_convert(cli, saved):
+    """Into a format and back, by the shell alone; what the file can't say is said by options, or by the base."""
+    said = cli("convert", saved / "adapter", saved / "a.pt", "--to", "torchtune", "--heads", "4,2")
+    assert said.strip() == f"4 sites written to {saved / 'a.pt'} as torchtune; such a file does not tell --alpha 8, --heads"
+    said = cli("convert", saved / "a.pt", saved / "back", "--to", "peft", "--allow-pickle", "--alpha", 8, "--base", saved / "base")
+    assert said.strip() == f"4 sites written to {saved / 'back'} as peft"
+    for ours, theirs in zip(li.read(saved / "adapter").sites, li.read(saved / "back").sites, strict=True):
+        assert torch.equal(ours.B, theirs.B)
+        assert ours.scale == theirs.scale
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("a.pt", "--to", "gguff"), "error: there is no format 'gguff'\n=> choose one of lorainject, "),
+        (("a.pt", "--to", "torchtune"), "the rows of q and k are in another order there: give the heads"),
+        (("a.gguf", "--to", "gguf", "--heads", "many"), "error: --heads many: not one or two numbers"),
+        (("a.gguf", "--to", "gguf", "--group", "x=2"), "error: --group x=2: not a name and a row of 0 and 1"),
+        (("a.safetensors", "--to", "gguf"), "gguf is a single file\n=> give a path that ends in .gguf"),
+    ],
+)
+def test_conversions_that_are_refused(cli, saved, args, message):
+    """One clear error, and no file."""
+    out, *options = args
+    assert message in cli("convert", saved / "adapter", saved / "out" / out, *options, ok=False)
+    assert not (saved / "out").exists()
+
+
 def test_as_a_program():
     """The installed command answers, with every verb in its help."""
     done = subprocess.run([sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, timeout=120, check=True)
-    assert all(verb in done.stdout for verb in ("demo", "find", "inspect", "merge", "unmerge"))
+    assert all(verb in done.stdout for verb in ("convert", "demo", "find", "inspect", "merge", "unmerge"))

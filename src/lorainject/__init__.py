@@ -9,10 +9,12 @@ In short:
 """
 
 from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, SurvivalWarning, TargetError, UnreachedAdapter
-from .files.adapter import load, read, save
+from .files.adapter import load, save
 from .files.checkpoint import merge_checkpoint
+from .files.convert import FORMATS, Conversion, convert, read, write
 from .files.inplace import merge_in_place, unmerge_in_place
-from .files.record import AdapterFile, StoredSite
+from .files.record import AdapterFile, StoredSite, TokenRows
+from .files.source import Hints
 from .find import find
 from .merge import MergedSite, MergeReport, deltas, merge, unmerge
 from .probe import Reach, probe
@@ -23,8 +25,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFile",
+    "Conversion",
+    "FORMATS",
     "FileError",
     "GraftError",
+    "Hints",
     "LoraError",
     "LoraSpec",
     "MergeError",
@@ -39,8 +44,10 @@ __all__ = [
     "StoredSite",
     "SurvivalWarning",
     "TargetError",
+    "TokenRows",
     "UnreachedAdapter",
     "activate",
+    "convert",
     "deltas",
     "disabled",
     "eject",
@@ -57,4 +64,5 @@ __all__ = [
     "save",
     "unmerge",
     "unmerge_in_place",
+    "write",
 ]

@@ -1,7 +1,8 @@
 """The command line: a thin face over the public names.
 
     lorainject find MODEL -t q_proj -t v_proj      what would be injected, on the meta device: no weight is read
-    lorainject inspect ADAPTER                     what an adapter file holds
+    lorainject inspect ADAPTER                     what an adapter file of any format holds
+    lorainject convert ADAPTER OUT --to FORMAT     the same adapter as another tool's file
     lorainject merge MODEL ADAPTER... -o DIR       fold adapters into a model's checkpoint: a copy, or --in-place
     lorainject unmerge MODEL                       and out again, to the byte, after --in-place
     lorainject demo                                the whole job on a real model and real text
@@ -12,6 +13,7 @@ MODEL is a local directory or a name on the Hugging Face hub.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from typing import Annotated, Any
 
 import lorainject as li
 
-from .lowrank import norm
+from .files.survey import survey
 
 try:
     import typer
@@ -35,6 +37,13 @@ except ModuleNotFoundError as missing:
 
 app = typer.Typer(help=__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+# What a file may not say itself.
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Open pickles (.bin, .pt), by torch's restricted unpickler.")]
+Alpha = Annotated[float | None, typer.Option(help="Where the file holds none (loralib, torchtune).")]
+Heads = Annotated[str | None, typer.Option(help="Attention heads of queries, and of keys: 32,8 (torchtune, litgpt, GGUF).")]
+Group = Annotated[list[str] | None, typer.Option(help="Enabled parts of a MergedLinear: c_attn=101 (loralib); repeat for more.")]
+Component = Annotated[str | None, typer.Option(help="Of an image pipeline: unet, transformer, text_encoder.")]
+Base = Annotated[str | None, typer.Option("--base", help="The base's directory or hub name; only its config is read, to look names up.")]
 
 
 def main() -> None:
@@ -59,11 +68,7 @@ def find(
     as_json: Json = False,
 ) -> None:
     """Show what inject would do to MODEL, as a table. Takes seconds for any size: nothing is downloaded but the config."""
-    import torch
-
-    with torch.device("meta"):
-        base = _model_class(config := _config(model))(config)
-    plan = li.find(base, targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling)
+    plan = li.find(_skeleton(model), targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling)
     if as_json:
         sites = [asdict(s) | {"rows": _rows(s.rows), "dtype": str(s.dtype), "scale": s.scale, "trainable": s.trainable} for s in plan]
         print(json.dumps({"trainable": plan.trainable, "total": plan.total, "bytes": plan.bytes, "sites": sites}))
@@ -72,29 +77,68 @@ def find(
 
 
 @app.command()
-def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's directory or .safetensors file.")], as_json: Json = False) -> None:
-    """Show what an adapter file holds: sites, ranks, scales, and the norm of each delta. Fails if the file would not load."""
-    file = li.read(adapter)
-    rows = [
-        {"path": s.name, "in": s.A.shape[-1], "out": s.B.shape[-2], "r": s.r, "alpha": s.alpha, "scale": s.scale,
-         "dtype": str(s.A.dtype).removeprefix("torch."), "norm": _norm(s)} for s in file.sites
-    ]  # fmt: skip
-    unusual = ["every B is zero: untrained, or its keys were lost"] * all(row["norm"] == 0 for row in rows)
-    unusual += ["no fingerprint of the base: load can't tell whether it fits"] * (file.base is None)
-    about = {"format": file.format, "name": file.name, "sites": len(rows), "parameters": file.parameters, "unusual": unusual}
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's file or directory, of any format.")],
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+    alpha: Alpha = None,
+    heads: Heads = None,
+    group: Group = None,
+    component: Component = None,
+    base: Base = None,
+) -> None:
+    """Show what an adapter file holds: format, base, ranks, scales, the norm of each delta, what is unusual. Fails if it would not load."""
+    file = li.read(adapter, allow_pickle=allow_pickle, hints=_hints(alpha, heads, group, component, None, base))
+    about = survey(file)
     if as_json:
-        print(json.dumps(about | {"sites": rows}))
-        return
+        print(json.dumps(about))
+    else:
+        _print(about)
+    if not about["loads"]:
+        raise typer.Exit(1)
+
+
+def _print(about: dict[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("module", "in", "out", "r", "alpha", "scale", "dtype", "|sBA|"):
         table.add_column(column, justify="left" if column in ("module", "dtype") else "right")
-    for row in rows:
+    for row in about["sites"]:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))  # a slice's [q] is no markup
     console = Console()
     console.print(table)
-    console.print(f"{file.format} file, adapter {file.name!r}: {len(rows)} sites, {file.parameters:,} parameters", highlight=False)
-    for line in unusual:
-        console.print(f"[yellow]note:[/] {line}")
+    of = f" of {about['base']}" if about["base"] else ""
+    count, size = len(about["sites"]), about["parameters"]
+    console.print(f"{about['format']} file, adapter {about['name']!r}{of}: {count} sites, {size:,} parameters", highlight=False, markup=False)
+    for line in about["beside"]:
+        console.print(f"[yellow]beside A and B:[/] {escape(line)}", highlight=False)
+    if not about["loads"]:
+        console.print("[yellow]load refuses it[/] for what is beside A and B; convert carries it")
+    for line in about["unusual"]:
+        console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter's file or directory, of any format.")],
+    out: Annotated[Path, typer.Argument(help="The file or directory to write.")],
+    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(li.FORMATS)}.")],
+    lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the format has no place for, and say what.")] = False,
+    allow_pickle: Pickle = False,
+    alpha: Alpha = None,
+    heads: Heads = None,
+    group: Group = None,
+    component: Component = None,
+    architecture: Annotated[str | None, typer.Option(help="GGUF's word for the base, such as llama.")] = None,
+    base: Base = None,
+) -> None:
+    """Write an adapter in another format: exactly, or not at all (unless --lossy)."""
+    hints = _hints(alpha, heads, group, component, architecture, base)
+    done = li.convert(source, out, format=to, lossy=lossy, allow_pickle=allow_pickle, hints=hints)
+    for line in (*done.file.notes, *(f"left out: {line}" for line in done.lost)):
+        print(f"note: {line}", file=sys.stderr)
+    said = {"alpha": f"--alpha {done.file.sites[0].scale * done.file.sites[0].r:g}", "heads": "--heads", "groups": "--group"}
+    asks = ", ".join(said[what] for what in li.FORMATS[done.format].asks)
+    print(f"{len(done.file.sites)} sites written to {done.path} as {done.format}" + f"; such a file does not tell {asks}" * bool(asks))
 
 
 @app.command()
@@ -210,8 +254,28 @@ def _hub(model: str, get: Callable[..., Any], **options: Any) -> Any:
         ) from e
 
 
-def _norm(site: li.StoredSite) -> float:
-    return site.scale * norm(site.B.double(), site.A.double())
+def _hints(alpha: float | None, heads: str | None, groups: list[str] | None, component: str | None, architecture: str | None,
+           base: str | None) -> li.Hints:  # fmt: skip
+    """What the options say of a file that does not say it itself."""
+    try:
+        pair = None if heads is None else tuple(map(int, heads.split(",")))
+        if pair is not None and len(pair) not in (1, 2):
+            raise ValueError
+    except ValueError:
+        raise li.SpecError(f"--heads {heads}: not one or two numbers", way_out="write --heads 32,8 for 32 heads of queries and 8 of keys") from None
+    if odd := [g for g in groups or () if not re.fullmatch(r"[^=]+=[01]+", g)]:
+        raise li.SpecError(f"--group {' '.join(odd)}: not a name and a row of 0 and 1", way_out="write --group c_attn=101 for q and v of q, k, v")
+    enabled = {name: [bit == "1" for bit in bits] for name, _, bits in (g.partition("=") for g in groups or ())}
+    return li.Hints(alpha=alpha, heads=None if pair is None else (pair[0], pair[-1]), groups=enabled or None, component=component,
+                    architecture=architecture, model=None if base is None else _skeleton(base))  # fmt: skip
+
+
+def _skeleton(base: str) -> Any:
+    """The model of a config, on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        return _model_class(config := _config(base))(config)
 
 
 if __name__ == "__main__":

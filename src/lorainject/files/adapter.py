@@ -1,4 +1,4 @@
-"""The native adapter file, which is a PEFT file that says more: `save`, `load` and `read`.
+"""Between a model and its adapter file: `save` and `load`. The native file is a PEFT file that says more.
 
     adapter/adapter_config.json            as PEFT writes it, so that PEFT, transformers and vLLM read it
     adapter/adapter_model.safetensors      A and B under PEFT's names; in the header, our record (native.py)
@@ -9,12 +9,10 @@ Only A and B are written, never a weight of the base. The same adapter gives the
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +29,10 @@ from ..lowrank import LowRank
 from ..match import Pick, parts_of
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
-from . import container, native, peft
+from . import exact, peft
+from .convert import FORMATS, put, read
 from .record import AdapterFile, BasePrint, StoredSite
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from .source import Hints
 
 
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
@@ -66,43 +64,42 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     sites = tuple(s for _, s in stored)
     if format == "peft":
         odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
-        sites = peft.padded(sites)
+        sites = exact.padded(sites)
         if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft.holds(s)]:
             raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'")
         if path.suffix == ".safetensors":
             raise FileError("PEFT's format is a directory", way_out="give a path that does not end in .safetensors")
-    tensors = peft.tensors(sites)
-    init = next(iter(on.values())).adapters[name].init
-    header = {"format": "pt"} | ({native.KEY: native.encode(name, init, sites, _base(on), tensors)} if format == "lorainject" else {})
-    if path.suffix == ".safetensors":
-        container.write({path: container.dump(tensors, header)})
-        return path
-    if path.is_file():
+    if path.is_file() and path.suffix != ".safetensors":
         raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
-    files: dict[Path, Any] = {path / TENSORS: container.dump(tensors, header)}
-    if all(map(peft.holds, sites)):
-        files[path / CONFIG] = [(json.dumps(peft.config(model, sites), indent=2, sort_keys=True) + "\n").encode()]
-    container.write(files)
-    if path / CONFIG not in files:  # PEFT would read the adapter without what it has no place for: it must find no config
-        (path / CONFIG).unlink(missing_ok=True)
+    init = next(iter(on.values())).adapters[name].init
+    about = {"task_type": _task(model), "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+             "target_modules": _target_modules(model, [s for s in sites if not peft.is_bare(s)])}  # fmt: skip
+    base = _base(on) if format == "lorainject" else None
+    file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about)
+    put(FORMATS[format].write(file, path, Hints()))
     return path
 
 
-def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None, check_base: bool = True) -> nn.Module:
+def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None, check_base: bool = True,
+         allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
     """Put a saved adapter onto a base model, in place, and switch it on; returns the same model.
 
-    `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads our own
-    files and PEFT's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong shape or not finite,
-    and every weight that differs from the base that the adapter was made for (`check_base=False` accepts another base).
+    `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads every format in
+    `li.FORMATS`; `allow_pickle` and `hints` are read's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong
+    shape or not finite, whatever a file holds beside A and B (DoRA's magnitudes, biases, heads), and every weight that differs from the
+    base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
     """
     ready(model, "load an adapter")
-    file = read(path)
+    file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
+    for note in file.notes:
+        warnings.warn(f"{file.path}: {note}", stacklevel=2)
     name = file.name if name is None else name
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
-    replaced = [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(by_name.get(p), tensor))]
-    sites = fitted(model, file, by_name, dtype, replaced)
+    there = dict(model.named_parameters(remove_duplicate=False))
+    replaced = [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(there.get(p, there.get(f"{p}.weight")), tensor))]
+    sites = fitted(model, file, by_name, dtype, [*replaced, *(f"{line}; load does not put it on yet" for line in file.beside)])
     others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
@@ -112,42 +109,19 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
 
 
-def read(path: str | Path) -> AdapterFile:
-    """Read an adapter file or directory without a model. Raises FileError with all that is wrong with it."""
-    path = Path(path)
-    tensor_file = path / TENSORS if path.is_dir() else path
-    if path.is_dir() and not tensor_file.exists():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        below = [p.parent for p in path.glob(f"*/{TENSORS}")]  # PEFT puts an adapter that is not called "default" there
-        raise FileError(
-            f"{path} holds no {TENSORS}", [f"it holds {found}"], f"give {below[0] if below else 'the directory that save (or PEFT) wrote'}"
-        )
-    config = _config(path / CONFIG) if path.is_dir() and (path / CONFIG).exists() else {}
-    tensors, metadata = container.read(tensor_file)
-    problems = peft.payload_problems(tensors)
-    if native.KEY not in metadata and not config:
-        raise FileError(f"{path} holds no record of alpha, without which its scale is unknown",
-                        way_out=f"give the directory with its {CONFIG}")  # fmt: skip
-    try:
-        if native.KEY in metadata:
-            file = native.decode(path, tensors, metadata[native.KEY], config, problems)
-        else:
-            file = peft.record(path, tensors, config, problems)
-    except (TypeError, ValueError, AttributeError) as e:
-        raise FileError(f"{path / CONFIG} is not a config as PEFT writes it: {e}", way_out="get the file again, or save the adapter anew") from e
-    if problems or file is None:
-        raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
-    return file
+def _task(model: nn.Module) -> str | None:
+    """PEFT's word for what the model does, by which AutoPeftModel finds the class; None where it is not sure."""
+    if type(model).__name__.endswith("ForCausalLM"):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as e:
-        raise FileError(f"{path} can't be read as JSON: {e}", way_out="get the file again, or save the adapter anew") from e
-    if not isinstance(config, dict):
-        raise FileError(f"{path} is not a JSON object", way_out="get the file again, or save the adapter anew")
-    return config
+def _target_modules(model: nn.Module, sites: Sequence[StoredSite]) -> list[str]:
+    """Leaf names if they mean exactly these sites in this model, as people write them; else full paths; none, if there are no sites."""
+    chosen = {s.path for s in sites}
+    leaves = {path.rsplit(".", 1)[-1] for path in chosen}
+    meant = {path for path, _ in walk(model) if path.rsplit(".", 1)[-1] in leaves}
+    return sorted(leaves if meant == chosen else chosen)
 
 
 def _stored(w: Weight, host: Host, name: str) -> StoredSite:
@@ -202,8 +176,8 @@ def fitted(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], d
     wrong: list[str] = []
     sites = _fit(model, file, by_name, dtype, wrong)
     if file.format == "peft":
-        expected = {stored.path for stored in file.sites}
-        wrong += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, by_name) if p not in expected]
+        expected, layers = {stored.path for stored in file.sites}, [n for n, w in by_name.items() if w.parameter == "weight"]
+        wrong += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, layers) if p not in expected]
     if wrong or problems:
         raise FileError(f"{file.path} does not fit this model:", wrong + problems, "use it with the model it was made for")
     return sites
@@ -278,8 +252,7 @@ def _same_base(w: Weight, name: str, base: BasePrint) -> bool:
     return mine is None or weight is None or agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
 
 
-def _replaces(w: Weight | None, tensor: Tensor) -> str | None:
-    weight = None if w is None else w.module._parameters.get(w.parameter)
+def _replaces(weight: Tensor | None, tensor: Tensor) -> str | None:
     if weight is not None and weight.shape == tensor.shape and torch.equal(weight.detach().cpu().to(tensor.dtype), tensor):
         return None
     return "the file brings a whole base weight that is not this model's; adapters that replace weights are not supported"

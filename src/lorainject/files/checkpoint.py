@@ -30,11 +30,14 @@ from ..lowrank import Factors, LowRank, factors, joined, norm
 from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
 from ..workers import workers
-from .adapter import fitted, read
+from .adapter import fitted
+from .convert import read
+from .naming import named_as
 from .patches import Patch, find, patches
 from .places import Place, meta_model, places
 from .record import AdapterFile, BasePrint, StoredSite
 from .shards import BYTES, DTYPES, INDEX, OTHER_WEIGHTS, Shard, Stored, scan
+from .source import Hints
 from .transaction import Meter, Progress, building, copy, new, opened
 
 
@@ -169,10 +172,14 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
     by_name = {n: w for w in weights_of(model) for n in w.names}
     sums: dict[tuple[int, str], Sum] = {}
     problems, strange = [], []
-    for file, times in zip(files, factor, strict=True):
-        named = _named_as(file, model, by_name)
-        wrong = [f"{path}: {reason}" for path, t in named.replaced.items() if (reason := _replaced(by_name.get(path), t, at, disk))]
-        for ours, site in zip(file.sites, fitted(model, named, by_name, None, wrong), strict=True):
+    for given, file, times in zip(asked, files, factor, strict=True):
+        if file.notes and not isinstance(given, AdapterFile):  # what was taken for granted, the model tells
+            file = read(given, hints=Hints(model=model))
+        own = file.format == "lorainject"  # whose fingerprint goes by its own names
+        named = _named_as(file, model, by_name) if own else named_as(file, model)
+        wrong = [f"{line}; merging does not put it on yet" for line in file.beside]
+        wrong += [f"{path}: {reason}" for path, t in named.replaced.items() if (reason := _replaced(by_name.get(path), t, at, disk))]
+        for ours, site in zip((file if own else named).sites, fitted(model, named, by_name, None, wrong), strict=True):
             weight = by_name[site_name(site.path, site.parameter)]
             lies = at.get(full_name(weight), ())
             if reason := reasons.get(full_name(weight)) or _unwritable(weight, model, lies, disk):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import FileError
@@ -45,6 +46,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
+def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same of a file in memory, which was in an archive at `path`."""
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    except (SafetensorError, ValueError, struct.error) as e:
+        raise FileError(f"{path} holds no whole safetensors file: {e}", way_out="get the file again from where it came") from None
+    return tensors, header.get("__metadata__", {})
+
+
 def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
     """A safetensors file in pieces: the header, then one piece a tensor, in the order of the names."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -62,7 +73,7 @@ def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator
 def raw(tensor: Tensor) -> bytes:
     """The tensor's elements as little-endian bytes."""
     assert sys.byteorder == "little", "safetensors is little endian"
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def write(files: Mapping[Path, Iterable[bytes]]) -> None:

@@ -7,42 +7,87 @@ all that and of the tensors, by which a flipped bit anywhere is seen.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import FileError
 from ..fingerprint import SAMPLES
 from ..spec import INITS, SCALINGS
 from . import container, peft
-from .record import AdapterFile, BasePrint, StoredSite
+from .format import FEATURES, Format
+from .record import NONE, AdapterFile, BasePrint, StoredSite, TokenRows, checked
+from .source import CONFIG, TENSORS, Hints, Source, parsed
 
 KEY = "lorainject"
-VERSIONS = (1, 2)
-"""1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there are such."""
+VERSIONS = (1, 2, 3)
+"""1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there are such.
+3: magnitudes, biases, whole tensors, token rows; names of another library."""
 
 
-def encode(name: str, init: str, sites: tuple[StoredSite, ...], base: BasePrint | None, tensors: Mapping[str, Tensor]) -> str:
+def claims(source: Source) -> bool:
+    """Whether our record is in its header."""
+    return KEY in source.metadata
+
+
+def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
+    """The record; the file says all by itself, so no hint is needed."""
+    return decode(source.path, source.tensors, source.metadata[KEY], source.config, problems)
+
+
+def write(file: AdapterFile, path: Path, hints: Hints) -> dict[Path, Any]:
+    """One file, if the path ends in .safetensors, else a directory; with PEFT's config in it unless PEFT would misread something."""
+    extras = _extras(file)
+    tensors = peft.tensors(file.sites) | {key: t for key, (t, *_) in extras.items()}
+    metadata = {"format": "pt", KEY: encode(file, tensors, {key: said for key, (_, *said) in extras.items()})}
+    if path.suffix == ".safetensors":
+        return {path: container.dump(tensors, metadata)}
+    plain = all(map(peft.holds, file.sites)) and not any(s.magnitude is not None and s.magnitude_axis == "in" for s in file.sites)
+    text = (json.dumps(peft.config(file), indent=2, sort_keys=True) + "\n").encode() if plain else None
+    return {path / TENSORS: container.dump(tensors, metadata), path / CONFIG: None if text is None else [text]}
+
+
+def encode(file: AdapterFile, tensors: Mapping[str, Tensor], extras: Mapping[str, Sequence[Any]]) -> str:
     """The record as JSON."""
+    sites, base = file.sites, file.base
+    more = {key: value for key, value in (("extras", extras), ("namespace", file.namespace if file.namespace != "hf" else "")) if value}
     body: dict[str, Any] = {
-        "version": 1 if all(_is_plain(s) for s in sites) else 2,
-        "name": name,
-        "init": init,
+        "version": 3 if more else 1 if all(_is_plain(s) for s in sites) else 2,
+        "name": file.name,
+        "init": file.init,
         "sites": {s.name: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} | _where(s) for s in sites},
         "base": base64.b64encode(container.raw(torch.cat([base.sample[s.name] for s in sites]))).decode() if base else "",
         "base_dtypes": [str(base.dtype[s.name]).removeprefix("torch.") for s in sites] if base else [],
-    }
+    } | more
     return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
+
+
+def _extras(file: AdapterFile) -> dict[str, tuple[Any, ...]]:
+    """All that is not A and B: by the tensor's name the tensor, what it is, of which site or module, and a detail."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for s in file.sites:
+        at = f"{peft.PREFIX}{s.path}" if peft.holds(s) else s.name
+        if s.magnitude is not None:
+            ones = [1] * (len(s.shape) - 2) if s.kind == "conv" else []
+            key, t = (f"{at}.lora_magnitude_vector", s.magnitude.view(1, -1, *ones) if ones else s.magnitude)
+            found[key if s.magnitude_axis == "out" else f"{at}.magnitude_in"] = (t, "magnitude", s.name, s.magnitude_axis)
+        if s.bias is not None:
+            found[f"{at}.lora_B.bias"] = (s.bias, "bias", s.name)
+    found |= {key: (t, "replaced", name) for name, (key, t) in peft.whole(file).items()}
+    return found | {f"{peft.PREFIX}{path}.{peft.TOKENS}": (t.rows, "tokens", path, t.ids) for path, t in file.tokens.items()}
 
 
 def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[str, Any], problems: list[str]) -> AdapterFile | None:
     """The file that a record describes; None, and lines in `problems`, if it is damaged."""
     try:
-        body = json.loads(text)
+        body = parsed("the record", text)
         digest = body.pop("digest")
         if body["version"] not in VERSIONS:
             problems.append(f"its record is of version {body['version']!r}, this library reads {VERSIONS[-1]} and older")
@@ -50,10 +95,15 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
         if digest != _digest(body, tensors):
             problems.append("its digest does not match: bits were changed since it was written")
             return None
-        places = [_place(name, settings, tensors) for name, settings in body["sites"].items()]
+        extras: dict[str, list[Any]] = body.get("extras", {})
+        own = {name: {} for name in body["sites"]}  # type: dict[str, dict[str, Any]]
+        for key, (role, name, *detail) in extras.items():
+            if role in ("magnitude", "bias"):
+                own[name] |= {role: tensors[key].flatten()} | ({"magnitude_axis": str(detail[0])} if role == "magnitude" else {})
+        places = [replace(_place(name, settings, tensors), **own[name]) for name, settings in body["sites"].items()]
         keys = peft.keys(places)
         sites = [
-            peft.pair(tensors, keys[s.name], s, problems, alpha=x["alpha"], scaling=x["scaling"], dropout=x["dropout"])
+            _pair(tensors, keys[s.name], s, problems, alpha=x["alpha"], scaling=x["scaling"], dropout=x["dropout"])
             for s, x in zip(places, body["sites"].values(), strict=True)
         ]
         base = None
@@ -64,18 +114,36 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
         name, init = body["name"], body["init"]
         if init not in INITS or any(x["scaling"] not in SCALINGS for x in body["sites"].values()):
             raise ValueError(f"init {init!r} or a scaling is none that there is")
-        used = {key for pair in keys.values() for key in pair}
+        used = {key for pair in keys.values() for key in pair} | extras.keys()
         problems += [f"{key}: unexpected, neither A nor B of a site" for key in tensors if key not in used]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        replaced = {name: tensors[key] for key, (role, name, *_) in extras.items() if role == "replaced"}
+        tokens = {e[1]: TokenRows(ids=tuple(map(int, e[2])), rows=tensors[key]) for key, e in extras.items() if e[0] == "tokens"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, FileError) as e:
         problems.append(f"its lorainject record is damaged: {type(e).__name__}: {e}")
         return None
     whole = tuple(s for s in sites if s is not None)
     if config:  # the record decides; a config edited by hand must not be passed over in silence
-        problems += [
-            f"{s.name}: adapter_config.json says scale {theirs:g}, the tensor file {s.scale:g}"
-            for s in whole if abs((theirs := peft.scale_of(config, s.name, s.r)) - s.scale) > 1e-9 * s.scale
-        ]  # fmt: skip
-    return AdapterFile(path=path, format="lorainject", sites=whole, name=name, init=init, base=base, config=config)
+        try:
+            problems += [
+                f"{s.name}: adapter_config.json says scale {theirs:g}, the tensor file {s.scale:g}"
+                for s in whole if abs((theirs := peft.scale_of(config, s.name, s.r)) - s.scale) > 1e-9 * s.scale
+            ]  # fmt: skip
+        except (TypeError, ValueError, AttributeError) as e:
+            problems.append(f"adapter_config.json is not a config as PEFT writes it: {e}")
+    return AdapterFile(path=path, format="lorainject", sites=whole, name=name, init=init, base=base, config=config, replaced=replaced, tokens=tokens,
+                       namespace=str(body.get("namespace", "hf")))  # fmt: skip
+
+
+def _pair(tensors: Mapping[str, Tensor], at: tuple[str, str], s: StoredSite, problems: list[str], *, alpha: Any, scaling: Any,
+          dropout: Any) -> StoredSite | None:  # fmt: skip
+    """The site with its A and B, found under the two names."""
+    if wrong := [f"{key}: missing" for key in at if key not in tensors]:
+        problems += wrong
+        return None
+    A, B = (tensors[key] for key in at)
+    with contextlib.suppress(RuntimeError, IndexError):  # shapes that can't be unpacked are named by what follows
+        A, B = peft.unpacked(A, B, s.kind, s.shape)
+    return checked(s, A, B, problems, alpha=alpha, scaling=scaling, dropout=dropout)
 
 
 def _is_plain(s: StoredSite) -> bool:
@@ -98,7 +166,7 @@ def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
         path=settings.get("path", name), parameter=settings.get("parameter", "weight"), label=settings.get("label", ""),
         rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
         kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), peft=not settings.get("apart"),
-        aliases=tuple(settings["aliases"]), A=peft.NONE, B=peft.NONE, alpha=0.0,
+        aliases=tuple(settings["aliases"]), A=NONE, B=NONE, alpha=0.0,
     )  # fmt: skip
 
 
@@ -108,3 +176,8 @@ def _digest(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(container.raw(t))
     return digest.hexdigest()
+
+
+FORMAT = Format(name="lorainject", library="lorainject", claims=claims, read=read, write=write,
+                holds=frozenset({*FEATURES, "whole tensors", "tokens"}), scales="site",
+                names=frozenset({"hf", "kohya", "pipeline"}))  # fmt: skip

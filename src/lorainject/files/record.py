@@ -1,8 +1,13 @@
-"""What an adapter file says, whatever its format: one record that every format reads into and writes from."""
+"""What an adapter file says, whatever its format: one record that every format reads into and writes from.
+
+A record holds more than `load` can put onto a model: DoRA's magnitudes, biases, whole tensors and token rows are carried, so that a file
+can be inspected and converted without loss.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,18 @@ import torch
 from torch import Tensor
 
 from ..lowrank import scale
-from ..spec import site_name
+from ..spec import is_alpha, site_name
+
+NONE = torch.empty(0)  # in place of A and B until they are found
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSite:
-    """A and B of one weight or slice, normalised: A (r, in), B (out, r), one each for every expert of a stack; the update is scale * B @ A."""
+    """A and B of one weight or slice, normalised: A (r, in), B (out, r), one each for every expert of a stack; the update is scale * B @ A.
+
+    For a convolution `in` is in_channels * kernel, as in W.flatten(1); `shape` then tells the kernel. With a magnitude m it is DoRA
+    (arXiv 2402.09353): W = m * (W0 + D) / |W0 + D|, D the update, the norm taken for each output (`magnitude_axis` "out") or input ("in").
+    """
 
     path: str
     """Of the module, in the naming of the model that the file was made for."""
@@ -42,6 +53,11 @@ class StoredSite:
     alpha: float
     scaling: str = "standard"
     dropout: float = 0.0
+    magnitude: Tensor | None = None
+    """DoRA's m, (out,) or (in_channels,)."""
+    magnitude_axis: str = "out"
+    bias: Tensor | None = None
+    """(out,), added to the layer's bias times `scale` (PEFT's lora_bias)."""
 
     @property
     def name(self) -> str:
@@ -80,23 +96,79 @@ class BasePrint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Rows of an embedding that were trained as they are."""
+
+    ids: tuple[int, ...]
+    rows: Tensor
+    """(len(ids), width): the new rows, in place of the base's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterFile:
     """One adapter, without a model."""
 
     path: Path
     """Where it was read from."""
     format: str
-    """"lorainject" (PEFT-compatible, with our record in the header) or "peft"."""
+    """A name in `li.FORMATS`."""
     sites: tuple[StoredSite, ...]
     name: str = "default"
     init: str = "kaiming"
     base: BasePrint | None = None
     replaced: dict[str, Tensor] = field(default_factory=dict)
-    """Whole base tensors that came along (PEFT does this for embeddings): allowed only where they equal the base's."""
+    """Whole tensors in place of the base's, by their names (site_name): heads, biases, embeddings that PEFT let come along."""
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    """By the path of the embedding."""
     config: dict[str, Any] = field(default_factory=dict)
-    """adapter_config.json as it stands."""
+    """The config beside the tensors, or in their header, as it stands."""
+    namespace: str = "hf"
+    """Whose names the paths are: "hf" (the model's own), "kohya" (dots became underscores) or "pipeline" (a component's name first)."""
+    notes: tuple[str, ...] = ()
+    """What was taken for granted while reading, since the file does not say."""
 
     @property
     def parameters(self) -> int:
         """Elements of all A and B."""
         return sum(s.A.numel() + s.B.numel() for s in self.sites)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What is neither A and B nor a whole tensor, one line each."""
+        dora = [f"{s.name}: a magnitude (DoRA)" for s in self.sites if s.magnitude is not None]
+        biases = [f"{s.name}: an update of the bias (lora_bias)" for s in self.sites if s.bias is not None]
+        return (*dora, *biases, *(f"{path}: {len(t.ids)} rows of trained tokens" for path, t in self.tokens.items()))
+
+
+def checked(
+    s: StoredSite, A: Tensor, B: Tensor, problems: list[str], *, alpha: Any, scaling: Any = "standard", dropout: Any = 0.0
+) -> StoredSite | None:
+    """The site with these A (*stack, r, in) and B (*stack, out, r); None, and lines in `problems`, if they or the settings can't be meant."""
+    wrong = []
+    if not is_alpha(alpha):
+        wrong.append(f"{s.name}: alpha must be a finite number above 0, not {alpha!r}")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        wrong.append(f"{s.name}: dropout must be a probability p with 0 <= p < 1, not {dropout!r}")
+    if 0 in (A.numel(), B.numel()):
+        wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered")
+    elif A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
+        wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
+    else:
+        out, in_ = B.shape[-2], s.shape[1] if s.kind == "conv" and s.shape else A.shape[-1]
+        wrong += [f"{s.name}: {what} {tuple(t.shape)}, where ({n},) is needed"
+                  for what, t, n in (("magnitude", s.magnitude, out if s.magnitude_axis == "out" else in_), ("bias update", s.bias, out))
+                  if t is not None and tuple(t.shape) != (n,)]  # fmt: skip
+    if wrong:
+        problems += wrong
+        return None
+    return replace(s, A=A, B=B, alpha=float(alpha), scaling=scaling, dropout=float(dropout))
+
+
+def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that are not finite floats, whatever they are called; single numbers (kohya's alpha) may be whole."""
+    odd = [f"{key}: {t.dtype} is not a floating-point type of 16 bits or more" for key, t in tensors.items() if not _is_float(t) and t.ndim]
+    return odd + [f"{key}: holds NaN or infinity" for key, t in tensors.items() if _is_float(t) and not bool(t.isfinite().all())]
+
+
+def _is_float(t: Tensor) -> bool:
+    return t.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)

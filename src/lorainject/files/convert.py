@@ -1,0 +1,114 @@
+"""Every format by one table; `read`, `write` and `convert`: a file into the record, the record into another file.
+
+li.read("adapter.gguf", hints=li.Hints(heads=(32, 8)))
+li.write(file, "out", format="peft")
+li.convert("lit_model.pth.lora", "out", format="peft", allow_pickle=True)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FileError, SpecError
+from . import adapterhub, container, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from .format import Files, Format, fitted, method
+from .naming import named_as, of_component
+from .record import AdapterFile, payload_problems
+from .source import FILES, Hints, Source, open_source
+
+# The first that claims a source has it: the more particular ones come first.
+FORMATS: dict[str, Format] = {f.name: f for f in (
+    native.FORMAT, gguf.FORMAT, onnx.FORMAT, kohya.FORMAT, diffusers.FORMAT, peft_reader.FORMAT, torchtune.FORMAT, mlx.FORMAT, adapterhub.FORMAT,
+    litgpt.FORMAT, loralib.FORMAT,
+)}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `write` and `convert` did."""
+
+    path: Path
+    format: str
+    file: AdapterFile
+    """As it was written, in the form that the format holds."""
+    lost: tuple[str, ...] = ()
+    """What was left out, one line each; nothing unless `lossy` was asked for."""
+
+
+def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = False, hints: Hints | None = None) -> AdapterFile:
+    """Read an adapter file or directory of any format in `li.FORMATS`, without a model.
+
+    The format is found by content; `format` says it where the content leaves it open. Pickles are opened only with `allow_pickle=True`,
+    and then by torch's restricted unpickler. Raises FileError with all that is wrong with the file, or that `hints` have to tell.
+    """
+    hints = hints or Hints()
+    source = open_source(path, allow_pickle)
+    form = _form(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
+    if form is None:
+        raise FileError(f"{path} is in no format that is known here:", _unknown(source), f"known are {', '.join(FORMATS)}")
+    problems = payload_problems(source.tensors)
+    try:
+        file = form.read(source, hints, problems)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError) as e:
+        what = f"{source.path} and the config beside it are" if source.configs else f"{source.path} is"
+        raise FileError(
+            f"{what} not as {form.library} writes them: {type(e).__name__}: {e}", way_out="get the file again, or save the adapter anew"
+        ) from e
+    if file is not None and hints.component is not None:
+        file = of_component(file, hints.component)
+    if file is not None and not file.sites and not problems:
+        problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
+    if problems or file is None:
+        raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
+    return file if hints.model is None else named_as(file, hints.model)
+
+
+def write(file: AdapterFile, path: str | Path, *, format: str = "lorainject", lossy: bool = False, hints: Hints | None = None) -> Conversion:
+    """Write a record in a format of `li.FORMATS`, atomically. What the format has no place for is converted where an exact form exists.
+
+    Raises FileError with everything else, before anything is written; `lossy=True` leaves it out instead, and says what and how much.
+    """
+    path, form = Path(path), _form(format)
+    if not file.sites:
+        raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
+    fit, lost = fitted(file, form, lossy)
+    if not fit.sites:
+        raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
+    if form.suffix and path.suffix != form.suffix:
+        raise FileError(f"{form.name} is a single file", way_out=f"give a path that ends in {form.suffix}")
+    if not form.suffix and (path.is_file() or path.suffix == ".safetensors") and form is not native.FORMAT:
+        raise FileError(f"{form.name} is a directory", way_out="give a path that is no file, and does not end in .safetensors")
+    files = form.write(fit, path, hints or Hints())
+    if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
+        raise FileError(f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory")
+    put(files)
+    return Conversion(path=path, format=form.name, file=fit, lost=lost)
+
+
+def convert(source: str | Path, path: str | Path, *, format: str, lossy: bool = False, allow_pickle: bool = False,
+            hints: Hints | None = None) -> Conversion:  # fmt: skip
+    """`write(read(source), path, format=format)`."""
+    _form(format)
+    return write(read(source, allow_pickle=allow_pickle, hints=hints), path, format=format, lossy=lossy, hints=hints)
+
+
+def put(files: Files) -> None:
+    """Write the files, each whole or not at all; those without content are removed after."""
+    container.write({path: pieces for path, pieces in files.items() if pieces is not None})
+    for path, pieces in files.items():
+        if pieces is None:  # PEFT, say, would read the adapter without what it has no place for: it must find no config
+            path.unlink(missing_ok=True)
+
+
+def _form(name: str) -> Format:
+    if name not in FORMATS:
+        raise SpecError(f"there is no format {name!r}", way_out=f"choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _unknown(source: Source) -> list[str]:
+    """What can be said of a source that no format claims."""
+    found = [f"it is {what}, which is no pair of low-rank factors" for what in dict.fromkeys(map(method, source.tensors)) if what]
+    names = list(source.tensors)
+    return found or [f"it holds {len(names)} tensors: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"]

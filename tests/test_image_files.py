@@ -1,0 +1,192 @@
+"""Adapters of image models: kohya's flat names, LyCORIS' factors, diffusers' components and its older names."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import FIXTURES, alike, deltas, tree
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorainject as li
+
+DIFFUSERS = FIXTURES / "diffusers"
+WEIGHTS = {key: tuple(t.shape) for key, t in load_file(DIFFUSERS / "expected_delta.safetensors").items()}
+
+
+def part(component: str) -> nn.Module:
+    """The adapted layers of one component."""
+    return tree({key.partition(".")[2]: shape for key, shape in WEIGHTS.items() if key.startswith(f"{component}.")})
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_one_component_onto_its_model(component):
+    """A pipeline's file goes onto one of its models, named by hand; the rest of the file is somebody else's."""
+    model = li.load(part(component), DIFFUSERS / "pytorch_lora_weights.safetensors", hints=li.Hints(component=component))
+    wanted = {key: t for key, t in load_file(DIFFUSERS / "expected_delta.safetensors").items() if key.startswith(component)}
+    found = {f"{component}.{path}.weight": d for path, _, d in li.deltas(model)}
+    assert found.keys() == wanted.keys()
+    assert all((found[key] - t).abs().max() < 1e-5 for key, t in wanted.items())
+
+
+def test_a_whole_pipelines_file_is_too_much_for_one_model():
+    """Without a word on which component, what does not belong to the model is refused, not dropped."""
+    with pytest.raises(li.FileError, match=r"text_encoder\.encoder\.layers\.0\.self_attn\.q_proj: is not in this model"):
+        li.load(tree({key: shape for key, shape in WEIGHTS.items() if key.startswith("unet.")}), DIFFUSERS / "pytorch_lora_weights.safetensors")
+
+
+def test_without_the_header_the_scale_is_one():
+    """As diffusers reads it, and with a note; the header makes the difference of alpha / r."""
+    with_, without = (li.read(DIFFUSERS / name) for name in ("pytorch_lora_weights.safetensors", "no_header.safetensors"))
+    assert {s.scale for s in without.sites} == {1}
+    assert {s.scale for s in with_.sites if s.path.startswith("unet.")} == {2}
+    assert {s.scale for s in with_.sites if s.path.startswith("text_encoder.")} == {3}
+    assert "scale was taken for 1" in without.notes[0]
+    with pytest.warns(UserWarning, match="no header tells alpha: as in diffusers, the scale was taken for 1"):
+        li.load(part("unet"), DIFFUSERS / "no_header.safetensors", hints=li.Hints(component="unet"))
+    assert not with_.notes
+
+
+def test_diffusers_own_export_for_kohya():
+    """Its kohya file is its other file under flat names, with alpha = rank (diffusers loses alpha there)."""
+    flat = li.read(DIFFUSERS / "kohya.safetensors")
+    dotted = li.read(DIFFUSERS / "no_header.safetensors")
+    found = {key.removesuffix(".weight").removeprefix("lora_unet_"): d for key, d in deltas(flat).items()}
+    wanted = {key.removesuffix(".weight").partition(".")[2].replace(".", "_"): d for key, d in deltas(dotted).items()}
+    shared = found.keys() & wanted.keys()
+    assert len(shared) == sum(key.startswith("unet.") for key in WEIGHTS) == len(flat.sites)
+    assert all(torch.equal(found[key], wanted[key]) for key in shared)
+    assert {s.scale for s in flat.sites} == {1}
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "lorainject"])
+def test_pipelines_between_the_formats(format, tmp_path):
+    """Scales, components and convolutions survive; kohya's prefixes stand for diffusers' components."""
+    file = li.read(DIFFUSERS / "pytorch_lora_weights.safetensors")
+    place = tmp_path / "a.safetensors" if format != "diffusers" else tmp_path / "a"
+    li.write(file, place, format=format)
+    for component in ("unet", "text_encoder"):
+        hints = li.Hints(component=component, model=part(component))
+        once = li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints)
+        again = li.read(place, hints=hints)
+        assert alike(again, once)
+        assert len(once.sites) == sum(key.startswith(f"{component}.") for key in WEIGHTS)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_component_is_a_peft_directory(component, tmp_path):
+    """One directory for each part, which PEFT itself puts onto the part; and back into one file."""
+    from peft import PeftModel
+
+    hints = li.Hints(component=component)
+    li.convert(DIFFUSERS / "pytorch_lora_weights.safetensors", tmp_path / "a", format="peft", hints=hints)
+    base = part(component)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a")).merge_and_unload()
+    for path, weight, d in li.deltas(li.load(copy.deepcopy(base), tmp_path / "a")):
+        assert torch.allclose(theirs.get_submodule(path).weight, weight + d, atol=1e-5)
+    li.convert(tmp_path / "a", tmp_path / "b", format="diffusers", hints=hints)
+    assert alike(li.read(tmp_path / "b", hints=hints), li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints))
+
+
+def test_a_model_without_text_model(tmp_path):
+    """CLIP's level `text_model`, which transformers 5 took away, is found with and without."""
+    for name in ("lora_te_text_model_encoder_fc1", "text_encoder.text_model.encoder.fc1"):
+        ends = (".lora_down.weight", ".lora_up.weight") if "lora_te" in name else (".lora_A.weight", ".lora_B.weight")
+        save_file(
+            {name + ends[0]: torch.ones(2, 3), name + ends[1]: torch.ones(4, 2), f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "x.safetensors"
+        )
+        for prefix in ("", "text_model."):
+            model = li.load(tree({f"{prefix}encoder.fc1.weight": (4, 3)}), tmp_path / "x.safetensors")
+            assert [name for name, _, _ in li.deltas(model)] == [f"{prefix}encoder.fc1"]
+
+
+OLD = {
+    "unet.mid.attn1.processor.to_q_lora.down.weight": "unet.mid.attn1.to_q", "unet.mid.attn1.processor.to_out_lora.down.weight": "unet.mid.attn1.to_out.0",
+    "text_encoder.layers.0.self_attn.to_q_lora.down.weight": "text_encoder.layers.0.self_attn.q_proj", "unet.mid.to_q.lora.down.weight": "unet.mid.to_q",
+    "unet.mid.to_q.lora_linear_layer.down.weight": "unet.mid.to_q", "transformer.blocks.0.to_q.lora_A.weight": "transformer.blocks.0.to_q",
+    "diffusion_model.blocks.0.q.lora_down.weight": "diffusion_model.blocks.0.q",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "path"), OLD.items())
+def test_names_of_every_generation(key, path, tmp_path):
+    """Each of them means A, its twin B, and one path."""
+    twin = key.replace("down.weight", "up.weight").replace("lora_A", "lora_B")
+    save_file({key: torch.ones(2, 3), twin: torch.ones(4, 2)}, tmp_path / "x.safetensors")
+    (s,) = li.read(tmp_path / "x.safetensors").sites
+    assert (s.path, s.A.shape, s.B.shape) == (path, (2, 3), (4, 2))
+
+
+def test_gpt2_is_no_pipeline(tmp_path):
+    """transformer.h.0 is a language model's, whatever it begins with."""
+    save_file(
+        {"transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(2, 3), "transformer.h.0.attn.c_attn.lora_B.weight": torch.ones(9, 2)},
+        tmp_path / "x.safetensors",
+    )
+    assert li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=2)).format == "peft"
+
+
+def test_kohya_scales(tmp_path):
+    """alpha / r, 1 without alpha, and A1111's scale before both."""
+    tensors = {}
+    for name, more in {"a": {}, "b": {"alpha": torch.tensor(6)}, "c": {"alpha": torch.tensor(6.0), "scale": torch.tensor(0.25)}}.items():
+        tensors |= {f"lora_unet_{name}.lora_down.weight": torch.ones(2, 3), f"lora_unet_{name}.lora_up.weight": torch.ones(4, 2)}
+        tensors |= {f"lora_unet_{name}.{key}": t for key, t in more.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert {s.path[-1]: s.scale for s in li.read(tmp_path / "x.safetensors").sites} == {"a": 1, "b": 3, "c": 0.25}
+
+
+def test_names_that_collide_without_dots(tmp_path):
+    """Two paths that differ in a dot alone have no two names there; and in a model, a flat name may mean two modules."""
+    sites = tuple(li.StoredSite(path=path, A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2) for path in ("a.b_c", "a_b.c"))
+    file = li.AdapterFile(path=Path("drawn"), format="lorainject", sites=sites)
+    with pytest.raises(li.FileError, match=r"a_b\.c and a\.b_c are both lora_unet_a_b_c"):
+        li.write(file, tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet"))
+    with pytest.raises(li.FileError, match="kohya has no prefix for None"):
+        li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya")
+    li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet"))
+    with pytest.raises(li.FileError, match=r"may mean a\.b_c or a_b\.c"):
+        li.read(tmp_path / "x.safetensors", hints=li.Hints(model=tree({"a.b_c.weight": (4, 3), "a_b.c.weight": (4, 3)})))
+
+
+def test_flat_names_are_not_written_as_paths(tmp_path):
+    """What kohya calls a module is nobody else's name: the model has to tell first."""
+    at = FIXTURES / "kohya_lycoris" / "lora.safetensors"
+    with pytest.raises(li.FileError, match=r"under a model's own names, these are of the kind 'kohya'"):
+        li.convert(at, tmp_path / "a", format="peft", lossy=True)
+    done = li.convert(at, tmp_path / "a.safetensors", format="lorainject")
+    assert alike(li.read(done.path), li.read(at))
+
+
+def test_dora_by_input_is_peft_s_neither(tmp_path):
+    """LyCORIS has magnitudes for inputs; PEFT has not, and our own file has, without a config that PEFT would misread."""
+    base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
+    hints = li.Hints(model=tree({key: tuple(t.shape) for key, t in base.items()}))
+    file = li.read(FIXTURES / "kohya_lycoris" / "lora.safetensors", hints=hints)
+    with pytest.raises(li.FileError, match=r"peft has no place for:\n  - mid_block\.dora_in: magnitudes by input"):
+        li.write(file, tmp_path / "a", format="peft")
+    li.write(file, tmp_path / "b")
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["adapter_model.safetensors"]
+    assert alike(li.read(tmp_path / "b"), file)
+
+
+def test_diffusers_reads_what_we_write(tmp_path):
+    """The header is PEFT's config of each component, as diffusers expects it."""
+    from peft import LoraConfig
+
+    li.convert(DIFFUSERS / "pytorch_lora_weights.safetensors", tmp_path, format="diffusers")
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as f:
+        said = json.loads(f.metadata()["lora_adapter_metadata"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for component, alpha in (("unet", 4), ("text_encoder", 6)):
+            own = {key.removeprefix(f"{component}."): v for key, v in said.items() if key.startswith(f"{component}.")}
+            config = LoraConfig(**{k: v for k, v in own.items() if k not in ("peft_type",)})
+            assert (config.r, config.lora_alpha) == (2, alpha)
