@@ -50,11 +50,7 @@ def inputs(draw) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("instructions", [True, False])
 @given(
-    inputs(),
-    st.integers(1, 5),
-    st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]),
-    st.booleans(),
-    st.booleans(),
+    inputs(), st.integers(1, 5), st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]), st.booleans(), st.booleans()
 )
 def test_the_formula(instructions, xy, r, slices, own, views):
     """Output and every gradient, in each dtype, layout, size and slice, with and without half-precision instructions."""
@@ -255,3 +251,45 @@ def test_whose_output_may_be_written_to():
     assert makes_output(type("Plain", (nn.Linear,), {}))
     assert not makes_output(Remembers)
     assert not makes_output(nn.Conv1d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+@given(data=st.data())
+def test_rows_of_a_batch(dtype, grad, data):
+    """Any choice of adapters of different ranks by row, short and long rows: each row as its adapter alone would do it, and None as the base."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20, bias=data.draw(st.booleans()), dtype=dtype))
+    for i, name in enumerate("abc"):
+        li.inject(model, [data.draw(st.sampled_from(["0", "0[0:7]"]))] if i else ["0"], r=i + 1, alpha=i + 2, name=name)
+        with torch.no_grad():
+            for p in li.parameters(model):
+                p.normal_(std=0.3)
+    names = data.draw(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6))
+    tokens = data.draw(st.sampled_from([1, 7, 30]))
+    x = torch.randn(len(names), tokens, 24, dtype=dtype)
+    want = []
+    with torch.set_grad_enabled(grad):
+        for name, row in zip(names, x, strict=True):
+            li.activate(model, *([name] if name else []))
+            want.append(model(row[None])[0])
+        if tokens == len(names) > 1:
+            return
+        with li.rows(model, names):
+            got, again = model(x), model(x)
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(got, torch.stack(want), rtol=8 * eps, atol=30 * eps)
+    assert torch.equal(got, again)
+
+
+def test_rows_see_adapters_that_change():
+    """What is kept of them for a batch of short rows is made anew when A or B was written to."""
+    model, x = layers(), torch.randn(2, 1, 64)
+    with torch.no_grad(), li.rows(model, ["default", None]):
+        first = model[0](x)
+        model[0].lora["default"].B.mul_(2)
+        second, base = model[0](x), model[0](x)[1]
+    assert torch.equal(second[1], base)
+    with torch.no_grad(), li.disabled(model):
+        plain = model[0](x)
+    assert torch.allclose(second[0] - plain[0], 2 * (first[0] - plain[0]), atol=1e-5)

@@ -450,15 +450,52 @@ def test_pickle_and_deepcopy():
         assert torch.equal(output(model), y)
 
 
+@every
+@implementations
+def test_rows_through_experts(build, implementation):
+    """Each row's tokens use its own adapter in experts too, in the forward and in its gradients, as each row alone would."""
+    model = built(build, implementation)
+    x = torch.randint(0, 50, (3, 5), generator=torch.Generator().manual_seed(1))
+    for seed, name in enumerate("ab"):
+        li.inject(model, ["experts", "attention"], r=4, name=name)
+        randomise(model, name, seed=seed)
+
+    def alone(row: int, name: str | None) -> torch.Tensor:
+        li.activate(model, *([name] if name else []))
+        return model(input_ids=x[row : row + 1], use_cache=False).last_hidden_state[0]
+
+    names = ["b", None, "a"]
+    want = torch.stack([alone(i, name) for i, name in enumerate(names)])
+    want.square().sum().backward()
+    grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with li.rows(model, names):
+        got = model(input_ids=x, use_cache=False).last_hidden_state
+        got.square().sum().backward()
+    assert close(got, want)
+    for k, p in model.named_parameters():
+        assert (p.grad is not None) == (k in grads)
+        assert p.grad is None or close(p.grad, grads[k])
+    with torch.no_grad(), li.rows(model, names):
+        assert close(model(input_ids=x, use_cache=False).last_hidden_state, want)
+
+
 def test_rows_are_refused_where_the_batch_can_not_be_seen():
-    """Experts see tokens in any order: rows(...) says so instead of mixing adapters up; rows of the base alone are fine."""
+    """Weights read by a model's own code, tokens that are not the rows': rows(...) says so instead of mixing adapters up; the base's rows are fine."""
     model = built(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
-    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match=r"a MixtralExperts is read by the model's own code"):
-        output(model)
+    experts = model.layers[0].mlp.experts
+    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match=r"a MixtralExperts with adapters got inputs of the shapes \(5, 32\)"):
+        experts(torch.randn(5, 32), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2))
+    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match="not for certain these rows' tokens"):
+        experts(torch.randn(4, 32))
     assert not shadows(model)
     with li.rows(model, [None, None]):
         output(model)
+    conv = nn.Sequential(nn.Conv1d(4, 4, 3))
+    li.inject(conv, ["0"], r=2, name="a")
+    with li.rows(conv, ["a", None]), pytest.raises(li.StateError, match=r"the weight 'weight' of a Conv1d is read by the model's own code"):
+        conv(torch.randn(2, 4, 8))
 
 
 def test_two_adapters_on_one_stack():

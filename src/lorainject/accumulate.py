@@ -21,7 +21,7 @@ Legend: M tokens, I in, O out, R rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -164,3 +164,39 @@ def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
     if dy_MO.dtype == h_MR.dtype:
         return h_MR.t() @ dy_MO
     return functools.reduce(torch.add, (h_MR[rows].t() @ dy_MO[rows].to(h_MR.dtype) for rows in _pieces(dy_MO)))
+
+
+class Stack:
+    """The adapters of one layer side by side, for a batch of few tokens with one adapter a row: two products, however many adapters there are.
+
+    A (sum of r, in), B (out, sum of r), and a mask (batch, sum of r) that is s where a row owns the columns, else 0.
+    """
+
+    def __init__(self, lows: Sequence[LowRank | None], y: Tensor) -> None:
+        self.made_of, dtype = self._key(lows, y), _dtype(y, len(lows))
+        used = list(dict.fromkeys(low for low in lows if low is not None))
+        self.parts = used[0].parts or ()
+        self.A, self.B = torch.cat([low.A for low in used]).to(dtype), torch.cat([low.B for low in used], 1).to(dtype)
+        widths = [[low.scale if low is mine else 0.0] * low.r for mine in lows for low in used]
+        self.mask = torch.tensor([s for width in widths for s in width], dtype=dtype, device=y.device).view(len(lows), 1, -1)
+
+    @staticmethod
+    def can_hold(lows: Sequence[LowRank | None], y: Tensor) -> bool:
+        """Whether these may be used so: no hook brings or gathers their A and B, nothing is dropped, and all stand for the same outputs."""
+        used = [low for low in lows if low is not None]
+        plain = all(type(low) is LowRank and not low._forward_pre_hooks and "forward" not in low.__dict__ and low.A.device == y.device
+                    and not (low.training and low.dropout) and low.parts is not None for low in used)  # fmt: skip
+        return plain and not _is_watched(y) and all(low.parts == used[0].parts for low in used)
+
+    @staticmethod
+    def _key(lows: Sequence[LowRank | None], y: Tensor) -> tuple[object, ...]:
+        return (y.dtype, *((id(low), low.A._version, low.B._version) for low in lows if low is not None))
+
+    def holds(self, lows: Sequence[LowRank | None], y: Tensor) -> bool:
+        """Whether it is still what these are."""
+        return self.made_of == self._key(lows, y)
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (batch, tokens, ..., out) with each row's term added, in y's memory."""
+        h = F.linear(x.reshape(len(self.mask), -1, x.shape[-1]).to(self.A.dtype), self.A) * self.mask
+        return accumulated(y, h.flatten(0, 1), self.B, 1.0, self.parts, own=True)

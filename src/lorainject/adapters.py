@@ -7,10 +7,9 @@ all modules of a model share one `Routing`, so switching is one assignment howev
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,49 +20,10 @@ from .fold import Journal
 from .graft import Graft
 from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank
+from .routing import Loading, Routing
 from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
-
-
-@dataclass
-class Routing:
-    """Which adapters are on: shared by all modules of one model, copied and pickled along with them.
-
-    The state is the process's, not a thread's.
-    """
-
-    active: tuple[str, ...] = ()
-    """The adapters whose terms are added, in this order."""
-    rows: dict[str, Tensor] | None = None
-    """While `rows(...)` is open: for each adapter, the rows of the batch it serves."""
-    batch: int = 0
-    """While `rows(...)` is open: how many rows the batch has."""
-    context: str | None = None
-    """The context that is open: "disabled" or "rows"."""
-    merged: tuple[str, ...] = ()
-    """The adapters folded into the weights; while there are any, every module has its original class."""
-    before: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """For each adapter, what was on when it came: what eject goes back to."""
-    root: weakref.ref[nn.Module] | None = None
-    """The model that was injected. Unknown in a copy, which may be of a part."""
-    loading: Loading | None = None
-    """The load_state_dict that is under way, or was last."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"root": None, "loading": None}
-
-
-@dataclass
-class Loading:
-    """One call of load_state_dict: a checkpoint with all of an adapter's keys or with none is fine, one with some is not."""
-
-    missing: list[str]
-    """torch's own list of missing keys, by which one call is told from the next."""
-    absent: list[str] = field(default_factory=list)
-    """Keys of A and B that the checkpoint does not have, as long as it has none at all."""
-    some: bool = False
-    """Whether it has any key of A or B."""
 
 
 Terms = dict[str, tuple[Factors, ...]]
@@ -146,31 +106,12 @@ class Adapters(nn.Module):
         return [self[name] for name in self.routing.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
+        assert self.kind.term is not None
         if self.routing.rows is not None:
-            return self._by_rows(x, y)
+            return self.routing.rows.add(cast("dict[str | None, LowRank]", self._modules), self.kind.term, y, x, own)
         for name in self.routing.active:
             if name in self._modules:
                 y, own = self[name](self.kind.term, y, x, own), True
-        return y
-
-    def _by_rows(self, x: Tensor, y: Tensor) -> Tensor:
-        """Each adapter on its own rows (axis 0) of the batch; rows that name no adapter keep the base's output.
-
-        Axis 0 must be the batch for certain: an input without a sequence axis may be tokens in any order (experts), and one
-        whose axis 1 is as long may be transposed.
-        """
-        routing, axes = self.routing, y.shape[:-1]
-        if len(axes) < 2 or axes[0] != routing.batch or axes[1] == routing.batch > 1:
-            raise StateError(
-                f"rows(...) names {routing.batch} rows, but a module with the adapters {', '.join(map(repr, self))} got an input of shape"
-                f" {tuple(x.shape)}, whose first axis is not for certain these rows",
-                way_out="give one name per row of the batch, pad a batch that is as long as it has rows, and exclude modules"
-                " that see the batch in another layout (pooled, flattened, transposed); with beams name each row num_beams times",
-            )
-        for name, index in (routing.rows or {}).items():
-            if name in self._modules:
-                index = index.to(x.device)
-                y = y.index_copy(0, index, self[name](self.kind.term, y[index], x[index], True))
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from .errors import StateError
 from .graft import Graft, bare, change_class, grafted, objection
 from .lowrank import Factors, factors
 from .products import teach_dynamo
+from .routing import Routing
 from .symbolic import LowRankSum
 
 READS = "_lora_reads"  # on a reader: [(path of the owner from the reader, as parts, the parameter's name)]
@@ -35,6 +36,8 @@ class LoraReader(Graft):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward; around it each weight that it reads is hidden, and shown again whatever happens."""
+        if (routing := _routed(self)) is not None:
+            return _by_rows(self, routing, args, kwargs)
         opened: list[tuple[nn.Module, str, Any]] = []
         try:
             for path, name in self.__dict__[READS]:
@@ -46,6 +49,47 @@ class LoraReader(Graft):
             while opened:
                 _close(*opened[-1])
                 opened.pop()
+
+
+def _routed(reader: nn.Module) -> Routing | None:
+    """The routing, if the reader is a stack of experts in whose batch each row has an adapter of its own."""
+    found = [a for path, name in reader.__dict__[READS] for a in _siblings(_owner(reader, path), name)]
+    if not found or (rows := found[0].routing.rows) is None or not all(a.kind.stacked for a in found):
+        return None
+    return found[0].routing if any(name in a for name in rows.names if name is not None for a in found) else None
+
+
+def _by_rows(experts: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Experts treat each token by itself, so each adapter's tokens go through them on their own.
+
+    Raises StateError if the inputs are not for certain the batch's tokens in their order: (rows * tokens, in), or with the batch on an axis of
+    its own, and beside it the experts that each token chose, (rows * tokens, k). Without these they may be sorted or repeated (Llama 4).
+    """
+    rows, tensors = routing.rows, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    assert rows is not None
+    batch, n, axes = len(rows.names), len(tensors[0]), tensors[0].ndim - 1
+    chosen = [t for t in tensors if not t.is_floating_point() and t.ndim == 2]
+    in_order = n % batch == 0 if axes == 1 else n == batch and (tensors[0].shape[1] != batch or batch == 1)
+    if not chosen or not in_order or any(len(t) != n for t in tensors):
+        raise StateError(
+            f"rows(...) names {batch} rows, but a {bare(type(experts)).__name__} with adapters got inputs of the shapes"
+            f" {', '.join(str(tuple(t.shape)) for t in tensors)}, which are not for certain these rows' tokens in their order",
+            way_out="give one name per row of the batch, or inject the adapters without its weights: exclude=[...]",
+        )
+
+    def part(value: Any, tokens: slice) -> Any:
+        return value[tokens] if isinstance(value, Tensor) else value
+
+    found, before = [], routing.active
+    try:
+        routing.rows = None
+        for name, run in rows.runs:
+            tokens = slice(run.start * n // batch, run.stop * n // batch)
+            routing.active = () if name is None else (name,)
+            found.append(experts.forward(*(part(a, tokens) for a in args), **{key: part(v, tokens) for key, v in kwargs.items()}))
+    finally:
+        routing.rows, routing.active = rows, before
+    return torch.cat(found)
 
 
 class Hidden(LowRankSum):
@@ -75,7 +119,7 @@ class Hidden(LowRankSum):
         """Of the adapters that are on."""
         routing = self.adapters[0].routing
         if routing.rows is not None:
-            if any(name in a for name in routing.rows for a in self.adapters):
+            if any(name in a for name in routing.rows.names if name is not None for a in self.adapters):
                 raise StateError(
                     f"rows(...): the weight {self.name!r} of a {bare(type(self.owner)).__name__} is read by the model's own code, which may"
                     " see the batch in any order",

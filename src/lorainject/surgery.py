@@ -9,13 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .adapters import FROZEN, Adapters, Routing, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
+from .adapters import FROZEN, Adapters, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
 from .errors import GraftError, StateError
 from .find import find
 from .kinds import KINDS, is_sharded
 from .lowrank import LowRank
 from .merge import unmerge
 from .readers import mount, objections, set_grafts, unmount
+from .routing import Routing, Rows
 from .spec import LoraSpec, Override, Plan, Site, Target
 
 
@@ -119,8 +120,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out='rows(model, ["fr", None, "de"]) for a batch of three')
     mounted(model, "route rows", *(n for n in names if n is not None), nested=True)
-    index = {n: torch.tensor([i for i, other in enumerate(names) if other == n]) for n in dict.fromkeys(names) if n is not None}
-    with _routed(model, rows=index, batch=len(names), context="rows"):
+    with _routed(model, rows=Rows(names), context="rows"):
         yield
 
 
