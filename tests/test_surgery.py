@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lorainject as li
+from lorainject import adapters
 from lorainject.lowrank import LowRank
 
 from models import bits, ids, llama, randomise, run, state
@@ -393,3 +394,29 @@ def test_options_of_an_embedding(options):
         m(ids).square().sum().backward()
     for a, b in zip(li.parameters(model), li.parameters(plain), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_switching_asks_no_layer(two, monkeypatch):
+    """activate, disabled and rows cost the same however many layers there are; copies, parts and mistakes are looked at as before."""
+    model, _ = two
+    twin = copy.deepcopy(model)
+    walked = []
+    monkeypatch.setattr(adapters, "walk", lambda m, original=adapters.walk: walked.append(m) or original(m))
+    li.activate(model, "fr")
+    with li.disabled(model), li.rows(model, ["de", None]):
+        pass
+    assert not walked
+    li.activate(twin, "de")
+    assert walked
+    assert [r.active for r in adapters.routings(model)] == [("fr",)]
+    assert [r.active for r in adapters.routings(twin)] == [("de",)]
+    with pytest.raises(li.StateError, match="no adapter named 'es'"):
+        li.activate(model, "es")
+    with pytest.raises(li.StateError, match="part of a model that was injected as a whole"):
+        li.activate(model.model.layers[0], "de")
+    li.merge(model)
+    with pytest.raises(li.StateError, match="can't activate while 'fr' is merged"):
+        li.activate(model, "de")
+    li.eject(model)
+    with pytest.raises(li.StateError, match="carries no adapter"):
+        li.activate(model, "de")

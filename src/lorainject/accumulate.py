@@ -38,16 +38,22 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool) -> Tensor:
     """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody."""
-    if _is_watched(y) or (parts := adapter.parts) is None:
+    parts = adapter.parts
+    if parts is None or _is_watched(y):
         return add(adapter, y, project, x)
     x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    dtype = _dtype(y, len(x_MI))
-    A, B, s, p = adapter.A.to(dtype), adapter.B.to(dtype), adapter.scale, adapter.dropout if adapter.training else 0.0
-    if p or x_MI.dtype != dtype:
+    factors, s, p = adapter._parameters, adapter.scale, adapter.dropout if adapter.training else 0.0  # nn.Module's attributes take a microsecond
+    A: Tensor = factors["A"]  # type: ignore[assignment]
+    B: Tensor = factors["B"]  # type: ignore[assignment]
+    dtype = y.dtype if y.dtype == torch.float32 else _dtype(y, len(x_MI))
+    if A.dtype != dtype:
+        A, B = A.to(dtype), B.to(dtype)
+    may_grad = torch.is_grad_enabled()
+    if p or (x_MI.dtype != dtype and may_grad):
         h_MR = Project.apply(x_MI, A, p, int(torch.empty((), dtype=torch.int64).random_()) if p else 0)
     else:
-        h_MR = F.linear(x_MI, A)
-    grad = torch.is_grad_enabled() and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
+        h_MR = F.linear(x_MI, A) if x_MI.dtype == dtype else projected(x_MI, A)
+    grad = may_grad and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
     own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
     return Accumulate.apply(y, h_MR, B, s, parts, own) if grad else accumulated(y, h_MR, B, s, parts, own)
 
@@ -74,15 +80,19 @@ def _has_instructions(half: torch.dtype) -> bool:
 
 def accumulated(y: Tensor, h_MR: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
     """The same without autograd, from h = x A^T."""
-    if not own and not parts and y.dtype == B.dtype:
+    same = y.dtype == B.dtype
+    if not own and not parts and same:
         return torch.addmm(y.reshape(-1, y.shape[-1]), h_MR, B.t(), alpha=s).view(y.shape)
     out = y if own else y.clone(memory_format=torch.contiguous_format)
-    for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
-        if y.dtype == B.dtype:
+    whole_MO = out if out.ndim == 2 else out.view(-1, out.shape[-1])
+    for out_MO, B_OR in _pairs(whole_MO, B, parts):
+        if same:
             out_MO.addmm_(h_MR, B_OR.t(), alpha=s)
+        elif out_MO.numel() <= CAST:
+            out_MO.add_(F.linear(h_MR, B_OR), alpha=s)
         else:
             for rows in _pieces(out_MO):
-                out_MO[rows].add_(h_MR[rows] @ B_OR.t(), alpha=s)
+                out_MO[rows].add_(F.linear(h_MR[rows], B_OR), alpha=s)
     return out
 
 
@@ -128,7 +138,7 @@ class Project(Function):
     def forward(ctx: Any, x_MI: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
         ctx.save_for_backward(x_MI, A)
         ctx.p, ctx.seed = p, seed
-        return torch.cat([x @ A.t() for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
+        return projected(x_MI, A, p, seed)
 
     @staticmethod
     def backward(ctx: Any, dh_MR: Tensor) -> Any:
@@ -141,6 +151,13 @@ class Project(Function):
             if wants_A:
                 dA = dh_MR[rows].t() @ x if dA is None else dA + dh_MR[rows].t() @ x
         return torch.cat(dx) if wants_x else None, dA, None, None
+
+
+def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
+    """(m * x) A^T in A's dtype."""
+    if not p and x_MI.numel() <= CAST:
+        return F.linear(x_MI.to(A.dtype), A)
+    return torch.cat([F.linear(x, A) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
 
 
 def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

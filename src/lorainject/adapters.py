@@ -20,7 +20,7 @@ from .fold import Journal
 from .graft import Graft
 from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank
-from .routing import Loading, Routing
+from .routing import ROOTS, Loading, Routing
 from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
@@ -161,22 +161,25 @@ class LoraForward(Graft):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        base, children = type(self)._lora_base, [child for child in self._modules.values() if isinstance(child, Adapters)]
+        base = type(self)._lora_base
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = not torch.compiler.is_compiling() and makes_output(base) and type(self._parameters.get("weight")) is nn.Parameter  # type: ignore[arg-type]
-        shape = x.shape if own and _would_be_view(self, x) and children[0].routing.rows is None else None
+        shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
             x = x.flatten(0, -2)
             args, kwargs = (x,), {}
         y = base.forward(self, *args, **kwargs)
-        for child in children:
-            y = child(x, y, own)
+        for child in self._modules.values():
+            if isinstance(child, Adapters):
+                y = child(x, y, own)
         return y if shape is None else y.unflatten(0, shape[:-1])
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
     """Whether torch would flatten the input itself and return a view, of whose gradient autograd makes a copy when it is written to."""
-    return linear._parameters.get("bias") is not None and x.ndim > 2 and torch.is_grad_enabled() and x.is_contiguous() and x.numel() > 0
+    if linear._parameters.get("bias") is None or x.ndim < 3 or not x.is_contiguous() or not x.numel():
+        return False
+    return all(child.routing.rows is None for child in linear._modules.values() if isinstance(child, Adapters))
 
 
 class Host(NamedTuple):
@@ -224,10 +227,15 @@ def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every path of every module of the base, a shared module under each of its paths; the parts that torch.compile and, on top,
     DDP add to the paths are left out."""
-    wrapper = "module." if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else ""
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, Adapters | LowRank):
-            yield ".".join(part for part in path.removeprefix(wrapper).split(".") if part != "_orig_mod"), module
+    hidden = ("module", "_orig_mod") if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else ("_orig_mod",)
+    found = [("", model)]
+    while found:
+        path, module = found.pop()
+        yield path, module
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not isinstance(child, Adapters):
+                found.append((path if name in hidden else f"{path}.{name}" if path else name, child))
+        hidden = ("_orig_mod",)
 
 
 def hosts(model: nn.Module) -> dict[str, Host]:
@@ -240,14 +248,14 @@ def hosts(model: nn.Module) -> dict[str, Host]:
     return dict(found.values())
 
 
-def routings(model: nn.Module) -> list[Routing]:
-    """The routings of a model: one, unless its parts were injected one by one."""
-    return list({id(h.adapters.routing): h.adapters.routing for h in hosts(model).values()}.values())
+def routings(model: nn.Module, on: Mapping[str, Host] | None = None) -> list[Routing]:
+    """The routings of a model (with these hosts): one, unless its parts were injected one by one."""
+    return list({id(h.adapters.routing): h.adapters.routing for h in (hosts(model) if on is None else on).values()}.values())
 
 
-def names_of(model: nn.Module) -> tuple[str, ...]:
-    """The adapters on the model, in the order they came."""
-    return tuple(dict.fromkeys(name for host in hosts(model).values() for name in host.adapters))
+def names_of(model: nn.Module, on: Mapping[str, Host] | None = None) -> tuple[str, ...]:
+    """The adapters on the model (with these hosts), in the order they came."""
+    return tuple(dict.fromkeys(name for host in (hosts(model) if on is None else on).values() for name in host.adapters))
 
 
 def merged_names(model: nn.Module) -> list[str]:
@@ -261,18 +269,19 @@ def ready(model: nn.Module, verb: str, *, merged: bool = False, nested: bool = F
     It may not while adapters are folded into the weights, when it would act on W0 + s B A instead of W0; nor inside `disabled`
     or `rows`; nor on a part of what was injected as a whole. Each of the three can be allowed.
     """
-    modules = set(model.modules())
-    for routing in routings(model):
+    on = hosts(model)
+    found = routings(model, on)
+    for routing in found:
         root = routing.root and routing.root()
-        if root is not None and root not in modules and not part:
+        if root is not None and not part and root is not model and root not in set(model.modules()):
             raise StateError(
                 f"can't {verb}: this is a part of a model that was injected as a whole", way_out=f"call it on the whole {type(root).__name__}"
             )
         if routing.context and not nested:
             raise StateError(f"can't {verb} inside {routing.context}(...)", way_out="leave the context first")
-    if not merged and (folded := merged_names(model)):
+    if not merged and (folded := sorted({name for routing in found for name in routing.merged})):
         raise StateError(f"can't {verb} while {', '.join(map(repr, folded))} is merged", way_out="unmerge(model) first")
-    return hosts(model)
+    return on
 
 
 def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[str, Host]:
@@ -280,10 +289,18 @@ def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[s
     found = ready(model, verb, **allowed)
     if not found:
         raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
-    known = names_of(model)
+    known = names_of(model, found)
     if unknown := [name for name in names if name not in known]:
         raise StateError(f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}")
     return found
+
+
+def switches(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[Routing]:
+    """The routings by which these adapters are switched: at once for a model that was injected as a whole, however many layers it has."""
+    routing = ROOTS.get(model)
+    if routing is not None and routing.before and not routing.merged and (nested or not routing.context) and routing.before.keys() >= set(names):
+        return [routing]
+    return routings(model, mounted(model, verb, *names, nested=nested))
 
 
 def placement(module: nn.Module, parameter: str) -> torch.device:

@@ -48,6 +48,10 @@ class Routing:
         return vars(self) | {"root": None, "loading": None, "rows": None}
 
 
+ROOTS: weakref.WeakKeyDictionary[nn.Module, Routing] = weakref.WeakKeyDictionary()
+"""By model, where all of it was injected as a whole."""
+
+
 @dataclass
 class Loading:
     """One call of load_state_dict: a checkpoint with all of an adapter's keys or with none is fine, one with some is not."""

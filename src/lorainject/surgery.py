@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .adapters import FROZEN, Adapters, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
+from .adapters import FROZEN, Adapters, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, switches, walk
 from .errors import GraftError, StateError
 from .find import find
 from .kinds import KINDS, is_sharded
 from .lowrank import LowRank
 from .merge import unmerge
 from .readers import mount, objections, set_grafts, unmount
-from .routing import Routing, Rows
+from .routing import ROOTS, Routing, Rows
 from .spec import LoraSpec, Override, Plan, Site, Target
 
 
@@ -60,6 +60,8 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
         _remove(model, name)
         raise
     routing[0].root = weakref.ref(getattr(model, "_orig_mod", model))
+    if len(routing) == 1:
+        ROOTS[model] = routing[0]
     return model
 
 
@@ -97,16 +99,14 @@ def activate(model: nn.Module, *names: str) -> None:
     """
     if len(names) == 1 and isinstance(names[0], list | tuple):
         names = tuple(names[0])
-    mounted(model, "activate", *names)
-    for routing in routings(model):
+    for routing in switches(model, "activate", *names):
         routing.active = tuple(dict.fromkeys(names))
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes what its base computes, in every thread. Run its backward within it too."""
-    mounted(model, "disable the adapters", nested=True)
-    with _routed(model, active=(), rows=None, context="disabled"):
+    with _routed(switches(model, "disable the adapters", nested=True), active=(), rows=None, context="disabled"):
         yield
 
 
@@ -119,8 +119,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out='rows(model, ["fr", None, "de"]) for a batch of three')
-    mounted(model, "route rows", *(n for n in names if n is not None), nested=True)
-    with _routed(model, rows=Rows(names), context="rows"):
+    with _routed(switches(model, "route rows", *(n for n in names if n is not None), nested=True), rows=Rows(names), context="rows"):
         yield
 
 
@@ -186,8 +185,8 @@ def _finish(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _routed(model: nn.Module, **changes: object) -> Iterator[None]:
-    saved = [(routing, {key: getattr(routing, key) for key in changes}) for routing in routings(model)]
+def _routed(found: Sequence[Routing], **changes: object) -> Iterator[None]:
+    saved = [(routing, {key: getattr(routing, key) for key in changes}) for routing in found]
     try:
         for routing, _ in saved:
             vars(routing).update(changes)
