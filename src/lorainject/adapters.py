@@ -88,6 +88,8 @@ class Folded:
     """The merged weight's dtype and shape."""
     mark: int
     """Checksum of the parameter of its own."""
+    bias: nn.Parameter | None = None
+    """The module's own bias, if the fold has put another in its place."""
     sample: Tensor | None
     """A few values of W0, for the fingerprint in files saved while merged."""
 
@@ -95,7 +97,7 @@ class Folded:
     def nbytes(self) -> int:
         """Kept for unmerge, in all. (The original of a tied weight is somebody else's, too.)"""
         kept = 0 if self.journal is None else self.journal.nbytes
-        own = 0 if self.original is None or self.how == "Untied" else self.original.nbytes
+        own = 0 if self.original is None or self.how == "Untied" else self.original.nbytes + (0 if self.bias is None else self.bias.nbytes)
         return kept + own + sum(f.P.nbytes + f.Q.nbytes for term in self.terms.values() for f in term)
 
     @property

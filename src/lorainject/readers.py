@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .adapters import Adapters, Host, LoraForward, child_name, hosts, walk
 from .errors import StateError
 from .graft import Graft, bare, change_class, grafted, objection
-from .lowrank import Factors, factors
+from .lowrank import Factors, factors, gain
+from .payload import Payload
 from .products import teach_dynamo
 from .symbolic import LowRankSum
 
@@ -59,16 +60,35 @@ class Hidden(LowRankSum):
         self.under = owner.__dict__.get(name)  # a replica of DataParallel has its parameters there
         self.users: set[Any] = set()
         self.traced = 0
+        self.payload = any(isinstance(low, Payload) for a in self.adapters for low in a.children())
 
     users: set[Any]
     """The forwards that read it now."""
     traced: int
     """And how many while torch.compile traces, where no interrupt can come in between."""
 
+    payload: bool
+    """Whether any adapter on it has more than A and B."""
+
     @property
-    def W0(self) -> Tensor:  # type: ignore[override]
+    def stored(self) -> Tensor:
         """The parameter, wherever accelerate or FSDP have put it by now."""
         return self.owner._parameters[self.name] if self.under is None else self.under  # type: ignore[return-value]
+
+    @property
+    def W0(self) -> Tensor:  # type: ignore[override]
+        """The parameter; with DoRA times its gain, which takes the weight's size while it is used."""
+        if not self.payload or (c := gain(self.factors)) is None:
+            return self.stored
+        return (self.stored * c).to(self.stored.dtype)
+
+    def biased(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias, with the updates of the adapters that are on."""
+        for low in (low for a in self.adapters for low in a.on) if self.payload else ():
+            if isinstance(low, Payload) and low.b is not None:
+                update = low.update().to(self.stored.dtype)
+                bias = update if bias is None else bias + update
+        return bias
 
     @property
     def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
@@ -82,7 +102,7 @@ class Hidden(LowRankSum):
                     way_out="inject the adapters without it: exclude=[...]",
                 )
             return ()
-        rest = tuple(self.W0.shape[self.stack + 1 :])
+        rest = tuple(self.stored.shape[self.stack + 1 :])
         return tuple(low(factors, self.kind.transposed, rest) for a in self.adapters for low in a.on)
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import FROZEN, Adapters, Routing, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
+from .adapters import FROZEN, Adapters, Host, Routing, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, walk
 from .errors import GraftError, StateError
 from .find import find
 from .kinds import KINDS, is_sharded
 from .lowrank import LowRank
 from .merge import unmerge
+from .payload import Payload
 from .readers import mount, objections, set_grafts, unmount
 from .spec import LoraSpec, Override, Plan, Site, Target
+
+Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A and B of a file, and m and b if it has them (payload.py)."""
 
 
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
@@ -37,8 +42,8 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     return attach(model, plan, name)
 
 
-def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> nn.Module:
-    """Carry out a plan that `find` has checked. `factors` holds A and B by site name; without it they are drawn afresh.
+def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, Given] | None = None) -> nn.Module:
+    """Carry out a plan that `find` has checked. `factors` holds A and B (m and b) by site name; without it they are drawn afresh.
 
     All memory is taken before the first module is changed.
     """
@@ -96,7 +101,10 @@ def activate(model: nn.Module, *names: str) -> None:
     """
     if len(names) == 1 and isinstance(names[0], list | tuple):
         names = tuple(names[0])
-    mounted(model, "activate", *names)
+    on = mounted(model, "activate", *names)
+    if shared := _shared(on, names):
+        raise StateError("magnitudes (DoRA) are of W0 and one A and B, and can't be on with another adapter of the same weight:", shared,
+                         "activate one at a time, or merge them: their changes of W0 add up then")  # fmt: skip
     for routing in routings(model):
         routing.active = tuple(dict.fromkeys(names))
 
@@ -133,21 +141,34 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
 
 
-def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | None) -> LowRank:
+def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LowRank:
     device, kind = placement(module, site.parameter), KINDS[site.kind]
+    make: Callable[..., LowRank] = LowRank
     stack, out, _ = kind.sizes(site.shape)
     if factors is None:
         A = torch.empty(*stack, site.r, site.in_features, dtype=site.dtype, device=device)
         B = torch.empty(*stack, site.out_features, site.r, dtype=site.dtype, device=device)
     else:
-        A, B = (t.to(device, site.dtype) for t in factors)
-    adapter = LowRank(
+        A, B, *beside = factors
+        A, B = A.to(device, site.dtype), B.to(device, site.dtype)
+        if any(t is not None for t in beside):
+            make = partial(Payload, module, kind.transposed, *(t if t is None else t.to(device) for t in beside))
+    adapter = make(
         A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout, init=site.init,
         padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None, slices=site.rows, out=out,
     )  # fmt: skip
     if factors is None:
         adapter.reset_parameters()
     return adapter
+
+
+def _shared(on: Mapping[str, Host], names: Sequence[str]) -> list[str]:
+    """The weights that several of these adapters are on, one with magnitudes."""
+    by_place: dict[tuple[int, str], dict[str, str]] = {}
+    for at, host in on.items():
+        by_place.setdefault(host.place, {}).update({n: at for n in names if n in host.adapters})
+    dora = {host.place for host in on.values() for n in names if n in host.adapters and getattr(host.adapters[n], "m", None) is not None}
+    return [f"{next(iter(found.values()))}: {', '.join(found)}" for place, found in by_place.items() if len(found) > 1 and place in dora]
 
 
 def _freeze(model: nn.Module) -> None:

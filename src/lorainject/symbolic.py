@@ -57,9 +57,13 @@ class LowRankSum:
         if not torch.compiler.is_compiling():
             self.fallbacks[asked_by] += 1
         W = self.W0
-        for P, Q, s, _ in self.factors:
+        for P, Q, s, *_ in self.factors:
             W = W + delta(P, Q, s).reshape(W.shape).to(W.dtype)
         return W
+
+    def biased(self, bias: Tensor | None) -> Tensor | None:
+        """The bias that goes with the sum, from the layer's own."""
+        return bias
 
     @property
     def is_matrix(self) -> bool:

@@ -27,12 +27,17 @@ from ..graft import bare
 from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
 from ..match import Pick, parts_of
+from ..payload import Payload
 from ..spec import Plan, Site, site_name
-from ..surgery import attach
+from ..surgery import Given, attach
 from . import exact, peft
 from .convert import FORMATS, put, read
 from .record import AdapterFile, BasePrint, StoredSite
 from .source import Hints
+
+BIASED = ("linear", "linear^T", "conv")
+DORA = (*BIASED, "embedding")
+"""The kinds of layers that may have magnitudes, and an update of their bias."""
 
 
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
@@ -86,8 +91,8 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
 
     `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads every format in
     `li.FORMATS`; `allow_pickle` and `hints` are read's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong
-    shape or not finite, whatever a file holds beside A and B (DoRA's magnitudes, biases, heads), and every weight that differs from the
-    base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
+    shape or not finite, what a file holds beside A and B and load can't put on (whole tensors, rows of tokens), and every weight that differs from
+    the base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
     """
     ready(model, "load an adapter")
     file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
@@ -99,13 +104,16 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     by_name = {n: w for w in weights(model) for n in w.names}
     there = dict(model.named_parameters(remove_duplicate=False))
     replaced = [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(there.get(p, there.get(f"{p}.weight")), tensor))]
-    sites = fitted(model, file, by_name, dtype, [*replaced, *(f"{line}; load does not put it on yet" for line in file.beside)])
+    beside = [f"{s.name}: {reason}" for s in file.sites if (reason := _payload(s, by_name.get(site_name(s.path, s.parameter)), dtype))]
+    tokens = [f"{path}: {len(t.ids)} rows of trained tokens, which load does not put on yet" for path, t in file.tokens.items()]
+    sites = fitted(model, file, by_name, dtype, [*replaced, *beside, *tokens])
     others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
                         [f"{at}: another base weight than the one this adapter was made for" for at in others],
                         "load it onto its own base, or pass check_base=False")  # fmt: skip
-    factors = {s.name: (s.A, s.B) for s in file.sites}
+    m_and_b = {s.name: [t if t is None or dtype is None else t.to(dtype) for t in (s.magnitude, s.bias)] for s in file.sites}
+    factors: dict[str, Given] = {s.name: (s.A, s.B, *m_and_b[s.name]) for s in file.sites}  # type: ignore[misc]
     return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
 
 
@@ -128,7 +136,12 @@ def _stored(w: Weight, host: Host, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
     return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
                       named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
-                      scaling=a.scaling, dropout=a.dropout)  # fmt: skip
+                      scaling=a.scaling, dropout=a.dropout, magnitude=_detached(a, "m"), bias=_detached(a, "b"))  # fmt: skip
+
+
+def _detached(a: LowRank, part: str) -> Tensor | None:
+    t = getattr(a, part) if isinstance(a, Payload) else None
+    return None if t is None else t.detach()
 
 
 def _first_row(host: Host) -> int:
@@ -166,8 +179,8 @@ def _unwritable(host: Host, a: LowRank) -> str | None:
         return "A and B lie on the meta device (offloaded, or never loaded)"
     if is_sharded(a.A) or 0 in (a.A.numel(), a.B.numel()):
         return "A and B are sharded over several processes"
-    if not (a.A.isfinite().all() and a.B.isfinite().all()):
-        return "A or B holds NaN or infinity"
+    if not all(bool(p.isfinite().all()) for p in a.parameters()):
+        return "A or B (or what comes with them) holds NaN or infinity"
     return None
 
 
@@ -231,6 +244,24 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
         return f"the file has {have}, this model's weight needs A {needed[0]} and B {needed[1]}"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (stored.A, stored.B)):
         return f"its A or B does not fit into {dtype}"
+    return None
+
+
+def _payload(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> str | None:
+    """Why the magnitudes or the update of the bias can't go onto this weight; None if there are none, or they can."""
+    m, b = stored.magnitude, stored.bias
+    if w is None or (m is None and b is None):
+        return None
+    if w.parameter != "weight" or w.kind.name not in (DORA if m is not None else BIASED):
+        return f"{'magnitudes (DoRA)' if m is not None else 'an update of a bias'} on a weight of the kind {w.kind.name}: not supported"
+    if m is not None and stored.magnitude_axis == "in":
+        return "magnitudes by input (LyCORIS's DoRA with wd_on_output=False): not supported, merge it with LyCORIS"
+    if m is not None and is_quantised(w.module):
+        return "magnitudes (DoRA) on a quantised weight: not supported, since their norm is of the weight's own numbers"
+    if b is not None and w.readers and w.kind.name != "conv":
+        return "an update of a bias that the model's own code reads: not supported"
+    if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
+        return f"its magnitudes or update of the bias do not fit into {dtype}"
     return None
 
 
