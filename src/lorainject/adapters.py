@@ -21,6 +21,7 @@ from .fold import Journal
 from .graft import Graft
 from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank
+from .replaced import Replaced
 from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
@@ -201,7 +202,7 @@ class Adapters(nn.Module):
         if self.routing.loading is None or self.routing.loading.missing is not missing:
             self.routing.loading = Loading(missing)
         loading = self.routing.loading
-        for keys in ([f"{prefix}{name}.{factor}" for factor in "AB"] for name in self):
+        for keys in ([f"{prefix}{name}.{p}" for p, _ in self[name].named_parameters()] for name in self):
             if any(key in state_dict for key in keys):
                 loading.some = True  # what is missing of these, torch finds itself
             else:
@@ -266,6 +267,8 @@ class Host(NamedTuple):
 
 def misfit(host: Host, adapter: LowRank) -> bool:
     """Whether A and B were made for another shape than the weight has now (resize_token_embeddings)."""
+    if isinstance(adapter, Replaced):
+        return adapter.shape != host.shape
     stack, out, in_ = host.adapters.kind.sizes(host.shape)
     rows = out if adapter.rows is None else len(adapter.rows)
     return adapter.out != out or (adapter.A.shape, adapter.B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))

@@ -22,6 +22,7 @@ from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, gain, joined, norm
 from .quantised import Scheme, scheme
+from .replaced import placed
 from .workers import Each
 
 
@@ -180,9 +181,9 @@ class Untied(InPlace):
 
 
 class Exchanged(Untied):
-    """c W0 + s B A (DoRA), and the bias with its update, in parameters of their own; what was there is kept whole, since d is not of low rank.
+    """c W0 + s B A (DoRA), a tensor that replaces W0, and the bias with its update, in parameters of their own.
 
-    The sums are formed in float64, and rounded once.
+    What was there is kept whole, since the difference is not of low rank. The sums are formed in float64, and rounded once.
     """
 
     def __init__(self, w: Whole, terms: Terms) -> None:
@@ -195,12 +196,11 @@ class Exchanged(Untied):
 
     def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad)
-        c = gain(f for parts in self.terms.values() for f in parts)
-        gains = torch.ones((), device=P.device) if c is None else c
-        tiles = (self.w.tiles(t, P, Q) for t in (self.before, new, gains.expand(self.before.shape)))
-        for i, ((view, p, q), (out, _, _), (g, _, _)) in enumerate(zip(*tiles, strict=True)):
+        c, start = beside(self.terms, self.before.detach())
+        tiles = (self.w.tiles(t, P, Q) for t in (self.before, new, start, c.expand(self.before.shape)))
+        for i, ((view, p, q), (out, _, _), (V, _, _), (g, _, _)) in enumerate(zip(*tiles, strict=True)):
             W0 = flat(view).double()
-            M = flat(g) * W0 + p @ q
+            M = flat(g) * flat(V).double() + p @ q
             out.data.copy_(M.view(out.shape))
             if bool((W0.isfinite() & ~flat(out).isfinite()).any()):
                 raise MergeError(f"the sum is not finite in {out.dtype}")
@@ -215,11 +215,12 @@ class Exchanged(Untied):
 
     def undo(self) -> None:
         super().undo()
-        if self.bias is not None:
+        if self.updates:
             self.w.module._parameters["bias"] = self.bias
 
     def folded(self, reversible: bool) -> Folded:
-        return replace(super().folded(reversible), bias=self.bias if reversible and self.updates else None)
+        folded = super().folded(reversible)
+        return replace(folded, bias=self.bias, mark=mark(self.w, bias=True)) if reversible and self.updates else folded
 
 
 class Requantised(Untied):
@@ -366,11 +367,21 @@ def summed(terms: Terms) -> tuple[Tensor, Tensor]:
     return joined(f for parts in terms.values() for f in parts)
 
 
-def mark(w: Whole) -> int:
-    """By which a parameter of its own is known again: a checksum of all of it, and of the bias beside it."""
+def beside(terms: Terms, W0: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain, which expands to W0's shape, and what stands in W0's place: the merged weight is their product, and P Q."""
+    parts = [f for each in terms.values() for f in each]
+    values = [f.value for f in parts if f.value is not None]
+    if values and len(parts) > 1:
+        raise MergeError("nothing was merged: one of several adapters replaces the whole tensor", way_out="merge one at a time")
+    c = gain(parts)
+    return W0.new_ones(()) if c is None else c, placed(W0, *values[0]) if values else W0
+
+
+def mark(w: Whole, bias: bool = False) -> int:
+    """By which a parameter of its own is known again: a checksum of all of it, and of its layer's bias if that is exchanged too."""
     found = scheme(w.module)
     values = w.weight.detach() if found is None else found.codes(w.weight)
-    parts = [*values.reshape(-1).split(TILE), *([w.bias.detach()] if w.bias is not None else [])]
+    parts = [*values.reshape(-1).split(TILE), *([w.bias.detach()] if bias and w.bias is not None else [])]
     return sum((2 * i + 1) * checksum(part) for i, part in enumerate(parts))
 
 

@@ -41,10 +41,13 @@ class Factors(NamedTuple):
     update: Tensor | None = None
     """s b (out,), what comes with it for the layer's bias; None: nothing."""
 
+    value: tuple[Tensor, Tensor | None] | None = None
+    """What stands in W0's place (see replaced.py): a tensor, and which rows it is, if not all. None: W0."""
+
     @property
     def beside(self) -> bool:
         """Whether there is more to it than P Q."""
-        return self.gain is not None or self.update is not None
+        return self.gain is not None or self.update is not None or self.value is not None
 
 
 class LowRank(nn.Module):
@@ -178,7 +181,8 @@ def copied(f: Factors) -> Factors:
     """A copy that no training, replacing or moving of A and B changes; Q (*stack, r, width)."""
     gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
     P = f.P.detach().clone(memory_format=torch.contiguous_format)
-    return Factors(P, f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone(), gain=gain, update=update)
+    value = None if f.value is None else (f.value[0].detach().clone(), f.value[1])
+    return Factors(P, f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone(), gain=gain, update=update, value=value)
 
 
 def norm(P: Tensor, Q: Tensor) -> float:

@@ -19,15 +19,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .adapters import Host, Terms, merged_names, misfit, mounted, names_of, routings, walk
-from .change import WAYS, Before, InPlace, Whole, can_be_linear, fold_again, mark, summed, unfold, wholes
+from .change import WAYS, Before, InPlace, Whole, beside, can_be_linear, fold_again, mark, summed, unfold, wholes
 from .errors import MergeError, StateError, SurvivalWarning
 from .fold import Measured, wide
 from .graft import bare
 from .kinds import is_quantised, is_sharded
-from .lowrank import gain
 from .payload import Payload
 from .quantised import scheme
 from .readers import objections, set_grafts
+from .replaced import Replaced
 from .workers import Each, uninterrupted, workers
 
 SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
@@ -187,8 +187,10 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
         if terms:
             P, Q = summed(terms)
             d = (P @ Q).reshape(w.hosts[0].shape)
-            if (c := gain(f for parts in terms.values() for f in parts)) is not None:
-                d += (c.double() - 1) * (w.weight if w.folded is None else w.folded.original)  # type: ignore[operator]
+            if _beside(terms):
+                W0 = (w.weight if w.folded is None or w.folded.original is None else w.folded.original).detach()
+                c, start = beside(terms, W0)
+                d = d + c.double() * start - W0
             yield w.name, w.weight.detach(), d.to(wide(w.weight.dtype))
 
 
@@ -310,7 +312,7 @@ def _unfoldable(w: Whole, names: Sequence[str], tied: Mapping[tuple[int, str], l
         return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
     if not all(bool(p.isfinite().all()) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
-    if is_quantised(host.module) and any(isinstance(a, Payload) for a in w.adapters(names)):
+    if is_quantised(host.module) and any(isinstance(a, Payload | Replaced) for a in w.adapters(names)):
         return "its weight is quantised, and magnitudes or an update of the bias come with A and B: keep the adapter unmerged"
     if w.bias is None and any(isinstance(a, Payload) and a.b is not None for a in w.adapters(names)):
         return "its layer has no bias for the update of the bias to be folded into (a new one would be a new key in the state dict)"
@@ -328,7 +330,7 @@ def _stuck(w: Whole) -> str | None:
         return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
     if folded.original is not None and folded.original.device != w.weight.device:
         return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
-    if folded.original is not None and mark(w) != folded.mark:
+    if folded.original is not None and mark(w, folded.bias is not None) != folded.mark:
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 

@@ -27,17 +27,13 @@ from ..graft import bare
 from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
 from ..match import Pick, parts_of
-from ..payload import Payload
+from ..replaced import Replaced
 from ..spec import Plan, Site, site_name
-from ..surgery import Given, attach
-from . import exact, peft
+from ..surgery import attach
+from . import exact, payloads, peft
 from .convert import FORMATS, put, read
-from .record import AdapterFile, BasePrint, StoredSite
+from .record import AdapterFile, BasePrint, StoredSite, TokenRows
 from .source import Hints
-
-BIASED = ("linear", "linear^T", "conv")
-DORA = (*BIASED, "embedding")
-"""The kinds of layers that may have magnitudes, and an update of their bias."""
 
 
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
@@ -56,11 +52,13 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
-    beside = [f"{at}.{n}" for at, m in walk(model) for n, p in m.named_parameters(recurse=False) if p.requires_grad]
-    if beside:
+    training = [f"{at}.{n}" for at, m in walk(model) for n, p in m.named_parameters(recurse=False) if p.requires_grad]
+    if training:
         warnings.warn(
-            f"{', '.join(beside[:5])}{', ...' * (len(beside) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
+            f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
         )
+    beside = dict(payloads.beside(on, name))
+    on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], Replaced)}
     by_place: dict[tuple[int, str], list[Host]] = {}
     for host in on.values():
         by_place.setdefault(host.place, []).append(host)
@@ -80,7 +78,9 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     about = {"task_type": _task(model), "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
              "target_modules": _target_modules(model, [s for s in sites if not peft.is_bare(s)])}  # fmt: skip
     base = _base(on) if format == "lorainject" else None
-    file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about)
+    file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about,
+                       replaced={at: t for at, t in beside.items() if isinstance(t, Tensor)},
+                       tokens={at: t for at, t in beside.items() if isinstance(t, TokenRows)})  # fmt: skip
     put(FORMATS[format].write(file, path, Hints()))
     return path
 
@@ -102,19 +102,16 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
-    there = dict(model.named_parameters(remove_duplicate=False))
-    replaced = [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(there.get(p, there.get(f"{p}.weight")), tensor))]
-    beside = [f"{s.name}: {reason}" for s in file.sites if (reason := _payload(s, by_name.get(site_name(s.path, s.parameter)), dtype))]
-    tokens = [f"{path}: {len(t.ids)} rows of trained tokens, which load does not put on yet" for path, t in file.tokens.items()]
-    sites = fitted(model, file, by_name, dtype, [*replaced, *beside, *tokens])
+    wrong = [f"{s.name}: {reason}" for s in file.sites if (reason := payloads.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))]
+    replaced = payloads.replacements(model, file, by_name, wrong)
+    sites = fitted(model, file, by_name, dtype, wrong)
     others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
                         [f"{at}: another base weight than the one this adapter was made for" for at in others],
                         "load it onto its own base, or pass check_base=False")  # fmt: skip
-    m_and_b = {s.name: [t if t is None or dtype is None else t.to(dtype) for t in (s.magnitude, s.bias)] for s in file.sites}
-    factors: dict[str, Given] = {s.name: (s.A, s.B, *m_and_b[s.name]) for s in file.sites}  # type: ignore[misc]
-    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
+    factors = {s.name: payloads.given(s, dtype) for s in file.sites}
+    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors, replaced)
 
 
 def _task(model: nn.Module) -> str | None:
@@ -134,14 +131,10 @@ def _target_modules(model: nn.Module, sites: Sequence[StoredSite]) -> list[str]:
 
 def _stored(w: Weight, host: Host, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
+    m, b = payloads.m_and_b(a)
     return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
                       named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
-                      scaling=a.scaling, dropout=a.dropout, magnitude=_detached(a, "m"), bias=_detached(a, "b"))  # fmt: skip
-
-
-def _detached(a: LowRank, part: str) -> Tensor | None:
-    t = getattr(a, part) if isinstance(a, Payload) else None
-    return None if t is None else t.detach()
+                      scaling=a.scaling, dropout=a.dropout, magnitude=m, bias=b)  # fmt: skip
 
 
 def _first_row(host: Host) -> int:
@@ -175,9 +168,9 @@ def _print(module: nn.Module, parameter: str) -> Tensor | None:
 def _unwritable(host: Host, a: LowRank) -> str | None:
     if misfit(host, a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
-    if a.A.is_meta or a.B.is_meta:
+    if any(p.is_meta for p in a.parameters()):
         return "A and B lie on the meta device (offloaded, or never loaded)"
-    if is_sharded(a.A) or 0 in (a.A.numel(), a.B.numel()):
+    if any(is_sharded(p) or p.numel() == 0 for p in a.parameters()):
         return "A and B are sharded over several processes"
     if not all(bool(p.isfinite().all()) for p in a.parameters()):
         return "A or B (or what comes with them) holds NaN or infinity"
@@ -247,24 +240,6 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
     return None
 
 
-def _payload(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> str | None:
-    """Why the magnitudes or the update of the bias can't go onto this weight; None if there are none, or they can."""
-    m, b = stored.magnitude, stored.bias
-    if w is None or (m is None and b is None):
-        return None
-    if w.parameter != "weight" or w.kind.name not in (DORA if m is not None else BIASED):
-        return f"{'magnitudes (DoRA)' if m is not None else 'an update of a bias'} on a weight of the kind {w.kind.name}: not supported"
-    if m is not None and stored.magnitude_axis == "in":
-        return "magnitudes by input (LyCORIS's DoRA with wd_on_output=False): not supported, merge it with LyCORIS"
-    if m is not None and is_quantised(w.module):
-        return "magnitudes (DoRA) on a quantised weight: not supported, since their norm is of the weight's own numbers"
-    if b is not None and w.readers and w.kind.name != "conv":
-        return "an update of a bias that the model's own code reads: not supported"
-    if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
-        return f"its magnitudes or update of the bias do not fit into {dtype}"
-    return None
-
-
 def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
     """What is wrong with a slice's rows in this model."""
     rows = stored.rows or ()
@@ -281,9 +256,3 @@ def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
 def _same_base(w: Weight, name: str, base: BasePrint) -> bool:
     mine, weight = _print(w.module, w.parameter), w.module._parameters[w.parameter]
     return mine is None or weight is None or agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
-
-
-def _replaces(weight: Tensor | None, tensor: Tensor) -> str | None:
-    if weight is not None and weight.shape == tensor.shape and torch.equal(weight.detach().cpu().to(tensor.dtype), tensor):
-        return None
-    return "the file brings a whole base weight that is not this model's; adapters that replace weights are not supported"
