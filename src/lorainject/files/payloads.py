@@ -87,7 +87,7 @@ def _unreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: s
     if is_quantised(module):
         return "its layer is quantised, and the file replaces a tensor of it: not supported"
     if any(site_name(s.path, s.parameter) == name for s in file.sites) or (ids is not None and name in file.replaced):
-        return "the file replaces the weight and has A and B (or rows of tokens) for it as well: not supported"
+        return "the file brings a whole base weight that is not this model's, and A and B (or rows of tokens) for it as well: not supported"
     if value.shape[1:] != W0.shape[1:] or (ids is None and len(value) != len(W0)) or (ids is not None and max(ids) >= len(W0)):
         rows = "" if ids is None else f" for the rows {min(ids)} to {max(ids)}"
         return f"the file has {tuple(value.shape)}{rows}, this model's is {tuple(W0.shape)}: resize it first (resize_token_embeddings)"
