@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from oracle import FIXTURES, alike, merged
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_laws import interrupted
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +29,7 @@ from models import bits, ids, llama, state
 
 VARIANTS = ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens")
 BASE = load_file(FIXTURES / "peft_base.safetensors")
-laws = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
@@ -47,13 +48,7 @@ class Net(nn.Module):
         super().__init__()
         from transformers.pytorch_utils import Conv1D
 
-        self.emb, self.lin, self.lin2, self.c1, self.norm = (
-            nn.Embedding(11, 8),
-            nn.Linear(8, 6),
-            nn.Linear(8, 8),
-            Conv1D(6, 8),
-            nn.LayerNorm(6),
-        )
+        self.emb, self.lin, self.lin2, self.c1, self.norm = (nn.Embedding(11, 8), nn.Linear(8, 6), nn.Linear(8, 8), Conv1D(6, 8), nn.LayerNorm(6))
         self.head, self.conv2, self.conv1, self.mha = nn.Linear(6, 2), nn.Conv2d(3, 5, (3, 2)), nn.Conv1d(3, 5, 3), nn.MultiheadAttention(8, 2)
         self.lin3 = nn.Linear(8, 8, bias=False)
 
@@ -367,7 +362,44 @@ def test_inject_after_a_bias_was_replaced(tmp_path):
         a.B.normal_()
         li.activate(model, "default", "after")
         assert torch.allclose(model.lin(x), F.linear(x, model.lin._parameters["weight"] + a.B @ a.A, torch.ones(6)), atol=1e-5)
-    li.probe(model, ids=torch.arange(10).view(2, 5), image=torch.randn(2, 3, 5, 6))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_is_reached_and_compiled(variant):
+    """probe finds every payload acting, and no dense sum formed; torch.compile makes one graph of it."""
+    model = li.load(net(), FIXTURES / f"peft_{variant}")
+    x = {"ids": torch.arange(10).view(2, 5), "image": torch.randn(2, 3, 5, 6)}
+    assert set(li.probe(model, **x).reached) == set(hosts(model))
+    assert not li.probe(model, **x).dense
+    if variant not in ("dora", "bias_all"):
+        return
+    torch._dynamo.reset()
+    y, z = model(**x), torch.compile(model, backend="eager", fullgraph=True)(**x)
+    assert torch.allclose(y, z, atol=1e-6)
+
+
+WHERE = ("change.flat", "change.mark", "change.checksum", "merge.set_grafts", "change._put", "readers.change_class")
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("verb", [li.merge, li.unmerge])
+def test_interrupted(where, verb, tmp_path):
+    """A merge that is interrupted anywhere leaves all as it was; an unmerge too, or is finished by the next."""
+    model = net()
+    put(model, tmp_path, dora(), replace(dora("c1"), bias=torch.ones(6)), replaced={"head": torch.randn(2, 6), "norm.bias": torch.ones(6)})
+    before = state(model)
+    for when in range(8):
+        if verb is li.unmerge:
+            li.merge(model)
+        try:
+            with interrupted(where, when):
+                verb(model)
+        except KeyboardInterrupt:
+            if verb is li.merge:
+                assert state(model) == before
+        if any(h.adapters.folded for h in hosts(model).values()):
+            li.unmerge(model)
+        assert state(model) == before
 
 
 def test_training_moves_magnitudes_and_heads(tmp_path):

@@ -220,7 +220,7 @@ class Exchanged(Untied):
 
     def folded(self, reversible: bool) -> Folded:
         folded = super().folded(reversible)
-        return replace(folded, bias=self.bias, mark=mark(self.w, bias=True)) if reversible and self.updates else folded
+        return replace(folded, bias=self.bias, mark=mark(self.w, True)) if reversible and self.updates else folded
 
 
 class Requantised(Untied):
@@ -352,14 +352,14 @@ def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
 
 def _put(w: Whole, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cls: type[nn.Module]) -> None:
     """Exchange the parameter, and what goes with it."""
-    if bias is not None:
-        w.module._parameters["bias"] = bias
     if how == "Requantised" and (found := scheme(w.module)) is not None:
         found.install(w.module, weight)
     else:
         w.weight = weight
     if type(w.module) is not cls:
         change_class(w.module, cls)
+    if bias is not None:  # last: by the weight an unmerge that was interrupted knows where it was
+        w.module._parameters["bias"] = bias
 
 
 def summed(terms: Terms) -> tuple[Tensor, Tensor]:

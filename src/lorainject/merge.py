@@ -330,7 +330,7 @@ def _stuck(w: Whole) -> str | None:
         return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
     if folded.original is not None and folded.original.device != w.weight.device:
         return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
-    if folded.original is not None and mark(w, folded.bias is not None) != folded.mark:
+    if folded.original is not None and w.weight is not folded.original and mark(w, folded.bias is not None) != folded.mark:
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 

@@ -50,7 +50,9 @@ def _rmatmul(function: Any, b: Any, a: Any) -> Any:
 @answers(torch.addmm, torch.baddbmm, torch.addmv, Tensor.addmm, Tensor.baddbmm)
 def _addmm(function: Any, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
-    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not w.is_matrix:
+    if isinstance(c, LowRankSum) and isinstance(w, LowRankSum):  # a bias that is replaced
+        c = c.dense("addmm")
+    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
         return NotImplemented
     y = function(c, a, w.W0, beta=beta, alpha=alpha) if w is b else function(c, w.W0, b, beta=beta, alpha=alpha)
     return _product(y, w, x, right=w is b, alpha=alpha)
