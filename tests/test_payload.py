@@ -440,3 +440,17 @@ def test_refusals_by_name(name, tmp_path):
         before = state(model)
         li.merge(model)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_edited_while_merged(part, tmp_path):
+    """unmerge knows that what it would take out is no longer what merge put in, and changes nothing."""
+    model = net()
+    put(model, tmp_path, replace(dora(), bias=torch.ones(6)))
+    li.merge(model)
+    with torch.no_grad():
+        getattr(model.lin, part)[0] += 1
+    before = state(model)
+    with pytest.raises(li.MergeError, match="lin: was changed since it was merged"):
+        li.unmerge(model)
+    assert state(model) == before
