@@ -50,31 +50,6 @@ def test_round_trip(variant, format, tmp_path):
         assert all(torch.equal(t, ours[key]) for key, t in theirs.items())
 
 
-class Base(nn.Module):
-    """The layers that the variants were made on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers.pytorch_utils import Conv1D
-
-        self.lin, self.lin2, self.c1, self.head = nn.Linear(8, 6), nn.Linear(8, 8), Conv1D(6, 8), nn.Linear(6, 2)
-        self.conv2, self.conv1, self.emb = nn.Conv2d(3, 5, (3, 2)), nn.Conv1d(3, 5, 3), nn.Embedding(11, 8)
-
-
-REFUSED = {
-    "dora": r"lin: a magnitude \(DoRA\); load does not put it on yet", "lora_bias": r"lin: an update of the bias \(lora_bias\)",
-    "bias_all": r"conv1\.bias: the file brings a whole base weight", "plain": r"head: the file brings a whole base weight",
-    "tokens": r"emb: 2 rows of trained tokens",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("variant", "message"), REFUSED.items())
-def test_what_is_not_low_rank_is_refused_by_name(variant, message):
-    """Carried in the record, but not put on a model in silence without it."""
-    with pytest.raises(li.FileError, match=message):
-        li.load(Base(), FIXTURES / f"peft_{variant}")
-
-
 @pytest.mark.parametrize("name", ["qwen3moe", "gptoss"])
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.19.1", "0.21.2"])
 def test_expert_stacks_of_every_version(version, name):

@@ -20,6 +20,7 @@ from .fold import Journal
 from .graft import Graft
 from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank
+from .replaced import Replaced
 from .routing import ROOTS, Loading, Routing
 from .spec import site_name
 
@@ -48,6 +49,8 @@ class Folded:
     """The merged weight's dtype and shape."""
     mark: int
     """Checksum of the parameter of its own."""
+    bias: nn.Parameter | None = None
+    """The module's own bias, if the fold has put another in its place."""
     sample: Tensor | None
     """A few values of W0, for the fingerprint in files saved while merged."""
 
@@ -55,7 +58,7 @@ class Folded:
     def nbytes(self) -> int:
         """Kept for unmerge, in all. (The original of a tied weight is somebody else's, too.)"""
         kept = 0 if self.journal is None else self.journal.nbytes
-        own = 0 if self.original is None or self.how == "Untied" else self.original.nbytes
+        own = 0 if self.original is None or self.how == "Untied" else self.original.nbytes + (0 if self.bias is None else self.bias.nbytes)
         return kept + own + sum(f.P.nbytes + f.Q.nbytes for term in self.terms.values() for f in term)
 
     @property
@@ -140,7 +143,7 @@ class Adapters(nn.Module):
         if self.routing.loading is None or self.routing.loading.missing is not missing:
             self.routing.loading = Loading(missing)
         loading = self.routing.loading
-        for keys in ([f"{prefix}{name}.{factor}" for factor in "AB"] for name in self):
+        for keys in ([f"{prefix}{name}.{p}" for p, _ in self[name].named_parameters()] for name in self):
             if any(key in state_dict for key in keys):
                 loading.some = True  # what is missing of these, torch finds itself
             else:
@@ -208,6 +211,8 @@ class Host(NamedTuple):
 
 def misfit(host: Host, adapter: LowRank) -> bool:
     """Whether A and B were made for another shape than the weight has now (resize_token_embeddings)."""
+    if isinstance(adapter, Replaced):
+        return adapter.shape != host.shape
     stack, out, in_ = host.adapters.kind.sizes(host.shape)
     rows = out if adapter.rows is None else len(adapter.rows)
     return adapter.out != out or (adapter.A.shape, adapter.B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -20,8 +20,9 @@ from .fingerprint import sample
 from .fold import TILE, Desk, Fold, Journal, Kept, Measured, checksum, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
-from .lowrank import LowRank, copied, factors, joined, norm
+from .lowrank import LowRank, copied, factors, gain, joined, norm
 from .quantised import Scheme, scheme
+from .replaced import placed
 from .workers import Each
 
 
@@ -71,6 +72,11 @@ class Whole:
         for W, p, q in zip(weight, P, Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, P, Q)]:
             for rows in tiles(len(W), q.shape[-1], p.device):
                 yield W[rows], p[rows], q
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Its module's."""
+        return self.module._parameters.get("bias")
 
     def kept_tiles(self, folded: Folded) -> Iterator[tuple[Tensor, Tensor, Tensor, Kept]]:
         """The same of what is merged in place, each with what was kept of it."""
@@ -174,6 +180,49 @@ class Untied(InPlace):
         return self._folded(reversible, None, self.before if reversible else None)
 
 
+class Exchanged(Untied):
+    """c W0 + s B A (DoRA), a tensor that replaces W0, and the bias with its update, in parameters of their own.
+
+    What was there is kept whole, since the difference is not of low rank. The sums are formed in float64, and rounded once.
+    """
+
+    def __init__(self, w: Whole, terms: Terms) -> None:
+        super().__init__(w, terms)
+        self.bias, self.updates = w.bias, [f.update for parts in terms.values() for f in parts if f.update is not None]
+
+    def fits(self) -> bool:
+        """Only the sum tells."""
+        return False
+
+    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
+        new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad)
+        c, start = beside(self.terms, self.before.detach())
+        tiles = (self.w.tiles(t, P, Q) for t in (self.before, new, start, c.expand(self.before.shape)))
+        for i, ((view, p, q), (out, _, _), (V, _, _), (g, _, _)) in enumerate(zip(*tiles, strict=True)):
+            W0 = flat(view).double()
+            M = flat(g) * flat(V).double() + p @ q
+            out.data.copy_(M.view(out.shape))
+            if bool((W0.isfinite() & ~flat(out).isfinite()).any()):
+                raise MergeError(f"the sum is not finite in {out.dtype}")
+            d, error = (M - W0).flatten().nan_to_num(), (flat(out).double() - M).flatten().nan_to_num()
+            self.tally.tiles[i] = Measured(float(d @ d), float(error @ error), float(error @ d))
+        self.norm = self.tally.measured.asked**0.5
+        if write:
+            self.w.weight = new
+            if self.updates and self.bias is not None:
+                value = sum((u.double() for u in self.updates), start=self.bias.double()).to(self.bias.dtype)
+                self.w.module._parameters["bias"] = nn.Parameter(value, self.bias.requires_grad)
+
+    def undo(self) -> None:
+        super().undo()
+        if self.updates:
+            self.w.module._parameters["bias"] = self.bias
+
+    def folded(self, reversible: bool) -> Folded:
+        folded = super().folded(reversible)
+        return replace(folded, bias=self.bias, mark=mark(self.w, True)) if reversible and self.updates else folded
+
+
 class Requantised(Untied):
     """Dequantised, summed, and quantised anew by the same scheme."""
 
@@ -235,7 +284,7 @@ def can_be_linear(module: nn.Module) -> bool:
     return True
 
 
-WAYS = {way.__name__: way for way in (InPlace, Untied, Requantised, Dequantised)}
+WAYS = {way.__name__: way for way in (InPlace, Untied, Exchanged, Requantised, Dequantised)}
 
 
 class Before(NamedTuple):
@@ -243,6 +292,7 @@ class Before(NamedTuple):
 
     folded: Folded
     weight: nn.Parameter
+    bias: nn.Parameter | None
     cls: type[nn.Module]
 
 
@@ -251,7 +301,7 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
 
     Raises MergeError with every weight that does not come out as W0.
     """
-    before = {w.name: Before(w.folded, w.weight, type(w.module)) for w in weights if w.folded is not None}
+    before = {w.name: Before(w.folded, w.weight, w.bias, type(w.module)) for w in weights if w.folded is not None}
     done: list[tuple[Tensor, int, Tensor, Tensor, Tensor | None]] = []
     stuck: list[str] = []
     desk = Desk()
@@ -282,7 +332,7 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
         raise
     for w in weights:
         if w.folded is not None and w.folded.original is not None:
-            _put(w, w.folded.how, w.folded.original, w.folded.cls)
+            _put(w, w.folded.how, w.folded.original, w.folded.bias, w.folded.cls)
     return before
 
 
@@ -296,11 +346,11 @@ def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
                     if checksum(flat(view)) == kept.before:
                         view.copy_(desk.refold(flat(view), p, q).view(view.shape))
             else:
-                _put(w, was.folded.how, was.weight, was.cls)
+                _put(w, was.folded.how, was.weight, was.bias, was.cls)
             w.folded = was.folded
 
 
-def _put(w: Whole, how: str, weight: nn.Parameter, cls: type[nn.Module]) -> None:
+def _put(w: Whole, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cls: type[nn.Module]) -> None:
     """Exchange the parameter, and what goes with it."""
     if how == "Requantised" and (found := scheme(w.module)) is not None:
         found.install(w.module, weight)
@@ -308,6 +358,8 @@ def _put(w: Whole, how: str, weight: nn.Parameter, cls: type[nn.Module]) -> None
         w.weight = weight
     if type(w.module) is not cls:
         change_class(w.module, cls)
+    if bias is not None:  # last: by the weight an unmerge that was interrupted knows where it was
+        w.module._parameters["bias"] = bias
 
 
 def summed(terms: Terms) -> tuple[Tensor, Tensor]:
@@ -315,11 +367,22 @@ def summed(terms: Terms) -> tuple[Tensor, Tensor]:
     return joined(f for parts in terms.values() for f in parts)
 
 
-def mark(w: Whole) -> int:
-    """By which a parameter of its own is known again: a checksum of all of it."""
+def beside(terms: Terms, W0: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain, which expands to W0's shape, and what stands in W0's place: the merged weight is their product, and P Q."""
+    parts = [f for each in terms.values() for f in each]
+    values = [f.value for f in parts if f.value is not None]
+    if values and len(parts) > 1:
+        raise MergeError("nothing was merged: one of several adapters replaces the whole tensor", way_out="merge one at a time")
+    c = gain(parts)
+    return W0.new_ones(()) if c is None else c, placed(W0, *values[0]) if values else W0
+
+
+def mark(w: Whole, bias: bool = False) -> int:
+    """By which a parameter of its own is known again: a checksum of all of it, and of its layer's bias if that is exchanged too."""
     found = scheme(w.module)
     values = w.weight.detach() if found is None else found.codes(w.weight)
-    return sum((2 * i + 1) * checksum(part) for i, part in enumerate(values.reshape(-1).split(TILE)))
+    parts = [*values.reshape(-1).split(TILE), *([w.bias.detach()] if bias and w.bias is not None else [])]
+    return sum((2 * i + 1) * checksum(part) for i, part in enumerate(parts))
 
 
 def flat(view: Tensor) -> Tensor:

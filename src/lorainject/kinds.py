@@ -55,7 +55,9 @@ LAYERS = (
 STACKS = (Kind(name="experts", stacked=True), Kind(name="experts^T", stacked=True, transposed=True))
 MATRIX = Kind(name="matrix")
 """Any other parameter with two axes or more."""
-KINDS = {kind.name: kind for kind in (*LAYERS, *STACKS, MATRIX)}
+WHOLE = Kind(name="whole")
+"""A parameter that can be replaced, but carries no A and B: a bias, a norm's weight."""
+KINDS = {kind.name: kind for kind in (*LAYERS, *STACKS, MATRIX, WHOLE)}
 
 
 def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:

@@ -36,6 +36,18 @@ class Factors(NamedTuple):
     s: Tensor
     dropout: float = 0.0
     """Probability of dropping an element of the weight's input; 0 outside training."""
+    gain: Tensor | None = None
+    """What W0 itself is multiplied with (DoRA, see payload.py), in a shape that expands to the weight's; P Q has it already. None: 1."""
+    update: Tensor | None = None
+    """s b (out,), what comes with it for the layer's bias; None: nothing."""
+
+    value: tuple[Tensor, Tensor | None] | None = None
+    """What stands in W0's place (see replaced.py): a tensor, and which rows it is, if not all. None: W0."""
+
+    @property
+    def beside(self) -> bool:
+        """Whether there is more to it than P Q."""
+        return self.gain is not None or self.update is not None or self.value is not None
 
 
 class LowRank(nn.Module):
@@ -167,7 +179,10 @@ def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
 
 def copied(f: Factors) -> Factors:
     """A copy that no training, replacing or moving of A and B changes; Q (*stack, r, width)."""
-    return Factors(f.P.detach().clone(memory_format=torch.contiguous_format), f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone())
+    gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
+    P = f.P.detach().clone(memory_format=torch.contiguous_format)
+    value = None if f.value is None else (f.value[0].detach().clone(), f.value[1])
+    return Factors(P, f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone(), gain=gain, update=update, value=value)
 
 
 def norm(P: Tensor, Q: Tensor) -> float:
@@ -182,3 +197,9 @@ def joined(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
     """
     P, Q = zip(*((f.P.double() * f.s.double(), f.Q.double()) for f in parts), strict=True)
     return torch.cat(P, -1), torch.cat(Q, -2)
+
+
+def gain(parts: Iterable[Factors]) -> Tensor | None:
+    """What W0 is multiplied with in W0 + the sum of all (W - W0); None if that is 1."""
+    gains = [f.gain for f in parts if f.gain is not None]
+    return None if not gains else sum((g - 1 for g in gains[1:]), start=gains[0])

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapters import Host, merged_names, misfit, mounted, names_of, routings, walk
-from .change import WAYS, Before, InPlace, Whole, can_be_linear, fold_again, mark, summed, unfold, wholes
+from .adapters import Host, Terms, merged_names, misfit, mounted, names_of, routings, walk
+from .change import WAYS, Before, InPlace, Whole, beside, can_be_linear, fold_again, mark, summed, unfold, wholes
 from .errors import MergeError, StateError, SurvivalWarning
 from .fold import Measured, wide
 from .graft import bare
 from .kinds import is_quantised, is_sharded
+from .payload import Payload
 from .quantised import scheme
 from .readers import objections, set_grafts
+from .replaced import Replaced
 from .workers import Each, uninterrupted, workers
 
 SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
@@ -124,7 +126,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
             was = before[w.name].folded if w.name in before else None
             found = (was.terms if was else {}) | w.terms(chosen)
             if terms := {n: found[n] for n in names_of(model) if n in found}:  # in one order, whatever came first
-                jobs.append(WAYS[was.how if was else _way(w, w.hosts[0].place in tied, dequantise)](w, terms))
+                jobs.append(WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in tied, dequantise)](w, terms))
         return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)
 
 
@@ -174,14 +176,22 @@ def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight, s B A) for every adapted weight (None: of all adapters that are on, summed), both in the weight's stored shape.
 
-    The name is the path of the module, and the parameter's name behind it if that is not `weight`. The weight is W0, or while
-    merged W0 + s B A. The delta is formed in float32 (float64 for float64 weights), one weight at a time.
+    With DoRA the delta is all that its weight differs by from W0. The name is the path of the module, and the parameter's name behind it
+    if that is not `weight`. The weight is W0, or while merged W0 + s B A.
+    The delta is formed in float32 (float64 for float64 weights), one weight at a time.
     """
     on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
     for w in wholes(on):
-        if terms := w.terms(w.hosts[0].adapters.routing.active if name is None else (name,)):
+        asked = w.hosts[0].adapters.routing.active if name is None else (name,)
+        terms = w.terms(asked) if w.folded is None or not _beside(w.folded.terms) else {n: t for n, t in w.folded.terms.items() if n in asked}
+        if terms:
             P, Q = summed(terms)
-            yield w.name, w.weight.detach(), (P @ Q).to(wide(w.weight.dtype)).reshape(w.hosts[0].shape)
+            d = (P @ Q).reshape(w.hosts[0].shape)
+            if _beside(terms):
+                W0 = (w.weight if w.folded is None or w.folded.original is None else w.folded.original).detach()
+                c, start = beside(terms, W0)
+                d = d + c.double() * start - W0
+            yield w.name, w.weight.detach(), d.to(wide(w.weight.dtype))
 
 
 def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
@@ -256,10 +266,15 @@ def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> 
         warnings.warn(str(warning), SurvivalWarning, stacklevel=stacklevel)
 
 
-def _way(w: Whole, tied: bool, dequantise: bool) -> str:
+def _way(w: Whole, terms: Terms, tied: bool, dequantise: bool) -> str:
     if is_quantised(w.module):
         return "Dequantised" if dequantise else "Requantised"
-    return "Untied" if tied else "InPlace"
+    return "Exchanged" if _beside(terms) else "Untied" if tied else "InPlace"
+
+
+def _beside(terms: Terms) -> bool:
+    """Whether any of these is more than s B A."""
+    return any(f.beside for parts in terms.values() for f in parts)
 
 
 @contextmanager
@@ -297,6 +312,10 @@ def _unfoldable(w: Whole, names: Sequence[str], tied: Mapping[tuple[int, str], l
         return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
     if not all(bool(p.isfinite().all()) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
+    if is_quantised(host.module) and any(isinstance(a, Payload | Replaced) for a in w.adapters(names)):
+        return "its weight is quantised, and magnitudes or an update of the bias come with A and B: keep the adapter unmerged"
+    if w.bias is None and any(isinstance(a, Payload) and a.b is not None for a in w.adapters(names)):
+        return "its layer has no bias for the update of the bias to be folded into (a new one would be a new key in the state dict)"
     return None
 
 
@@ -311,7 +330,7 @@ def _stuck(w: Whole) -> str | None:
         return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
     if folded.original is not None and folded.original.device != w.weight.device:
         return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
-    if folded.original is not None and mark(w) != folded.mark:
+    if folded.original is not None and w.weight is not folded.original and mark(w, folded.bias is not None) != folded.mark:
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 

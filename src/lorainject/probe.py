@@ -82,7 +82,7 @@ def _way_out(on: Mapping[str, Host], read: set[str]) -> str:
 def _gradients(model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[set[str], set[str], list[str]]:
     """The names whose weight has a gradient, those whose adapter has one (in B, or in A where B is trained), and idle experts."""
     weights = {name: host.weight for name, host in on.items() if host.weight.is_floating_point()}  # a quantised weight has no gradient
-    factors = {name: [t for a in host.adapters.on for t in (a.A, a.B)] for name, host in on.items()}
+    factors = {name: [t for a in host.adapters.on for t in a.parameters()] for name, host in on.items()}
     wanted = list({id(t): t for name in on for t in (*([weights[name]] if name in weights else []), *factors[name])}.values())
     with _undisturbed(model), _requiring_grad(wanted), torch.enable_grad():
         outputs = [t for t in _tensors(model(*args, **inputs)) if t.requires_grad]

@@ -27,7 +27,7 @@ def _linear(function: Any, input: Any, weight: Any, bias: Tensor | None = None) 
     if not isinstance(x, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
         return NotImplemented
     y = function(x, w.W0, bias)
-    for P, Q, s, p in w.factors:
+    for P, Q, s, p, *_ in w.factors:
         h_R = function(F.dropout(x, p, p > 0), Q.to(x.dtype)) * s
         y = y + function(h_R, P.to(h_R.dtype)).to(y.dtype)
     return y
@@ -50,7 +50,9 @@ def _rmatmul(function: Any, b: Any, a: Any) -> Any:
 @answers(torch.addmm, torch.baddbmm, torch.addmv, Tensor.addmm, Tensor.baddbmm)
 def _addmm(function: Any, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
-    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not w.is_matrix:
+    if isinstance(c, LowRankSum) and isinstance(w, LowRankSum):  # a bias that is replaced
+        c = c.dense("addmm")
+    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
         return NotImplemented
     y = function(c, a, w.W0, beta=beta, alpha=alpha) if w is b else function(c, w.W0, b, beta=beta, alpha=alpha)
     return _product(y, w, x, right=w is b, alpha=alpha)
@@ -58,7 +60,7 @@ def _addmm(function: Any, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any =
 
 def _product(y: Tensor, w: LowRankSum, x: Tensor, *, right: bool, alpha: Any = 1) -> Tensor:
     """y plus the low-rank terms of x @ W (right) or W @ x."""
-    for P, Q, s, p in w.factors:
+    for P, Q, s, p, *_ in w.factors:
         dropped = F.dropout(x, p, p > 0)
         P, Q = P.to(x.dtype), Q.to(x.dtype)
         term = torch.matmul(torch.matmul(dropped, P) * (s * alpha), Q) if right else torch.matmul(P, torch.matmul(Q, dropped) * (s * alpha))
@@ -72,7 +74,7 @@ def _grouped_mm(function: Any, x: Any, w: Any, offs: Any = None, **kwargs: Any) 
     if not isinstance(w, LowRankSum) or w.stack != 1 or any(v is not None for v in kwargs.values()):
         return NotImplemented
     y = function(x, w.W0, offs=offs)
-    for P, Q, s, p in w.factors:
+    for P, Q, s, p, *_ in w.factors:
         dropped = F.dropout(x, p, p > 0)
         if len(x) < len(P):  # fewer tokens than experts: their experts' factors alone, instead of a cast of all
             expert = torch.searchsorted(offs, torch.arange(len(x), dtype=offs.dtype, device=offs.device), right=True).clamp(max=len(P) - 1)
@@ -117,7 +119,7 @@ def _einsum(function: Any, equation: Any, *operands: Any) -> Any:
     R = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in inputs)
     terms[at[0] : at[0] + 1] = [letters[: n + 1] + R, letters[:n] + R + letters[n + 1 :]]
     y = function(equation, *(o.W0 if o is w else o for o in operands))
-    for P, Q, s, p in w.factors:
+    for P, Q, s, p, *_ in w.factors:
         parts: list[Tensor] = []
         for o in operands:
             parts += [P.to(y.dtype) * s, Q.to(y.dtype)] if o is w else [F.dropout(o, p, p > 0)]
@@ -135,8 +137,8 @@ def _conv(function: Any, input: Any, weight: Any, bias: Any = None, stride: Any 
     x, w = input, weight
     if not isinstance(w, LowRankSum) or w.stack:
         return NotImplemented
-    y = function(x, w.W0, bias, stride, padding, dilation, groups)
-    for P, Q, s, p in w.factors:
+    y = function(x, w.W0, w.biased(bias), stride, padding, dilation, groups)
+    for P, Q, s, p, *_ in w.factors:
         Q = Q.to(x.dtype).repeat(groups, *[1] * (Q.ndim - 1))
         h = function(F.dropout(x, p, p > 0), Q, None, stride, padding, dilation, groups) * s
         y = y + function(h, P.to(h.dtype).reshape(*P.shape, *[1] * (Q.ndim - 2)), groups=groups)
@@ -151,7 +153,7 @@ def _conv_transpose(function: Any, input: Any, weight: Any, bias: Any = None, st
     if not isinstance(w, LowRankSum) or w.stack:
         return NotImplemented
     y = function(x, w.W0, bias, stride, padding, output_padding, groups, dilation)
-    for P, Q, s, p in w.factors:
+    for P, Q, s, p, *_ in w.factors:
         rows, r = P.shape
         P = P.to(x.dtype).reshape(groups, rows // groups, r).mT.reshape(groups * r, rows // groups, *[1] * (Q.ndim - 2))
         h = CONVOLUTIONS[Q.ndim](F.dropout(x, p, p > 0), P, groups=groups) * s
@@ -166,7 +168,7 @@ def _embedding(function: Any, input: Any, weight: Any, padding_idx: int | None =
     if not isinstance(w, LowRankSum) or not w.is_matrix or max_norm is not None:
         return NotImplemented
     y = function(ids, w.W0, padding_idx, max_norm, *rest, **options)
-    for P, Q, s, p in w.factors:
+    for P, Q, s, p, *_ in w.factors:
         h_R = function(ids, P, padding_idx) * s
         h_R = h_R * F.dropout(h_R.new_ones(*ids.shape, 1), p, p > 0)  # a one-hot input: whole tokens are dropped
         y = y + (h_R @ Q).to(y.dtype)

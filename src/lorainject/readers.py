@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from .adapters import Adapters, Host, LoraForward, child_name, hosts, walk
 from .errors import StateError
 from .graft import Graft, bare, change_class, grafted, objection
-from .lowrank import Factors, factors
+from .lowrank import Factors, LowRank, factors, gain
+from .payload import Payload
 from .products import teach_dynamo
+from .replaced import Replaced
 from .routing import Routing
 from .symbolic import LowRankSum
 
@@ -103,20 +105,43 @@ class Hidden(LowRankSum):
         self.under = owner.__dict__.get(name)  # a replica of DataParallel has its parameters there
         self.users: set[Any] = set()
         self.traced = 0
+        self.payload = any(isinstance(low, Payload | Replaced) for a in self.adapters for low in a.children())
 
     users: set[Any]
     """The forwards that read it now."""
     traced: int
     """And how many while torch.compile traces, where no interrupt can come in between."""
 
+    payload: bool
+    """Whether any adapter on it has more than A and B."""
+
     @property
-    def W0(self) -> Tensor:  # type: ignore[override]
+    def stored(self) -> Tensor:
         """The parameter, wherever accelerate or FSDP have put it by now."""
         return self.owner._parameters[self.name] if self.under is None else self.under  # type: ignore[return-value]
 
     @property
-    def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
-        """Of the adapters that are on."""
+    def W0(self) -> Tensor:  # type: ignore[override]
+        """The parameter, or what replaces it; with DoRA times its gain, which takes the weight's size while it is used."""
+        W0 = self.stored
+        if self.payload:
+            c = gain(self.factors)
+            for low in self.on:
+                W0 = low(Replaced.of, W0) if isinstance(low, Replaced) else W0
+            W0 = W0 if c is None else (W0 * c).to(W0.dtype)
+        return W0
+
+    def biased(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias, with the updates of the adapters that are on."""
+        for low in self.on if self.payload else ():
+            if isinstance(low, Payload) and low.b is not None:
+                update = low.update().to(self.stored.dtype)
+                bias = update if bias is None else bias + update
+        return bias
+
+    @property
+    def on(self) -> list[LowRank]:
+        """The adapters that are on."""
         routing = self.adapters[0].routing
         if routing.rows is not None:
             if any(name in a for name in routing.rows.names if name is not None for a in self.adapters):
@@ -125,9 +150,14 @@ class Hidden(LowRankSum):
                     " see the batch in any order",
                     way_out="inject the adapters without it: exclude=[...]",
                 )
-            return ()
-        rest = tuple(self.W0.shape[self.stack + 1 :])
-        return tuple(low(factors, self.kind.transposed, rest) for a in self.adapters for low in a.on)
+            return []
+        return [low for a in self.adapters for low in a.on]
+
+    @property
+    def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
+        """Of these, as far as they have A and B."""
+        rest = tuple(self.stored.shape[self.stack + 1 :])
+        return tuple(low(factors, self.kind.transposed, rest) for low in self.on if not isinstance(low, Replaced))
 
 
 def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]) -> None:
@@ -139,6 +169,12 @@ def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: 
         teach_dynamo()
     if child_name(adapters.parameter, adapters.label) not in module._modules:
         module._modules[child_name(adapters.parameter, adapters.label)] = adapters.train(module.training)
+    if READS in module.__dict__ or any(reader is module for _, reader in readers):  # a module that reads a weight of its own reads all
+        readers = list(dict.fromkeys([*readers, (paths[0], module)]))
+        adapters.read = True
+        for other in module._modules.values():
+            if isinstance(other, Adapters) and not other.read and other is not adapters:
+                mount(paths, module, other, [(paths[0], module)])
     adapters.read = adapters.read or bool(readers)
     for reader_path, reader in readers:
         reads = reader.__dict__.setdefault(READS, [])

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import FROZEN, Adapters, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, switches, walk
+from .adapters import FROZEN, Adapters, Host, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, switches, walk
 from .errors import GraftError, StateError
 from .find import find
-from .kinds import KINDS, is_sharded
+from .kinds import KINDS, WHOLE, is_sharded, kind_of
 from .lowrank import LowRank
 from .merge import unmerge
+from .payload import Payload
 from .readers import mount, objections, set_grafts, unmount
+from .replaced import Replaced
 from .routing import ROOTS, Routing, Rows
 from .spec import LoraSpec, Override, Plan, Site, Target
+
+Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A and B of a file, and m and b if it has them (payload.py)."""
+
+
+class Replacement(NamedTuple):
+    """A tensor of a module (under all its paths) that an adapter replaces, and the modules beside its own that read it."""
+
+    paths: tuple[str, ...]
+    parameter: str
+    readers: tuple[tuple[str, nn.Module], ...]
+    adapter: Replaced
 
 
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
@@ -38,8 +54,9 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     return attach(model, plan, name)
 
 
-def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> nn.Module:
-    """Carry out a plan that `find` has checked. `factors` holds A and B by site name; without it they are drawn afresh.
+def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, Given] | None = None,
+           replaced: Sequence[Replacement] = ()) -> nn.Module:  # fmt: skip
+    """Carry out a plan that `find` has checked. `factors` holds A and B (m and b) by site name; without it they are drawn afresh.
 
     All memory is taken before the first module is changed.
     """
@@ -53,6 +70,12 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, tuple[
                 own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label, named=s.named)
             mount((s.path, *s.aliases), module, own, [(path, modules[path]) for path in s.readers])
             own[name] = adapter.train(module.training)
+        for new in replaced:
+            module = modules[new.paths[0]]
+            if (own := adapters_of(module, new.parameter)) is None:
+                own = Adapters(routing[0], kind_of(module, new.parameter) or WHOLE, new.parameter)
+            mount(new.paths, module, own, [*new.readers, (new.paths[0], module)])
+            own[name] = new.adapter
         for each in routing:
             each.before[name], each.active = each.active, (name,)
         _freeze(model)
@@ -99,6 +122,9 @@ def activate(model: nn.Module, *names: str) -> None:
     """
     if len(names) == 1 and isinstance(names[0], list | tuple):
         names = tuple(names[0])
+    if len(names) > 1 and (shared := _shared(mounted(model, "activate", *names), names)):
+        raise StateError("magnitudes (DoRA) and whole tensors can't be on with another adapter of the same weight:", shared,
+                         "activate one at a time")  # fmt: skip
     for routing in switches(model, "activate", *names):
         routing.active = tuple(dict.fromkeys(names))
 
@@ -132,21 +158,39 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
 
 
-def _low_rank(module: nn.Module, site: Site, factors: tuple[Tensor, Tensor] | None) -> LowRank:
+def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LowRank:
     device, kind = placement(module, site.parameter), KINDS[site.kind]
+    make: Callable[..., LowRank] = LowRank
     stack, out, _ = kind.sizes(site.shape)
     if factors is None:
         A = torch.empty(*stack, site.r, site.in_features, dtype=site.dtype, device=device)
         B = torch.empty(*stack, site.out_features, site.r, dtype=site.dtype, device=device)
     else:
-        A, B = (t.to(device, site.dtype) for t in factors)
-    adapter = LowRank(
+        A, B, *beside = factors
+        A, B = A.to(device, site.dtype), B.to(device, site.dtype)
+        m, b = (None if t is None else t.to(device) for t in beside)
+        if m is not None or b is not None:
+            make = partial(Payload, module, kind.transposed, m, b)
+    adapter = make(
         A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout, init=site.init,
         padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None, slices=site.rows, out=out,
     )  # fmt: skip
     if factors is None:
         adapter.reset_parameters()
     return adapter
+
+
+def _shared(on: Mapping[str, Host], names: Sequence[str]) -> list[str]:
+    """The weights that several of these adapters are on, one with magnitudes or as a whole."""
+    by_place: dict[tuple[int, str], dict[str, str]] = {}
+    for at, host in on.items():
+        by_place.setdefault(host.place, {}).update({n: at for n in names if n in host.adapters})
+    alone = {host.place for host in on.values() for n in names if n in host.adapters and _stands_alone(host.adapters[n])}
+    return [f"{next(iter(found.values()))}: {', '.join(found)}" for place, found in by_place.items() if len(found) > 1 and place in alone]
+
+
+def _stands_alone(adapter: LowRank) -> bool:
+    return isinstance(adapter, Replaced) or (isinstance(adapter, Payload) and adapter.m is not None)
 
 
 def _freeze(model: nn.Module) -> None:

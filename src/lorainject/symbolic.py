@@ -54,12 +54,16 @@ class LowRankSum:
 
     def dense(self, asked_by: str) -> Tensor:
         """The sum itself, differentiable; without LoRA dropout, since the weight's input is not known here."""
-        if not torch.compiler.is_compiling():
+        factors, W = self.factors, self.W0
+        if factors and not torch.compiler.is_compiling():
             self.fallbacks[asked_by] += 1
-        W = self.W0
-        for P, Q, s, _ in self.factors:
+        for P, Q, s, *_ in factors:
             W = W + delta(P, Q, s).reshape(W.shape).to(W.dtype)
         return W
+
+    def biased(self, bias: Tensor | None) -> Tensor | None:
+        """The bias that goes with the sum, from the layer's own."""
+        return bias
 
     @property
     def is_matrix(self) -> bool:

@@ -27,11 +27,12 @@ from ..graft import bare
 from ..kinds import is_quantised, is_sharded, shape_of
 from ..lowrank import LowRank
 from ..match import Pick, parts_of
+from ..replaced import Replaced
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
-from . import exact, peft
+from . import exact, payloads, peft
 from .convert import FORMATS, put, read
-from .record import AdapterFile, BasePrint, StoredSite
+from .record import AdapterFile, BasePrint, StoredSite, TokenRows
 from .source import Hints
 
 
@@ -51,11 +52,13 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
-    beside = [f"{at}.{n}" for at, m in walk(model) for n, p in m.named_parameters(recurse=False) if p.requires_grad]
-    if beside:
+    training = [f"{at}.{n}" for at, m in walk(model) for n, p in m.named_parameters(recurse=False) if p.requires_grad]
+    if training:
         warnings.warn(
-            f"{', '.join(beside[:5])}{', ...' * (len(beside) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
+            f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
         )
+    beside = dict(payloads.beside(on, name))
+    on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], Replaced)}
     by_place: dict[tuple[int, str], list[Host]] = {}
     for host in on.values():
         by_place.setdefault(host.place, []).append(host)
@@ -75,7 +78,9 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     about = {"task_type": _task(model), "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
              "target_modules": _target_modules(model, [s for s in sites if not peft.is_bare(s)])}  # fmt: skip
     base = _base(on) if format == "lorainject" else None
-    file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about)
+    file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about,
+                       replaced={at: t for at, t in beside.items() if isinstance(t, Tensor)},
+                       tokens={at: t for at, t in beside.items() if isinstance(t, TokenRows)})  # fmt: skip
     put(FORMATS[format].write(file, path, Hints()))
     return path
 
@@ -86,8 +91,8 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
 
     `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads every format in
     `li.FORMATS`; `allow_pickle` and `hints` are read's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong
-    shape or not finite, whatever a file holds beside A and B (DoRA's magnitudes, biases, heads), and every weight that differs from the
-    base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
+    shape or not finite, what a file holds beside A and B and load can't put on (whole tensors, rows of tokens), and every weight that differs from
+    the base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
     """
     ready(model, "load an adapter")
     file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
@@ -97,16 +102,16 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
-    there = dict(model.named_parameters(remove_duplicate=False))
-    replaced = [f"{p}: {reason}" for p, tensor in file.replaced.items() if (reason := _replaces(there.get(p, there.get(f"{p}.weight")), tensor))]
-    sites = fitted(model, file, by_name, dtype, [*replaced, *(f"{line}; load does not put it on yet" for line in file.beside)])
+    wrong = [f"{s.name}: {reason}" for s in file.sites if (reason := payloads.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))]
+    replaced = payloads.replacements(model, file, by_name, wrong)
+    sites = fitted(model, file, by_name, dtype, wrong)
     others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
                         [f"{at}: another base weight than the one this adapter was made for" for at in others],
                         "load it onto its own base, or pass check_base=False")  # fmt: skip
-    factors = {s.name: (s.A, s.B) for s in file.sites}
-    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors)
+    factors = {s.name: payloads.given(s, dtype) for s in file.sites}
+    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors, replaced)
 
 
 def _task(model: nn.Module) -> str | None:
@@ -126,9 +131,10 @@ def _target_modules(model: nn.Module, sites: Sequence[StoredSite]) -> list[str]:
 
 def _stored(w: Weight, host: Host, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
+    m, b = payloads.m_and_b(a)
     return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
                       named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
-                      scaling=a.scaling, dropout=a.dropout)  # fmt: skip
+                      scaling=a.scaling, dropout=a.dropout, magnitude=m, bias=b)  # fmt: skip
 
 
 def _first_row(host: Host) -> int:
@@ -162,12 +168,12 @@ def _print(module: nn.Module, parameter: str) -> Tensor | None:
 def _unwritable(host: Host, a: LowRank) -> str | None:
     if misfit(host, a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
-    if a.A.is_meta or a.B.is_meta:
+    if any(p.is_meta for p in a.parameters()):
         return "A and B lie on the meta device (offloaded, or never loaded)"
-    if is_sharded(a.A) or 0 in (a.A.numel(), a.B.numel()):
+    if any(is_sharded(p) or p.numel() == 0 for p in a.parameters()):
         return "A and B are sharded over several processes"
-    if not (a.A.isfinite().all() and a.B.isfinite().all()):
-        return "A or B holds NaN or infinity"
+    if not all(bool(p.isfinite().all()) for p in a.parameters()):
+        return "A or B (or what comes with them) holds NaN or infinity"
     return None
 
 
@@ -250,9 +256,3 @@ def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
 def _same_base(w: Weight, name: str, base: BasePrint) -> bool:
     mine, weight = _print(w.module, w.parameter), w.module._parameters[w.parameter]
     return mine is None or weight is None or agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
-
-
-def _replaces(weight: Tensor | None, tensor: Tensor) -> str | None:
-    if weight is not None and weight.shape == tensor.shape and torch.equal(weight.detach().cpu().to(tensor.dtype), tensor):
-        return None
-    return "the file brings a whole base weight that is not this model's; adapters that replace weights are not supported"
