@@ -50,11 +50,7 @@ def inputs(draw) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("instructions", [True, False])
 @given(
-    inputs(),
-    st.integers(1, 5),
-    st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]),
-    st.booleans(),
-    st.booleans(),
+    inputs(), st.integers(1, 5), st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]), st.booleans(), st.booleans()
 )
 def test_the_formula(instructions, xy, r, slices, own, views):
     """Output and every gradient, in each dtype, layout, size and slice, with and without half-precision instructions."""

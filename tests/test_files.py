@@ -503,8 +503,10 @@ FORGED = {
     "negative rows": (lambda site: site | {"rows": [[-3, 0, 1]]}, r"rows that are not all within 0:9"),
     "a row twice": (lambda site: site | {"rows": [[0, 1, 1]] * 3}, r"names a row twice"),
     "more rows than memory": (lambda site: site | {"rows": [[0, 10**30, 1]]}, r"is damaged|not all within"),
-    "another kind": (lambda site: site | {"kind": "linear^T"}, r"a weight of the kind linear\^T, this model has a linear there"),
-    "another shape": (lambda site: site | {"shape": [9, 9]}, r"on a weight \(9, 9\), this model's is \(9, 4\)"),
+    "another kind": (lambda site: site | {"kind": "linear^T", "shape": [4, 9]}, r"a weight of the kind linear\^T, this model has a linear there"),
+    "another shape": (lambda site: site | {"shape": [12, 4]}, r"on a weight \(12, 4\), this model's is \(9, 4\)"),
+    "a shape that A and B are not for": (lambda site: site | {"shape": [9, 9]}, r"does not go with a weight \(9, 9\) of the kind linear"),
+    "a path that is no text": (lambda site: site | {"path": 3}, r"is damaged: ValueError: .*: 3 is no name"),
     "a scaling that is none": (lambda site: site | {"scaling": "foo"}, r"a scaling is none that there is"),
 }
 

@@ -133,7 +133,7 @@ EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 def _apart(s: StoredSite) -> list[StoredSite]:
     """A stack as linears, one an expert and part; the site itself, if nobody calls its parts so (interleaved ones have no rows in a row)."""
     names = EXPERTS.get(s.parameter)
-    if names is None or s.kind != "experts" or s.rows is not None:
+    if names is None or s.kind != "experts" or s.rows is not None or s.B.shape[-2] % len(names):
         return [s]
     experts = exact.apart(s, [f"{s.path}.{e}" for e in range(len(s.A))])
     if len(names) == 1:
