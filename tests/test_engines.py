@@ -28,7 +28,7 @@ def record(*sites: li.StoredSite, **more: object) -> li.AdapterFile:
 def plain_peft(folder: Path) -> dict[str, torch.Tensor]:
     """The updates as an engine reads them that knows nothing but r and lora_alpha: independent of our reader."""
     config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
-    assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"] or config["use_dora"] or config["lora_bias"])
+    assert not any(config[field] for field in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"))
     assert config["bias"] == "none"
     assert config["init_lora_weights"] is True
     assert isinstance(config["target_modules"], list)
@@ -175,7 +175,7 @@ def test_lossy(tmp_path):
 
 def test_names_of_engines():
     """Misspelt, or beside a format: before anything is read."""
-    with pytest.raises(li.SpecError, match="there is no engine 'vlm'\n=> choose one of vllm, sglang, llama.cpp, transformers"):
+    with pytest.raises(li.SpecError, match=r"there is no engine 'vlm'\n=> choose one of vllm, sglang, llama\.cpp, transformers"):
         li.convert("x", "y", engine="vlm")
     with pytest.raises(li.SpecError, match="one of the two"):
         li.write(record(site("a")), "y", engine="vllm", format="peft")
