@@ -239,21 +239,26 @@ def main() -> None:
     torch.set_num_threads(1)
     known = seeds()
     readers = given.only or list(known)
+    for reader in readers:  # what they import, they import once and not in each child
+        for seed in known[reader]:
+            with tempfile.TemporaryDirectory() as at:
+                put(seed.files, Path(at) / "in")
+                assert [tried(Path(at) / "in" / seed.file, seed.hints, n) for n in range(len(li.FORMATS))], reader
     ends: dict[str, Counter[str]] = {reader: Counter() for reader in readers}
-    peak, at, start, found = dict.fromkeys(readers, 0), dict.fromkeys(readers, given.first), time.monotonic(), {}
+    peak, number, start, found = dict.fromkeys(readers, 0), dict.fromkeys(readers, given.first), time.monotonic(), {}
     spent = dict.fromkeys(readers, 0.0)
 
     def left() -> bool:
-        return (time.monotonic() - start < given.minutes * 60) if given.count is None else any(at[r] < given.first + given.count for r in readers)
+        return (time.monotonic() - start < given.minutes * 60) if given.count is None else any(number[r] < given.first + given.count for r in readers)
 
     for reader in itertools.cycle(readers):
         if not left():
             break
-        begun, count = time.monotonic(), BATCH if given.count is None else min(BATCH, given.first + given.count - at[reader])
-        for n, end, rss in batch(reader, known[reader], at[reader], count):
+        begun, count = time.monotonic(), BATCH if given.count is None else min(BATCH, given.first + given.count - number[reader])
+        for n, end, rss in batch(reader, known[reader], number[reader], count):
             kind = end if end in ("read", "refused") else "found"
             ends[reader][kind] += 1
-            peak[reader], at[reader] = max(peak[reader], rss), n + 1
+            peak[reader], number[reader] = max(peak[reader], rss), n + 1
             if kind == "found" and (reader, end) not in found:
                 found[reader, end] = n
                 print(f"FOUND {reader} {n}: {end}", flush=True)

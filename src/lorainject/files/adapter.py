@@ -29,8 +29,8 @@ from ..lowrank import LowRank
 from ..match import Pick, parts_of
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
-from . import exact, peft
-from .convert import FORMATS, put, read
+from . import commit, exact, peft
+from .convert import FORMATS, read
 from .record import AdapterFile, BasePrint, StoredSite
 from .source import Hints
 
@@ -76,7 +76,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
              "target_modules": _target_modules(model, [s for s in sites if not peft.is_bare(s)])}  # fmt: skip
     base = _base(on) if format == "lorainject" else None
     file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about)
-    put(FORMATS[format].write(file, path, Hints()))
+    commit.write(FORMATS[format].write(file, path, Hints()))
     return path
 
 

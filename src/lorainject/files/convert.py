@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
-from . import adapterhub, container, diffusers, engines, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
-from .format import Files, Format, changes, fitted, method
+from . import adapterhub, commit, diffusers, engines, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from .format import Format, changes, fitted, method
 from .naming import named_as, of_component
 from .record import AdapterFile, payload_problems
 from .source import FILES, Hints, Source, open_source
@@ -101,7 +101,7 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
     files = form.write(fit, path, hints or Hints())
     if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
         raise FileError(f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory")
-    put(files)
+    commit.write(files)
     return Conversion(path=path, format=served.reads if served else form.name, file=fit, lost=lost, changed=tuple(changed),
                       asks=served.asks(fit) if served else None)  # fmt: skip
 
@@ -111,14 +111,6 @@ def convert(source: str | Path, path: str | Path, *, format: str | None = None, 
     """`write(read(source), path, format=format)`, or `engine=engine`."""
     _ = (format is None or _form(format)), (engine is None or engines.engine(engine))  # misspelt: before anything is read
     return write(read(source, allow_pickle=allow_pickle, hints=hints), path, format=format, engine=engine, lossy=lossy, hints=hints)
-
-
-def put(files: Files) -> None:
-    """Write the files, each whole or not at all; those without content are removed after."""
-    container.write({path: pieces for path, pieces in files.items() if pieces is not None})
-    for path, pieces in files.items():
-        if pieces is None:  # PEFT, say, would read the adapter without what it has no place for: it must find no config
-            path.unlink(missing_ok=True)
 
 
 def _form(name: str) -> Format:
