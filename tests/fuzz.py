@@ -227,6 +227,14 @@ def batch(reader: str, of: list[Seed], first: int, count: int) -> Iterator[tuple
         yield begun, why or f"death: signal {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 'none'}", 0
 
 
+def warm(of: list[Seed]) -> None:
+    """The seeds as they are: what reading them imports, is imported once and not in each child."""
+    for seed in of:
+        with tempfile.TemporaryDirectory() as at:
+            put(seed.files, Path(at) / "in")
+            assert {tried(Path(at) / "in" / seed.file, seed.hints, n) for n in range(len(li.FORMATS))} == {"read"}
+
+
 def main() -> None:
     """Reader after reader, in turns, until the time is over."""
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -239,11 +247,8 @@ def main() -> None:
     torch.set_num_threads(1)
     known = seeds()
     readers = given.only or list(known)
-    for reader in readers:  # what they import, they import once and not in each child
-        for seed in known[reader]:
-            with tempfile.TemporaryDirectory() as at:
-                put(seed.files, Path(at) / "in")
-                assert [tried(Path(at) / "in" / seed.file, seed.hints, n) for n in range(len(li.FORMATS))], reader
+    for reader in readers:
+        warm(known[reader])
     ends: dict[str, Counter[str]] = {reader: Counter() for reader in readers}
     peak, number, start, found = dict.fromkeys(readers, 0), dict.fromkeys(readers, given.first), time.monotonic(), {}
     spent = dict.fromkeys(readers, 0.0)

@@ -97,6 +97,8 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
             return None
         extras: dict[str, list[Any]] = body.get("extras", {})
         own = {name: {} for name in body["sites"]}  # type: dict[str, dict[str, Any]]
+        if odd := [name for _, name, *_ in extras.values() if not isinstance(name, str)]:
+            raise ValueError(f"{odd[0]!r} is no name")
         for key, (role, name, *detail) in extras.items():
             if role in ("magnitude", "bias"):
                 own[name] |= {role: tensors[key].flatten()} | ({"magnitude_axis": str(detail[0])} if role == "magnitude" else {})
