@@ -220,3 +220,11 @@ def test_as_a_program():
     """The installed command answers, with every verb in its help."""
     done = subprocess.run([sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, timeout=120, check=True)
     assert all(verb in done.stdout for verb in ("convert", "demo", "find", "inspect", "merge", "unmerge"))
+
+
+def test_convert_for_an_engine(cli, saved, tmp_path):
+    """Says what it changed and what the engine must be told; one of --to and --for."""
+    said = cli("convert", saved / "adapter", tmp_path / "a", "--for", "vllm")
+    assert "4 sites written to" in said
+    assert "as peft; start vLLM with --enable-lora --max-lora-rank 8" in said
+    assert "--to FORMAT or --for ENGINE" in cli("convert", saved / "adapter", tmp_path / "b", ok=False)

@@ -503,8 +503,10 @@ FORGED = {
     "negative rows": (lambda site: site | {"rows": [[-3, 0, 1]]}, r"rows that are not all within 0:9"),
     "a row twice": (lambda site: site | {"rows": [[0, 1, 1]] * 3}, r"names a row twice"),
     "more rows than memory": (lambda site: site | {"rows": [[0, 10**30, 1]]}, r"is damaged|not all within"),
-    "another kind": (lambda site: site | {"kind": "linear^T"}, r"a weight of the kind linear\^T, this model has a linear there"),
-    "another shape": (lambda site: site | {"shape": [9, 9]}, r"on a weight \(9, 9\), this model's is \(9, 4\)"),
+    "another kind": (lambda site: site | {"kind": "linear^T", "shape": [4, 9]}, r"a weight of the kind linear\^T, this model has a linear there"),
+    "another shape": (lambda site: site | {"shape": [12, 4]}, r"on a weight \(12, 4\), this model's is \(9, 4\)"),
+    "a shape that A and B are not for": (lambda site: site | {"shape": [9, 9]}, r"does not go with a weight \(9, 9\) of the kind linear"),
+    "a path that is no text": (lambda site: site | {"path": 3}, r"is damaged: ValueError: .*: 3 is no name"),
     "a scaling that is none": (lambda site: site | {"scaling": "foo"}, r"a scaling is none that there is"),
 }
 
@@ -512,7 +514,7 @@ FORGED = {
 @pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in FORGED.items()])
 def test_forged_records(change, message, tmp_path):
     """A record whose digest is right and whose slice is not: refused by name, nothing is loaded."""
-    from lorainject.files import container, native
+    from lorainject.files import commit, container, native
 
     model = li.inject(nn.Sequential(nn.Linear(4, 9)), ["0[0:3]"], r=2)
     path = li.save(model, tmp_path / "a.safetensors")
@@ -521,7 +523,7 @@ def test_forged_records(change, message, tmp_path):
     del body["digest"]
     body["sites"] = {name: change(site) for name, site in body["sites"].items()}
     record = json.dumps(body | {"digest": native._digest(body, tensors)})
-    container.write({path: container.dump(tensors, {"format": "pt", native.KEY: record})})
+    commit.write({path: container.dump(tensors, {"format": "pt", native.KEY: record})})
     fresh = nn.Sequential(nn.Linear(4, 9))
     before = state(fresh)
     with pytest.raises(li.FileError, match=message):
@@ -531,7 +533,7 @@ def test_forged_records(change, message, tmp_path):
 
 def test_a_tensor_that_the_record_does_not_know(tmp_path):
     """Said by name, not passed over."""
-    from lorainject.files import container, native
+    from lorainject.files import commit, container, native
 
     path = li.save(li.inject(nn.Sequential(nn.Linear(4, 9)), ["0"], r=2), tmp_path / "a.safetensors")
     tensors, metadata = container.read(path)
@@ -539,7 +541,7 @@ def test_a_tensor_that_the_record_does_not_know(tmp_path):
     body = json.loads(metadata[native.KEY])
     del body["digest"]
     record = json.dumps(body | {"digest": native._digest(body, tensors)})
-    container.write({path: container.dump(tensors, {"format": "pt", native.KEY: record})})
+    commit.write({path: container.dump(tensors, {"format": "pt", native.KEY: record})})
     with pytest.raises(li.FileError, match="stray: unexpected, neither A nor B of a site"):
         li.read(path)
 

@@ -12,6 +12,7 @@ from .errors import FileError, GraftError, LoraError, MergeError, SpecError, Sta
 from .files.adapter import load, save
 from .files.checkpoint import merge_checkpoint
 from .files.convert import FORMATS, Conversion, convert, read, write
+from .files.engines import ENGINES
 from .files.inplace import merge_in_place, unmerge_in_place
 from .files.record import AdapterFile, StoredSite, TokenRows
 from .files.source import Hints
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterFile",
     "Conversion",
+    "ENGINES",
     "FORMATS",
     "FileError",
     "GraftError",

@@ -2,7 +2,7 @@
 
     lorainject find MODEL -t q_proj -t v_proj      what would be injected, on the meta device: no weight is read
     lorainject inspect ADAPTER                     what an adapter file of any format holds
-    lorainject convert ADAPTER OUT --to FORMAT     the same adapter as another tool's file
+    lorainject convert ADAPTER OUT --to FORMAT     the same adapter as another tool's file; --for ENGINE: as a server takes it
     lorainject merge MODEL ADAPTER... -o DIR       fold adapters into a model's checkpoint: a copy, or --in-place
     lorainject unmerge MODEL                       and out again, to the byte, after --in-place
     lorainject demo                                the whole job on a real model and real text
@@ -121,7 +121,8 @@ def _print(about: dict[str, Any]) -> None:
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter's file or directory, of any format.")],
     out: Annotated[Path, typer.Argument(help="The file or directory to write.")],
-    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(li.FORMATS)}.")],
+    to: Annotated[str | None, typer.Option("--to", help=f"One of {', '.join(li.FORMATS)}.")] = None,
+    engine: Annotated[str | None, typer.Option("--for", help=f"As this one serves it rightly: {', '.join(li.ENGINES)}.")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the format has no place for, and say what.")] = False,
     allow_pickle: Pickle = False,
     alpha: Alpha = None,
@@ -131,14 +132,17 @@ def convert(
     architecture: Annotated[str | None, typer.Option(help="GGUF's word for the base, such as llama.")] = None,
     base: Base = None,
 ) -> None:
-    """Write an adapter in another format: exactly, or not at all (unless --lossy)."""
+    """Write an adapter in another format, or for a serving engine: exactly, or not at all (unless --lossy)."""
+    if (to is None) == (engine is None):
+        raise li.SpecError("convert needs either --to FORMAT or --for ENGINE", way_out="lorainject convert ADAPTER OUT --for vllm")
     hints = _hints(alpha, heads, group, component, architecture, base)
-    done = li.convert(source, out, format=to, lossy=lossy, allow_pickle=allow_pickle, hints=hints)
-    for line in (*done.file.notes, *(f"left out: {line}" for line in done.lost)):
+    done = li.convert(source, out, format=to, engine=engine, lossy=lossy, allow_pickle=allow_pickle, hints=hints)
+    for line in (*done.file.notes, *done.changed, *(f"left out: {line}" for line in done.lost)):
         print(f"note: {line}", file=sys.stderr)
     said = {"alpha": f"--alpha {done.file.sites[0].scale * done.file.sites[0].r:g}", "heads": "--heads", "groups": "--group"}
     asks = ", ".join(said[what] for what in li.FORMATS[done.format].asks)
-    print(f"{len(done.file.sites)} sites written to {done.path} as {done.format}" + f"; such a file does not tell {asks}" * bool(asks))
+    print(f"{len(done.file.sites)} sites written to {done.path} as {done.format}" + f"; such a file does not tell {asks}" * bool(asks)
+          + f"; {done.asks}" * bool(done.asks))  # fmt: skip
 
 
 @app.command()

@@ -30,8 +30,8 @@ from ..match import Pick, parts_of
 from ..replaced import Replaced
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
-from . import exact, payloads, peft
-from .convert import FORMATS, put, read
+from . import commit, exact, payloads, peft
+from .convert import FORMATS, read
 from .record import AdapterFile, BasePrint, StoredSite, TokenRows
 from .source import Hints
 
@@ -81,7 +81,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about,
                        replaced={at: t for at, t in beside.items() if isinstance(t, Tensor)},
                        tokens={at: t for at, t in beside.items() if isinstance(t, TokenRows)})  # fmt: skip
-    put(FORMATS[format].write(file, path, Hints()))
+    commit.write(FORMATS[format].write(file, path, Hints()))
     return path
 
 

@@ -1,18 +1,16 @@
-"""The safetensors container and the files around it: bounded reads, atomic writes, the same bytes in every process.
+"""The safetensors container: bounded reads, the same bytes in every process.
 
 Reading is the safetensors package's. Writing is ours, since that package orders header metadata by a random hash, makes
-files of mode 0600 and does not fsync. The format: 8 bytes of header length (little endian), a JSON header padded with spaces
+files of mode 0600 and does not fsync (commit.py). The format: 8 bytes of header length (little endian), a JSON header padded with spaces
 to a multiple of 8, then the tensors' bytes in the header's order.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +37,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
     except FileError:
         raise
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RuntimeError) as e:  # safetensors raises RuntimeError for a file that can't be opened
         reason = getattr(e, "strerror", None) or e
         raise FileError(
             f"{path} can't be read: {reason}", way_out="check the path and its permissions; a hub's name is not taken: download the adapter first"
@@ -74,38 +72,6 @@ def raw(tensor: Tensor) -> bytes:
     """The tensor's elements as little-endian bytes."""
     assert sys.byteorder == "little", "safetensors is little endian"
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def write(files: Mapping[Path, Iterable[bytes]]) -> None:
-    """Write files so that at any moment, a kill and a full disk included, each is the old or the new one, whole.
-
-    All are written and fsynced under temporary names before the first takes its place. Modes follow the umask.
-    """
-    temporaries = {path.with_name(f".{path.name}.{os.getpid()}.tmp"): path for path in files}
-    try:
-        for temporary, path in temporaries.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with open(fd, "wb") as f:
-                f.writelines(files[path])
-                f.flush()
-                os.fsync(f.fileno())
-        for temporary, path in temporaries.items():
-            os.replace(temporary, path)
-        for folder in {path.parent for path in files}:
-            fd = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise FileError(f"{', '.join(map(str, files))} can't be written: {reason}", ["what was there before is untouched"],
-                        "check the place, its permissions and the free space") from e  # fmt: skip
-    finally:
-        for temporary in temporaries:
-            with contextlib.suppress(OSError, ValueError):
-                temporary.unlink()
 
 
 def _guess(path: Path) -> str:

@@ -3,6 +3,7 @@
 li.read("adapter.gguf", hints=li.Hints(heads=(32, 8)))
 li.write(file, "out", format="peft")
 li.convert("lit_model.pth.lora", "out", format="peft", allow_pickle=True)
+li.convert("adapter", "out", engine="vllm")
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
-from . import adapterhub, container, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
-from .format import Files, Format, fitted, method
+from . import adapterhub, commit, diffusers, engines, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from .format import Format, changes, fitted, method
 from .naming import named_as, of_component
 from .record import AdapterFile, payload_problems
 from .source import FILES, Hints, Source, open_source
@@ -34,6 +35,10 @@ class Conversion:
     """As it was written, in the form that the format holds."""
     lost: tuple[str, ...] = ()
     """What was left out, one line each; nothing unless `lossy` was asked for."""
+    changed: tuple[str, ...] = ()
+    """What was rewritten, one line each, with the same update of every weight."""
+    asks: str | None = None
+    """What the engine must be told when it is started."""
 
 
 def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = False, hints: Hints | None = None) -> AdapterFile:
@@ -64,41 +69,48 @@ def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = Fa
     return file if hints.model is None else named_as(file, hints.model)
 
 
-def write(file: AdapterFile, path: str | Path, *, format: str = "lorainject", lossy: bool = False, hints: Hints | None = None) -> Conversion:
-    """Write a record in a format of `li.FORMATS`, atomically. What the format has no place for is converted where an exact form exists.
+def write(file: AdapterFile, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,
+          hints: Hints | None = None) -> Conversion:  # fmt: skip
+    """Write a record in a format of `li.FORMATS` (our own, if none is named), or as an engine of `li.ENGINES` serves it rightly; atomically.
 
-    Raises FileError with everything else, before anything is written; `lossy=True` leaves it out instead, and says what and how much.
+    What has no place there is converted where an exact form exists. Raises FileError with everything else, before anything is written;
+    `lossy=True` leaves it out instead, and says what and how much.
     """
-    path, form = Path(path), _form(format)
+    if format is not None and engine is not None:
+        raise SpecError(f"format {format!r} or engine {engine!r}: one of the two", way_out=f"{engine} reads a format of its own: leave format out")
+    served = None if engine is None else engines.engine(engine)
+    path, form = Path(path), _form(format or "lorainject") if served is None else served.form
     if not file.sites:
         raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
     fit, lost = fitted(file, form, lossy)
+    changed, problems, n = changes(file, fit), list[str](), len(fit.sites)
+    for check in served.checks if served else ():
+        fit = check(fit, hints or Hints(), problems)
+    if problems:
+        raise FileError(f"{form.name} does not serve this adapter:", problems, "have it merged into the base instead (PEFT's merge_and_unload)")
+    if added := [s.name for s in fit.sites[n:]]:
+        changed.append(
+            f"{len(added)} sites of zeros are added, without which {form.name} refuses it: {', '.join(added[:3])}{', ...' * (len(added) > 3)}"
+        )
     if not fit.sites:
         raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
     if form.suffix and path.suffix != form.suffix:
         raise FileError(f"{form.name} is a single file", way_out=f"give a path that ends in {form.suffix}")
-    if not form.suffix and (path.is_file() or path.suffix == ".safetensors") and form is not native.FORMAT:
+    if not form.suffix and (path.is_file() or path.suffix == ".safetensors") and form.write is not native.write:
         raise FileError(f"{form.name} is a directory", way_out="give a path that is no file, and does not end in .safetensors")
     files = form.write(fit, path, hints or Hints())
     if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
         raise FileError(f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory")
-    put(files)
-    return Conversion(path=path, format=form.name, file=fit, lost=lost)
+    commit.write(files)
+    return Conversion(path=path, format=served.reads if served else form.name, file=fit, lost=lost, changed=tuple(changed),
+                      asks=served.asks(fit) if served else None)  # fmt: skip
 
 
-def convert(source: str | Path, path: str | Path, *, format: str, lossy: bool = False, allow_pickle: bool = False,
-            hints: Hints | None = None) -> Conversion:  # fmt: skip
-    """`write(read(source), path, format=format)`."""
-    _form(format)
-    return write(read(source, allow_pickle=allow_pickle, hints=hints), path, format=format, lossy=lossy, hints=hints)
-
-
-def put(files: Files) -> None:
-    """Write the files, each whole or not at all; those without content are removed after."""
-    container.write({path: pieces for path, pieces in files.items() if pieces is not None})
-    for path, pieces in files.items():
-        if pieces is None:  # PEFT, say, would read the adapter without what it has no place for: it must find no config
-            path.unlink(missing_ok=True)
+def convert(source: str | Path, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,
+            allow_pickle: bool = False, hints: Hints | None = None) -> Conversion:  # fmt: skip
+    """`write(read(source), path, format=format)`, or `engine=engine`."""
+    _ = (format is None or _form(format)), (engine is None or engines.engine(engine))  # misspelt: before anything is read
+    return write(read(source, allow_pickle=allow_pickle, hints=hints), path, format=format, engine=engine, lossy=lossy, hints=hints)
 
 
 def _form(name: str) -> Format:

@@ -45,6 +45,15 @@ def times(t: Tensor, factor: float) -> Tensor:
     return own if torch.equal(own.double(), exact) else exact.to(torch.promote_types(t.dtype, torch.float32))
 
 
+def together(what: str, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One tensor of several. Raises FileError where they don't fit together, as those of a model's own weights do."""
+    if len({(*t.shape[: dim % t.ndim], *t.shape[dim % t.ndim + 1 :]) for t in tensors}) > 1:
+        raise FileError(
+            f"{what}: its parts don't fit together", [f"{tuple(t.shape)}" for t in tensors], "they are of no model's weights: get the file again"
+        )
+    return torch.cat(list(tensors), dim)
+
+
 def standard(s: StoredSite) -> StoredSite:
     """With alpha such that the scale is alpha / r."""
     return s if s.scaling == "standard" else replace(s, alpha=s.scale * s.r, scaling="standard")
@@ -86,12 +95,12 @@ def _joined(group: Sequence[StoredSite]) -> StoredSite:
         rows = torch.tensor([i for part in s.rows or (range(out),) for i in part])
         B[..., rows, at : at + s.r] = s.B if s.scale == first.scale else (s.B.double() * (s.scale / first.scale)).to(s.B.dtype)
     alpha = first.scale * (math.sqrt(r) if first.scaling == "rslora" else r)
-    return replace(first, label="", rows=None, A=torch.cat([s.A for s in group], -2), B=B, alpha=alpha)
+    return replace(first, label="", rows=None, A=together(first.path, [s.A for s in group], -2), B=B, alpha=alpha)
 
 
 def parts(s: StoredSite, rows: Mapping[str, Sequence[range]]) -> list[StoredSite]:
     """The site on a fused weight as sites on its parts, each a weight of its own at the path that is its key."""
-    at = {path: torch.tensor([i for run in runs for i in run]) for path, runs in rows.items()}
+    at = {path: torch.tensor([i for run in runs for i in run], dtype=torch.long) for path, runs in rows.items()}
     of = {path: (s.magnitude if s.magnitude_axis == "in" else s.magnitude[i]) if s.magnitude is not None else None for path, i in at.items()}
     return [
         replace(s, path=path, B=s.B[..., i, :], shape=(), magnitude=of[path], bias=None if s.bias is None else s.bias[i]) for path, i in at.items()
@@ -134,7 +143,8 @@ def merged_linear(group: Sequence[StoredSite]) -> tuple[Tensor, Tensor, list[boo
           and s.rows[0].start % part == 0]  # fmt: skip
     if not out or out % part or len(set(at)) != len(group) or any((s.r, s.scale) != (first.r, first.scale) for s in group):
         return None
-    return torch.cat([s.A for s in group]), torch.cat([s.B for s in group]), [g in at for g in range(out // part)]
+    A, B = (together(first.path, [getattr(s, half) for s in group]) for half in "AB")
+    return A, B, [g in at for g in range(out // part)]
 
 
 def in_halves(rows: int, heads: int) -> Tensor:

@@ -74,8 +74,16 @@ class Format:
     """Of its single file; empty for a directory."""
     names: frozenset[str] = frozenset({"hf"})
     """The namespaces of records that it can write."""
+    heads: tuple[str, ...] = ()
+    """Where it holds no whole tensors but those of heads: what these modules are called."""
+    instead: str = "choose another format (lorainject holds all), or lossy=True to leave these out"
+    """The way out for what has no place in it."""
     asks: tuple[str, ...] = ()
     """The hints that whoever reads such a file must be given, since it does not hold them."""
+
+    def takes(self, whole: str) -> bool:
+        """Whether a whole tensor of this name has a place in it."""
+        return "whole tensors" in self.holds or whole.removesuffix(".bias").rpartition(".")[2] in self.heads
 
 
 def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, tuple[str, ...]]:
@@ -98,18 +106,43 @@ def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, t
         sites = tuple(part for s in sites for part in (_apart(s) if s.A.ndim == 3 else [s]))
     beyond = [(s, what) for s in sites for what, has in FEATURES.items() if what not in form.holds and has(s)]
     lost = [f"{s.name}: {what}" for s, what in beyond]
-    lost += [f"{name}: a whole tensor" for name in file.replaced if "whole tensors" not in form.holds]
+    lost += [f"{name}: a whole tensor" for name in file.replaced if not form.takes(name)]
     lost += [f"{path}: rows of trained tokens" for path in file.tokens if "tokens" not in form.holds]
     if lost and not lossy:
-        raise FileError(f"{form.name} has no place for:", lost, "choose another format (lorainject holds all), or lossy=True to leave these out")
+        raise FileError(f"{form.name} has no place for:", lost, form.instead)
     out = {s.name for s, what in beyond if what not in PAYLOAD}
     if out:
         whole, left = (sum(_norm(s) ** 2 for s in some) ** 0.5 for some in (sites, [s for s in sites if s.name in out]))
         lost.append(f"left out altogether: {len(out)} sites, {left / whole if whole else 0:.2g} of the update's norm")
     without = {s.name: {k: v for other, what in beyond if other is s and what in PAYLOAD for k, v in PAYLOAD[what].items()} for s in sites}
     sites = _scaled(tuple(replace(s, **without[s.name]) for s in sites if s.name not in out), form.scales)
-    replaced = file.replaced if "whole tensors" in form.holds else {}
+    replaced = {name: t for name, t in file.replaced.items() if form.takes(name)}
     return replace(file, sites=sites, replaced=replaced, tokens=file.tokens if "tokens" in form.holds else {}), tuple(lost)
+
+
+def changes(before: AdapterFile, after: AdapterFile) -> list[str]:
+    """What was rewritten between the two, one line each; the update that they add to a weight is the same."""
+    kept, names = {s.name: s for s in before.sites}, {s.name for s in after.sites}
+    same = [(kept[s.name], s) for s in after.sites if s.name in kept]
+    gone = [s for s in before.sites if s.name not in names]
+    ranked, scaled = ([(getattr(a, what), getattr(b, what)) for a, b in same if getattr(a, what) != getattr(b, what)] for what in ("r", "scale"))
+    stacks, slices = [s for s in gone if s.A.ndim == 3], [s for s in gone if s.rows is not None]
+    wider = [b.name for a, b in same if (a.A.dtype, a.B.dtype) != (b.A.dtype, b.B.dtype)]
+    plain = [b.alpha for a, b in same if a.scaling != b.scaling]
+    lines = (
+        (stacks, f"{len(stacks)} stacks of experts are their experts' own linears"),
+        (slices, f"{len(slices)} slices are padded with zeros to the whole weight"),
+        (ranked, f"rank {_some(b for _, b in ranked)} at {len(ranked)} sites, which had {_some(a for a, _ in ranked)}: filled up with zeros"),
+        (scaled, f"scale {_some(b for _, b in scaled)} at {len(scaled)} sites, which had {_some(a for a, _ in scaled)}: the rest is in B"),
+        (wider, f"A or B is wider at {len(wider)} sites, since its dtype could not hold the product"),
+        (plain, f"rank-stabilised scales are written as plain alpha: {_some(plain)}"),
+    )
+    return [line for of, line in lines if of]
+
+
+def _some(of: Iterable[Any]) -> str:
+    some = list(dict.fromkeys(f"{v:.6g}" if isinstance(v, float) else str(v) for v in of))
+    return ", ".join(some[:3]) + ", ..." * (len(some) > 3)
 
 
 def _scaled(sites: tuple[StoredSite, ...], rule: str) -> tuple[StoredSite, ...]:
@@ -133,7 +166,7 @@ EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 def _apart(s: StoredSite) -> list[StoredSite]:
     """A stack as linears, one an expert and part; the site itself, if nobody calls its parts so (interleaved ones have no rows in a row)."""
     names = EXPERTS.get(s.parameter)
-    if names is None or s.kind != "experts" or s.rows is not None:
+    if names is None or s.kind != "experts" or s.rows is not None or s.B.shape[-2] % len(names):
         return [s]
     experts = exact.apart(s, [f"{s.path}.{e}" for e in range(len(s.A))])
     if len(names) == 1:

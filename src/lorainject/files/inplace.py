@@ -24,7 +24,7 @@ from ..errors import FileError, MergeError, StateError, system_errors
 from ..fold import Desk, Fold, Journal, tiles
 from ..lowrank import Factors
 from ..merge import MergeReport, judge
-from . import container
+from . import commit, container
 from .checkpoint import MergePlan, get, plan_merge, put, tiled
 from .patches import Patch
 from .record import AdapterFile
@@ -105,7 +105,7 @@ def _merge_shard(base: Path, shard: Shard, plan: MergePlan, state: dict[str, Any
 
     def keep(key: str, patch: Patch, tally: Fold) -> None:
         name = f"{sum(len(s['patches']) for s in state['shards'].values()) + len(records):06}.safetensors"
-        container.write({folder / name: container.dump(_journal(patch, tally), {})})
+        commit.write({folder / name: container.dump(_journal(patch, tally), {})})
         records.append({"file": name, "key": key, "width": patch.width, "s": [float(f.s) for f in patch.parts]})
 
     temporary.unlink(missing_ok=True)
@@ -217,4 +217,4 @@ def _state(base: Path) -> dict[str, Any]:
 
 
 def _save(folder: Path, state: dict[str, Any]) -> None:
-    container.write({folder / MANIFEST: [json.dumps(state).encode()]})
+    commit.write({folder / MANIFEST: [json.dumps(state).encode()]})

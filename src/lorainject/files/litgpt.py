@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
+from . import exact
 from .format import Files, Format
 from .names import Names, heads_of, pickled
 from .record import NONE, AdapterFile, StoredSite, checked
@@ -97,7 +98,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     tensors = {f"{name}{end}": t for name, s in at.items() if not name.endswith(QKV) for end, t in zip(ENDS, (s.A, s.B), strict=True)}
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in at if name.endswith(QKV)):
         parts = [at.get(f"{layer}.{part}") or _zero(f".attn.{part}", at, layer) for part in on]
-        tensors |= {f"{layer}.qkv.lora_A": torch.cat([s.A for s in parts]), f"{layer}.qkv.lora_B": torch.cat([s.B for s in parts])}
+        tensors |= {f"{layer}.qkv{end}": exact.together(f"{layer}.qkv", [getattr(s, end[-1]) for s in parts]) for end in ENDS}
     first, leaves = file.sites[0], {s.path.rpartition(".")[2] for s in file.sites}
     hyper: dict[str, Any] = {"lora_r": first.r, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
     hyper |= {f"lora_{part}": part in on for part in QKV}

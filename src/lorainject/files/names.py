@@ -71,7 +71,8 @@ def stacks(sites: Sequence[StoredSite], level: str) -> Iterator[StoredSite]:
             raise FileError(f"{path}: the experts {', '.join(map(str, sorted(experts)))} have adapters, not all of one rank",
                             way_out="there is a stack for all experts only")  # fmt: skip
         ordered = [experts[e] for e in range(len(experts))]
-        yield replace(ordered[0], path=path, kind="experts", A=torch.stack([s.A for s in ordered]), B=torch.stack([s.B for s in ordered]))
+        yield replace(ordered[0], path=path, kind="experts", A=exact.together(path, [s.A[None] for s in ordered]),
+                      B=exact.together(path, [s.B[None] for s in ordered]))  # fmt: skip
 
 
 def pickled(tensors: Mapping[str, Any]) -> bytes:

@@ -97,6 +97,8 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
             return None
         extras: dict[str, list[Any]] = body.get("extras", {})
         own = {name: {} for name in body["sites"]}  # type: dict[str, dict[str, Any]]
+        if odd := [name for _, name, *_ in extras.values() if not isinstance(name, str)]:
+            raise ValueError(f"{odd[0]!r} is no name")
         for key, (role, name, *detail) in extras.items():
             if role in ("magnitude", "bias"):
                 own[name] |= {role: tensors[key].flatten()} | ({"magnitude_axis": str(detail[0])} if role == "magnitude" else {})
@@ -112,8 +114,8 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
             dtypes = [getattr(torch, name) for name in body["base_dtypes"]]
             base = BasePrint(dtype=dict(zip(body["sites"], dtypes, strict=True)), sample=dict(zip(body["sites"], samples, strict=True)))
         name, init = body["name"], body["init"]
-        if init not in INITS or any(x["scaling"] not in SCALINGS for x in body["sites"].values()):
-            raise ValueError(f"init {init!r} or a scaling is none that there is")
+        if not isinstance(name, str) or init not in INITS or any(x["scaling"] not in SCALINGS for x in body["sites"].values()):
+            raise ValueError(f"the name {name!r}, init {init!r} or a scaling is none that there is")
         used = {key for pair in keys.values() for key in pair} | extras.keys()
         problems += [f"{key}: unexpected, neither A nor B of a site" for key in tensors if key not in used]
         replaced = {name: tensors[key] for key, (role, name, *_) in extras.items() if role == "replaced"}
@@ -161,6 +163,9 @@ def _where(s: StoredSite) -> dict[str, Any]:
 
 def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSite:
     """A site without its A and B."""
+    texts = [settings.get("path", name), settings.get("parameter", ""), settings.get("label", ""), settings.get("kind", ""), *settings["aliases"]]
+    if odd := [t for t in texts if not isinstance(t, str)]:
+        raise ValueError(f"{name}: {odd[0]!r} is no name")
     kind = "embedding" if f"{peft.PREFIX}{name}{peft.EMBEDDING[0]}" in tensors else "linear"
     return StoredSite(
         path=settings.get("path", name), parameter=settings.get("parameter", "weight"), label=settings.get("label", ""),

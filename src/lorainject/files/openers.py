@@ -6,6 +6,7 @@ allows it (source.py); there is no second try. What a header says of sizes is ch
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zipfile
@@ -59,10 +60,11 @@ def start(path: Path) -> bytes:
 
 def _pickle(path: Path) -> Opened:
     try:
-        with path.open("rb") as f:  # not the path, by whose ending torch may take it for something else
-            value = torch.load(f, map_location="cpu", weights_only=True)
+        # Not the path, by whose ending torch may take it for something else; nor the file, of which a forged pickle asks for more than there is.
+        value = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a forged file makes the unpickler raise
-        raise FileError(f"{path} is no pickle of tensors alone: {str(e).splitlines()[0]}", way_out="it is not opened in any other way; ask for the"
+        why = next(iter(str(e).splitlines()), type(e).__name__)
+        raise FileError(f"{path} is no pickle of tensors alone: {why}", way_out="it is not opened in any other way; ask for the"
                         " adapter as safetensors") from None  # fmt: skip
     for key in WRAPPERS:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
@@ -70,6 +72,10 @@ def _pickle(path: Path) -> Opened:
     if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in value.items()):
         raise FileError(f"{path} holds no flat table of tensors", ["a list of tensors (cloneofsimo/lora) says nothing of where they belong"]
                         * isinstance(value, list), "convert it with the tool that made it")  # fmt: skip
+    if odd := [key for key, t in value.items() if t.layout is not torch.strided or t.device.type != "cpu" or t.is_quantized]:
+        raise FileError(
+            f"{path} holds tensors that are not plain:", [f"{key}: sparse, quantised or without data" for key in odd], "ask for dense ones"
+        )
     if large := [key for key, t in value.items() if t.numel() * t.itemsize > t.untyped_storage().nbytes()]:
         raise FileError(f"{path} says more than it holds:", [f"{key}: its elements are not all in the file" for key in large], "get the file again")
     return {key: t.detach().contiguous() for key, t in value.items()}, {}
@@ -93,7 +99,7 @@ def _npz(path: Path) -> Opened:
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             return {key: torch.from_numpy(arrays[key].copy()) for key in arrays.files}, {}
-    except (ValueError, TypeError, OSError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as e:
+    except Exception as e:  # of a forged member's header, which is parsed as Python, anything
         raise FileError(f"{path} is no whole npz file of numbers: {e}", way_out="get the file again") from None
 
 

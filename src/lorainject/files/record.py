@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kinds import KINDS
 from ..lowrank import scale
 from ..spec import is_alpha, site_name
 
@@ -153,6 +154,8 @@ def checked(
         wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered")
     elif A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
         wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
+    elif s.shape and _sizes(s) != (*A.shape[:-2], B.shape[-2], A.shape[-1]):
+        wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} does not go with a weight {s.shape} of the kind {s.kind}")
     else:
         out, in_ = B.shape[-2], s.shape[1] if s.kind == "conv" and s.shape else A.shape[-1]
         wrong += [f"{s.name}: {what} {tuple(t.shape)}, where ({n},) is needed"
@@ -162,6 +165,14 @@ def checked(
         problems += wrong
         return None
     return replace(s, A=A, B=B, alpha=float(alpha), scaling=scaling, dropout=float(dropout))
+
+
+def _sizes(s: StoredSite) -> tuple[int, ...] | None:
+    """(*stack, out, in) of what A and B are for, by the weight's shape; None if there is no such weight."""
+    if s.kind not in KINDS or len(s.shape) < 2:
+        return None
+    stack, out, in_ = KINDS[s.kind].sizes(s.shape)
+    return (*stack, out if s.rows is None else sum(map(len, s.rows)), in_)
 
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FileError, system_errors
-from . import container, openers
+from . import commit, container, openers
 
 TENSORS = "adapter_model.safetensors"
 # In this order, if there are several: whoever writes both means the first.
@@ -78,9 +78,19 @@ class Source:
 def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
     """Find the tensor file and what lies beside it, and read them. Raises FileError for all that is no adapter, or not to be trusted."""
     path = Path(path)
-    file = _tensor_file(path) if path.is_dir() else path
-    folder = file.parent if file.name in FILES else None  # a file of any name says nothing of its neighbours
-    configs = {name: _config(folder / name) for name in CONFIGS if folder and (folder / name).is_file()}
+    if path.is_dir():
+        return commit.read(path, (*FILES, *CONFIGS), lambda where: _opened(path, next(filter(where, FILES), None), where, allow_pickle))
+    if path.name in FILES:
+        return commit.read(path.parent, (path.name, *CONFIGS), lambda where: _opened(path, path.name, where, allow_pickle))
+    return _opened(path, "", lambda name: None, allow_pickle)  # a file of any name says nothing of its neighbours
+
+
+def _opened(path: Path, name: str | None, where: commit.Where, allow_pickle: bool) -> Source:
+    """The tensor file of this name and the configs beside it; without a name, the file `path` alone."""
+    if name is None:
+        raise _nothing(path)
+    file = where(name) or path
+    configs = {config: _config(at, config) for config in CONFIGS if (at := where(config)) and at.is_file()}
     kind = openers.sniff(file)
     if kind == "tar":
         return _archive(path)
@@ -115,23 +125,21 @@ def parsed(what: str, text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _tensor_file(folder: Path) -> Path:
-    if found := next((folder / name for name in FILES if (folder / name).exists()), None):
-        return found
+def _nothing(folder: Path) -> FileError:
     holds = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     if (folder / "adapter_metadata.json").exists():
         holds += ": a distributed checkpoint of NeMo, which only NeMo puts together; export it to Hugging Face's format there"
     below = [p.parent for p in folder.glob(f"*/{TENSORS}")]  # PEFT puts an adapter that is not called "default" there
-    raise FileError(f"{folder} holds no {TENSORS}, and no adapter by another name", [f"it holds {holds}"],
-                    f"give {below[0] if below else 'the directory that save (or PEFT) wrote, or the tensor file itself'}")  # fmt: skip
+    return FileError(f"{folder} holds no {TENSORS}, and no adapter by another name", [f"it holds {holds}"],
+                     f"give {below[0] if below else 'the directory that save (or PEFT) wrote, or the tensor file itself'}")  # fmt: skip
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path, name: str) -> dict[str, Any]:
     with system_errors(f"{path} can't be read"):
         if path.stat().st_size > LONGEST:
             raise FileError(f"{path} has {path.stat().st_size:,} bytes", way_out="no config is that long: get the file again")
         text = path.read_bytes()
-    if path.suffix == ".json":
+    if name.endswith(".json"):
         return parsed(str(path), text)
     try:
         import yaml
