@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,25 +18,27 @@ from .table import TABLE, run
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="scripts/bench", description="lorainject beside PEFT and loralib, row by row",
                                      epilog="rows: " + ", ".join(f"{row.name} ({row.what})" for row in TABLE))  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under five minutes; docs/benchmarks.md is left as it is")
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=[row.name for row in TABLE], help="these rows alone")
     parser.add_argument("--cuda", action="store_true", help="the rows for a GPU: CUDA events, bf16, d 4096 and 14336")
-    parser.add_argument("--rounds", type=int, help="at least so many rounds (11; --quick: 5)")
+    parser.add_argument("--rounds", type=int, help="at least so many rounds (11; --quick: 3)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown (of all rows in full: docs/benchmarks.md)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the raw results")
     parser.add_argument("--against", type=Path, metavar="FILE", help="an earlier --json: print what got worse, by ratios, and exit with 1")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda needs an NVIDIA GPU and a torch that is built for it; this one sees none")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rounds, seconds = (5, 0.5) if args.quick else (11, 5.0)
+    rounds, seconds = (3, 1.0) if args.quick else (11, 5.0)
     on = Setup(quick=args.quick, device="cuda" if args.cuda else "cpu", rounds=args.rounds or rounds, seconds=seconds)
     rows = [row for row in TABLE if (not args.only or row.name in args.only) and (row.cuda or not args.cuda)]
-    command = " ".join(["scripts/bench", *sys.argv[1:]])
+    command = " ".join(["scripts/bench", *argv])
     start = time.perf_counter()
     machine = report.machine(on)
     results = run(rows, on, report.say)

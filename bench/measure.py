@@ -8,11 +8,13 @@ GPU. Memory is what torch's allocator hands out, event by event, or what the pro
 from __future__ import annotations
 
 import cProfile
+import ctypes
 import gc
 import math
 import multiprocessing
 import pstats
 import random
+import re
 import statistics
 import time
 import warnings
@@ -26,7 +28,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-WARM, MOST = 2, 201  # rounds that are not counted; rounds at most
+WARM, MOST = 1, 201  # rounds that are not counted; rounds at most
 Call = Callable[[], object]
 
 
@@ -195,9 +197,15 @@ def saved(call: Call, model: nn.Module) -> int:
 
 def grown(prepare: Callable[..., Call], *args: object) -> float:
     """MiB by which a process of its own grows at its peak (resident set) while it runs the call that prepare(*args) gives."""
-    context = multiprocessing.get_context("spawn")
+    return alone(_grown, prepare, args)
+
+
+def alone(function: Callable[..., Any], *args: object) -> Any:
+    """What the function returns in a fresh process, which has all imports of ours but nothing else of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.table"])
     with context.Pool(1) as pool:
-        return pool.apply(_grown, (prepare, args))
+        return pool.apply(function, args)
 
 
 def _grown(prepare: Callable[..., Call], args: tuple[Any, ...]) -> float:
@@ -207,7 +215,9 @@ def _grown(prepare: Callable[..., Call], args: tuple[Any, ...]) -> float:
 
 
 def growth(call: Call) -> float:
-    """MiB by which this process grows at its peak during the call."""
+    """MiB by which this process grows at its peak during the call. (What was freed goes back to the system first, or it would hide some.)"""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
     before = _resident("VmRSS")
     call()
@@ -219,9 +229,9 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
-def excess(ours: Timed, base: Timed, on: Setup, times: int = 5) -> str:
+def excess(ours: Timed, base: Timed, on: Setup) -> str:
     """Of which operators the time consists that ours takes and the base does not, by torch's profiler."""
-    spent = []
+    spent, times = [], 1 if on.quick else 3
     for timed in (ours, base):
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.cuda else [])]) as p:
             for _ in range(times):
@@ -231,10 +241,11 @@ def excess(ours: Timed, base: Timed, on: Setup, times: int = 5) -> str:
         spent.append({e.key: (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / times / 1e3 for e in p.key_averages()})
     more = {key: spent[0].get(key, 0.0) - spent[1].get(key, 0.0) for key in spent[0].keys() | spent[1].keys()}
     top = sorted(more.items(), key=lambda item: -item[1])[:5]
-    return f"of {sum(more.values()):.2g} ms in operators beyond the base: " + ", ".join(f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top)
+    listed = ", ".join(f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top)
+    return f"of {sum(more.values()):.2g} ms in operators beyond the base: {listed}"
 
 
-def hot(timed: Timed, times: int = 5) -> str:
+def hot(timed: Timed, times: int = 3) -> str:
     """In which functions the call spends its time, by cProfile."""
     profiler = cProfile.Profile()
     for _ in range(times):
@@ -246,5 +257,11 @@ def hot(timed: Timed, times: int = 5) -> str:
     stats: dict[tuple[str, int, str], tuple[Any, ...]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     whole = sum(s[2] for s in stats.values())
     top = sorted(stats.items(), key=lambda item: -item[1][2])[:5]
-    names = [name.strip("<>").removeprefix("built-in ").removeprefix("method ") if "<" in name else f"{Path(file).name}:{name}" for (file, _, name), _ in top]
-    return ", ".join(f"{name.split(' object')[0]} {s[2] / whole:.0%}" for name, (_, s) in zip(names, top, strict=True))
+    return ", ".join(f"{_named(*function)} {s[2] / whole:.0%}" for function, s in top)
+
+
+def _named(file: str, line: int, name: str) -> str:
+    """As one would call it: "<method 'copy_' of 'torch._C.TensorBase' objects>" is TensorBase.copy_."""
+    if match := re.fullmatch(r"<method '(\w+)' of '([\w.]+)' objects>", name):
+        return f"{match[2].rpartition('.')[2]}.{match[1]}"
+    return name.strip("<>").removeprefix("built-in method ") if name.startswith("<") else f"{name} ({Path(file).name})"

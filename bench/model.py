@@ -18,7 +18,7 @@ import lorainject as li
 
 from .layer import has_fast_way_back
 from .measure import Setup, Timed, Times, excess, interleaved
-from .models import R, SIZES, SMALL, Trio, agree, gradients, llama, said, trio
+from .models import SIZES, SMALL, R, Trio, agree, gradients, llama, said, trio
 from .row import Figure, Goal, Row
 
 Forward = Callable[..., Tensor]
@@ -64,7 +64,7 @@ def one_token(forwards: dict[str, Forward], on: Setup, rows: int = 1, prompt: in
     for who, forward in forwards.items():
         cache = DynamicCache()
         first[who] = forward(ids, past_key_values=cache, use_cache=True)
-        calls[who] = Timed(partial(forward, ids[:, :1], past_key_values=cache, use_cache=True), after=partial(cache.crop, prompt))
+        calls[who] = Timed(partial(forward, ids[:, :1], past_key_values=cache, use_cache=True), after=partial(cache.crop, -1))
     return calls, agree([first["ours"]], [first["PEFT"]], first["PEFT"].dtype)
 
 
@@ -82,7 +82,7 @@ def at_once(forwards: dict[str, Forward], ids: Tensor) -> tuple[dict[str, Timed]
 
 
 def prefill(on: Setup) -> Iterator[Figure]:
-    length = 2048 if on.cuda else 64 if on.quick else 128
+    length = 2048 if on.cuda else 32 if on.quick else 128
     for size, dtype in [(size, dtype) for size in sizes(on) for dtype in on.dtypes]:
         calls, differ = at_once(ways(trio(llama(size, dtype, on.device))), tokens(on, 1, length))
         yield measured(calls, on, f"{said(dtype)}, {size}, {length} tokens", limit(size), differ)
@@ -94,8 +94,8 @@ def step(ids: Tensor, model: nn.Module) -> None:
 
 
 def train(on: Setup) -> Iterator[Figure]:
-    """The base's step is that of the frozen model with an embedding that wants a gradient, so that the way back goes as far as the adapters'."""
-    length = 2048 if on.cuda else 64 if on.quick else 128
+    """The base's step is the frozen model's, but for one norm before the first linears, so that its way back goes as far as the adapters'."""
+    length = 2048 if on.cuda else 32 if on.quick else 128
     dtypes = [dtype for dtype in on.dtypes if on.cuda or has_fast_way_back(dtype)]
     for size, dtype in [(size, dtype) for size in sizes(on) for dtype in dtypes]:
         model, ids = trio(llama(size, dtype, on.device).train()), tokens(on, 1, length)
@@ -111,26 +111,26 @@ def names_of(adapters: int, rows: int) -> list[str]:
 
 
 def many(on: Setup) -> Iterator[Figure]:
-    """Eight rows with an adapter each: a token, and a prompt of 32."""
-    size = sizes(on)[0]
+    """Eight rows with an adapter each: a token, and a prompt."""
+    size, prompt = sizes(on)[0], 512 if on.cuda else 6 if on.quick else 32
     for dtype in on.dtypes:
         names = names_of(8, 8)
         forwards = ways(trio(llama(size, dtype, on.device), names=names), names)
         calls, differ = one_token(forwards, on, rows=8)
         yield measured(calls, on, f"{said(dtype)}, {size}, decode", limit(size), differ)
-        calls, differ = at_once(forwards, tokens(on, 8, 32))
-        yield measured(calls, on, f"{said(dtype)}, {size}, prefill", limit(size), differ)
+        calls, differ = at_once(forwards, tokens(on, 8, prompt))
+        yield measured(calls, on, f"{said(dtype)}, {size}, prefill of {prompt} tokens", limit(size), differ)
 
 
 def generate(on: Setup) -> Iterator[Figure]:
-    """As many rows whatever the number of adapters, so that only this differs."""
+    """As many rows whatever the number of adapters, so that only this differs. (`rows` refuses a prompt as long as the batch has rows.)"""
     size, rows, new = (SMALL, 8, 4) if on.quick else (sizes(on)[0] if on.cuda else "110M", 32, 8)
     options = {"verb": "generate", "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     for dtype in on.dtypes:
         for adapters in (1, 8) if on.quick else (1, 8, 32):
             names = names_of(adapters, rows)
             forwards = ways(trio(llama(size, dtype, on.device), names=list(dict.fromkeys(names))), names)
-            _, differ = at_once(forwards, ids := tokens(on, rows, 8))
+            _, differ = at_once(forwards, ids := tokens(on, rows, 6))
             calls = {who: Timed(partial(forward, ids, **options)) for who, forward in forwards.items()}
 
             def tell(times: Times) -> str:

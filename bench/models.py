@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import peft
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorainject as li
 
@@ -29,8 +29,8 @@ SMALL = "112 linears, d 512"
 def llama(size: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """A Llama-shaped model with random weights."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES[size], tie_word_embeddings=True)
-    return transformers.LlamaForCausalLM(config).to(device, dtype).eval()
+    config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
+    return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 class Block(nn.Module):
@@ -90,12 +90,14 @@ def pairs(ours: nn.Module, theirs: nn.Module, name: str = "default") -> Iterator
     """A and B of ours, and of PEFT's, site by site."""
     other = {path.removeprefix("base_model.model."): module for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
     mine = {path: module.lora[name] for path, module in ours.named_modules() if "lora" in module._modules}
-    assert mine.keys() == other.keys() and mine, "the same sites"
+    assert mine, "there are sites"
+    assert mine.keys() == other.keys(), "the same sites"
     for path, adapter in mine.items():
         module = other[path]
         yield (adapter.A, adapter.B), (module.lora_A[name].weight, module.lora_B[name].weight)
 
 
+@torch.no_grad()
 def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative difference |a - b| / |b|."""
     return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))

@@ -24,6 +24,7 @@ from .row import Result, Row
 
 CONSOLE = Console(highlight=False)
 COLUMNS = ("row", "case", "figure", "must", "aim", "measured", "", "beside", "at best", "apart")
+TIMES = ("microseconds",)  # the figures that are neither ratios nor bytes
 WORSE = 1.1  # an earlier run's figure, times this
 
 HEAD = """# Benchmarks
@@ -34,7 +35,8 @@ Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the li
 - **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}. The rows `disk` (wall time, all cores,
   processes of their own) and the memory rows are marked as what they are.
 - A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r = 8. PEFT is used as its
-  documentation does. *apart*: how far the outputs and gradients of ours and PEFT's were from each other, relatively, in this very run, before anything was timed.
+  documentation does. *apart*: how far the outputs (and gradients, where there is a step) of ours and PEFT's were from each other, relatively,
+  in this very run, before anything was timed; too far is a failure.
 - *at best* is the limit: what the row could be if only what is needed were done.
 """
 
@@ -133,10 +135,11 @@ def from_json(text: str) -> list[Result]:
 
 def worse(now: Sequence[Result], before: Sequence[Result]) -> list[tuple[Result, Result]]:
     """Figures (ratios and bytes, not times) that grew by more than a tenth, with quartiles that do not overlap, and rows that fail now."""
-    was = {r.key: r for r in before}
+    was = {r.key: r for r in before if r.metric not in TIMES}
     fails = {r.row for r in before if r.error}
     grown = [(r, was[r.key]) for r in now if not r.error and r.key in was and r.value > was[r.key].value * WORSE and r.low > was[r.key].high]
-    return grown + [(r, next(b for b in before if b.row == r.row)) for r in now if r.error and r.row not in fails and any(b.row == r.row for b in before)]
+    ran = {b.row: b for b in before if b.row not in fails}
+    return grown + [(r, ran[r.row]) for r in now if r.error and r.row in ran]
 
 
 def show_worse(found: Sequence[tuple[Result, Result]], file: Path | None) -> None:
@@ -144,5 +147,5 @@ def show_worse(found: Sequence[tuple[Result, Result]], file: Path | None) -> Non
     if file is not None and not found:
         CONSOLE.print(f"nothing is worse than in {file.name}", markup=False, soft_wrap=True)
     for now, before in found:
-        CONSOLE.print(f"worse than in {file and file.name}: {now.row}, {now.case}, {now.metric}: {number(before.value)} -> {now.error or number(now.value)}",
-                      markup=False)  # fmt: skip
+        change = f"{number(before.value)} -> {now.error or number(now.value)}"
+        CONSOLE.print(f"worse than in {file and file.name}: {now.row}, {now.case}, {now.metric}: {change}", markup=False, soft_wrap=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 
-from . import layer, model, verbs
+from . import disk, experts, layer, merging, model, verbs
 from .measure import Setup
 from .row import Result, Row, failed, result
 
-TABLE: tuple[Row, ...] = (*verbs.ROWS, *layer.ROWS, *model.ROWS)
+TABLE: tuple[Row, ...] = (*verbs.ROWS, *layer.ROWS, *model.ROWS, *merging.ROWS, *disk.ROWS, *experts.ROWS)
 
 
 def run(rows: Iterable[Row], on: Setup, tell: Callable[[Result], None]) -> list[Result]:
