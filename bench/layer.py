@@ -144,6 +144,12 @@ def backward(on: Setup) -> Iterator[Figure]:
                      limit="1, and x A^T")  # fmt: skip
 
 
+SLOW = (
+    "On a processor without bf16 instructions a product in bf16 takes several times that in fp32 (compare the bases' times), and nearly all that ours"
+    " takes in bf16 beyond the base is `mm`: it multiplies by A and B in x's dtype, PEFT casts x to fp32 and multiplies there."
+)
+STEP = "In fp32 most of it is `mm`, the six products with A and B that both libraries need."
+
 ROWS = (
     Row(
         name="forward",
@@ -151,6 +157,7 @@ ROWS = (
         limit="+ r(K+N)/KN of the FLOPs, y accumulated in place",
         goals={"rho": Goal(0.5, 0.3), "peak / base's": Goal(1.05)},
         measure=forward,
+        bound=SLOW,
         cuda=True,
     ),
     Row(
@@ -164,6 +171,7 @@ ROWS = (
             "peak / frozen linear's, q k v grouped": Goal(1.05),
         },
         measure=train,
+        bound=f"{STEP} {SLOW}",
         cuda=True,
     ),
     Row(
@@ -172,6 +180,8 @@ ROWS = (
         limit="one x per distinct input, and M r if x A^T is kept",
         goals={"bytes / PEFT's": Goal(1.0), "dropout adds, in x's": Goal(None, 0.0), "q k v keep, in x's": Goal(None, 1.05)},
         measure=backward,
+        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask. In bf16 q, k, v share x; the rest is A and B,"
+        " cast to bf16 for each use.",
         cuda=True,
     ),
 )

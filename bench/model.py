@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import lorainject as li
 
-from .layer import has_fast_way_back
+from .layer import SLOW, STEP, has_fast_way_back
 from .measure import Setup, Timed, Times, excess, interleaved
 from .models import SIZES, SMALL, R, Trio, agree, gradients, llama, said, trio
 from .row import Figure, Goal, Row
@@ -26,6 +26,11 @@ Forward = Callable[..., Tensor]
 
 def sizes(on: Setup) -> list[str]:
     return ["8B's shapes, 2 layers"] if on.cuda else [SMALL] if on.quick else [SMALL, "110M", "340M"]
+
+
+def dtypes(on: Setup) -> tuple[torch.dtype, ...]:
+    """For what has many tokens; in quick mode not those that this processor multiplies slowly."""
+    return tuple(dtype for dtype in on.dtypes if on.cuda or not on.quick or has_fast_way_back(dtype))
 
 
 def tokens(on: Setup, rows: int, length: int) -> Tensor:
@@ -83,7 +88,7 @@ def at_once(forwards: dict[str, Forward], ids: Tensor) -> tuple[dict[str, Timed]
 
 def prefill(on: Setup) -> Iterator[Figure]:
     length = 2048 if on.cuda else 32 if on.quick else 128
-    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in on.dtypes]:
+    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in dtypes(on)]:
         calls, differ = at_once(ways(trio(llama(size, dtype, on.device))), tokens(on, 1, length))
         yield measured(calls, on, f"{said(dtype)}, {size}, {length} tokens", limit(size), differ)
 
@@ -96,8 +101,8 @@ def step(ids: Tensor, model: nn.Module) -> None:
 def train(on: Setup) -> Iterator[Figure]:
     """The base's step is the frozen model's, but for one norm before the first linears, so that its way back goes as far as the adapters'."""
     length = 2048 if on.cuda else 32 if on.quick else 128
-    dtypes = [dtype for dtype in on.dtypes if on.cuda or has_fast_way_back(dtype)]
-    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in dtypes]:
+    fast = [dtype for dtype in on.dtypes if on.cuda or has_fast_way_back(dtype)]  # else a step takes minutes
+    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in fast]:
         model, ids = trio(llama(size, dtype, on.device).train()), tokens(on, 1, length)
         differ = gradients(model, partial(step, ids), dtype)
         norm = model.base.model.layers[0].input_layernorm.weight
@@ -113,7 +118,7 @@ def names_of(adapters: int, rows: int) -> list[str]:
 def many(on: Setup) -> Iterator[Figure]:
     """Eight rows with an adapter each: a token, and a prompt."""
     size, prompt = sizes(on)[0], 512 if on.cuda else 6 if on.quick else 32
-    for dtype in on.dtypes:
+    for dtype in dtypes(on):
         names = names_of(8, 8)
         forwards = ways(trio(llama(size, dtype, on.device), names=names), names)
         calls, differ = one_token(forwards, on, rows=8)
@@ -126,7 +131,7 @@ def generate(on: Setup) -> Iterator[Figure]:
     """As many rows whatever the number of adapters, so that only this differs. (`rows` refuses a prompt as long as the batch has rows.)"""
     size, rows, new = (SMALL, 8, 4) if on.quick else (sizes(on)[0] if on.cuda else "110M", 32, 8)
     options = {"verb": "generate", "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    for dtype in on.dtypes:
+    for dtype in dtypes(on):
         for adapters in (1, 8) if on.quick else (1, 8, 32):
             names = names_of(adapters, rows)
             forwards = ways(trio(llama(size, dtype, on.device), names=list(dict.fromkeys(names))), names)
@@ -150,8 +155,8 @@ ROWS = (
         measure=decode,
         cuda=True,
     ),
-    Row(name="prefill", what="a prompt, whole model", limit="as forward", goals={"rho": Goal(0.5, 0.3)}, measure=prefill, cuda=True),
-    Row(name="step", what="training step, whole model", limit="as train", goals={"rho": Goal(0.7, 0.5)}, measure=train, cuda=True),
+    Row(name="prefill", what="a prompt, whole model", limit="as forward", goals={"rho": Goal(0.5, 0.3)}, measure=prefill, bound=SLOW, cuda=True),
+    Row(name="step", what="training step, whole model", limit="as train", goals={"rho": Goal(0.7, 0.5)}, measure=train, bound=STEP, cuda=True),
     Row(
         name="rows",
         what="8 rows with 8 adapters, decode and prefill",
