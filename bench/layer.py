@@ -1,0 +1,187 @@
+"""One linear layer: forward, training step, what is saved for backward, and q, k, v that share an x.
+
+M = 512 tokens, d = 2048 (on a GPU M = 4096, d = 4096 and 14336). In training x needs a gradient, as within a model, so that the frozen linear's
+step is one product forward and one back. Only where the processor has no fast bfloat16 product for the way back (it took 250 times the forward's
+time on one), x needs none: nobody would see an adapter beside that. Such cases say "x a leaf".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+
+import loralib
+import torch
+from torch import Tensor, nn
+
+from .measure import Setup, Timed, excess, interleaved, peak, saved
+from .models import ALPHA, Block, R, Trio, agree, mebibytes, pairs, said, trio
+from .row import Figure, Goal, Row, exactly
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def shapes(on: Setup) -> list[tuple[int, int, int]]:
+    """Tokens M, in K, out N."""
+    if on.cuda:
+        return [(4096, 4096, 4096), (4096, 4096, 14336)]
+    return [(128, 1024, 1024)] if on.quick else [(512, 2048, 2048)]
+
+
+def with_loralib(model: Trio) -> nn.Module:
+    """loralib's layers in the block, with the same weights, A and B. It keeps A and B in the weight's dtype."""
+    other = copy.deepcopy(model.base)
+    for (name, linear), ((A, B), _) in zip(model.base.named_children(), pairs(model.ours, model.theirs), strict=True):
+        layer = loralib.Linear(linear.in_features, linear.out_features, R, ALPHA, bias=False).to(linear.weight)
+        with torch.no_grad():
+            layer.weight.copy_(linear.weight), layer.lora_A.copy_(A), layer.lora_B.copy_(B)
+        setattr(other, name, layer)
+    return other.train()
+
+
+def bare(model: Trio) -> dict[str, nn.Module]:
+    """The blocks themselves: PEFT's without the PeftModel around it, which serves whole models; and loralib's."""
+    return {"base": model.base, "ours": model.ours, "PEFT": model.theirs.base_model.model, "loralib": with_loralib(model)}
+
+
+def outputs_agree(blocks: dict[str, nn.Module], x: Tensor) -> float:
+    """How far ours are from PEFT's; loralib's must agree too."""
+    with torch.no_grad():
+        found = {who: block(x) for who, block in blocks.items()}
+    agree(found["loralib"], found["PEFT"], x.dtype)
+    return agree(found["ours"], found["PEFT"], x.dtype)
+
+
+def limit(k: int, n: int, part: float) -> str:
+    """Of the time: the products that are needed on top."""
+    return f"{1 + part * R * (k + n) / (k * n):.3f} x base by FLOPs"
+
+
+def forward(on: Setup) -> Iterator[Figure]:
+    for (m, k, n), dtype in [(shape, dtype) for shape in shapes(on) for dtype in on.dtypes]:
+        blocks, x = bare(trio(Block(["q_proj"], k, n, dtype, on.device), ["q_proj"])), torch.randn(m, k, dtype=dtype, device=on.device)
+        differ = outputs_agree(blocks, x)
+        calls = {who: Timed(torch.no_grad()(partial(block, x))) for who, block in blocks.items()}
+        case = f"{said(dtype)}, M {m}, {k} x {n}"
+        times = interleaved(calls, on)
+        yield Figure(case=case, metric="rho", value=times.rho(), beside=times.beside(), limit=limit(k, n, 1), differ=differ,
+                     why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
+        most = {who: peak(call, on) for who, call in calls.items()}
+        yield Figure(case=case, metric="peak / base's", value=exactly(most["ours"] / most["base"]), beside=mebibytes(most), limit="y alone")
+
+
+def step(x: Tensor, g: Tensor, block: nn.Module) -> None:
+    y = block(x)
+    if y[0].requires_grad:  # not a frozen linear whose x is a leaf
+        torch.autograd.backward(y, [g] * len(y))
+
+
+@cache
+def has_fast_way_back(dtype: torch.dtype) -> bool:
+    """Whether the product for dx, dy W, takes about the time of x W^T."""
+    x, w = (torch.randn(n, 512, dtype=dtype) for n in (64, 512))
+    times = interleaved({"y": Timed(lambda: x @ w.T, number=5), "dx": Timed(lambda: x @ w, number=5)}, Setup(rounds=3, seconds=0))
+    return times.ratio("dx", "y").value < 4
+
+
+def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]:
+    """Time and memory of a step, after the gradients of A, B and x have been compared."""
+    model = trio(Block(names, k, n, dtype, on.device).train(), names)
+    blocks = bare(model)
+    g = torch.randn(m, n, dtype=dtype, device=on.device)
+    inner = on.cuda or has_fast_way_back(dtype)
+    x = torch.randn(m, k, dtype=dtype, device=on.device, requires_grad=inner)
+    found = {}
+    for who in ("ours", "PEFT"):
+        x.grad = None
+        step(x, g, blocks[who])
+        found[who] = [p.grad for p in (*([x] if inner else []), *(p for p in blocks[who].parameters() if p.requires_grad))]
+    differ = max(outputs_agree(blocks, x), agree(found["ours"], found["PEFT"], dtype))
+
+    def afresh(block: nn.Module) -> None:
+        x.grad = None
+        block.zero_grad()
+
+    calls = {who: Timed(partial(step, x, g, block), before=partial(afresh, block)) for who, block in blocks.items()}
+    times, grouped = interleaved(calls, on), ", q k v grouped" * (len(names) > 1)
+    case = f"{said(dtype)}, M {m}, {k} x {n}{', x a leaf' * (not inner)}"
+    yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.beside(), limit=limit(k, n, 1.5), differ=differ,
+                 why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
+    most = {who: peak(call, on) for who, call in calls.items()}
+    yield Figure(case=case, metric=f"peak / frozen linear's{grouped}", value=exactly(most["ours"] / most["base"]), beside=mebibytes(most),
+                 limit="y, dx, x A^T and the gradients of A and B")  # fmt: skip
+
+
+def train(on: Setup) -> Iterator[Figure]:
+    for names in (("q_proj",), QKV):
+        for m, k, n in shapes(on):
+            for dtype in on.dtypes:
+                yield from training(on, names, m, k, n, dtype)
+
+
+def backward(on: Setup) -> Iterator[Figure]:
+    """Bytes, which neither vary nor depend on the machine."""
+    m, k, n = shapes(replace(on, quick=False))[0]
+    for dtype in on.dtypes:
+        x = torch.randn(m, k, dtype=dtype, device=on.device, requires_grad=True)
+        kept: dict[tuple[str, int, float], float] = {}
+        for names in (("q_proj",), QKV):
+            for dropout in (0.0, 0.1):
+                model = trio(Block(names, k, n, dtype, on.device).train(), names, dropout=dropout)
+                for who, block in (("base", model.base), ("ours", model.ours), ("PEFT", model.theirs.base_model.model)):
+                    kept[who, len(names), dropout] = saved(partial(block, x), block) / x.nbytes
+        for (who, many, dropout), ours in kept.items():
+            if who == "ours":
+                case = f"{said(dtype)}, {'q k v' if many > 1 else 'one linear'}{', dropout' * bool(dropout)}"
+                theirs, base = kept["PEFT", many, dropout], kept["base", many, dropout]
+                beside = f"ours {ours:.3g}, PEFT {theirs:.3g}, frozen linear {base:.3g} x's"
+                yield Figure(case=case, metric="bytes / PEFT's", value=exactly(ours / theirs), beside=beside, limit="one x, and x A^T")
+        added = {who: kept[who, 1, 0.1] - kept[who, 1, 0.0] for who in ("ours", "PEFT")}
+        yield Figure(case=said(dtype), metric="dropout adds, in x's", value=exactly(added["ours"]), beside=f"PEFT {added['PEFT']:.3g}", limit="0")
+        yield Figure(case=said(dtype), metric="q k v keep, in x's", value=exactly(kept["ours", 3, 0.0]), beside=f"PEFT {kept['PEFT', 3, 0.0]:.3g}",
+                     limit="1, and x A^T")  # fmt: skip
+
+
+SLOW = (
+    "On a processor without bf16 instructions a product in bf16 takes several times that in fp32 (compare the bases' times), and nearly all that ours"
+    " takes in bf16 beyond the base is `mm`: it multiplies by A and B in x's dtype, PEFT casts x to fp32 and multiplies there."
+)
+STEP = "In fp32 most of it is `mm`, the six products with A and B that both libraries need."
+
+ROWS = (
+    Row(
+        name="forward",
+        what="forward of one layer",
+        limit="+ r(K+N)/KN of the FLOPs, y accumulated in place",
+        goals={"rho": Goal(0.5, 0.3), "peak / base's": Goal(1.05)},
+        measure=forward,
+        bound=SLOW,
+        cuda=True,
+    ),
+    Row(
+        name="train",
+        what="training step of one layer, and of q, k, v on one x",
+        limit="+ 1.5 r(K+N)/KN of the FLOPs",
+        goals={
+            "rho": Goal(0.7, 0.5),
+            "peak / frozen linear's": Goal(1.05),
+            "rho, q k v grouped": Goal(0.7, 0.35),
+            "peak / frozen linear's, q k v grouped": Goal(1.05),
+        },
+        measure=train,
+        bound=f"{STEP} {SLOW}",
+        cuda=True,
+    ),
+    Row(
+        name="saved",
+        what="saved for backward",
+        limit="one x per distinct input, and M r if x A^T is kept",
+        goals={"bytes / PEFT's": Goal(1.0), "dropout adds, in x's": Goal(None, 0.0), "q k v keep, in x's": Goal(None, 1.05)},
+        measure=backward,
+        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask. In bf16 q, k, v share x; the rest is A and B,"
+        " cast to bf16 for each use.",
+        cuda=True,
+    ),
+)

@@ -1,0 +1,267 @@
+"""How a figure is taken.
+
+All variants run once in every round, in random order; a figure is the median over the rounds of a ratio taken within the round, beside its
+quartiles. Time is the CPU time of this process with one intra-op thread, since other processes may share the machine, or CUDA events on a
+GPU. Memory is what torch's allocator hands out, event by event, or what the process grows by in a process of its own.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import ctypes
+import gc
+import math
+import multiprocessing
+import pstats
+import random
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+WARM, MOST = 1, 201  # rounds that are not counted; rounds at most
+Call = Callable[[], object]
+
+
+def nothing() -> None:
+    """For before and after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a run is done."""
+
+    quick: bool = False
+    """Smaller sizes."""
+    device: str = "cpu"
+    rounds: int = 11
+    """At least so many,"""
+    seconds: float = 5.0
+    """and so long, for what is quick."""
+
+    @property
+    def cuda(self) -> bool:
+        """On a GPU: events, max_memory_allocated, bf16 and the shapes of an 8B model."""
+        return self.device == "cuda"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return (torch.bfloat16,) if self.cuda else (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call, and what goes before and after it untimed. `number` calls are timed as one."""
+
+    call: Call
+    before: Call = nothing
+    after: Call = nothing
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Infinite values (where nothing can be said) count as large."""
+    v = sorted(values)
+    return Spread(statistics.median(v), v[len(v) // 4], v[-1 - len(v) // 4])
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds by variant and round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def ms(self, who: str) -> float:
+        return statistics.median(self.seconds[who]) * 1e3
+
+    def ratio(self, who: str, to: str) -> Spread:
+        """T(who) / T(to), round by round."""
+        return spread(a / b for a, b in zip(self.seconds[who], self.seconds[to], strict=True))
+
+    def rho(self, ours: str = "ours", theirs: str = "PEFT", base: str = "base") -> Spread:
+        """overhead(ours) / overhead(theirs): each the median of the overheads round by round, since where these are small a quotient within
+        a round is mostly noise. The quartiles are those of 500 draws of the rounds (bootstrap). Infinite where theirs shows no overhead."""
+        rounds = [(a / b - 1, p / b - 1) for a, p, b in zip(self.seconds[ours], self.seconds[theirs], self.seconds[base], strict=True)]
+        draws, draw = [rounds], random.Random(0)
+        draws += [draw.choices(rounds, k=len(rounds)) for _ in range(500)]
+        a, p = ([statistics.median(x[i] for x in d) for d in draws] for i in (0, 1))
+        quotients = [x / y if y > 0 else math.inf for x, y in zip(a, p, strict=True)]
+        around = spread(quotients[1:])
+        return Spread(quotients[0], around.low, around.high)
+
+    def beside(self, base: str = "base") -> str:
+        """All T / T(base), and T(base) itself."""
+        ratios = ", ".join(f"{who} {self.ratio(who, base).value:.3g}" for who in self.seconds if who != base)
+        return f"{ratios} x {base} {self.ms(base):.3g} ms"
+
+
+def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], float] | None = None) -> Times:
+    """Every variant once a round, in random order, the first rounds uncounted."""
+    clock = clock or (_events if on.cuda else _cpu)
+    found: dict[str, list[float]] = {who: [] for who in calls}
+    n, start = 0, time.perf_counter()
+    while n < on.rounds + WARM or (n < MOST and time.perf_counter() - start < on.seconds):
+        for who in random.sample(list(calls), len(calls)):
+            timed = calls[who]
+            timed.before()
+            gc.collect(0)
+            gc.disable()
+            try:
+                found[who].append(clock(timed) / timed.number)
+            finally:
+                gc.enable()
+            timed.after()
+        n += 1
+    return Times({who: seconds[WARM:] for who, seconds in found.items()})
+
+
+def _cpu(timed: Timed) -> float:
+    start = time.process_time()
+    for _ in range(timed.number):
+        timed.call()
+    return time.process_time() - start
+
+
+def _events(timed: Timed) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(timed.number):
+        timed.call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def allocations(call: Call) -> list[int]:
+    """On the CPU: what torch's allocator handed out (positive) and took back (negative) during the call, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        result = call()
+    del result
+    events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def peak(timed: Timed, on: Setup) -> int:
+    """Bytes that the call adds at most to what was allocated before it; what other allocators than torch's take is not seen."""
+    timed.before()
+    if on.cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        timed.call()
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated() - start
+    else:
+        most = now = 0
+        for n in allocations(timed.call):
+            now += n
+            most = max(most, now)
+    timed.after()
+    return most
+
+
+def saved(call: Call, model: nn.Module) -> int:
+    """Bytes that the call's graph keeps for its backward, each storage once, without the model's own parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no address is used twice
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    del result
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def grown(prepare: Callable[..., Call], *args: object) -> float:
+    """MiB by which a process of its own grows at its peak (resident set) while it runs the call that prepare(*args) gives."""
+    return alone(_grown, prepare, args)
+
+
+def alone(function: Callable[..., Any], *args: object) -> Any:
+    """What the function returns in a fresh process, which has all imports of ours but nothing else of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.table"])
+    with context.Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def _grown(prepare: Callable[..., Call], args: tuple[Any, ...]) -> float:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return growth(prepare(*args))
+
+
+def growth(call: Call) -> float:
+    """MiB by which this process grows at its peak during the call. (What was freed goes back to the system first, or it would hide some.)"""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
+    before = _resident("VmRSS")
+    call()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """KiB."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+
+
+def excess(ours: Timed, base: Timed, on: Setup) -> str:
+    """Of which operators the time consists that ours takes and the base does not, by torch's profiler."""
+    spent, times = [], 1 if on.quick else 3
+    for timed in (ours, base):
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.cuda else [])]) as p:
+            for _ in range(times):
+                timed.before()
+                timed.call()
+                timed.after()
+        spent.append({e.key: (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / times / 1e3 for e in p.key_averages()})
+    more = {key: spent[0].get(key, 0.0) - spent[1].get(key, 0.0) for key in spent[0].keys() | spent[1].keys()}
+    top = sorted(more.items(), key=lambda item: -item[1])[:5]
+    listed = ", ".join(f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top)
+    return f"of {sum(more.values()):.2g} ms in operators beyond the base: {listed}"
+
+
+def hot(timed: Timed, times: int = 3) -> str:
+    """In which functions the call spends its time, by cProfile."""
+    profiler = cProfile.Profile()
+    for _ in range(times):
+        timed.before()
+        profiler.enable()
+        timed.call()
+        profiler.disable()
+        timed.after()
+    stats: dict[tuple[str, int, str], tuple[Any, ...]] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    whole = sum(s[2] for s in stats.values())
+    top = sorted(stats.items(), key=lambda item: -item[1][2])[:5]
+    return ", ".join(f"{_named(*function)} {s[2] / whole:.0%}" for function, s in top)
+
+
+def _named(file: str, line: int, name: str) -> str:
+    """As one would call it: "<method 'copy_' of 'torch._C.TensorBase' objects>" is TensorBase.copy_."""
+    if match := re.fullmatch(r"<method '(\w+)' of '([\w.]+)' objects>", name):
+        return f"{match[2].rpartition('.')[2]}.{match[1]}"
+    return name.strip("<>").removeprefix("built-in method ") if name.startswith("<") else f"{name} ({Path(file).name})"

@@ -1,0 +1,162 @@
+"""Merge and unmerge in memory: the plain merge that keeps nothing, and the exact one, beside PEFT's and loralib's.
+
+PEFT keeps nothing and its unmerge does not give W0 back: the plain merge is what it has the like of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import lorainject as li
+
+from .layer import QKV, bare
+from .measure import Setup, Timed, Times, hot, interleaved, peak
+from .models import Block, Trio, mebibytes, said, trio
+from .row import Figure, Goal, Row, exactly
+
+TILE = 1.0  # MiB: 256 Ki elements of float32
+CYCLES = 1000
+
+
+def shapes(on: Setup) -> list[tuple[int, int]]:
+    """In K, out N, of three weights."""
+    return [(4096, 4096), (4096, 14336)] if on.cuda else [(1024, 1024)] if on.quick else [(2048, 2048), (4096, 4096)]
+
+
+def blocks(k: int, n: int, dtype: torch.dtype, device: str = "cpu", share: float = 0.03) -> Trio:
+    """Three weights; the delta's elements are about `share` of the weight's."""
+    model = trio(Block(QKV, k, n, dtype, device), QKV)
+    sizes = [p for name, p in (*model.ours.named_parameters(), *model.theirs.named_parameters()) if "lora" in name]
+    factor = share * k**-0.5 / 3**0.5 / (2 * 0.02 * (8 / k) ** 0.5)  # what the weight has, over what s B A has
+    with torch.no_grad():
+        for p in sizes:
+            p.mul_(factor**0.5)
+    return model
+
+
+def weights(block: nn.Module) -> list[Tensor]:
+    return [m.weight for m in block.children()]
+
+
+@torch.no_grad()
+def anew(block: nn.Module, w0: list[Tensor], factors: list[tuple[Tensor, Tensor]]) -> None:
+    """After merge(reversible=False): W0 and the adapters once more."""
+    li.eject(block)
+    for w, was in zip(weights(block), w0, strict=True):
+        w.copy_(was)
+    li.inject(block, list(QKV), r=factors[0][0].shape[0], alpha=16)
+    for m, (A, B) in zip(block.children(), factors, strict=True):
+        m.lora["default"].A.copy_(A), m.lora["default"].B.copy_(B)
+
+
+def copies(w0: list[Tensor]) -> Timed:
+    """The floor: each weight is read once and written once."""
+    to = [torch.empty_like(w) for w in w0]
+    return Timed(lambda: [a.copy_(b) for a, b in zip(to, w0, strict=True)])
+
+
+def pair(case: str, times: Times, ours: str, theirs: str, metric: str, call: Timed | None = None) -> Figure:
+    shown = ", ".join(f"{who} {times.ms(who):.3g}" for who in times.seconds) + " ms"
+    floor = f"{times.ratio('copy', theirs).value:.2g}: W read and written once"
+    return Figure(case=case, metric=metric, value=times.ratio(ours, theirs), beside=shown, limit=floor, why=call and partial(hot, call))
+
+
+def plain(on: Setup) -> Iterator[Figure]:
+    for (k, n), dtype in [(shape, dtype) for shape in shapes(on) for dtype in on.dtypes]:
+        model = blocks(k, n, dtype, on.device)
+        each, mine = bare(model), model.ours
+        w0 = [w.detach().clone() for w in weights(model.base)]
+        factors = [(m.lora["default"].A.detach().clone(), m.lora["default"].B.detach().clone()) for m in mine.children()]
+        calls = {
+            "ours": Timed(partial(li.merge, mine, reversible=False), after=partial(anew, mine, w0, factors)),
+            "PEFT": Timed(model.theirs.merge_adapter, after=model.theirs.unmerge_adapter),
+            "loralib": Timed(each["loralib"].eval, after=each["loralib"].train),
+            "copy": copies(w0),
+        }
+        li.merge(mine, reversible=False), model.theirs.merge_adapter()
+        theirs = [m.base_layer.weight for m in each["PEFT"].children()]
+        step = 2.0 ** -(7 if dtype == torch.bfloat16 else 20)  # of each weight: PEFT rounds the delta first, and then the sum
+        assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(mine), theirs, strict=True)), "the merged weights agree"
+        anew(mine, w0, factors), model.theirs.unmerge_adapter()
+        case, times = f"{said(dtype)}, {k} x {n}", interleaved(calls, on)
+        yield pair(case, times, "ours", "PEFT", "T / PEFT's", calls["ours"])
+        if on.cuda:
+            yield Figure(case=case, metric="T / bandwidth floor", value=times.ratio("ours", "copy"), beside=times.beside("copy"), limit="1")
+        most = {who: float(peak(calls[who], on)) for who in ("ours", "PEFT", "loralib")}
+        where = " on the GPU" * on.cuda
+        yield Figure(case=case, metric=f"peak{where}, MiB", value=exactly(most["ours"] / 2**20), beside=mebibytes(most), limit="a tile")
+
+
+def exact(on: Setup) -> Iterator[Figure]:
+    k, n = shapes(on)[-1]
+    for dtype in on.dtypes:
+        for share in (0.01, 0.03) if on.quick else (0.003, 0.01, 0.03, 0.1, 0.3):
+            model = blocks(k, n, dtype, on.device, share)
+            mine, other, found = model.ours, model.theirs, []
+            w0 = [w.detach().clone() for w in weights(model.base)]
+            calls = {
+                "merge": Timed(lambda mine=mine, found=found: found.append(li.merge(mine)), after=partial(li.unmerge, mine)),
+                "unmerge": Timed(partial(li.unmerge, mine), before=partial(li.merge, mine)),
+                "PEFT merge": Timed(other.merge_adapter, after=other.unmerge_adapter),
+                "PEFT unmerge": Timed(other.unmerge_adapter, before=other.merge_adapter),
+                "copy": copies(w0),
+            }
+            times, case = interleaved(calls, on), f"{said(dtype)}, {k} x {n}, delta {share:.1%}"
+            assert all(torch.equal(a, b) for a, b in zip(weights(mine), w0, strict=True)), "W0 is back, to the bit"
+            for verb in ("merge", "unmerge"):
+                yield pair(case, times, verb, f"PEFT {verb}", f"{verb} / PEFT's, {said(dtype)}", calls[verb])
+            report = found[-1]
+            kept = report.journal_bytes / report.weight_bytes
+            told = f"survival {report.survival:.3f}, error {report.sites[0].error:.1%}"
+            yield Figure(case=case, metric=f"journal at {share:.1%}", value=exactly(kept), beside=told)
+    yield cycled(on)
+
+
+def cycled(on: Setup) -> Figure:
+    """The same weight merged and unmerged again and again: W0 and the merged weight must have the same bits each time."""
+    cycles, wrong = 100 if on.cuda or on.quick else CYCLES, 0
+    for dtype in on.dtypes:
+        model = blocks(256, 256, dtype, on.device) if not on.cuda else blocks(4096, 4096, dtype, on.device)
+        w0, merged = [w.detach().clone() for w in weights(model.base)], None
+        for _ in range(cycles):
+            li.merge(model.ours)
+            merged = merged or [w.detach().clone() for w in weights(model.ours)]
+            wrong += sum(not torch.equal(a, b) for a, b in zip(weights(model.ours), merged, strict=True))
+            li.unmerge(model.ours)
+            wrong += sum(not torch.equal(a, b) for a, b in zip(weights(model.ours), w0, strict=True))
+    return Figure(case=f"{cycles} cycles, " + ", ".join(map(said, on.dtypes)), metric="weights that differ", value=exactly(wrong), limit="0")
+
+
+ROWS = (
+    Row(
+        name="merge",
+        what="merge for good",
+        limit="max(2 e K N / bandwidth, 2 r K N / FLOP rate); memory: one tile",
+        goals={"T / PEFT's": Goal(0.35, 0.15), "peak, MiB": Goal(2 * TILE), "T / bandwidth floor": Goal(4)},
+        measure=plain,
+        bound="No single thing: the product in float64, rounded to float32 and to the weight's dtype (copy_), the sum, the look for what is not"
+        " finite, and the survival's norms are passes of their own over each tile, where PEFT makes one product and one sum. The peak is a"
+        " worker's buffers for one tile of 256 Ki elements, whatever the weight's size.",
+        cuda=True,
+    ),
+    Row(
+        name="exact",
+        what="merge that can be taken out to the bit, and unmerge",
+        limit="as merge, and a journal of 1 to 5 %",
+        goals={
+            "merge / PEFT's, bf16": Goal(0.7, 0.4),
+            "unmerge / PEFT's, bf16": Goal(None, 0.25),
+            "journal at 1.0%": Goal(None, 0.03),
+            "journal at 3.0%": Goal(0.08),
+            "weights that differ": Goal(0, 0),
+        },
+        measure=exact,
+        bound="As merge, and the checksum, the journal (what does not come back by itself is found, listed and kept) and, in unmerge, the same sum"
+        " once more to verify it. The journal's size is the entropy of what rounding loses: it follows from the delta's size.",
+        cuda=True,
+    ),
+)

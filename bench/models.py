@@ -1,0 +1,131 @@
+"""What is measured: one model as the frozen base, under lorainject and under PEFT, with the same random A and B; and that they agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorainject as li
+
+R, ALPHA = 8, 16
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+APART = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative difference at most: a mistake gives one near 1
+
+SIZES = {
+    "112 linears, d 512": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8, "vocab_size": 1000},
+    "110M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 32000},
+    "340M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 32000},
+    "8B's shapes, 2 layers": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32, "vocab_size": 1000},
+}  # fmt: skip
+SMALL = "112 linears, d 512"
+
+
+def llama(size: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """A Llama-shaped model with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
+    return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+class Block(nn.Module):
+    """Linears that read one x, as q_proj, k_proj and v_proj do; one alone, with one name."""
+
+    def __init__(self, names: Sequence[str], k: int, n: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in names:
+            self.add_module(name, nn.Linear(k, n, bias=False, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [linear(x) for linear in self.children()]
+
+
+@dataclass(frozen=True)
+class Trio:
+    """The frozen base, ours and PEFT's, of one model."""
+
+    base: nn.Module
+    ours: nn.Module
+    theirs: peft.PeftModel
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
+        return iter({"base": self.base, "ours": self.ours, "PEFT": self.theirs}.items())
+
+
+def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[str] = ("default",), dropout: float = 0.0) -> Trio:
+    """Three models of the same weights, two of them with the same A and B, drawn anew for each of the `names`."""
+    base.requires_grad_(False)
+    ours, other = copy.deepcopy(base), copy.deepcopy(base)
+    config = config_of(targets, dropout)
+    theirs = peft.get_peft_model(other, config, adapter_name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    for name in names:
+        li.inject(ours, list(targets), r=R, alpha=ALPHA, dropout=dropout, name=name)
+        for ours_AB, theirs_AB in pairs(ours, theirs, name):
+            for mine, their in zip(ours_AB, theirs_AB, strict=True):
+                draw(mine)
+                their.data.copy_(mine)
+    li.activate(ours, names[0])
+    return Trio(base, ours.train(base.training), theirs.train(base.training))
+
+
+def config_of(targets: Sequence[str] = TARGETS, dropout: float = 0.0) -> peft.LoraConfig:
+    return peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(targets))
+
+
+@torch.no_grad()
+def draw(p: Tensor) -> None:
+    """Random A (r, in) or B (out, r): a term of about a quarter of the base's. A zero B would make everything unfairly easy."""
+    p.normal_(std=p.shape[1] ** -0.5 if p.shape[0] == R else 0.02)
+
+
+def pairs(ours: nn.Module, theirs: nn.Module, name: str = "default") -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """A and B of ours, and of PEFT's, site by site."""
+    other = {path.removeprefix("base_model.model."): module for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    mine = {path: module.lora[name] for path, module in ours.named_modules() if "lora" in module._modules}
+    assert mine, "there are sites"
+    assert mine.keys() == other.keys(), "the same sites"
+    for path, adapter in mine.items():
+        module = other[path]
+        yield (adapter.A, adapter.B), (module.lora_A[name].weight, module.lora_B[name].weight)
+
+
+@torch.no_grad()
+def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative difference |a - b| / |b|."""
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))
+
+
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """The largest relative difference; raises if that is more than rounding."""
+    differ = apart(found, expected)
+    if not differ <= APART[dtype]:
+        raise AssertionError(f"ours and the other's results are {differ:.2g} apart, more than {APART[dtype]:g}")
+    return differ
+
+
+def gradients(model: Trio, step: Callable[[nn.Module], object], dtype: torch.dtype) -> float:
+    """The gradients of every A and B after one step of ours and one of PEFT's, which must agree."""
+    for m in (model.ours, model.theirs):
+        m.zero_grad()
+        step(m)
+    grads = [[p.grad for AB in side for p in AB] for side in zip(*pairs(model.ours, model.theirs), strict=True)]
+    assert all(g is not None and g.abs().max() > 0 for side in grads for g in side), "no gradient is missing or zero"
+    differ = agree(*grads, dtype)
+    model.ours.zero_grad(), model.theirs.zero_grad()
+    return differ
+
+
+def said(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def mebibytes(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{who} {n / 2**20:.3g}" for who, n in found.items()) + " MiB"

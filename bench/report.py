@@ -1,0 +1,151 @@
+"""A run on the screen, as Markdown, as JSON, and beside an earlier one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import lorainject as li
+
+from .measure import Setup
+from .row import Result, Row
+
+CONSOLE = Console(highlight=False)
+COLUMNS = ("row", "case", "figure", "must", "aim", "measured", "", "beside", "at best", "apart")
+TIMES = ("microseconds",)  # the figures that are neither ratios nor bytes
+WORSE = 1.1  # an earlier run's figure, times this
+
+HEAD = """# Benchmarks
+
+Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the like; every variant runs once in each round, in random order; at least
+{rounds} rounds; a figure is the median over the rounds of a ratio taken within the round, with its quartiles in brackets. Less is better.
+
+- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}. The rows `disk` (wall time, all cores,
+  processes of their own) and the memory rows are marked as what they are.
+- A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r = 8. PEFT is used as its
+  documentation does. *apart*: how far the outputs (and gradients, where there is a step) of ours and PEFT's were from each other, relatively,
+  in this very run, before anything was timed; too far is a failure.
+- *at best* is the limit: what the row could be if only what is needed were done.
+"""
+
+
+def machine(on: Setup) -> list[str]:
+    """Where and with what."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    memory = next((int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), math.nan)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "loralib"))
+    where = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=where, check=False).stdout.strip()
+    gpu = [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"] if on.cuda else []
+    return [
+        ", ".join([cpu, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", f"load {os.getloadavg()[0]:.1f} at the start", *gpu]),
+        f"Python {platform.python_version()}, {versions}, lorainject {li.__version__}{f' ({commit})' * bool(commit)}",
+    ]
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
+
+
+def number(x: float | None) -> str:
+    if x is None:
+        return ""
+    return "not measurable" if math.isinf(x) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def cells(r: Result) -> list[str]:
+    """A line of the table."""
+    if r.error:
+        return [r.row, "", "", "", "", "", r.verdict, r.error, "", ""]
+    quartiles = "" if r.low == r.high else f" ({number(r.low)} to {number(r.high)})"
+    return [r.row, r.case, r.metric, number(r.must), number(r.aim), number(r.value) + quartiles, r.verdict, r.beside, r.limit,
+            "" if r.differ is None else f"{r.differ:.0e}"]  # fmt: skip
+
+
+def say(r: Result) -> None:
+    """One result as it comes."""
+    if r.error:
+        CONSOLE.print(f"{r.row}: [red]{escape(r.error)}[/]", soft_wrap=True)
+    else:
+        CONSOLE.print(f"{r.row}, {r.case}: {r.metric} {cells(r)[5]} {r.verdict}  [{r.beside}]", markup=False, soft_wrap=True)
+
+
+def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -> None:
+    """The table, and why aims were missed."""
+    table = Table(*COLUMNS[:-2], box=None, header_style="bold", pad_edge=False)
+    colour = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red"}
+    for r in results:
+        line = cells(r)[:-2]
+        line[6] = f"[{colour[r.verdict]}]{r.verdict}[/]" if r.verdict else ""
+        table.add_row(*line)
+    wide = Console(highlight=False, width=max(CONSOLE.width, 170))
+    wide.print(table)
+    for paragraph in paragraphs(rows, results):
+        wide.print(f"\n{paragraph}", markup=False, soft_wrap=True)
+    wide.print()
+    for line in about:
+        wide.print(line, markup=False, soft_wrap=True)
+
+
+def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
+    """For every row that misses an aim: what bounds it, and where the time went in this run."""
+    found = []
+    for row in rows:
+        missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED")]
+        if missed:
+            profiles = [f"{r.case}, {r.metric}: {r.profile}" for r in missed if r.profile]
+            told = [row.bound or "No explanation has been written yet."] + ["Profiled in this run: " + "; ".join(profiles) + "."] * bool(profiles)
+            found.append(f"**{row.name}** ({row.what}; limit: {row.limit}). " + " ".join(told))
+    return found
+
+
+def markdown(rows: Sequence[Row], results: Sequence[Result], on: Setup, about: Sequence[str]) -> str:
+    """The whole document."""
+    clock = "measured by CUDA events" if on.cuda else "this process's CPU time with one intra-op thread, since the machine is shared"
+    lines = [HEAD.format(rounds=on.rounds, clock=clock), *(f"- {line}" for line in about), ""]
+    counts = {v: sum(r.verdict == v for r in results) for v in ("met", "aim missed", "must MISSED", "failed")}
+    lines += [f"Of {sum(counts.values())} figures with a goal: " + ", ".join(f"{n} {v}" for v, n in counts.items() if n) + ".", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells(r)) + " |" for r in results]
+    lines += ["", "## Limits", "", *(f"- `{row.name}`, {row.what}: {row.limit}" for row in rows)]
+    if why := paragraphs(rows, results):
+        lines += ["", "## What misses its aim, and why", "", *(f"{p}\n" for p in why)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_json(results: Sequence[Result], about: Sequence[str]) -> str:
+    return json.dumps({"about": list(about), "results": [asdict(r) for r in results]}, indent=1)
+
+
+def from_json(text: str) -> list[Result]:
+    return [Result(**r) for r in json.loads(text)["results"]]
+
+
+def worse(now: Sequence[Result], before: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Figures (ratios and bytes, not times) that grew by more than a tenth, with quartiles that do not overlap, and rows that fail now."""
+    was = {r.key: r for r in before if r.metric not in TIMES}
+    fails = {r.row for r in before if r.error}
+    grown = [(r, was[r.key]) for r in now if not r.error and r.key in was and r.value > was[r.key].value * WORSE and r.low > was[r.key].high]
+    ran = {b.row: b for b in before if b.row not in fails}
+    return grown + [(r, ran[r.row]) for r in now if r.error and r.row in ran]
+
+
+def show_worse(found: Sequence[tuple[Result, Result]], file: Path | None) -> None:
+    """What got slower than in an earlier run."""
+    if file is not None and not found:
+        CONSOLE.print(f"nothing is worse than in {file.name}", markup=False, soft_wrap=True)
+    for now, before in found:
+        change = f"{number(before.value)} -> {now.error or number(now.value)}"
+        CONSOLE.print(f"worse than in {file and file.name}: {now.row}, {now.case}, {now.metric}: {change}", markup=False, soft_wrap=True)

@@ -1,0 +1,173 @@
+"""The verbs on a whole model of 112 linears: inject, merged, switch, save and load."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import lorainject as li
+
+from .measure import Setup, Timed, Times, hot, interleaved, spread
+from .models import ALPHA, SMALL, TARGETS, R, config_of, llama, said, trio
+from .row import Figure, Goal, Row
+
+
+def against(times: Times, case: str, calls: dict[str, Timed], at_best: str = "") -> Figure:
+    """Ours beside PEFT's, as a plain ratio: there is no base to it."""
+    beside = ", ".join(f"{who} {times.ms(who):.3g}" for who in times.seconds) + " ms"
+    return Figure(case=case, metric="T / PEFT's", value=times.ratio("ours", "PEFT"), beside=beside, limit=at_best, why=partial(hot, calls["ours"]))
+
+
+class Wrapped:
+    """A base under PEFT, and bare again."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base: nn.Module = base
+        self.model: peft.PeftModel | None = None
+
+    def wrap(self, how: Callable[[nn.Module], peft.PeftModel]) -> None:
+        self.model = how(self.base)
+
+    def unwrap(self) -> None:
+        assert self.model is not None
+        self.base = self.model.unload()
+
+
+def inject(on: Setup) -> Iterator[Figure]:
+    """Taking it off again is not timed."""
+    for dtype in on.dtypes:
+        mine, theirs = llama(SMALL, dtype), Wrapped(llama(SMALL, dtype))
+        linears = [m for path, m in mine.named_modules() if path.rpartition(".")[2] in TARGETS]
+
+        def draw(linears: list[nn.Module] = linears) -> None:
+            for m in linears:
+                torch.empty(R, m.in_features).uniform_(), torch.zeros(m.out_features, R)
+
+        calls = {
+            "ours": Timed(partial(li.inject, mine, TARGETS, r=R, alpha=ALPHA), after=partial(li.eject, mine)),
+            "PEFT": Timed(partial(theirs.wrap, lambda base: peft.get_peft_model(base, config_of())), after=theirs.unwrap),
+            "A and B alone": Timed(draw),
+        }
+        times = interleaved(calls, on)
+        yield against(times, f"{said(dtype)}, {SMALL}", calls, f"{times.ratio('A and B alone', 'PEFT').value:.2g}: A and B alone")
+
+
+def merged(on: Setup) -> Iterator[Figure]:
+    """The merged model, and a second copy of the base, which shows how far the base is from itself."""
+    for dtype in on.dtypes:
+        model, twin, ids = trio(llama(SMALL, dtype)), llama(SMALL, dtype), torch.randint(0, 1000, (1, 8))
+        li.merge(model.ours, reversible=False)
+        for path, m in model.base.named_modules():
+            assert type(model.ours.get_submodule(path)) is type(m), f"{path} has its original class"
+            assert "forward" not in vars(model.ours.get_submodule(path)), f"{path} has its class's forward"
+        models = {"base": model.base, "ours": model.ours, "twin": twin}
+        calls = {who: Timed(torch.no_grad()(partial(m, ids, use_cache=False))) for who, m in models.items()}
+        times = interleaved(calls, replace(on, rounds=max(on.rounds, 31)))
+        case = f"{said(dtype)}, {SMALL}"
+        yield Figure(case=case, metric="T / T(base)", value=times.ratio("ours", "base"), beside=times.beside(), limit="1: the base itself")
+
+
+def switch(on: Setup) -> Iterator[Figure]:
+    """17 adapters loaded; PEFT's set_adapter sets every layer's."""
+    names = [f"a{i}" for i in range(17)]
+    model, turn = trio(llama(SMALL, torch.float32), names=names), iter(range(1 << 60))
+    calls = {
+        "ours": Timed(lambda: li.activate(model.ours, names[next(turn) % 17]), number=20),
+        "PEFT": Timed(lambda: model.theirs.set_adapter(names[next(turn) % 17])),
+    }
+    times = interleaved(calls, on)
+    found = [s * 1e6 for s in times.seconds["ours"]]
+    case, beside = f"17 adapters, {SMALL}", f"PEFT {times.ms('PEFT') * 1e3:.3g}"
+    yield Figure(case=case, metric="microseconds", value=spread(found), beside=beside, limit="O(1)", why=partial(hot, calls["ours"]))
+    yield Figure(case=case, metric="T / PEFT's", value=times.ratio("ours", "PEFT"))
+
+
+def synced(save: partial[object], folder: Path) -> None:
+    """PEFT's save, made as durable as ours."""
+    save(folder)
+    for file in [*folder.iterdir(), folder]:
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save(on: Setup) -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), trio(llama(SMALL, torch.float32))
+        calls = {
+            "ours": Timed(partial(li.save, model.ours, folder / "ours")),
+            "PEFT": Timed(partial(synced, model.theirs.save_pretrained, folder / "theirs")),
+        }
+        yield against(interleaved(calls, on), SMALL, calls, "the bytes of A and B")
+
+
+def load(on: Setup) -> Iterator[Figure]:
+    """With the checks that each does by itself; taking it off again is not timed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), trio(llama(SMALL, torch.float32))
+        li.save(model.ours, folder / "ours"), model.theirs.save_pretrained(folder / "theirs")
+        mine, theirs = llama(SMALL, torch.float32), Wrapped(llama(SMALL, torch.float32))
+        calls = {
+            "ours": Timed(partial(li.load, mine, folder / "ours"), after=partial(li.eject, mine)),
+            "PEFT": Timed(partial(theirs.wrap, lambda base: peft.PeftModel.from_pretrained(base, folder / "theirs")), after=theirs.unwrap),
+        }
+        li.load(mine, folder / "ours")
+        assert all(torch.equal(a, b) for a, b in zip(tensors(mine), tensors(model.ours), strict=True)), "what was loaded is what was saved"
+        li.eject(mine)
+        yield against(interleaved(calls, on), SMALL, calls, "the bytes of A and B")
+
+
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    return iter(li.parameters(model))
+
+
+ROWS = (
+    Row(
+        name="inject",
+        what="inject 112 linears, d 512",
+        limit="r K random numbers a site",
+        goals={"T / PEFT's": Goal(0.30, 0.15)},
+        measure=inject,
+        bound="Python, spread thin: walks over all modules (named_modules), the planning, and the making of modules; the random numbers are a fifteenth.",
+    ),
+    Row(
+        name="merged",
+        what="forward of a merged model",
+        limit="the base: its classes and its forward, which are checked",
+        goals={"T / T(base)": Goal(1.02)},
+        measure=merged,
+    ),
+    Row(
+        name="switch",
+        what="switch among 17 adapters, 112 layers",
+        limit="O(1), whatever the number loaded",
+        goals={"microseconds": Goal(100, 10)},
+        measure=switch,
+        bound="activate walks all modules of the model to find what carries adapters (`named_modules` is two thirds of it); the switch itself is"
+        " one assignment.",
+    ),
+    Row(
+        name="save",
+        what="save an adapter; PEFT's with an fsync too",
+        limit="the bytes of A and B",
+        goals={"T / PEFT's": Goal(0.6, 0.4)},
+        measure=save,
+        bound="ours syncs file and folder, digests the bytes, looks whether all is finite, and walks the model; PEFT writes.",
+    ),
+    Row(
+        name="load",
+        what="load an adapter",
+        limit="the bytes of A and B",
+        goals={"T / PEFT's": Goal(0.2, 0.1)},
+        measure=load,
+        bound="An inject, whose Python is most of it, after the file's checks; the tensors' bytes are a few per cent.",
+    ),
+)
