@@ -107,9 +107,9 @@ def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
         missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED")]
         if missed:
             profiles = [f"{r.case}, {r.metric}: {r.profile}" for r in missed if r.profile]
-            told = [row.bound or "What bounds it has not been written down yet."] + ["Profiled in this run: " + "; ".join(profiles) + "."] * bool(
-                profiles
-            )
+            told = [row.bound or "What bounds it has not been written down yet."]
+            if profiles:
+                told.append(f"Profiled in this run: {'; '.join(profiles)}.")
             found.append(f"**{row.name}** ({row.what}; limit: {row.limit}). " + " ".join(told))
     return found
 
