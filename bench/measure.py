@@ -18,6 +18,7 @@ import re
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,24 +231,28 @@ def _resident(field: str) -> int:
 
 
 def excess(ours: Timed, base: Timed, on: Setup) -> str:
-    """Of which operators the time consists that ours takes and the base does not, by torch's profiler."""
-    spent, times = [], 1 if on.quick else 3
-    for timed in (ours, base):
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.cuda else [])]) as p:
-            for _ in range(times):
-                timed.before()
+    """Of which operators the time consists that ours takes and the base does not: torch's profiler, medians of several calls (it knows wall time
+    alone, and other processes disturb that)."""
+    times = 3 if on.quick else 7
+    spent: tuple[list[Counter[str]], list[Counter[str]]] = ([], [])
+    for _ in range(times):
+        for timed, found in zip((ours, base), spent, strict=True):
+            timed.before()
+            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.cuda else [])]) as p:
                 timed.call()
-                timed.after()
-        spent.append({e.key: (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / times / 1e3 for e in p.key_averages()})
-    more = {key: spent[0].get(key, 0.0) - spent[1].get(key, 0.0) for key in spent[0].keys() | spent[1].keys()}
-    top = sorted(more.items(), key=lambda item: -item[1])[:5]
-    listed = ", ".join(f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top)
-    return f"of {sum(more.values()):.2g} ms in operators beyond the base: {listed}"
+            timed.after()
+            found.append(Counter({e.key: (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / 1e3 for e in p.key_averages()}))
+    keys = set().union(*spent[0], *spent[1])
+    more = {key: statistics.median(c[key] for c in spent[0]) - statistics.median(c[key] for c in spent[1]) for key in keys}
+    whole, top = sum(more.values()), sorted(more.items(), key=lambda item: -item[1])[:5]
+    if whole <= 0:
+        return "the profiler saw nothing beyond the base in the noise of the machine"
+    return f"of {whole:.2g} ms in operators beyond the base: " + ", ".join(f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top)
 
 
 def hot(timed: Timed, times: int = 3) -> str:
-    """In which functions the call spends its time, by cProfile."""
-    profiler = cProfile.Profile()
+    """In which functions the call spends its CPU time, by cProfile."""
+    profiler = cProfile.Profile(time.process_time)
     for _ in range(times):
         timed.before()
         profiler.enable()

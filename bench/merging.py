@@ -15,7 +15,7 @@ import lorainject as li
 
 from .layer import QKV, bare
 from .measure import Setup, Timed, Times, hot, interleaved, peak
-from .models import Block, Trio, mebibytes, said, trio
+from .models import ALPHA, Block, R, Trio, mebibytes, said, trio
 from .row import Figure, Goal, Row, exactly
 
 TILE = 1.0  # MiB: 256 Ki elements of float32
@@ -31,7 +31,7 @@ def blocks(k: int, n: int, dtype: torch.dtype, device: str = "cpu", share: float
     """Three weights; the delta's elements are about `share` of the weight's."""
     model = trio(Block(QKV, k, n, dtype, device), QKV)
     sizes = [p for name, p in (*model.ours.named_parameters(), *model.theirs.named_parameters()) if "lora" in name]
-    factor = share * k**-0.5 / 3**0.5 / (2 * 0.02 * (8 / k) ** 0.5)  # what the weight has, over what s B A has
+    factor = share * k**-0.5 / 3**0.5 / (ALPHA / R * 0.02 * (R / k) ** 0.5)  # what the weight has, over what s B A has
     with torch.no_grad():
         for p in sizes:
             p.mul_(factor**0.5)
@@ -48,7 +48,7 @@ def anew(block: nn.Module, w0: list[Tensor], factors: list[tuple[Tensor, Tensor]
     li.eject(block)
     for w, was in zip(weights(block), w0, strict=True):
         w.copy_(was)
-    li.inject(block, list(QKV), r=factors[0][0].shape[0], alpha=16)
+    li.inject(block, list(QKV), r=R, alpha=ALPHA)
     for m, (A, B) in zip(block.children(), factors, strict=True):
         m.lora["default"].A.copy_(A), m.lora["default"].B.copy_(B)
 

@@ -32,8 +32,9 @@ HEAD = """# Benchmarks
 Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the like; every variant runs once in each round, in random order; at least
 {rounds} rounds; a figure is the median over the rounds of a ratio taken within the round, with its quartiles in brackets. Less is better.
 
-- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}. The rows `disk` (wall time, all cores,
-  processes of their own) and the memory rows are marked as what they are.
+- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}.
+  The row `disk` is wall time, with all cores, each run in a process of its own. Memory is what torch's allocator hands out during the call, or,
+  where it is called growth, what a process of its own grows by.
 - A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r = 8. PEFT is used as its
   documentation does. *apart*: how far the outputs (and gradients, where there is a step) of ours and PEFT's were from each other, relatively,
   in this very run, before anything was timed; too far is a failure.
@@ -106,7 +107,9 @@ def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
         missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED")]
         if missed:
             profiles = [f"{r.case}, {r.metric}: {r.profile}" for r in missed if r.profile]
-            told = [row.bound or "No explanation has been written yet."] + ["Profiled in this run: " + "; ".join(profiles) + "."] * bool(profiles)
+            told = [row.bound or "What bounds it has not been written down yet."]
+            if profiles:
+                told.append(f"Profiled in this run: {'; '.join(profiles)}.")
             found.append(f"**{row.name}** ({row.what}; limit: {row.limit}). " + " ".join(told))
     return found
 

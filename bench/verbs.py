@@ -136,7 +136,7 @@ ROWS = (
         limit="r K random numbers a site",
         goals={"T / PEFT's": Goal(0.30, 0.15)},
         measure=inject,
-        bound="Python, spread thin: walks over all modules (named_modules), the planning, and the making of modules; the random numbers are a fifteenth.",
+        bound="Python, spread thin: walks over all modules (named_modules), the plan, the making of modules; the random numbers are a fifteenth.",
     ),
     Row(
         name="merged",
