@@ -365,17 +365,30 @@ def test_inject_after_a_bias_was_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_all_is_reached_and_compiled(variant):
-    """probe finds every payload acting, and no dense sum formed; torch.compile makes one graph of it."""
+def test_all_is_reached(variant):
+    """probe finds every payload acting, and no dense sum formed."""
     model = li.load(net(), FIXTURES / f"peft_{variant}")
-    x = {"ids": torch.arange(10).view(2, 5), "image": torch.randn(2, 3, 5, 6)}
-    assert set(li.probe(model, **x).reached) == set(hosts(model))
-    assert not li.probe(model, **x).dense
-    if variant not in ("dora", "bias_all"):
-        return
+    reach = li.probe(model, ids=torch.arange(10).view(2, 5), image=torch.randn(2, 3, 5, 6))
+    assert set(reach.reached) == set(hosts(model))
+    assert not reach.dense
+
+
+def test_compiled(tmp_path):
+    """torch.compile makes one graph of magnitudes and of biases that are replaced."""
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2)), torch.randn(3, 8)
+    put(model, tmp_path, dora("0"), replaced={"1.bias": torch.randn(6), "2.bias": torch.ones(2)})
     torch._dynamo.reset()
-    y, z = model(**x), torch.compile(model, backend="eager", fullgraph=True)(**x)
-    assert torch.allclose(y, z, atol=1e-6)
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), model(x), atol=1e-6)
+
+
+def test_magnitudes_of_a_slice(tmp_path):
+    """The norms are those of the slice's own rows, and the other rows stay as they are."""
+    model, x, rows = net(), torch.randn(3, 8), [1, 2, 4, 5]
+    s = replace(dora(o=4), label="1:3,4:6", rows=(range(1, 3), range(4, 6)), shape=(6, 8))
+    W = model.lin.weight.detach().clone()
+    W[rows] += s.B @ s.A
+    W[rows] *= (s.magnitude / W[rows].norm(dim=1)).unsqueeze(1)
+    assert torch.allclose(put(model, tmp_path, s).lin(x), F.linear(x, W, model.lin.bias), atol=1e-5)
 
 
 WHERE = ("change.flat", "change.mark", "change.checksum", "merge.set_grafts", "change._put", "readers.change_class")
