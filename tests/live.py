@@ -136,9 +136,7 @@ def diffusers(at: Path) -> tuple[float, float]:
     tensors, metadata = StableDiffusionPipeline.lora_state_dict(str(at / "ours"), return_lora_metadata=True)[::2]
     model.load_lora_adapter(tensors, prefix="unet", metadata=metadata, adapter_name="default")
     about = _collate_lora_metadata({"unet": model})
-    StableDiffusionPipeline.save_lora_weights(
-        str(at / "theirs"), unet_lora_layers=get_peft_model_state_dict(model, adapter_name="default"), **about
-    )
+    StableDiffusionPipeline.save_lora_weights(str(at / "theirs"), unet_lora_layers=get_peft_model_state_dict(model, adapter_name="default"), **about)
     back = li.read(at / "theirs", hints=li.Hints(component="unet"))
     model.fuse_lora()
     found = {k.replace(".base_layer", ""): t for k, t in changed(model).items() if ".lora_" not in k}
