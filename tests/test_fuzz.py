@@ -52,7 +52,7 @@ def test_fuzzing_sees(does, end, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         while does == "hang":
             pass
-        json.dumps(bytearray(fuzz.MEMORY + 1) and 0) if does == "fill" else {}["x"]
+        json.dumps(bytearray(fuzz.MEMORY + 2**28) and 0) if does == "fill" else {}["x"]
         return "read"
 
     monkeypatch.setattr(fuzz, "SECONDS", 1.0 if does == "hang" else 60.0)

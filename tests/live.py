@@ -1,0 +1,281 @@
+"""The original libraries read what we write, and we read what they write: `scripts/neighbours` prints a table.
+
+Each row has a small model of the library's own, whose weights are zero, so that what it merges is the update itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import lorainject as li
+
+HEADS = (4, 2)
+LLAMA = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32), "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32),
+         "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}  # fmt: skip
+Row = Callable[[Path], "tuple[float | None, float | None]"]
+"""The largest difference when they read ours, and when we read theirs; None where there is no such way."""
+
+
+def record(weights: Mapping[str, tuple[int, ...]]) -> li.AdapterFile:
+    """Ranks and scales that differ by site."""
+    g = torch.Generator().manual_seed(0)
+    sites = []
+    for i, (path, (out, in_)) in enumerate(weights.items()):
+        r = 2 + 2 * (i % 2)
+        A, B = torch.randn(r, in_, generator=g), torch.randn(out, r, generator=g)
+        sites.append(li.StoredSite(path=path, A=A, B=B, alpha=3.0 + i % 3, scaling="rslora" if i % 4 == 3 else "standard"))
+    return li.AdapterFile(path=Path("made"), format="lorainject", sites=tuple(sites))
+
+
+def llama() -> li.AdapterFile:
+    return record({f"model.layers.{i}.{leaf}": shape for i in range(2) for leaf, shape in LLAMA.items()})
+
+
+def deltas(file: li.AdapterFile) -> dict[str, Tensor]:
+    return {s.path: s.scale * s.B.double() @ s.A.double() for s in file.sites}
+
+
+def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest difference; a weight that only one of them has counts with all it is."""
+    zero = torch.zeros(())
+    return max(float((found.get(k, zero).double() - wanted.get(k, zero).double()).abs().max()) for k in found.keys() | wanted.keys())
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    for p in model.parameters():
+        p.data.zero_()
+    return model
+
+
+def changed(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are not zero."""
+    return {name.removesuffix(".weight"): p.data for name, p in model.named_parameters() if p.any()}
+
+
+def of_transformers() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return emptied(LlamaForCausalLM(config))
+
+
+def peft(at: Path) -> tuple[float, float]:
+    from peft import PeftModel
+
+    file = llama()
+    li.write(file, at / "ours", format="peft")
+    model = PeftModel.from_pretrained(of_transformers(), at / "ours")
+    model.save_pretrained(at / "theirs")
+    back = apart(deltas(li.read(at / "theirs")), deltas(file))
+    return apart(changed(model.merge_and_unload()), deltas(file)), back
+
+
+def transformers(at: Path) -> tuple[float, None]:
+    file = llama()
+    li.write(file, at / "ours", engine="transformers")
+    model = of_transformers()
+    model.load_adapter(str(at / "ours"))
+    found = {}
+    for name, m in model.named_modules():
+        if hasattr(m, "lora_A"):
+            found[name] = m.scaling["default"] * m.lora_B["default"].weight.data @ m.lora_A["default"].weight.data
+    return apart(found, deltas(file)), None
+
+
+def loralib(at: Path) -> tuple[float, float]:
+    import loralib as lora
+
+    file = record({"0": (8, 6), "1": (4, 8)})
+    done = li.write(file, at / "a.pt", format="loralib")
+    layers = [lora.Linear(s.A.shape[1], len(s.B), r=s.r, lora_alpha=s.alpha) for s in done.file.sites]
+    model = emptied(nn.Sequential(*layers))
+    model.load_state_dict(torch.load(at / "a.pt", weights_only=True), strict=False)
+    torch.save(lora.lora_state_dict(model), at / "b.pt")
+    back = li.read(at / "b.pt", allow_pickle=True, hints=li.Hints(alpha=done.file.sites[0].alpha))
+    found = {str(i): m.weight.data for i, m in enumerate(model.eval())}  # eval folds
+    return apart(found, deltas(file)), apart(deltas(back), deltas(file))
+
+
+def lycoris(at: Path) -> tuple[float, float]:
+    from lycoris import create_lycoris_from_weights
+    from lycoris.wrapper import LycorisNetwork
+    from safetensors.torch import save_file
+
+    LycorisNetwork.LORA_PREFIX = "lora_unet"
+    model = emptied(nn.ModuleDict({"down": nn.ModuleDict({"to_q": nn.Linear(6, 8), "to_k": nn.Linear(6, 4)})}))
+    file = record({"down.to_q": (8, 6), "down.to_k": (4, 6)})
+    li.write(file, at / "a.safetensors", format="kohya", hints=li.Hints(component="unet"))
+    network, _ = create_lycoris_from_weights(1.0, str(at / "a.safetensors"), model)
+    network.apply_to()  # only then they are its own
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, at / "b.safetensors")
+    back = li.read(at / "b.safetensors", hints=li.Hints(component="unet", model=model))
+    network.merge_to(1.0)
+    return apart(changed(model), deltas(file)), apart(deltas(back), deltas(file))
+
+
+def diffusers(at: Path) -> tuple[float, float]:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft.utils import get_peft_model_state_dict
+
+    def unet() -> nn.Module:
+        return emptied(UNet2DConditionModel(block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4, cross_attention_dim=12, attention_head_dim=4,
+                                            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")))  # fmt: skip
+
+    model = unet()
+    file = record({n: tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith(("to_q", "to_v", "to_out.0"))})
+    li.write(file, at / "ours", format="diffusers", hints=li.Hints(component="unet"))
+    tensors, metadata = StableDiffusionPipeline.lora_state_dict(str(at / "ours"), return_lora_metadata=True)[::2]
+    model.load_lora_adapter(tensors, prefix="unet", metadata=metadata, adapter_name="default")
+    about = _collate_lora_metadata({"unet": model})
+    StableDiffusionPipeline.save_lora_weights(str(at / "theirs"), unet_lora_layers=get_peft_model_state_dict(model, adapter_name="default"), **about)
+    back = li.read(at / "theirs", hints=li.Hints(component="unet"))
+    model.fuse_lora()
+    found = {k.replace(".base_layer", ""): t for k, t in changed(model).items() if ".lora_" not in k}
+    return apart(found, deltas(file)), apart(deltas(back), deltas(file))
+
+
+def mlx(at: Path) -> tuple[float, float]:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+    from mlx_lm.tuner.utils import load_adapters
+
+    file = llama()
+    li.write(file, at / "ours", format="mlx")
+    model = Model(
+        ModelArgs(
+            model_type="llama",
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-6,
+            vocab_size=64,
+        )
+    )
+    model = load_adapters(model, str(at / "ours"))
+    found = {name: torch.tensor((m.scale * (m.lora_b.T @ m.lora_a.T)).tolist()) for name, m in model.named_modules() if hasattr(m, "lora_a")}
+    (at / "theirs").mkdir()
+    mx.save_safetensors(str(at / "theirs" / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+    (at / "theirs" / "adapter_config.json").write_bytes((at / "ours" / "adapter_config.json").read_bytes())
+    tensors = {k: v for k, v in mx.load(str(at / "theirs" / "adapters.safetensors")).items() if "lora" in k}
+    mx.save_safetensors(str(at / "theirs" / "adapters.safetensors"), tensors)
+    return apart(found, deltas(file)), apart(deltas(li.read(at / "theirs")), deltas(file))
+
+
+def litgpt(at: Path) -> tuple[float, float]:
+    from litgpt.lora import GPT, Config, lora_filter, merge_lora_weights
+
+    file = llama()
+    done = li.write(file, at / "ours", format="litgpt", hints=li.Hints(heads=HEADS))
+    s = done.file.sites[0]
+    on = dict.fromkeys(("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"), True)
+    config = Config(n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48, vocab_size=64, padded_vocab_size=64, mlp_class_name="LLaMAMLP", bias=False,
+                    norm_class_name="RMSNorm", lora_r=s.r, lora_alpha=s.alpha, **on)  # fmt: skip
+    model = emptied(GPT(config))
+    model.load_state_dict(torch.load(at / "ours" / "lit_model.pth.lora", weights_only=True)["model"], strict=False)
+    (at / "theirs").mkdir()
+    torch.save({"model": {k: v for k, v in model.state_dict().items() if lora_filter(k, v)}}, at / "theirs" / "lit_model.pth.lora")
+    (at / "theirs" / "hyperparameters.yaml").write_bytes((at / "ours" / "hyperparameters.yaml").read_bytes())
+    back = li.read(at / "theirs", allow_pickle=True, hints=li.Hints(heads=HEADS))
+    merge_lora_weights(model)
+    names = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+    found = {}
+    for i, block in enumerate(model.transformer.h):
+        rows = dict(zip("qkv", block.attn.qkv.linear.weight.data.split([32, 16, 16]), strict=True))
+        found |= {f"model.layers.{i}.self_attn.{part}_proj": w for part, w in rows.items()}
+        found |= {f"model.layers.{i}.{ours}": block.get_submodule(theirs).linear.weight.data for theirs, ours in names.items()}
+    return apart(found, deltas(file)), apart(deltas(back), deltas(file))
+
+
+def torchtune(at: Path) -> tuple[float, None]:
+    import importlib.util
+
+    where = importlib.metadata.distribution("torchtune").locate_file("torchtune/models/convert_weights.py")
+    spec = importlib.util.spec_from_file_location("convert_weights", where)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    file = llama()
+    done = li.write(file, at / "a.pt", format="torchtune", hints=li.Hints(heads=HEADS))
+    tensors = torch.load(at / "a.pt", weights_only=True)
+    theirs = module.tune_to_peft_adapter_weights(tensors, num_heads=4, num_kv_heads=2, dim=32, head_dim=8)
+    s, pre = done.file.sites[0], "base_model.model."
+    found = {
+        k.removeprefix(pre).removesuffix(".lora_A.weight"): s.scale * theirs[k.replace("lora_A", "lora_B")].double() @ A.double()
+        for k, A in theirs.items()
+        if ".lora_A." in k
+    }
+    return apart(found, deltas(file)), None
+
+
+def onnxruntime(at: Path) -> tuple[float, None]:
+    import onnxruntime as ort
+
+    file = record({"model.layers.0.attn.q_proj": (8, 6), "model.layers.0.attn.v_proj": (4, 6)})
+    li.write(file, at / "a.onnx_adapter", format="onnx")
+    ort.LoraAdapter().Load(str(at / "a.onnx_adapter"))
+    t = {
+        k: torch.from_numpy(v.numpy().copy()).double() for k, v in ort.AdapterFormat.read_adapter(str(at / "a.onnx_adapter")).get_parameters().items()
+    }
+    found = {k.removesuffix(".lora_A.weight"): (A @ t[k.replace("lora_A", "lora_B")]).T for k, A in t.items() if "lora_A" in k}
+    return apart(found, deltas(file)), None
+
+
+def adapters(at: Path) -> tuple[float, float]:
+    import adapters as hub
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = emptied(BertModel(config))
+    paths = {f"encoder.layer.{i}.attention.self.{leaf}": (32, 32) for i in range(2) for leaf in ("query", "value")}
+    file = record(paths)
+    li.write(file, at / "ours", format="adapterhub", hints=li.Hints(model=model))
+    hub.init(model)
+    name = model.load_adapter(str(at / "ours"), set_active=True, use_safetensors=True)
+    model.save_adapter(str(at / "theirs"), name)
+    back = li.read(at / "theirs", allow_pickle=True)
+    model.merge_adapter(name)
+    found = {k: t for k, t in changed(model).items() if ".loras." not in k}
+    return apart(found, deltas(file)), apart(deltas(back), deltas(file))
+
+
+ROWS: dict[str, tuple[str, Row]] = {
+    "peft": ("peft", peft), "transformers": ("transformers", transformers), "loralib": ("loralib", loralib), "lycoris-lora": ("kohya", lycoris), "diffusers": ("diffusers", diffusers),
+    "mlx-lm": ("mlx", mlx), "litgpt": ("litgpt", litgpt), "torchtune": ("torchtune", torchtune), "onnxruntime": ("onnx", onnxruntime), "adapters": ("adapterhub", adapters),
+}  # fmt: skip
+
+
+def main() -> None:
+    """One row for each library that is installed here."""
+    warnings.simplefilter("ignore")
+    said, wrong = [], 0
+    for library, (format, row) in ROWS.items():
+        try:
+            version = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if library == "transformers" and not version.startswith("5."):
+            continue  # adapters' own, which has no PEFT beside it
+        with tempfile.TemporaryDirectory() as at:
+            try:
+                ends = ["-" if e is None else f"{e:.1e}" for e in row(Path(at))]
+                wrong += any(e is not None and e != "-" and float(e) > 1e-4 for e in ends)
+            except Exception as e:
+                ends, wrong = [f"{type(e).__name__}: {str(e).splitlines()[0][:90] if str(e) else ''}", ""], wrong + 1
+        said.append(f"| {library} {version} | {format} | {ends[0]} | {ends[1]} |")
+    print("\n".join(said))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
