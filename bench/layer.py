@@ -145,10 +145,10 @@ def backward(on: Setup) -> Iterator[Figure]:
 
 
 SLOW = (
-    "On a processor without bf16 instructions a product in bf16 takes several times that in fp32 (compare the bases' times), and nearly all that ours"
-    " takes in bf16 beyond the base is `mm`: it multiplies by A and B in x's dtype, PEFT casts x to fp32 and multiplies there."
+    "The products of width r (`mm`, `addmm_`): with so few columns they run at a fraction of a square product's rate, in PEFT as here. In bf16, on a"
+    " processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back."
 )
-STEP = "In fp32 most of it is `mm`, the six products with A and B that both libraries need."
+STEP = "Most of it is `mm`, the six products with A and B that both libraries need; q, k and v compute theirs one by one."
 
 ROWS = (
     Row(

@@ -136,7 +136,7 @@ ROWS = (
         limit="r K random numbers a site",
         goals={"T / PEFT's": Goal(0.30, 0.15)},
         measure=inject,
-        bound="Python, spread thin: walks over all modules (named_modules), the plan, the making of modules; the random numbers are a fifteenth.",
+        bound="Python, spread thin: walks over all modules, the plan, the making of modules; the random numbers are a fifteenth.",
     ),
     Row(
         name="merged",
@@ -151,8 +151,7 @@ ROWS = (
         limit="O(1), whatever the number loaded",
         goals={"microseconds": Goal(100, 10)},
         measure=switch,
-        bound="activate walks all modules of the model to find what carries adapters (`named_modules` is two thirds of it); the switch itself is"
-        " one assignment.",
+        bound="A look-up and an assignment in Python.",
     ),
     Row(
         name="save",

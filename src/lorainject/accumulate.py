@@ -52,7 +52,7 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool) -> Tensor:
     if p or (x_MI.dtype != dtype and may_grad):
         h_MR = Project.apply(x_MI, A, p, int(torch.empty((), dtype=torch.int64).random_()) if p else 0)
     else:
-        h_MR = F.linear(x_MI, A) if x_MI.dtype == dtype else projected(x_MI, A)
+        h_MR = F.linear(x_MI, A) if may_grad and x_MI.dtype == dtype else projected(x_MI, A)
     grad = may_grad and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
     own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
     return Accumulate.apply(y, h_MR, B, s, parts, own) if grad else accumulated(y, h_MR, B, s, parts, own)
@@ -155,9 +155,9 @@ class Project(Function):
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """(m * x) A^T in A's dtype."""
-    if not p and x_MI.numel() <= CAST:
-        return F.linear(x_MI.to(A.dtype), A)
-    return torch.cat([F.linear(x, A) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
+    if not p and (x_MI.dtype == A.dtype or x_MI.numel() <= CAST):
+        return _thin(x_MI.to(A.dtype), A.t())
+    return torch.cat([_thin(x, A.t()) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
 
 
 def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -173,7 +173,12 @@ def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[
 
 def _times(dy_MO: Tensor, B: Tensor) -> Tensor:
     """dy B (M, r), in B's dtype."""
-    return dy_MO @ B if dy_MO.dtype == B.dtype else torch.cat([dy_MO[rows].to(B.dtype) @ B for rows in _pieces(dy_MO)])
+    return _thin(dy_MO, B) if dy_MO.dtype == B.dtype else torch.cat([_thin(dy_MO[rows].to(B.dtype), B) for rows in _pieces(dy_MO)])
+
+
+def _thin(a: Tensor, b: Tensor) -> Tensor:
+    """a b for b (n, r). With fewer than 16 columns a CPU takes up to three times as long for it as for its transpose."""
+    return (b.t() @ a.t()).t() if FEW < len(a) and b.shape[1] < 16 and a.device.type == "cpu" else a @ b
 
 
 def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
