@@ -178,7 +178,7 @@ def _times(dy_MO: Tensor, B: Tensor) -> Tensor:
 
 def _thin(a: Tensor, b: Tensor) -> Tensor:
     """a b for b (n, r). With fewer than 16 columns a CPU takes up to three times as long for it as for its transpose."""
-    return (b.t() @ a.t()).t() if FEW < len(a) and b.shape[1] < 16 and a.device.type == "cpu" else a @ b
+    return (b.t() @ a.t()).t() if len(a) > FEW and b.shape[1] < 16 and a.device.type == "cpu" else a @ b
 
 
 def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:

@@ -105,14 +105,14 @@ class InPlace:
         self.sample = None if is_quantised(w.module) else sample(w.weight)
         self.tally = Fold()
 
-    def fold(self, write: bool, keep: bool, each: Each) -> str | None:
+    def fold(self, write: bool, keep: bool, each: Each, desk: Desk) -> str | None:
         """Measure; write, and keep the way back, too. What is wrong, or None."""
         P, Q = summed(self.terms)
         self.norm = norm(P, Q)
         if not self.norm < torch.finfo(wide(self.before.dtype)).max:
             return f"{self.w.name}: s B A is not finite"
         try:
-            self.tally = Fold()
+            self.tally = Fold(desk)
             self._fold(P, Q, write, keep, each)
         except MergeError as e:
             return f"{self.w.name}: {e}; nothing was merged"

@@ -193,10 +193,10 @@ class Desk(threading.local):
 class Fold:
     """The fold of one weight, while it is under way, in as many threads as there are: what it measures, and what it keeps."""
 
-    def __init__(self) -> None:
+    def __init__(self, desk: Desk | None = None) -> None:
         self.kept: dict[int, Kept] = {}
         self.tiles: dict[int, Measured] = {}
-        self.desk = Desk()
+        self.desk = desk or Desk()
 
     kept: dict[int, Kept]
     """By tile; empty where nobody wants the way back."""

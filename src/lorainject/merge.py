@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .adapters import Host, Terms, merged_names, misfit, mounted, names_of, routings, walk
 from .change import WAYS, Before, InPlace, Whole, beside, can_be_linear, fold_again, mark, summed, unfold, wholes
 from .errors import MergeError, StateError, SurvivalWarning
-from .fold import Measured, wide
+from .fold import Desk, Measured, wide
 from .graft import bare
 from .kinds import is_quantised, is_sharded
 from .payload import Payload
@@ -212,10 +212,11 @@ def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], na
 
 def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool, strict: bool | None,
                keep: bool = True) -> MergeReport:  # fmt: skip
+    desk = Desk()
     try:
         for write in (False, True) if strict else (True,):
             with _workers([job.w for job in jobs]) as each:
-                problems = [problem for job in jobs if (problem := job.fold(write, write and keep, each)) is not None]
+                problems = [problem for job in jobs if (problem := job.fold(write, write and keep, each, desk)) is not None]
             if problems:
                 raise MergeError("nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype")
             sites = [merged_site(j.w.name, j.norm, j.tally.measured, j.w.weight.nbytes, j.codes_changed) for j in jobs]

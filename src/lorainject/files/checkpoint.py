@@ -103,7 +103,7 @@ class MergePlan:
 
     def write(self, shard: Shard, source: int, target: int | None, meter: Meter, keep: Callable[[str, Patch, Fold], None] | None = None) -> None:
         """Copy a shard, with the sums in it. Without a target they are only measured; `keep` takes each patch's journal."""
-        done, by_key, problems = 0, self._by_key(), []
+        done, by_key, problems, desk = 0, self._by_key(), [], Desk()
         with workers() as each:
             for key, stored in shard.tensors.items():
                 if key not in by_key:
@@ -113,7 +113,7 @@ class MergePlan:
                 if target is not None:
                     copy(source, target, done, stored.start if streamed else stored.stop, meter)
                 for s, patch in found:
-                    tally = Fold()
+                    tally = Fold(desk)
                     try:
                         each(partial(_fold, tally, patch, stored, source, target, keep is not None), enumerate(tiled(patch)))
                     except MergeError as e:
