@@ -46,7 +46,7 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool) -> Tensor:
     A: Tensor = factors["A"]  # type: ignore[assignment]
     B: Tensor = factors["B"]  # type: ignore[assignment]
     dtype = y.dtype if y.dtype == torch.float32 else _dtype(y, len(x_MI))
-    if A.dtype != dtype:
+    if A.dtype != dtype or B.dtype != dtype:
         A, B = A.to(dtype), B.to(dtype)
     may_grad = torch.is_grad_enabled()
     if p or (x_MI.dtype != dtype and may_grad):
