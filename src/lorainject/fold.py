@@ -100,19 +100,17 @@ class Desk(threading.local):
         low, high = torch.aminmax(m)
         if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
             raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
-        part, d = self._part()
-        return m, self._measured(part(w0), part(m), d), self._kept(w0, m) if keep else None
+        return m, self._measured(w0), self._kept(w0, m) if keep else None
 
     def add(self, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Measured:
         """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
         self._lay(w0, P, Q)
-        part, d = self._part()
-        before = part(w0).clone()
+        measured = self._measured(w0)
         if out.dtype == self.d.dtype:
             torch.add(w0, self.d, out=out)
         else:
             out.copy_(self.sum.copy_(w0).add_(self.d))
-        return self._measured(before, part(out), d)
+        return measured
 
     def unfold(self, m: Tensor, P: Tensor, Q: Tensor, kept: Kept) -> Tensor | None:
         """W0; None if what comes out is not W0, or M is not what it was."""
@@ -158,19 +156,20 @@ class Desk(threading.local):
             return torch.sub(m, self.d, out=self.other)
         return self.guess.copy_(self.other.copy_(m).sub_(self.d))
 
-    def _part(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """Which elements are measured, and those of d: all, in float64, where d vanishes on those that would stand for them."""
-        d = some(self.d)
-        return (some, d) if float(torch.dot(d, d)) else (Tensor.flatten, self.d.flatten().double())
-
-    def _measured(self, w0: Tensor, m: Tensor, d: Tensor) -> Measured:
-        error = torch.sub(m.to(d.dtype), w0.to(d.dtype)).sub_(d)
+    def _measured(self, w0: Tensor) -> Measured:
+        """Of a part of the elements; of all, in float64, where d vanishes on those that would stand for them."""
+        w, d = some(w0), some(self.d)
+        if not (asked := float(torch.dot(d, d))):
+            w, d = w0.flatten(), self.d.flatten().double()
+            asked = float(torch.dot(d, d))
+        before = w.to(self.d.dtype)
+        error = (before + d).to(self.d.dtype).to(w0.dtype).to(d.dtype).sub_(before).sub_(d)
         lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
         if not math.isfinite(lost + dot):  # infinity or NaN in W0 is its own business
             error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
         times = self.d.numel() / d.numel()
-        return Measured(times * float(torch.dot(d, d)), times * lost, times * dot)
+        return Measured(times * asked, times * lost, times * dot)
 
     def _kept(self, w0: Tensor, m: Tensor) -> Kept:
         a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (w0, self._minus_d(m)))
@@ -262,8 +261,8 @@ class Journal:
 
 def some(tile: Tensor) -> Tensor:
     """A sixteenth of the elements of a large tile, evenly from all rows and columns; all of a small one. 1-D."""
-    step = tile.numel() // STEP
-    return tile.as_strided((step, RUN), (STEP, 1), tile.storage_offset()).flatten() if step > 8 else tile.flatten()
+    runs = tile.numel() // STEP
+    return tile.as_strided((runs, RUN), (STEP, 1), tile.storage_offset()).flatten() if runs > 8 else tile.flatten()
 
 
 def same(a: Tensor, b: Tensor) -> bool:
