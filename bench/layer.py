@@ -1,8 +1,9 @@
 """One linear layer: forward, training step, what is saved for backward, and q, k, v that share an x.
 
 M = 512 tokens, d = 2048 (on a GPU M = 4096, d = 4096 and 14336). In training x needs a gradient, as within a model, so that the frozen linear's
-step is one product forward and one back. Only where the processor has no fast bfloat16 product for the way back (it took 250 times the forward's
-time on one), x needs none: nobody would see an adapter beside that. Such cases say "x a leaf".
+step is one product forward and one back; for the time it comes from another operator, as it does there (siblings share no leaf). Only where
+the processor has no fast bfloat16 product for the way back (it took 250 times the forward's time on one), x needs none: nobody would see an
+adapter beside that. Such cases say "x a leaf".
 """
 
 from __future__ import annotations
@@ -104,12 +105,12 @@ def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: t
         x.grad = None
         block.zero_grad()
 
-    calls = {who: Timed(partial(step, x, g, block), before=partial(afresh, block)) for who, block in blocks.items()}
+    calls = {who: Timed(lambda block=block: step(x * 1, g, block), before=partial(afresh, block)) for who, block in blocks.items()}
     times, grouped = interleaved(calls, on), ", q k v grouped" * (len(names) > 1)
     case = f"{said(dtype)}, M {m}, {k} x {n}{', x a leaf' * (not inner)}"
     yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.beside(), limit=limit(k, n, 1.5), differ=differ,
                  why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
-    most = {who: peak(call, on) for who, call in calls.items()}
+    most = {who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), on) for who, block in blocks.items()}
     yield Figure(case=case, metric=f"peak / frozen linear's{grouped}", value=exactly(most["ours"] / most["base"]), beside=mebibytes(most),
                  limit="y, dx, x A^T and the gradients of A and B")  # fmt: skip
 
@@ -131,7 +132,7 @@ def backward(on: Setup) -> Iterator[Figure]:
             for dropout in (0.0, 0.1):
                 model = trio(Block(names, k, n, dtype, on.device).train(), names, dropout=dropout)
                 for who, block in (("base", model.base), ("ours", model.ours), ("PEFT", model.theirs.base_model.model)):
-                    kept[who, len(names), dropout] = saved(partial(block, x), block) / x.nbytes
+                    kept[who, len(names), dropout] = saved(lambda block=block, x=x: block(x.view_as(x)), block) / x.nbytes
         for (who, many, dropout), ours in kept.items():
             if who == "ours":
                 case = f"{said(dtype)}, {'q k v' if many > 1 else 'one linear'}{', dropout' * bool(dropout)}"
@@ -148,7 +149,7 @@ SLOW = (
     "The products of width r (`mm`, `addmm_`): with so few columns they run at a fraction of a square product's rate, in PEFT as here. In bf16, on a"
     " processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back."
 )
-STEP = "Most of it is `mm`, the six products with A and B that both libraries need; q, k and v compute theirs one by one."
+STEP = "Most of it is `mm`, the six products with A and B that both libraries need."
 
 ROWS = (
     Row(

@@ -36,36 +36,45 @@ CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in th
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool) -> Tensor:
-    """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody."""
+def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor | None = None) -> Tensor:
+    """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody.
+    `h_MR` is x A^T, where siblings have it already."""
     parts = adapter.parts
-    if parts is None or _is_watched(y):
+    if parts is None or is_watched(y):
         return add(adapter, y, project, x)
-    x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    factors, s, p = adapter._parameters, adapter.scale, adapter.dropout if adapter.training else 0.0  # nn.Module's attributes take a microsecond
-    A: Tensor = factors["A"]  # type: ignore[assignment]
+    factors, s = adapter._parameters, adapter.scale  # nn.Module's attributes take a microsecond
     B: Tensor = factors["B"]  # type: ignore[assignment]
-    dtype = y.dtype if y.dtype == torch.float32 else _dtype(y, len(x_MI))
-    if A.dtype != dtype or B.dtype != dtype:
-        A, B = A.to(dtype), B.to(dtype)
-    may_grad = torch.is_grad_enabled()
-    if p or (x_MI.dtype != dtype and may_grad):
-        h_MR = Project.apply(x_MI, A, p, int(torch.empty((), dtype=torch.int64).random_()) if p else 0)
-    else:
-        h_MR = F.linear(x_MI, A) if may_grad and x_MI.dtype == dtype else projected(x_MI, A)
-    grad = may_grad and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
+    if h_MR is None:
+        x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        A: Tensor = factors["A"]  # type: ignore[assignment]
+        dtype = y.dtype if y.dtype == torch.float32 else computed_in(y, len(x_MI))
+        h_MR = lowered(x_MI, A if A.dtype == dtype else A.to(dtype), adapter.dropout if adapter.training else 0.0)
+    if B.dtype != h_MR.dtype:
+        B = B.to(h_MR.dtype)
+    grad = torch.is_grad_enabled() and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
     own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
     return Accumulate.apply(y, h_MR, B, s, parts, own) if grad else accumulated(y, h_MR, B, s, parts, own)
 
 
-def _is_watched(y: Tensor) -> bool:
+def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
+    """(m * x) A^T in A's dtype, for autograd; m is dropout's mask."""
+    if not torch.is_grad_enabled():
+        return projected(x_MI, A, p, _seed() if p else 0)
+    return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else F.linear(x_MI, A)
+
+
+def _seed() -> int:
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def is_watched(y: Tensor) -> bool:
     """Whether somebody must see plain operators, or y is not memory that can be written to."""
     return (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or type(y) is not Tensor)  # fmt: skip
 
 
-def _dtype(y: Tensor, tokens: int) -> torch.dtype:
-    """In which to compute."""
+def computed_in(y: Tensor, tokens: int) -> torch.dtype:
+    """The dtype of the products."""
     if y.dtype in HALVES and y.device.type == "cpu" and (tokens <= FEW or not _has_instructions(y.dtype)):
         return torch.float32
     return y.dtype
@@ -155,7 +164,9 @@ class Project(Function):
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """(m * x) A^T in A's dtype."""
-    if not p and (x_MI.dtype == A.dtype or x_MI.numel() <= CAST):
+    if not p and x_MI.dtype == A.dtype:
+        return _thin(x_MI, A.t())
+    if not p and x_MI.numel() <= CAST:
         return _thin(x_MI.to(A.dtype), A.t())
     return torch.cat([_thin(x, A.t()) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
 
@@ -188,6 +199,12 @@ def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
     return functools.reduce(torch.add, (h_MR[rows].t() @ dy_MO[rows].to(h_MR.dtype) for rows in _pieces(dy_MO)))
 
 
+def is_plain(adapter: LowRank, device: torch.device) -> bool:
+    """Whether A and B may be used together with others': no hook brings or gathers them, nothing is dropped, and its outputs are in runs."""
+    return (type(adapter) is LowRank and not adapter._forward_pre_hooks and "forward" not in adapter.__dict__ and adapter.A.device == device
+            and not (adapter.training and adapter.dropout) and adapter.parts is not None)  # fmt: skip
+
+
 class Stack:
     """The adapters of one layer side by side, for a batch of few tokens with one adapter a row: two products, however many adapters there are.
 
@@ -195,7 +212,7 @@ class Stack:
     """
 
     def __init__(self, lows: Sequence[LowRank | None], y: Tensor) -> None:
-        self.made_of, dtype = self._key(lows, y), _dtype(y, len(lows))
+        self.made_of, dtype = self._key(lows, y), computed_in(y, len(lows))
         used = list(dict.fromkeys(low for low in lows if low is not None))
         self.parts = used[0].parts or ()
         self.A, self.B = torch.cat([low.A for low in used]).to(dtype), torch.cat([low.B for low in used], 1).to(dtype)
@@ -204,11 +221,9 @@ class Stack:
 
     @staticmethod
     def can_hold(lows: Sequence[LowRank | None], y: Tensor) -> bool:
-        """Whether these may be used so: no hook brings or gathers their A and B, nothing is dropped, and all stand for the same outputs."""
+        """Whether these may be used so, and all stand for the same outputs."""
         used = [low for low in lows if low is not None]
-        plain = all(type(low) is LowRank and not low._forward_pre_hooks and "forward" not in low.__dict__ and low.A.device == y.device
-                    and not (low.training and low.dropout) and low.parts is not None for low in used)  # fmt: skip
-        return plain and not _is_watched(y) and all(low.parts == used[0].parts for low in used)
+        return all(is_plain(low, y.device) for low in used) and not is_watched(y) and all(low.parts == used[0].parts for low in used)
 
     @staticmethod
     def _key(lows: Sequence[LowRank | None], y: Tensor) -> tuple[object, ...]:

@@ -19,9 +19,10 @@ from .errors import StateError
 from .fold import Journal
 from .graft import Graft
 from .kinds import Kind, makes_output, shape_of
-from .lowrank import Factors, LowRank
+from .lowrank import Factors, LowRank, is_hooked
 from .replaced import Replaced
 from .routing import ROOTS, Loading, Routing
+from .siblings import WORTH, Siblings
 from .spec import site_name
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
@@ -75,6 +76,7 @@ class Adapters(nn.Module):
         self.routing, self.kind, self.parameter, self.label, self.named, self.read = routing, kind, parameter, label, named, False
         self.folded: Folded | None = None
         self.fallbacks: Counter[str] = Counter()
+        self.siblings: Siblings | None = None
 
     parameter: str
     """The name of the weight in its module."""
@@ -86,6 +88,8 @@ class Adapters(nn.Module):
     """Whether the weight itself was named as a target, so that all modules it lies in read it."""
     fallbacks: Counter[str]
     """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
+    siblings: Siblings | None
+    """With those of other weights that read the same input."""
 
     def __getitem__(self, name: str) -> LowRank:
         return cast(LowRank, self._modules[name])
@@ -108,14 +112,20 @@ class Adapters(nn.Module):
         """Those of the active adapters that this weight has."""
         return [self[name] for name in self.routing.active if name in self._modules]
 
-    def forward(self, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
         assert self.kind.term is not None
         if self.routing.rows is not None:
             return self.routing.rows.add(cast("dict[str | None, LowRank]", self._modules), self.kind.term, y, x, own)
-        for name in self.routing.active:
+        active = self.routing.active
+        made = {} if self.siblings is None or given is None or given.numel() < WORTH else self.siblings.lowered(self, active, y, x, given)
+        for name in active:
             if name in self._modules:
-                y, own = self[name](self.kind.term, y, x, own), True
+                low = self[name]
+                y, own = low(self.kind.term, y, x, own, made[low]) if low in made else low(self.kind.term, y, x, own), True
         return y
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.forward(*args) if not is_hooked(self) else super().__call__(*args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -163,7 +173,7 @@ class LoraForward(Graft):
     """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
+        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
         base = type(self)._lora_base
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = not torch.compiler.is_compiling() and makes_output(base) and type(self._parameters.get("weight")) is nn.Parameter  # type: ignore[arg-type]
@@ -174,7 +184,7 @@ class LoraForward(Graft):
         y = base.forward(self, *args, **kwargs)
         for child in self._modules.values():
             if isinstance(child, Adapters):
-                y = child(x, y, own)
+                y = child(x, y, own, given)
         return y if shape is None else y.unflatten(0, shape[:-1])
 
 

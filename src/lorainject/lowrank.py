@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 Term = Callable[["LowRank", Tensor, Tensor, bool], Tensor]
 """(adapter, output y, input x, whether y may be written to) -> y with the low-rank term of x added."""
@@ -86,6 +87,9 @@ class LowRank(nn.Module):
     def forward(self, use: Callable[..., Any], *args: Any) -> Any:
         return use(self, *args)
 
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args) if not is_hooked(self) else super().__call__(*args)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A ~ Kaiming uniform (as in loralib and PEFT) or Gaussian of deviation 1/r; B = 0, so the output is the base's."""
@@ -116,6 +120,12 @@ class LowRank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module has to go through torch, for somebody's hooks: that takes as long as a product with one token."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+                or _has_any_global_hook())  # fmt: skip
 
 
 def scale(alpha: float, r: int, scaling: str) -> float:

@@ -11,16 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .accumulate import accumulate
 from .adapters import FROZEN, Adapters, Host, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, switches, walk
 from .errors import GraftError, StateError
 from .find import find
-from .kinds import KINDS, WHOLE, is_sharded, kind_of
+from .kinds import KINDS, WHOLE, is_sharded, kind_of, shape_of
 from .lowrank import LowRank
 from .merge import unmerge
 from .payload import Payload
 from .readers import mount, objections, set_grafts, unmount
 from .replaced import Replaced
 from .routing import ROOTS, Routing, Rows
+from .siblings import Siblings, kin
 from .spec import LoraSpec, Override, Plan, Site, Target
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -76,6 +78,7 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, Given]
                 own = Adapters(routing[0], kind_of(module, new.parameter) or WHOLE, new.parameter)
             mount(new.paths, module, own, [*new.readers, (new.paths[0], module)])
             own[name] = new.adapter
+        _introduce(modules)
         for each in routing:
             each.before[name], each.active = each.active, (name,)
         _freeze(model)
@@ -156,6 +159,19 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     if not adapters:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
+
+
+def _introduce(modules: Mapping[str, nn.Module]) -> None:
+    """Those to each other that probably read the same input."""
+    families: dict[tuple[str, int], list[Adapters]] = {}
+    for path, module in modules.items():
+        for own in module._modules.values():
+            if isinstance(own, Adapters) and own.kind.term is accumulate and (family := kin(path) or (own.label and path)):
+                families.setdefault((family, own.kind.sizes(shape_of(module, own.parameter))[2]), []).append(own)
+    for members in families.values():
+        siblings = Siblings(dict.fromkeys(members))
+        for each in members:
+            each.siblings = siblings
 
 
 def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LowRank:
