@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorainject as li
+from lorainject import adapters
 
 from models import bits, gpt2, ids, llama, randomise, run
 
@@ -130,10 +131,13 @@ def test_they_read_our_embedding(base, tmp_path):
     assert their_bytes > ours_bytes + base.model.embed_tokens.weight.nbytes // 2
 
 
-def test_training_step_by_step(base):
-    """Twenty AdamW steps from the same A and B: the losses of both are the same, step by step."""
-    theirs = peft_model(base, target_modules=["q_proj", "v_proj"])
-    li.inject(base, ["q_proj", "v_proj"], r=4, alpha=8)
+@pytest.mark.parametrize("shares", [True, False])
+def test_training_step_by_step(base, shares, monkeypatch):
+    """Fifty AdamW steps from the same A and B on the same data: the losses of both are the same, step by step."""
+    monkeypatch.setattr(adapters, "WORTH", 1 if shares else 1 << 30)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = peft_model(base, target_modules=targets)
+    li.inject(base, targets, r=4, alpha=8)
     with torch.no_grad():
         for m in base.modules():
             if hasattr(m, "lora"):
@@ -145,7 +149,7 @@ def test_training_step_by_step(base):
     for model, params in ((base, list(li.parameters(base))), (theirs, [p for p in theirs.parameters() if p.requires_grad])):
         optimizer = torch.optim.AdamW(params, lr=1e-2)
         losses.append([])
-        for step in range(20):
+        for step in range(50):
             x = ids(rows=2, length=9) + step % 3
             loss = model(input_ids=x % 99, labels=x % 99).loss
             optimizer.zero_grad()

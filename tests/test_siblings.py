@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -132,7 +133,9 @@ def written(x: Tensor) -> Tensor:
         return x.mul_(2)
 
 
-@pytest.mark.parametrize("between", [lambda x: x.clone(), lambda x: x * 2, lambda x: x.view(x.shape), written], ids=["copy", "other", "view", "write"])
+@pytest.mark.parametrize(
+    "between", [lambda x: x.clone(), lambda x: x * 2, lambda x: x.view(x.shape), written], ids=["copy", "other", "view", "write"]
+)
 def test_another_input_is_another(between, products):
     """Whatever happens to x on the way, each gets the term of its own; and the next time nobody computes for others in vain."""
     model = adapted()
@@ -217,10 +220,8 @@ def test_nothing_is_left(train, fails):
         leaf = torch.randn(4, D, requires_grad=train)
         x = leaf * 1
         seen = weakref.ref(x)
-        try:
-            del model(x)[0]
-        except (ZeroDivisionError, TypeError):
-            pass
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            model(x)
         del x, leaf
     gc.collect()
     made = model.q_proj.lora.siblings.made

@@ -16,6 +16,7 @@ from .files.engines import ENGINES
 from .files.inplace import merge_in_place, unmerge_in_place
 from .files.record import AdapterFile, StoredSite, TokenRows
 from .files.source import Hints
+from .files.swap import hotswap
 from .find import find
 from .merge import MergedSite, MergeReport, deltas, merge, unmerge
 from .probe import Reach, probe
@@ -54,6 +55,7 @@ __all__ = [
     "disabled",
     "eject",
     "find",
+    "hotswap",
     "inject",
     "load",
     "merge",

@@ -117,7 +117,9 @@ class Adapters(nn.Module):
         if self.routing.rows is not None:
             return self.routing.rows.add(cast("dict[str | None, LowRank]", self._modules), self.kind.term, y, x, own)
         active = self.routing.active
-        made = {} if self.siblings is None or given is None or given.numel() < WORTH else self.siblings.lowered(self, active, y, x, given)
+        made: Mapping[LowRank, Tensor] = {}
+        if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and given.numel() >= WORTH:
+            made = self.siblings.lowered(self, active, y, x, given)
         for name in active:
             if name in self._modules:
                 low = self[name]

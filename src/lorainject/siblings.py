@@ -71,7 +71,7 @@ class Siblings:
     def lowered(self, mine: nn.Module, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor) -> Mapping[LowRank, Tensor]:
         """x A^T (M, r) for the adapters of one of them, as far as it was made for all. `given` is what the module was called with; x is that, or
         a view of it."""
-        if len(self.members) < 2 or mine not in self.members or is_watched(y) or given.is_inference():
+        if is_watched(y) or len(self.members) < 2 or mine not in self.members or given.is_inference():
             return {}
         may_grad = torch.is_grad_enabled()
         if may_grad and (given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):

@@ -105,13 +105,19 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     wrong = [f"{s.name}: {reason}" for s in file.sites if (reason := payloads.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))]
     replaced = payloads.replacements(model, file, by_name, wrong)
     sites = fitted(model, file, by_name, dtype, wrong)
-    others = [s.name for s in sites if check_base and file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
+    if check_base:
+        require_base(file, by_name, sites)
+    factors = {s.name: payloads.given(s, dtype) for s in file.sites}
+    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors, replaced)
+
+
+def require_base(file: AdapterFile, by_name: Mapping[str, Weight], sites: Sequence[Site]) -> None:
+    """Raises FileError with every weight that differs from the one that the adapter was made for, as far as the file tells."""
+    others = [s.name for s in sites if file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
                         [f"{at}: another base weight than the one this adapter was made for" for at in others],
                         "load it onto its own base, or pass check_base=False")  # fmt: skip
-    factors = {s.name: payloads.given(s, dtype) for s in file.sites}
-    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors, replaced)
 
 
 def _task(model: nn.Module) -> str | None:
