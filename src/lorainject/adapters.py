@@ -73,11 +73,13 @@ class Adapters(nn.Module):
 
     def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False) -> None:
         super().__init__()
-        self.routing, self.kind, self.parameter, self.label, self.named, self.read = routing, kind, parameter, label, named, False
-        self.folded: Folded | None = None
-        self.fallbacks: Counter[str] = Counter()
-        self.siblings: Siblings | None = None
+        vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
+            routing=routing, kind=kind, parameter=parameter, label=label, named=named, read=False, folded=None, fallbacks=Counter(), siblings=None,
+        )  # fmt: skip
 
+    routing: Routing
+    kind: Kind
+    folded: Folded | None
     parameter: str
     """The name of the weight in its module."""
     label: str

@@ -6,6 +6,8 @@ float32. Within one dtype the bits must agree; between two, up to the rounding o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,14 @@ def sample(weight: Tensor) -> Tensor | None:
     """SAMPLES values of a weight (float32, on the weight's device), at fixed places spread over it; None on the meta device."""
     if weight.is_meta or weight.numel() == 0:
         return None
-    where = torch.unravel_index(torch.tensor(places(weight.numel()), device=weight.device), weight.shape)
-    return weight.detach()[where].to(torch.float32)
+    weight, where = weight.detach(), _where(weight.numel(), weight.device)
+    found = weight.view(-1)[where] if weight.is_contiguous() else weight[torch.unravel_index(where, weight.shape)]
+    return found.to(torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _where(numel: int, device: torch.device) -> Tensor:
+    return torch.tensor(places(numel), device=device)
 
 
 def places(numel: int) -> list[int]:

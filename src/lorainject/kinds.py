@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,13 @@ def makes_output(cls: type[nn.Module]) -> bool:
 def is_quantised(module: nn.Module) -> bool:
     """Whether the weight is stored in a form that only the module's own forward can use."""
     weight = module._parameters.get("weight")
-    classes = (*type(module).__mro__, *type(weight).__mro__, *type(getattr(weight, "data", None)).__mro__)
-    return any(f"{c.__module__}.".startswith(QUANTISED) for c in classes)
+    classes: tuple[Any, ...] = (type(module), type(weight), type(getattr(weight, "data", None)))
+    return any(_quantises(cls) for cls in classes)
+
+
+@cache
+def _quantises(cls: Any) -> bool:
+    return any(f"{c.__module__}.".startswith(QUANTISED) for c in cls.__mro__)
 
 
 def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:

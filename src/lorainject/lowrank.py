@@ -66,14 +66,23 @@ class LowRank(nn.Module):
                  padding_idx: int | None = None, slices: tuple[range, ...] | None = None, out: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.r, self.alpha, self.scaling, self.dropout, self.init = A.shape[-2], alpha, scaling, dropout, init
-        self.padding_idx, self.out = padding_idx, B.shape[-2] if out is None else out
-        self.slices = slices
-        self.parts = _parts(slices)
+        vars(self).update(  # what is no tensor: nn.Module's way takes 10 us each
+            r=A.shape[-2], alpha=alpha, scaling=scaling, dropout=dropout, init=init, padding_idx=padding_idx,
+            out=B.shape[-2] if out is None else out, slices=slices, parts=_parts(slices),
+        )  # fmt: skip
         self.register_buffer("s", None, persistent=False)
         self.register_buffer("rows", None, persistent=False)
         self._rebuild()
 
+    r: int
+    alpha: float
+    scaling: str
+    dropout: float
+    init: str
+    padding_idx: int | None
+    out: int
+    """Outputs of the whole weight."""
+    slices: tuple[range, ...] | None
     s: Tensor
     rows: Tensor | None
     parts: Parts | None
@@ -120,6 +129,11 @@ class LowRank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether every element is. (The sum tells, unless it overflows, in a third of the time.)"""
+    return math.isfinite(float(t.detach().sum())) or bool(t.isfinite().all())
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from .errors import MergeError, StateError, SurvivalWarning
 from .fold import Desk, Measured, wide
 from .graft import bare
 from .kinds import is_quantised, is_sharded
+from .lowrank import is_finite
 from .payload import Payload
 from .quantised import scheme
 from .readers import objections, set_grafts
@@ -311,7 +312,7 @@ def _unfoldable(w: Whole, names: Sequence[str], tied: Mapping[tuple[int, str], l
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
     if host.place in tied:
         return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
-    if not all(bool(p.isfinite().all()) for a in w.adapters(names) for p in a.parameters()):
+    if not all(is_finite(p) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
     if is_quantised(host.module) and any(isinstance(a, Payload | Replaced) for a in w.adapters(names)):
         return "its weight is quantised, and magnitudes or an update of the bias come with A and B: keep the adapter unmerged"

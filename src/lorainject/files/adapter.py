@@ -25,7 +25,7 @@ from ..find import name_problems, site, total, unfit, wrapped
 from ..fingerprint import agree, sample
 from ..graft import bare
 from ..kinds import is_quantised, is_sharded, shape_of
-from ..lowrank import LowRank
+from ..lowrank import LowRank, is_finite
 from ..match import Pick, parts_of
 from ..replaced import Replaced
 from ..spec import Plan, Site, site_name
@@ -174,11 +174,12 @@ def _print(module: nn.Module, parameter: str) -> Tensor | None:
 def _unwritable(host: Host, a: LowRank) -> str | None:
     if misfit(host, a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
-    if any(p.is_meta for p in a.parameters()):
+    parameters = list(a.parameters())
+    if any(p.is_meta for p in parameters):
         return "A and B lie on the meta device (offloaded, or never loaded)"
-    if any(is_sharded(p) or p.numel() == 0 for p in a.parameters()):
+    if any(is_sharded(p) or p.numel() == 0 for p in parameters):
         return "A and B are sharded over several processes"
-    if not all(bool(p.isfinite().all()) for p in a.parameters()):
+    if not all(map(is_finite, parameters)):
         return "A or B (or what comes with them) holds NaN or infinity"
     return None
 

@@ -26,6 +26,7 @@ from ..errors import FileError, system_errors
 
 JOURNAL = ".lorainject-save.json"
 LONGEST = 2**16  # bytes of a journal
+BUFFER = 2**20  # bytes that are written at a time: an adapter's tensors are many and small
 SECONDS = 60.0  # that a writer waits for another
 TRIES = 1000  # of a reader, while others write
 T = TypeVar("T")
@@ -33,7 +34,7 @@ Where = Callable[[str], "Path | None"]
 """Where the file of this name is read; None if there is none."""
 
 
-def write(files: Mapping[Path, Iterable[bytes] | None]) -> None:
+def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
     """Write these files, all of one folder if there are several; None: there must be none of this name. Modes follow the umask.
 
     Raises FileError if that can't be done; what was there is then untouched.
@@ -178,9 +179,9 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _put(path: Path, pieces: Iterable[bytes]) -> None:
+def _put(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """A new file, on disk for good."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as f:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=BUFFER) as f:
         f.writelines(pieces)
         f.flush()
         os.fsync(f.fileno())

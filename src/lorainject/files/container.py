@@ -54,7 +54,7 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header.get("__metadata__", {})
 
 
-def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file in pieces: the header, then one piece a tensor, in the order of the names."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
@@ -68,10 +68,10 @@ def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator
         yield raw(t)
 
 
-def raw(tensor: Tensor) -> bytes:
-    """The tensor's elements as little-endian bytes."""
+def raw(tensor: Tensor) -> memoryview:
+    """The tensor's elements as little-endian bytes; its own memory if it lies on the CPU, contiguous."""
     assert sys.byteorder == "little", "safetensors is little endian"
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _guess(path: Path) -> str:

@@ -17,7 +17,7 @@ from . import exact
 from .record import AdapterFile, StoredSite
 from .source import Hints, Source
 
-Files = Mapping[Path, Iterable[bytes] | None]
+Files = Mapping[Path, Iterable[bytes | memoryview] | None]
 """What is to be written: by path, the bytes in pieces; None for a file that must not be there."""
 
 # Beyond linear weights: what a record may have and a format not hold, and how a site shows it.

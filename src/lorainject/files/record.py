@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import KINDS
-from ..lowrank import scale
+from ..lowrank import is_finite, scale
 from ..spec import is_alpha, site_name
 
 NONE = torch.empty(0)  # in place of A and B until they are found
@@ -178,7 +178,7 @@ def _sizes(s: StoredSite) -> tuple[int, ...] | None:
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensors that are not finite floats, whatever they are called; single numbers (kohya's alpha) may be whole."""
     odd = [f"{key}: {t.dtype} is not a floating-point type of 16 bits or more" for key, t in tensors.items() if not _is_float(t) and t.ndim]
-    return odd + [f"{key}: holds NaN or infinity" for key, t in tensors.items() if _is_float(t) and not bool(t.isfinite().all())]
+    return odd + [f"{key}: holds NaN or infinity" for key, t in tensors.items() if _is_float(t) and not is_finite(t)]
 
 
 def _is_float(t: Tensor) -> bool:
