@@ -151,7 +151,7 @@ ROWS = (
         limit="one copy of the checkpoint, less with reflinks; memory: one tile",
         goals={"T / PEFT's": Goal(0.35, 0.2), "T / cp's": Goal(None, 2), "growth, MiB": Goal(100, 48)},
         measure=merge,
-        bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every adapted tensor is read, folded and"
-        " written once. The memory is the threads' tiles and their read and write buffers.",
+        bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every adapted tensor is read, folded"
+        " and written once. The memory is the threads' tiles and their read and write buffers.",
     ),
 )
