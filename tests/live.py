@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lorainject as li
@@ -143,6 +144,53 @@ def diffusers(at: Path) -> tuple[float, float]:
     return apart(found, deltas(file)), apart(deltas(back), deltas(file))
 
 
+def tensors_of(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """A kohya file of rank 2, with an adapter (out, in) under each name."""
+    found = {}
+    for name, (out, in_) in sizes.items():
+        found |= {f"{name}.lora_down.weight": torch.randn(2, in_), f"{name}.lora_up.weight": torch.randn(out, 2), f"{name}.alpha": torch.tensor(3.0)}
+    return found
+
+
+def original_unet(at: Path) -> tuple[None, float]:
+    """SDXL's U-Net under Stability's names: one file, read by diffusers and by us."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    def unet() -> nn.Module:
+        return emptied(UNet2DConditionModel(block_out_channels=(8, 16, 16), layers_per_block=2, sample_size=8, norm_num_groups=4, cross_attention_dim=12,
+                                            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                                            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")))  # fmt: skip
+
+    blocks = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "middle_block_1", "output_blocks_0_1", "output_blocks_4_1")
+    tensors = tensors_of({f"lora_unet_{block}_transformer_blocks_0_attn1_{leaf}": (16, 16) for block in blocks for leaf in ("to_q", "to_out_0")})
+    save_file(tensors, at / "sai.safetensors")
+    model = unet()
+    found, alphas = StableDiffusionXLPipeline.lora_state_dict(str(at / "sai.safetensors"), unet_config=model.config)
+    StableDiffusionXLPipeline.load_lora_into_unet(found, alphas, model)
+    model.fuse_lora()
+    theirs = {k.replace(".base_layer", ""): t for k, t in changed(model).items() if ".lora_" not in k}
+    return None, apart({path: d for path, _, d in li.deltas(li.load(unet(), at / "sai.safetensors"))}, theirs)
+
+
+def original_flux(at: Path) -> tuple[None, float]:
+    """Flux under its own names, with fused weights: one file, read by diffusers and by us."""
+    from diffusers import FluxPipeline
+
+    d, names = 3072, {"double_blocks_0_img_attn_qkv": 3, "double_blocks_1_txt_attn_qkv": 3, "single_blocks_0_linear1": 7, "single_blocks_1_linear2": 1,
+                      "double_blocks_0_img_mlp_0": 4, "double_blocks_0_txt_attn_proj": 1, "double_blocks_0_img_mod_lin": 6}  # fmt: skip
+    save_file(tensors_of({f"lora_unet_{name}": (n * d, 4) for name, n in names.items()}), at / "flux.safetensors")
+    found = FluxPipeline.lora_state_dict(str(at / "flux.safetensors"))
+    at_ = {key.removesuffix(".lora_A.weight") for key in found if key.endswith(".lora_A.weight")}
+    theirs = {k.removeprefix("transformer."): found[f"{k}.lora_B.weight"].double() @ found[f"{k}.lora_A.weight"].double() for k in at_}
+    model = nn.Module()
+    for path, delta in theirs.items():
+        owner = model
+        for name in path.split(".")[:-1]:
+            owner = owner._modules.setdefault(name, nn.Module())  # type: ignore[assignment]
+        owner.add_module(path.rpartition(".")[2], emptied(nn.Linear(delta.shape[1], delta.shape[0], bias=False)))
+    return None, apart({path: d for path, _, d in li.deltas(li.load(model, at / "flux.safetensors"))}, theirs)
+
+
 def mlx(at: Path) -> tuple[float, float]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -249,17 +297,27 @@ def adapters(at: Path) -> tuple[float, float]:
     return apart(found, deltas(file)), apart(deltas(back), deltas(file))
 
 
-ROWS: dict[str, tuple[str, Row]] = {
-    "peft": ("peft", peft), "transformers": ("transformers", transformers), "loralib": ("loralib", loralib), "lycoris-lora": ("kohya", lycoris), "diffusers": ("diffusers", diffusers),
-    "mlx-lm": ("mlx", mlx), "litgpt": ("litgpt", litgpt), "torchtune": ("torchtune", torchtune), "onnxruntime": ("onnx", onnxruntime), "adapters": ("adapterhub", adapters),
-}  # fmt: skip
+ROWS: tuple[tuple[str, str, Row], ...] = (
+    ("peft", "peft", peft),
+    ("transformers", "transformers", transformers),
+    ("loralib", "loralib", loralib),
+    ("lycoris-lora", "kohya", lycoris),
+    ("diffusers", "diffusers", diffusers),
+    ("diffusers", "kohya, SDXL's own names", original_unet),
+    ("diffusers", "kohya, Flux's own names", original_flux),
+    ("mlx-lm", "mlx", mlx),
+    ("litgpt", "litgpt", litgpt),
+    ("torchtune", "torchtune", torchtune),
+    ("onnxruntime", "onnx", onnxruntime),
+    ("adapters", "adapterhub", adapters),
+)
 
 
 def main() -> None:
     """One row for each library that is installed here."""
     warnings.simplefilter("ignore")
     said, wrong = [], 0
-    for library, (format, row) in ROWS.items():
+    for library, format, row in ROWS:
         try:
             version = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

@@ -190,3 +190,81 @@ def test_diffusers_reads_what_we_write(tmp_path):
             own = {key.removeprefix(f"{component}."): v for key, v in said.items() if key.startswith(f"{component}.")}
             config = LoraConfig(**{k: v for k, v in own.items() if k not in ("peft_type",)})
             assert (config.r, config.lora_alpha) == (2, alpha)
+
+
+SAI = {
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "input_blocks_8_1_proj_in": "down_blocks.2.attentions.1.proj_in",
+    "input_blocks_2_0_in_layers_2": "down_blocks.0.resnets.1.conv1",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "middle_block_0_out_layers_3": "mid_block.resnets.0.conv2",
+    "middle_block_1_transformer_blocks_9_ff_net_2": "mid_block.attentions.0.transformer_blocks.9.ff.net.2",
+    "middle_block_2_emb_layers_1": "mid_block.resnets.1.time_emb_proj",
+    "output_blocks_0_1_transformer_blocks_1_attn2_to_out_0": "up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_out.0",
+    "output_blocks_5_0_in_layers_2": "up_blocks.1.resnets.2.conv1",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "time_embed_2": "time_embedding.linear_2",
+    "label_emb_0_0": "add_embedding.linear_1",
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+}
+
+
+def kohya(at: Path, shapes: dict[str, tuple[int, ...]], r: int = 2) -> dict[str, torch.Tensor]:
+    """A file with a linear of each shape; each delta by its flat name."""
+    tensors = {}
+    for name, (out, in_) in shapes.items():
+        tensors |= {
+            f"{name}.lora_down.weight": torch.randn(r, in_),
+            f"{name}.lora_up.weight": torch.randn(out, r),
+            f"{name}.alpha": torch.tensor(1.0),
+        }
+    save_file(tensors, at)
+    return {name: tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"] / r for name in shapes}
+
+
+def test_names_of_the_original_unet(tmp_path):
+    """SDXL's adapters with Stability's names, onto diffusers' U-Net."""
+    wanted = kohya(tmp_path / "x.safetensors", {f"lora_unet_{name}": (4, 3) for name in SAI})
+    model = li.load(tree({f"{path}.weight": (4, 3) for path in SAI.values()}), tmp_path / "x.safetensors")
+    found = {path: d for path, _, d in li.deltas(model)}
+    assert found.keys() == set(SAI.values())
+    assert all(torch.allclose(found[path], wanted[f"lora_unet_{name}"], atol=1e-6) for name, path in SAI.items())
+
+
+FLUX = {
+    "double_blocks_0_img_attn_qkv": ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"],
+    "double_blocks_11_txt_attn_qkv": [f"transformer_blocks.11.attn.add_{x}_proj" for x in "qkv"],
+    "double_blocks_0_img_attn_proj": ["transformer_blocks.0.attn.to_out.0"],
+    "double_blocks_0_txt_mlp_2": ["transformer_blocks.0.ff_context.net.2"],
+    "double_blocks_0_img_mod_lin": ["transformer_blocks.0.norm1.linear"],
+    "single_blocks_3_linear1": [f"single_transformer_blocks.3.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")],
+    "single_blocks_3_linear2": ["single_transformer_blocks.3.proj_out"],
+}
+
+
+def test_names_of_the_original_flux(tmp_path):
+    """Fused weights go to their parts by rows, exactly, also where the parts differ in size; an adapter with magnitudes too."""
+    sizes = {path: 8 if path.endswith("proj_mlp") else 4 for paths in FLUX.values() for path in paths}
+    at = tmp_path / "x.safetensors"
+    wanted = kohya(at, {f"lora_unet_{name}": (sum(sizes[p] for p in paths), 3) for name, paths in FLUX.items()})
+    model = li.load(tree({f"{path}.weight": (n, 3) for path, n in sizes.items()}), at)
+    found = {path: d for path, _, d in li.deltas(model)}
+    assert found.keys() == sizes.keys()
+    for name, paths in FLUX.items():
+        assert torch.allclose(torch.cat([found[p] for p in paths]), wanted[f"lora_unet_{name}"], atol=1e-6)
+    tensors = load_file(at)
+    m = torch.rand(20, 1) + 1
+    save_file(tensors | {"lora_unet_single_blocks_3_linear1.dora_scale": m}, at)
+    model = li.load(tree({f"{path}.weight": (n, 3) for path, n in sizes.items()}), at)
+    assert torch.equal(model.get_submodule("single_transformer_blocks.3.proj_mlp").lora["default"].m, m[12:].flatten())
+
+
+@pytest.mark.parametrize("change", ["rows", "missing"])
+def test_what_is_no_flux_is_said_so(change, tmp_path):
+    """Rows that are not the parts' together, or a model without one of the parts."""
+    kohya(tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (12 + (change == "rows"), 3)})
+    model = tree({f"transformer_blocks.0.attn.to_{x}.weight": (4, 3) for x in ("qkv" if change == "rows" else "qk")})
+    with pytest.raises(li.FileError, match=r"double_blocks_0_img_attn_qkv: is not in this model"):
+        li.load(model, tmp_path / "x.safetensors")

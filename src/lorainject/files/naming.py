@@ -7,6 +7,7 @@ transformers' loader would do to the weights of that name (places.py), is done t
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from ..anatomy import Weight, weights
 from ..errors import FileError
 from ..match import parts_of
 from ..spec import site_name
-from . import exact
+from . import dialects, exact
 from .places import Place, View, places
 from .record import AdapterFile, StoredSite
 
@@ -53,6 +54,8 @@ def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
     if all(s.path in there and s.parameter in there[s.path]._parameters and (s.kind == "embedding" or not s.shape) for s in file.sites):
         return replace(file, namespace="hf")
     by_name = {n: w for w in weights(model) for n in w.names}
+    if file.namespace == "kohya":
+        file = replace(file, sites=tuple(part for s in file.sites for part in _unfused(s, by_name)))
     change = _flat(file, model) if file.namespace == "kohya" else _inside(file, model, by_name)
     sites = tuple(replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites)
     replaced, tokens = {change(p): t for p, t in file.replaced.items()}, {change(p): t for p, t in file.tokens.items()}
@@ -98,12 +101,23 @@ def _flat(file: AdapterFile, model: nn.Module) -> Callable[[str], str]:
     found: dict[str, str] = {}
     for s in file.sites:
         bare = s.path[len(prefix_of(s.path)) :]
-        tries = (bare, bare.removeprefix("text_model_"), f"text_model_{bare}")
+        tries = (bare, bare.removeprefix("text_model_"), f"text_model_{bare}", dialects.unet(bare))
         known = next((table[flat] for flat in tries if flat in table), {s.path})
         if len(known) > 1:
             raise FileError(f"{file.path}: {s.path} may mean {' or '.join(sorted(known))}", way_out="rename one of the modules")
         found[s.path] = next(iter(known))
     return lambda path: found.get(path, path)
+
+
+def _unfused(s: StoredSite, by_name: Mapping[str, Weight]) -> list[StoredSite]:
+    """A site under one of Flux's own names as sites on diffusers' modules, which have the rows of the fused weight apart; as it is otherwise."""
+    paths = dialects.flux(s.path[len(prefix_of(s.path)) :])
+    if not paths or not all(path in by_name for path in paths):
+        return [s]
+    ends = [0, *itertools.accumulate(by_name[path].module._parameters["weight"].shape[0] for path in paths)]  # type: ignore[union-attr]
+    if ends[-1] != s.B.shape[0]:
+        return [s]
+    return exact.parts(s, {path: [range(start, end)] for path, start, end in zip(paths, ends, ends[1:], strict=False)})
 
 
 def prefix_of(flat: str) -> str:
