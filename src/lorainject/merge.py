@@ -16,19 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapters import Host, Terms, merged_names, misfit, mounted, names_of, routings, walk
-from .change import WAYS, Before, InPlace, Whole, beside, can_be_linear, fold_again, mark, summed, unfold, wholes
+from .adapters import Host, Terms, merged_names, mounted, names_of, routings
+from .change import Before, InPlace, Whole, fold_again, summed, unfold, wholes
 from .errors import MergeError, StateError, SurvivalWarning
+from .exchange import WAYS, beside
 from .fold import Desk, Measured, wide
-from .graft import bare
-from .kinds import is_quantised, is_sharded
-from .lowrank import is_finite
-from .payload import Payload
-from .quantised import scheme
+from .foldable import stuck, tied, unfoldable
+from .kinds import is_quantised
 from .readers import objections, set_grafts
-from .replaced import Replaced
 from .workers import Each, uninterrupted, workers
 
 SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
@@ -114,10 +110,10 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
     weights = wholes(on)
-    tied = _tied(model)
+    ties = tied(model)
     asked_of = [w for w in weights if w.adapters(chosen)]
-    problems = objections(model) + [f"{w.name}: {reason}" for w in asked_of if (reason := _unfoldable(w, chosen, {} if untie else tied, dequantise))]
-    problems += [f"{w.name}: {reason}" for w in weights if (reason := _stuck(w))]  # the sum is formed from W0
+    problems = objections(model) + [f"{w.name}: {reason}" for w in asked_of if (reason := unfoldable(w, chosen, {} if untie else ties, dequantise))]
+    problems += [f"{w.name}: {reason}" for w in weights if (reason := stuck(w))]  # the sum is formed from W0
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
     before = _unfold(weights) if merged else {}
@@ -127,7 +123,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
             was = before[w.name].folded if w.name in before else None
             found = (was.terms if was else {}) | w.terms(chosen)
             if terms := {n: found[n] for n in names_of(model) if n in found}:  # in one order, whatever came first
-                jobs.append(WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in tied, dequantise)](w, terms))
+                jobs.append(WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in ties, dequantise)](w, terms))
         return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)
 
 
@@ -148,7 +144,7 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     if unknown := [n for n in gone if n not in merged]:
         raise StateError(f"{', '.join(map(repr, unknown))} is not merged", way_out=f"merged are {', '.join(map(repr, merged))}")
     weights = wholes(on)
-    if problems := objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := _stuck(w))]:
+    if problems := objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := stuck(w))]:
         raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
     before = _unfold(weights)
     if left := tuple(n for n in merged if n not in gone):
@@ -290,69 +286,6 @@ def _else_again(model: nn.Module, weights: Sequence[Whole], before: Mapping[str,
             fold_again(weights, before)
             _set_merged({w.name: host for w in weights for host in w.hosts}, tuple(merged))
         raise
-
-
-def _unfoldable(w: Whole, names: Sequence[str], tied: Mapping[tuple[int, str], list[str]], dequantise: bool) -> str | None:
-    """Why nothing can be folded into this weight; None if it can."""
-    host = w.hosts[0]
-    weight = host.module._parameters.get(host.adapters.parameter)
-    if weight is None:
-        return "its weight is computed (parametrised since inject)"
-    if dequantise and is_quantised(host.module) and not can_be_linear(host.module):
-        return f"a {bare(type(host.module)).__name__} can't become an nn.Linear: merge without dequantise=True, or before quantising"
-    if is_quantised(host.module) and scheme(host.module) is None:
-        return "its weight is quantised in a way that can't be redone: keep the adapter unmerged, or merge into the model before quantising"
-    if is_sharded(weight):
-        return "its weight is sharded"
-    if weight.is_inference():
-        return "its weight was made under torch.inference_mode and can't be changed"
-    if any(misfit(h, a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
-        return f"its weight is {tuple(weight.shape)} now, for which A and B were not made (resized since inject?)"
-    if weight.is_meta or any(p.is_meta for a in w.adapters(names) for p in a.parameters()):
-        return "lies on the meta device (offloaded, or never loaded): bring it back first"
-    if host.place in tied:
-        return f"its weight is tied to {', '.join(tied[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
-    if not all(is_finite(p) for a in w.adapters(names) for p in a.parameters()):
-        return "its A or B holds NaN or infinity"
-    if is_quantised(host.module) and any(isinstance(a, Payload | Replaced) for a in w.adapters(names)):
-        return "its weight is quantised, and magnitudes or an update of the bias come with A and B: keep the adapter unmerged"
-    if w.bias is None and any(isinstance(a, Payload) and a.b is not None for a in w.adapters(names)):
-        return "its layer has no bias for the update of the bias to be folded into (a new one would be a new key in the state dict)"
-    return None
-
-
-def _stuck(w: Whole) -> str | None:
-    """Why W0 can't be given back to this weight; None if it can, as far as one sees."""
-    if (folded := w.folded) is None:
-        return None
-    if not folded.reversible:
-        return "was merged with reversible=False, which keeps nothing to go back by"
-    now, shape = (w.weight.dtype, tuple(w.weight.shape)), folded.like[1]
-    if now != folded.like:
-        return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
-    if folded.original is not None and folded.original.device != w.weight.device:
-        return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
-    if folded.original is not None and w.weight is not folded.original and mark(w, folded.bias is not None) != folded.mark:
-        return "was changed since it was merged (trained, loaded or edited)"
-    return None
-
-
-def _tied(model: nn.Module) -> dict[tuple[int, str], list[str]]:
-    """For each weight (module's id, parameter) that other tensors of the model share memory with, in whole or in part: their paths."""
-    spans: dict[int, list[tuple[int, int, tuple[int, str], str]]] = {}
-    for path, module in walk(model):
-        for name, t in (module._parameters | module._buffers).items():
-            if t is not None and not is_sharded(t) and not is_traceable_wrapper_subclass(t) and not t.is_meta and t.numel():
-                extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-                spans.setdefault(t.untyped_storage().data_ptr(), []).append(
-                    (t.data_ptr(), t.data_ptr() + extent * t.itemsize, (id(module), name), f"{path}.{name}")
-                )
-    tied: dict[tuple[int, str], list[str]] = {}
-    for sharing in spans.values():
-        for start, end, mine, _ in sharing:
-            if others := [p for s, e, whose, p in sharing if s < end and start < e and whose != mine]:
-                tied.setdefault(mine, others)
-    return tied
 
 
 def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
