@@ -193,6 +193,20 @@ def test_dropout_and_hooks_keep_to_themselves(products):
     assert products == [16]  # q and k
 
 
+def test_factors_that_are_not_there_yet(products):
+    """Exchanged for a call (functional_call), or sharded until their own layer runs: theirs is not taken beforehand."""
+    model, x = adapted(), torch.randn(4, D)
+    other = apart(model)
+    given = {"k_proj.lora.default.A": torch.randn(2, D)}
+    with torch.no_grad():
+        for one, two in zip(torch.func.functional_call(model, given, x), torch.func.functional_call(other, given, x), strict=True):
+            assert torch.allclose(one, two, atol=1e-5)
+        assert products == [7]  # q and v
+        model.v_proj.lora["default"].A.data = torch.empty(0)  # as FSDP leaves it
+        model.q_proj(x)
+    assert products == [7, 5]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant, products):
     model = adapted()

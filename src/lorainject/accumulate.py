@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
 from .lowrank import LowRank, Parts, add, project
@@ -200,9 +200,12 @@ def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
 
 
 def is_plain(adapter: LowRank, device: torch.device) -> bool:
-    """Whether A and B may be used together with others': no hook brings or gathers them, nothing is dropped, and its outputs are in runs."""
-    return (type(adapter) is LowRank and not adapter._forward_pre_hooks and "forward" not in adapter.__dict__ and adapter.A.device == device
-            and not (adapter.training and adapter.dropout) and adapter.parts is not None)  # fmt: skip
+    """Whether A and B may be used together with others', before the layer is called: nothing brings, gathers or exchanges them then, nothing is
+    dropped, and the outputs are in runs."""
+    A: Tensor | None = adapter._parameters.get("A")
+    return (type(adapter) is LowRank and type(A) is nn.Parameter and A.shape[:-1] == (adapter.r,) and A.device == device
+            and not adapter._forward_pre_hooks and "forward" not in adapter.__dict__ and not (adapter.training and adapter.dropout)
+            and adapter.parts is not None)  # fmt: skip
 
 
 class Stack:
