@@ -326,6 +326,18 @@ def test_no_surgery_inside_a_context(two, verb, context):
     assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
 
 
+@pytest.mark.parametrize("context", [li.disabled, lambda m: li.rows(m, ["fr", None, "de"])])
+def test_a_copy_is_in_no_context(two, context):
+    """A copy that was made inside one is free: what computes there by the context's word, is switched by its own."""
+    model, wanted = two
+    with context(model):
+        other = copy.deepcopy(model)
+    li.activate(other, "de")
+    assert torch.allclose(run(other, X), wanted["de"], atol=1e-6)
+    li.merge(other)
+    assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
+
+
 def test_eject_from_the_middle(base):
     """With three adapters, whichever order they leave in, the one that is on is the last that is still there."""
     wanted = alone(base, "a", ["q_proj"], 1)

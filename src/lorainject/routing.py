@@ -24,7 +24,7 @@ SHORT = 4  # tokens a row up to which one product for all adapters is faster tha
 
 @dataclass
 class Routing:
-    """Which adapters are on: shared by all modules of one model, copied and pickled along with them.
+    """Which adapters are on: shared by all modules of one model, copied and pickled along with them (but not the context that is open).
 
     The state is the process's, not a thread's.
     """
@@ -45,7 +45,7 @@ class Routing:
     """The load_state_dict that is under way, or was last."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"root": None, "loading": None, "rows": None}
+        return vars(self) | {"root": None, "loading": None, "rows": None, "context": None}
 
 
 ROOTS: weakref.WeakKeyDictionary[nn.Module, Routing] = weakref.WeakKeyDictionary()
