@@ -199,8 +199,8 @@ def fitted(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], d
 def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:
     """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
     sites: list[Site] = []
-    paths = {id(m): path for path, m in reversed(list(walk(model)))}
     there = dict(walk(model))
+    paths = {id(m): path for path, m in reversed(there.items())}
     taken: dict[tuple[int, str, str], str] = {}
     for stored in file.sites:
         w = by_name.get(site_name(stored.path, stored.parameter))

@@ -49,6 +49,8 @@ def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> 
 
 def replacements(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]) -> list[Replacement]:
     """The whole tensors and rows of tokens for this model, but for those that it has already; what is wrong goes into `problems`."""
+    if not file.replaced and not file.tokens:
+        return []
     paths: dict[int, list[str]] = {}
     for path, module in walk(model):
         paths.setdefault(id(module), []).append(path)
