@@ -261,6 +261,17 @@ def test_names_of_the_original_flux(tmp_path):
     assert torch.equal(model.get_submodule("single_transformer_blocks.3.proj_mlp").lora["default"].m, m[12:].flatten())
 
 
+@pytest.mark.parametrize("onto", ["diffusers", "original"])
+def test_comfyui_s_names(onto, tmp_path):
+    """The original code's paths behind `diffusion_model.`: onto diffusers' modules, or onto the original model."""
+    path, A, B = "double_blocks.0.img_attn.qkv", torch.randn(2, 3), torch.randn(12, 2)
+    save_file({f"diffusion_model.{path}.lora_A.weight": A, f"diffusion_model.{path}.lora_B.weight": B}, tmp_path / "x.safetensors")
+    there = {f"{path}.weight": (12, 3)} if onto == "original" else {f"{p}.weight": (4, 3) for p in FLUX["double_blocks_0_img_attn_qkv"]}
+    with pytest.warns(UserWarning, match="the scale was taken for 1"):
+        model = li.load(tree(there), tmp_path / "x.safetensors")
+    assert torch.allclose(torch.cat([d for _, _, d in li.deltas(model)]), B @ A, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", ["rows", "missing"])
 def test_what_is_no_flux_is_said_so(change, tmp_path):
     """Rows that are not the parts' together, or a model without one of the parts."""

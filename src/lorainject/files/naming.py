@@ -25,6 +25,7 @@ from . import dialects, exact
 from .places import Place, View, places
 from .record import AdapterFile, StoredSite
 
+ORIGINAL = "diffusion_model."
 EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
 LEAVES = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}  # gate, up, down
 # For each of kohya's prefixes the part of a pipeline that it may mean, as diffusers calls it; the longer prefixes first.
@@ -54,6 +55,9 @@ def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
     if all(s.path in there and s.parameter in there[s.path]._parameters and (s.kind == "embedding" or not s.shape) for s in file.sites):
         return replace(file, namespace="hf")
     by_name = {n: w for w in weights(model) for n in w.names}
+    if all(s.path.startswith(ORIGINAL) and s.path.removeprefix(ORIGINAL) not in by_name for s in file.sites):
+        flat = tuple(replace(s, path="lora_unet_" + s.path.removeprefix(ORIGINAL).replace(".", "_")) for s in file.sites)
+        file = replace(file, sites=flat, namespace="kohya")  # ComfyUI's, with the dots of the names that kohya has without
     if file.namespace == "kohya":
         file = replace(file, sites=tuple(part for s in file.sites for part in _unfused(s, by_name)))
     change = _flat(file, model) if file.namespace == "kohya" else _inside(file, model, by_name)
