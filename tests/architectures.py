@@ -348,6 +348,10 @@ def share(base: nn.Module, seen: Products, adapted: list[str], out: set[str]) ->
     return {"share": part(seen.matmul - design), "share_all": part(seen.matmul), "share_conv": part(seen.conv), "missed": missed[:4]}
 
 
+def doubled(inputs: Inputs) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
 def against_oracle(base: nn.Module, model: nn.Module, sited: list[Site], inputs: Inputs, noise: float) -> dict[str, Any]:
     """Outputs and gradients. Where it may be float32's rounding that is large (it moves a choice of experts), float64 decides."""
     try:
@@ -357,9 +361,8 @@ def against_oracle(base: nn.Module, model: nn.Module, sited: list[Site], inputs:
             raise
         first = e
     try:
-        wide, wide_base = clone(model).double(), clone(base).double()
-        doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-        return _against_oracle(wide_base, wide, sites(wide), doubled, 1e-8, 1e-6) | {"float64": str(first)}
+        wide = clone(model).double()
+        return _against_oracle(clone(base).double(), wide, sites(wide), doubled(inputs), 1e-8, 1e-6) | {"float64": str(first)}
     except Wrong as e:
         raise Wrong(f"{first} (float64: {e})") from None
     except Exception:  # many models hold on to float32 somewhere
@@ -429,7 +432,7 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
         return check_merge(base, rest, inputs, noise, [*excluded, *tied]) | {"tied": len(tied)}
     got = outputs(model, inputs)
     dense, _ = oracle(base, deltas)
-    if (d := apart(got, want)) > close and (d := apart(got, outputs(dense, inputs))) > close:
+    if (d := apart(got, want)) > close and (d := apart(got, outputs(dense, inputs))) > close and not _merges_in_float64(model, inputs):
         raise Wrong(f"merged output differs by {d:.1g}")
     for path, parameter, _ in deltas:
         W, D = (m.get_submodule(path)._parameters[parameter].detach() for m in (model, dense))
@@ -441,6 +444,19 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
     if (d := apart(outputs(model, inputs), want)) > max(EXACT, 3 * noise):
         raise Wrong(f"the output after unmerge differs by {d:.1g}")
     return {"exact": True}
+
+
+def _merges_in_float64(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether merging keeps the outputs in float64: some bases (swinv2, vits) are themselves 2e-5 off theirs in float32."""
+    wide = clone(model)
+    li.unmerge(wide)
+    wide.double()
+    try:
+        want = outputs(wide, doubled(inputs))
+    except Exception:  # many models hold on to float32 somewhere
+        return False
+    li.merge(wide)
+    return apart(outputs(wide, doubled(inputs)), want) <= 1e-8
 
 
 def check_half(base: nn.Module) -> str:

@@ -16,7 +16,7 @@ SAMPLE = {
     "text": ["llama", "gpt2", "bert", "t5", "bloom", "deberta", "funnel", "mobilebert"],
     "experts": ["mixtral", "gpt_oss", "llama4_text", "dbrx", "deepseek_v3"],
     "state space": ["mamba", "jamba", "recurrent_gemma", "zamba"],
-    "vision": ["vit", "swin", "resnet", "mask2former"],
+    "vision": ["vit", "swin", "swinv2", "resnet", "mask2former"],
     "audio": ["whisper", "wavlm", "encodec"],
     "several": ["clip", "siglip", "qwen2_5_vl"],
 }
