@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapters import Folded, Host, Terms
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import TILE, Desk, Fold, Journal, Kept, checksum, same, tiles, wide
+from .fold import TILE, Desk, Fold, Journal, Kept, at_most, checksum, quick, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, joined, norm
@@ -69,7 +69,7 @@ class Whole:
     def tiles(self, weight: Tensor, P: Tensor, Q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Each tile (rows, *rest), a view of the weight, with the P (rows, R) and Q (R, width) of its delta."""
         for W, p, q in zip(weight, P, Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, P, Q)]:
-            for rows in tiles(len(W), q.shape[-1], p.device):
+            for rows in tiles(len(W), q.shape[-1], p.device, p.dtype):
                 yield W[rows], p[rows], q
 
     @property
@@ -122,14 +122,17 @@ class InPlace:
         if not self.before.is_contiguous():
             return False
         P, Q = summed(self.terms)
-        low, high = torch.aminmax(self.before)
-        bound = float(P.norm(dim=-1).max() * Q.norm(dim=-2).max()) + max(float(high), -float(low))
+        of_d = float(P.square().sum(-1).amax() * Q.square().sum(-2).amax()) ** 0.5
+        bound = of_d + at_most(self.before.detach())
         return bound < torch.finfo(self.before.dtype).max / 2  # not if NaN or infinity is in it
 
     def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
         self._tiled(P, Q, self.before if write else None, each, keep, plain=not keep)
 
     def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
+        if not keep:
+            P, Q = quick(P, Q, self.before.dtype)
+
         def fold(i: int, view: Tensor, p: Tensor, q: Tensor, out: Tensor | None) -> None:
             if plain and out is not None:
                 self.tally.add(i, flat(view), p, q, flat(out))

@@ -5,6 +5,10 @@ Where so many miss that keeping them would cost more than the tile does (a delta
 A checksum of W0 says whether what came out is W0: another BLAS library, or another device, may compute another d.
 
 d is a product in float64, rounded to float32 (or not, for a float64 weight); in that dtype the sum is formed, and rounded once.
+
+A fold that nobody takes out again may form d in float32 throughout, which takes half the time or less. For its bits to be the same
+however a matrix is cut, transposed or fused (on disk, in memory), all of it is made of products of one size, for which a BLAS library
+does one thing: it adds up p_ik q_kj over k, in order, by fused multiply-adds. Where it is seen to do something else, float64 is taken.
 """
 
 from __future__ import annotations
@@ -12,36 +16,74 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .errors import MergeError
+from .workers import workers
 
 TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
+QUICK_TILE = 1 << 20  # for factors in float32: these are worked on in smaller pieces anyway
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRODUCT = 1 << 17  # elements of a product in float64, which is rounded before it leaves the cache
-STEP, RUN = 1031, 64  # so many elements of every so many are measured; a prime, so that they lie in other columns on each row
+ENOUGH, STEP = 1 << 15, 17  # so many elements of a tile are measured, in whole rows, but of so many rows at least one
+BLOCK = 48, 1024  # rows and columns of a product in float32: multiples of what the innermost loops of a library do at once
+STRIP = 2 * BLOCK[1]  # columns that are added at once
+DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 LANES = 1 << 12  # words that a checksum leaves to be multiplied in 64 bits, which is slow
 MULTIPLIERS = [pow(0x9E3779B1, 2 * i + 1, 1 << 32) - (1 << 31) | 1 for i in range(40)]
 WHOLE = -1
 GAP, LONGEST = torch.uint16, (1 << 16) - 1
 
 
-def tiles(rows: int, width: int, device: torch.device | str = "cpu") -> Iterator[slice]:
-    """The tiles of a matrix: whole rows, as many as fit."""
-    step = max(1, (TILE if torch.device(device).type == "cpu" else GPU_TILE) // width)
+def tiles(rows: int, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Iterator[slice]:
+    """The tiles of a matrix: whole rows, as many as fit; for factors in float32 (see `quick`), whole blocks of rows."""
+    unit = BLOCK[0] if dtype == torch.float32 else 1
+    size = GPU_TILE if torch.device(device).type != "cpu" else QUICK_TILE if dtype == torch.float32 else TILE
+    step = max(unit, size // width // unit * unit)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which the sum for a weight of this dtype is formed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def quick(P: Tensor, Q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors in float64, as Desk.sum and Desk.add want them for a weight of this dtype: in float32 where that does, else as they are."""
+    largest = [float(f.abs().amax()) if f.numel() else 0.0 for f in (P, Q)]
+    in_range = all(x == 0 or 1e-18 < x < 1e18 for x in largest)
+    does = wide(dtype) == torch.float32 and P.device.type == "cpu" and Q.shape[-2] <= DEEPEST and in_range and chained()
+    return (P.float(), Q.float()) if does else (P, Q)
+
+
+def chained() -> bool:
+    """Whether blocks are what they should be here: not, say, after torch.set_float32_matmul_precision("medium")."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and _chained()
+
+
+@functools.cache
+def _chained() -> bool:
+    P, Q = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in ((BLOCK[0], 8), (8, BLOCK[1])))
+    found: list[Tensor] = []
+    with workers() as each:  # in one thread, as it will be
+        each(lambda: found.append(torch.mm(P, Q)), [()])
+    return torch.equal(found[0], chain(P, Q))
+
+
+def chain(P: Tensor, Q: Tensor) -> Tensor:
+    """P Q of float32, by its definition: over k, in order, each product added exactly and the sum rounded."""
+    total = torch.zeros(len(P), Q.shape[1])
+    for p, q in zip(P.double().T, Q.double(), strict=True):
+        total = (total + torch.outer(p, q)).float()
+    return total
 
 
 class Measured(NamedTuple):
@@ -64,11 +106,6 @@ class Measured(NamedTuple):
         """<M - W0, d> / <d, d>: the share of d that is really in M; 1 for a zero d."""
         return 1 + self.dot / self.asked if self.asked else 1.0
 
-    @property
-    def error(self) -> float:
-        """|M - W0 - d| / |d|; 0 for a zero d."""
-        return (self.lost / self.asked) ** 0.5 if self.asked else 0.0
-
 
 class Kept(NamedTuple):
     """What is kept of one tile."""
@@ -86,31 +123,55 @@ class Kept(NamedTuple):
 class Desk(threading.local):
     """Each thread's memory for one tile, used again for the next: to take it anew, or more of it than a cache holds, costs more than the work.
 
-    Tiles are (rows, width), contiguous; d = P Q, finite, with P (rows, R) and Q (R, width) in float64. What the functions return is
-    overwritten by the next call.
+    Tiles are (rows, width), contiguous; d = P Q, finite, with P (rows, R) and Q (R, width) in float64, or for `sum` and `add` as `quick`
+    gives them. What the functions return is overwritten by the next call.
     """
 
     like: tuple[torch.Size, torch.dtype, torch.device] | None = None
     tile: Tensor | None = None
+    wide: Tensor | None = None
+    narrow: Tensor | None = None
+    strips: Tensor | None = None
 
-    def fold(self, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> tuple[Tensor, Measured, Kept | None]:
-        """M, what became of d, and, if asked for, what to keep. Raises MergeError where W0 is finite and M is not."""
+    def fold(self, w0: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Measured, Kept]:
+        """M, what became of d, and what to keep. Raises MergeError where W0 is finite and M is not."""
         self._lay(w0, P, Q)
-        m = self._plus_d(w0)
-        low, high = torch.aminmax(m)
-        if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
-            raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
-        return m, self._measured(w0), self._kept(w0, m) if keep else None
+        m = _finite(self._plus_d(w0), w0)
+        return m, measured(w0, lambda rows: self.d[rows]), self._kept(w0, m)
+
+    def sum(self, w0: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Measured]:
+        """M without a way back, and what became of d. Raises MergeError where W0 is finite and M is not."""
+        m = self.narrow = _like(self.narrow, w0, w0.dtype)
+        found = self.add(w0, P, Q, m)
+        return _finite(m, w0), found
 
     def add(self, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Measured:
         """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
-        self._lay(w0, P, Q)
-        measured = self._measured(w0)
-        if out.dtype == self.d.dtype:
-            torch.add(w0, self.d, out=out)
+        found = measured(w0, lambda rows: P[rows] @ Q)
+        if P.dtype == torch.float32:
+            for at, d, total in self._strips(P, Q):
+                torch.add(w0[at], d, out=out[at]) if out.dtype == d.dtype else out[at].copy_(total.copy_(w0[at]).add_(d))
         else:
-            out.copy_(self.sum.copy_(w0).add_(self.d))
-        return measured
+            total = self.wide = _like(self.wide, w0, P.dtype)
+            out.copy_(total.copy_(w0).addmm_(P, Q))
+        return found
+
+    def _strips(self, P: Tensor, Q: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        """P Q piece by piece, in blocks of one size with zeros around: where it is, the piece, and room for as much again."""
+        height, breadth = BLOCK
+        if self.strips is None:
+            self.strips = torch.empty(2, height, STRIP)
+        blocks = self.strips[0].split(breadth, 1)
+        for left in range(0, Q.shape[1], STRIP):
+            strip = Q[:, left : left + STRIP]
+            parts = [_padded(part, 1, breadth) for part in strip.split(breadth, 1)]
+            for top in range(0, len(P), height):
+                rows = P[top : top + height]
+                padded = _padded(rows, 0, height)
+                for part, block in zip(parts, blocks, strict=False):
+                    torch.mm(padded, part, out=block)
+                d, total = self.strips[:, : len(rows), : strip.shape[1]]
+                yield (slice(top, top + height), slice(left, left + STRIP)), d, total
 
     def unfold(self, m: Tensor, P: Tensor, Q: Tensor, kept: Kept) -> Tensor | None:
         """W0; None if what comes out is not W0, or M is not what it was."""
@@ -137,39 +198,24 @@ class Desk(threading.local):
         step = max(1, PRODUCT // tile.shape[1])
         if self.like != (tile.shape, tile.dtype, tile.device):
             self.like = tile.shape, tile.dtype, tile.device
-            self.d, self.sum, self.other = (torch.empty_like(tile, dtype=wide(tile.dtype)) for _ in range(3))
+            self.d, self.total, self.other = (torch.empty_like(tile, dtype=wide(tile.dtype)) for _ in range(3))
             product = torch.empty(min(step, len(tile)), tile.shape[1], dtype=torch.float64, device=P.device)
             self.parts = [(d, product[: len(d)]) for d in self.d.split(step)]
             narrow = self.d.dtype != tile.dtype
-            self.m, self.guess = (torch.empty_like(tile), torch.empty_like(tile)) if narrow else (self.sum, self.other)
+            self.m, self.guess = (torch.empty_like(tile), torch.empty_like(tile)) if narrow else (self.total, self.other)
             self.differ = torch.empty_like(tile, dtype=torch.bool).view(-1)
         for p, (d, product) in zip(P.split(step), self.parts, strict=True):
             d.copy_(torch.mm(p, Q, out=product))
 
     def _plus_d(self, w0: Tensor) -> Tensor:
-        if self.m is self.sum:
-            return torch.add(w0, self.d, out=self.sum)
-        return self.m.copy_(self.sum.copy_(w0).add_(self.d))
+        if self.m is self.total:
+            return torch.add(w0, self.d, out=self.total)
+        return self.m.copy_(self.total.copy_(w0).add_(self.d))
 
     def _minus_d(self, m: Tensor) -> Tensor:
         if self.guess is self.other:
             return torch.sub(m, self.d, out=self.other)
         return self.guess.copy_(self.other.copy_(m).sub_(self.d))
-
-    def _measured(self, w0: Tensor) -> Measured:
-        """Of a part of the elements; of all, in float64, where d vanishes on those that would stand for them."""
-        w, d = some(w0), some(self.d)
-        if not (asked := float(torch.dot(d, d))):
-            w, d = w0.flatten(), self.d.flatten().double()
-            asked = float(torch.dot(d, d))
-        before = w.to(self.d.dtype)
-        error = (before + d).to(self.d.dtype).to(w0.dtype).to(d.dtype).sub_(before).sub_(d)
-        lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
-        if not math.isfinite(lost + dot):  # infinity or NaN in W0 is its own business
-            error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
-        times = self.d.numel() / d.numel()
-        return Measured(times * asked, times * lost, times * dot)
 
     def _kept(self, w0: Tensor, m: Tensor) -> Kept:
         a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (w0, self._minus_d(m)))
@@ -208,10 +254,11 @@ class Fold:
         return Measured.total(self.tiles.values())
 
     def tile(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> Tensor:
-        """M for tile i (see Desk.fold)."""
-        m, self.tiles[i], kept = self.desk.fold(w0, P, Q, keep)
-        if kept is not None:
-            self.kept[i] = kept
+        """M for tile i (see Desk.fold and Desk.sum)."""
+        if keep:
+            m, self.tiles[i], self.kept[i] = self.desk.fold(w0, P, Q)
+        else:
+            m, self.tiles[i] = self.desk.sum(w0, P, Q)
         return m
 
     def add(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> None:
@@ -259,10 +306,44 @@ class Journal:
         return sum(t.nbytes for t in vars(self).values())
 
 
-def some(tile: Tensor) -> Tensor:
-    """A sixteenth of the elements of a large tile, evenly from all rows and columns; all of a small one. 1-D."""
-    runs = tile.numel() // STEP
-    return tile.as_strided((runs, RUN), (STEP, 1), tile.storage_offset()).flatten() if runs > 8 else tile.flatten()
+def measured(w0: Tensor, d_of: Callable[[slice], Tensor]) -> Measured:
+    """By d's rows: of some; of all, in float64, where d vanishes on those that would stand for them."""
+    rows = slice(None, None, min(STEP, w0.numel() // ENOUGH | 1))
+    w, d = w0[rows].flatten(), d_of(rows).flatten()
+    dtype = d.dtype
+    if not (asked := float(torch.dot(d, d))):
+        w, d = w0.flatten(), d_of(slice(None)).flatten().double()
+        asked = float(torch.dot(d, d))
+    before = w.to(dtype)
+    error = (before + d).to(dtype).to(w0.dtype).to(d.dtype).sub_(before).sub_(d)
+    lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
+    if not math.isfinite(lost + dot):  # infinity or NaN in W0 is its own business
+        error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
+    times = w0.numel() / d.numel()
+    return Measured(times * asked, times * lost, times * dot)
+
+
+def at_most(w: Tensor) -> float:
+    """No |w_ij| is larger; infinite or NaN if one is. W is contiguous."""
+    if w.dtype in (torch.float32, torch.float64):  # a third of the time
+        return float(torch.dot(w.view(-1), w.view(-1))) ** 0.5
+    low, high = torch.aminmax(w)
+    return max(float(high), -float(low))
+
+
+def _finite(m: Tensor, w0: Tensor) -> Tensor:
+    """M, if that is finite where W0 is."""
+    low, high = torch.aminmax(m)
+    if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
+        raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
+    return m
+
+
+def _like(room: Tensor | None, tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """`room` if such a tile fits into it exactly, else new."""
+    fits = room is not None and (room.shape, room.dtype, room.device) == (tile.shape, dtype, tile.device)
+    return room if room is not None and fits else torch.empty_like(tile, dtype=dtype)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -277,19 +358,19 @@ def checksum(tile: Tensor) -> int:
     So each word of 4 bytes is multiplied by an odd number that its place decides, mod 2^32, and the processor does several at a time.
     """
     raw = tile.reshape(-1).view(torch.uint8)
-    words = _whole(raw, 4).view(torch.int32)
+    words = _padded(raw, 0, 4).view(torch.int32)
     multipliers = iter(MULTIPLIERS)
     while len(words) > LANES:
-        first, second = _whole(words, 2).chunk(2)
+        first, second = _padded(words, 0, 2).chunk(2)
         words = torch.add(first, second, alpha=next(multipliers))
     weights = _weights(len(words), words.device)
     total = torch.dot(words.long(), weights) if words.device.type == "cpu" else (words * weights).sum()
     return int(total) ^ len(raw)
 
 
-def _whole(x: Tensor, n: int) -> Tensor:
-    """With zeros up to the next multiple of n."""
-    return torch.nn.functional.pad(x, (0, -len(x) % n)) if len(x) % n else x
+def _padded(x: Tensor, axis: int, n: int) -> Tensor:
+    """With zeros behind, up to the next multiple of n."""
+    return pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, -x.shape[axis] % n)) if x.shape[axis] % n else x
 
 
 @functools.lru_cache(maxsize=8)

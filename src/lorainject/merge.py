@@ -247,7 +247,8 @@ def _workers(weights: Sequence[Whole]) -> AbstractContextManager[Each]:
 
 def merged_site(path: str, norm: float, measured: Measured, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
     """A site of which nothing is kept yet."""
-    return MergedSite(path=path, norm=norm, survival=measured.survival, error=measured.error, weight_bytes=weight_bytes, journal_bytes=0,
+    error = measured.lost**0.5 / norm if norm else 0.0
+    return MergedSite(path=path, norm=norm, survival=measured.survival, error=error, weight_bytes=weight_bytes, journal_bytes=0,
                       codes_changed=codes_changed)  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from ..anatomy import weights as weights_of
 from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
-from ..fold import Desk, Fold, Measured, tiles
+from ..fold import Desk, Fold, Measured, quick, tiles
 from ..lowrank import Factors, LowRank, factors, joined, norm
 from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
@@ -115,7 +115,8 @@ class MergePlan:
                 for s, patch in found:
                     tally = Fold(desk)
                     try:
-                        each(partial(_fold, tally, patch, stored, source, target, keep is not None), enumerate(tiled(patch)))
+                        pieces = enumerate(tiled(patch, None if keep else DTYPES[stored.dtype]))
+                        each(partial(_fold, tally, patch, stored, source, target, keep is not None), pieces)
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
@@ -294,10 +295,12 @@ def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
 # --- bytes
 
 
-def tiled(patch: Patch) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Each tile of a patch: which of its runs, and their P (runs, R) and Q (R, width)."""
+def tiled(patch: Patch, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each tile of a patch: which of its runs, and their P (runs, R) and Q (R, width); `quick` ones for values of this dtype, if given."""
     P, Q = patch.factors()
-    return ((rows, P[rows], Q) for rows in tiles(len(P), patch.width))
+    if dtype is not None:
+        P, Q = quick(P, Q, dtype)
+    return ((rows, P[rows], Q) for rows in tiles(len(P), patch.width, dtype=P.dtype))
 
 
 def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
