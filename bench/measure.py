@@ -114,8 +114,12 @@ class Times:
         return f"{ratios} x {base} {self.ms(base):.3g} ms"
 
 
-def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], float] | None = None) -> Times:
-    """Every variant once a round, in random order, the first rounds uncounted."""
+def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], float] | None = None, once: bool = False) -> Times:
+    """Every variant once a round, in random order, the first rounds uncounted.
+
+    With `once`, for what a process does once: memory that was freed goes back to the system before each call. Else a call finds what the
+    last one left, and whether large temporaries have to be mapped anew (which can take longer than the work) depends on what ran before.
+    """
     clock = clock or (_events if on.cuda else _cpu)
     found: dict[str, list[float]] = {who: [] for who in calls}
     n, start = 0, time.perf_counter()
@@ -125,6 +129,8 @@ def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], 
             timed.before()
             gc.collect(0)
             gc.disable()
+            if once:
+                trim()
             try:
                 found[who].append(clock(timed) / timed.number)
             finally:
@@ -218,11 +224,16 @@ def _grown(prepare: Callable[..., Call], args: tuple[Any, ...]) -> float:
 def growth(call: Call) -> float:
     """MiB by which this process grows at its peak during the call. (What was freed goes back to the system first, or it would hide some.)"""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc
+    trim()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
     before = _resident("VmRSS")
     call()
     return (_resident("VmHWM") - before) / 1024
+
+
+def trim() -> None:
+    """What was freed goes back to the system (glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:

@@ -29,7 +29,7 @@ from .errors import MergeError
 from .workers import workers
 
 TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
-QUICK_TILE = 1 << 20  # for factors in float32: these are worked on in smaller pieces anyway
+QUICK_TILE = 1 << 19  # for factors in float32: these are worked on in smaller pieces anyway
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRODUCT = 1 << 17  # elements of a product in float64, which is rounded before it leaves the cache
@@ -66,7 +66,7 @@ def quick(P: Tensor, Q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def chained() -> bool:
     """Whether blocks are what they should be here: not, say, after torch.set_float32_matmul_precision("medium")."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and _chained()
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and _chained()  # type: ignore[attr-defined]
 
 
 @functools.cache
