@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import lorainject as li
 
-from .measure import Setup, Times, alone, growth
+from .measure import MOST, Setup, Times, alone, growth
 from .row import Figure, Goal, Row, exactly
 
 SHARD = 2 << 30  # bytes
@@ -110,14 +110,14 @@ def one(way: str, base: Path, adapter: Path, out: Path) -> tuple[float, float]:
 
 
 def merge(on: Setup) -> Iterator[Figure]:
-    for gigabytes, experts in [(0.3, 0)] if on.quick else [(1, 0), (1, 16)]:
+    for gigabytes, experts, most_rounds in [(0.3, 0, 3)] if on.quick else [(1, 0, MOST), (1, 16, MOST), (6.2, 0, 3)]:
         with tempfile.TemporaryDirectory() as name:
             base, lora = Path(name, "base"), Path(name, "adapter")
             checkpoint(base, gigabytes, experts)
             adapter(lora, base)
             seconds: dict[str, list[float]] = {way: [] for way in WAYS}
             mib: dict[str, list[float]] = {way: [] for way in WAYS}
-            for _ in range(min(on.rounds, 3) if on.quick else on.rounds):
+            for _ in range(min(on.rounds, most_rounds)):
                 for way in random.sample(list(WAYS), len(WAYS)):
                     found = alone(one, way, base, lora, Path(name, way))
                     seconds[way].append(found[0]), mib[way].append(found[1])

@@ -1,6 +1,7 @@
 """Merge and unmerge in memory: the plain merge that keeps nothing, and the exact one, beside PEFT's and loralib's.
 
-Each as in a process that merges once (see interleaved); the plain one also again and again, in memory that is mapped already. PEFT keeps nothing and its unmerge does not give W0 back: the plain merge is what it has the like of.
+Each as in a process that merges once (see interleaved); the plain one also again and again, in memory that is mapped already. PEFT keeps
+nothing and its unmerge does not give W0 back: the plain merge is what it has the like of.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorainject import fold
-from lorainject.fold import LANES, Desk, Fold, chain, checksum, quick
+from lorainject.fold import LANES, Desk, Fold, Product, chain, checksum, quick, wide
 
 SHAPES = [(1, 1), (3, 5), (7, 33), (64, 64), (1, LANES + 1), (63, 1111), (128, 512)]
 
@@ -79,9 +79,9 @@ def test_a_delta_too_small_to_be_squared_is_measured():
 def test_add_is_sum_in_place(dtype):
     """The same bits, the same measures; and of the fold that can be taken out, the same but for the last bit."""
     w0, P, Q = weight((64, 1000), dtype), weight((64, 4), torch.float64, 1), weight((4, 1000), torch.float64, 2)
-    m, measured = Desk().sum(w0, *quick(P, Q, dtype))
+    m, measured = Desk().sum(w0, quick(P, Q, dtype, 1.0))
     there, tally = w0.clone(), Fold()
-    tally.add(0, there, *quick(P, Q, dtype), there)
+    tally.add(0, there, quick(P, Q, dtype, 1.0), there)
     assert torch.equal(there, m)
     assert tally.measured == measured
     exact, also, _ = Desk().fold(w0, P, Q)
@@ -94,21 +94,27 @@ def test_add_is_sum_in_place(dtype):
 def test_a_sum_is_the_same_however_the_matrix_is_cut(data):
     """By its definition, which says nothing of the tile: so a checkpoint whose tensors lie split, fused or transposed has memory's bits."""
     rows, width, r = data.draw(st.tuples(st.integers(1, 200), st.integers(1, 1600), st.sampled_from([1, 2, 3, 8, 16, 20, 64])))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    dtype, s = data.draw(
+        st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([1.0, 2.0, float(torch.tensor(1.7))]))
+    )
     w0, P, Q = weight((rows, width), dtype), weight((rows, r), torch.float64, 1), weight((r, width), torch.float64, 2)
-    P, Q = quick(P, Q, dtype)
-    m, _ = Desk().sum(w0, P, Q)
+    P, Q, s = quick(s * P, Q, dtype, s)
+    m, _ = Desk().sum(w0, Product(P, Q, s))
     d = chain(P, Q) if P.dtype == torch.float32 else P @ Q
-    assert torch.equal(m, (w0.to(d.dtype) + d).to(dtype))
-    turned, _ = Desk().sum(w0.T.contiguous(), Q.T, P.T)
+    assert torch.equal(m, (w0.double() + s * d.double()).to(wide(dtype)).to(dtype))
+    turned, _ = Desk().sum(w0.T.contiguous(), Product(Q.T, P.T, s))
     assert torch.equal(turned.T, m)
 
 
 def test_where_the_library_adds_up_in_another_order_float64_is_taken(monkeypatch):
     P, Q = weight((8, 4), torch.float64, 1), weight((4, 64), torch.float64, 2)
     monkeypatch.setattr(fold, "_chained", lambda: False)
-    assert all(f.dtype == torch.float64 for f in quick(P, Q, torch.float32))
-    assert all(f.dtype == torch.float64 for f in quick(P.expand(8, 4).repeat(1, 65), Q.repeat(65, 1), torch.float32))
+    assert quick(P, Q, torch.float32, 2.0) == Product(P, Q, 1.0)
+
+
+def test_where_there_are_too_many_ranks_float64_is_taken():
+    P, Q = weight((8, 260), torch.float64, 1), weight((260, 64), torch.float64, 2)
+    assert quick(P, Q, torch.float32, 2.0) == Product(P, Q, 1.0)
 
 
 @pytest.fixture
@@ -122,12 +128,12 @@ def fewer_bits():
 def test_a_sum_has_all_bits_whatever_torch_is_told(fewer_bits):
     """On processors with bfloat16 units, "medium" makes torch round the factors of a product to bfloat16."""
     w0, P, Q = weight((128, 512), torch.float32), weight((128, 128), torch.float64, 1), weight((128, 512), torch.float64, 2)
-    m, _ = Desk().sum(w0, *quick(P, Q, torch.float32))
+    m, _ = Desk().sum(w0, quick(P, Q, torch.float32, 1.0))
     assert torch.allclose(m.double(), w0.double() + P @ Q, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_factors_that_float32_does_not_hold_are_multiplied_in_float64(size):
     w0, P, Q = weight((8, 64), torch.float32), weight((8, 4), torch.float64, 1) * size**2, weight((4, 64), torch.float64, 2) / size**2
-    m, _ = Desk().sum(w0, *quick(P, Q, torch.float32))
+    m, _ = Desk().sum(w0, quick(P, Q, torch.float32, 1.0))
     assert torch.allclose(m.double(), w0.double() + P @ Q, rtol=1e-6, atol=1e-6)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapters import Folded, Host, Terms
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import TILE, Desk, Fold, Journal, Kept, at_most, checksum, quick, same, tiles, wide
+from .fold import TILE, Desk, Fold, Journal, Kept, Product, at_most, checksum, quick, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, joined, norm
@@ -130,19 +130,19 @@ class InPlace:
         self._tiled(P, Q, self.before if write else None, each, keep, plain=not keep)
 
     def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
-        if not keep:
-            P, Q = quick(P, Q, self.before.dtype)
+        first = next(f for parts in self.terms.values() for f in parts)
+        of = Product(P, Q) if keep else quick(P, Q, self.before.dtype, float(first.s))
 
         def fold(i: int, view: Tensor, p: Tensor, q: Tensor, out: Tensor | None) -> None:
             if plain and out is not None:
-                self.tally.add(i, flat(view), p, q, flat(out))
+                self.tally.add(i, flat(view), Product(p, q, of.s), flat(out))
                 return
-            m = self.tally.tile(i, flat(view), p, q, keep)
+            m = self.tally.keep(i, flat(view), p, q) if keep else self.tally.sum(i, flat(view), Product(p, q, of.s))
             if out is not None:
                 out.copy_(m.view(out.shape))
 
-        outs = itertools.repeat(None) if target is None else (view for view, _, _ in self.w.tiles(target, P, Q))
-        each(fold, ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, P, Q), outs, strict=False))))
+        outs = itertools.repeat(None) if target is None else (view for view, _, _ in self.w.tiles(target, of.P, of.Q))
+        each(fold, ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, of.P, of.Q), outs, strict=False))))
 
     def finish(self) -> None:
         """What has to wait until the grafts are off."""

@@ -29,13 +29,13 @@ from .errors import MergeError
 from .workers import workers
 
 TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
-QUICK_TILE = 1 << 19  # for factors in float32: these are worked on in smaller pieces anyway
+QUICK_TILE = 1 << 21  # for factors in float32: these are worked on in smaller pieces anyway
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRODUCT = 1 << 17  # elements of a product in float64, which is rounded before it leaves the cache
-ENOUGH, STEP = 1 << 14, 31  # so many elements of a tile are measured, in whole rows, but of so many rows at least one
+ENOUGH = 1 << 14  # so many elements of a tile are measured at most, in whole rows
 BLOCK = 48, 1024  # rows and columns of a product in float32: multiples of what the innermost loops of a library do at once
-STRIP = 2 * BLOCK[1]  # columns that are added at once
+STRIP = 4 * BLOCK[1]  # columns that are added at once
 DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 LANES = 1 << 12  # words that a checksum leaves to be multiplied in 64 bits, which is slow
 MULTIPLIERS = [pow(0x9E3779B1, 2 * i + 1, 1 << 32) - (1 << 31) | 1 for i in range(40)]
@@ -56,12 +56,28 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def quick(P: Tensor, Q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors in float64, as Desk.sum and Desk.add want them for a weight of this dtype: in float32 where that does, else as they are."""
-    largest = [float(f.abs().amax()) if f.numel() else 0.0 for f in (P, Q)]
-    in_range = all(x == 0 or 1e-18 < x < 1e18 for x in largest)
-    does = wide(dtype) == torch.float32 and P.device.type == "cpu" and Q.shape[-2] <= DEEPEST and in_range and chained()
-    return (P.float(), Q.float()) if does else (P, Q)
+class Product(NamedTuple):
+    """d = s P Q."""
+
+    P: Tensor
+    """(*stack, rows, R)"""
+    Q: Tensor
+    """(*stack, R, width)"""
+    s: float = 1.0
+
+
+def quick(P: Tensor, Q: Tensor, dtype: torch.dtype, s: float) -> Product:
+    """P Q of float64 as Desk.sum and Desk.add want it for a weight of this dtype: in float32 where that does, else as it is.
+
+    `s` is a scale that is in P; taken out, it leaves a B of float32 as it was.
+    """
+    if s:
+        largest = [float(f.abs().amax()) if f.numel() else 0.0 for f in (P / s, Q)]
+        in_range = 1e-18 < abs(s) < 1e18 and all(x == 0 or 1e-18 < x < 1e18 for x in largest)
+        does = wide(dtype) == torch.float32 and P.device.type == "cpu" and Q.shape[-2] <= DEEPEST
+        if in_range and does and chained():
+            return Product((P / s).float(), Q.float(), s)
+    return Product(P, Q)
 
 
 def chained() -> bool:
@@ -123,8 +139,8 @@ class Kept(NamedTuple):
 class Desk(threading.local):
     """Each thread's memory for one tile, used again for the next: to take it anew, or more of it than a cache holds, costs more than the work.
 
-    Tiles are (rows, width), contiguous; d = P Q, finite, with P (rows, R) and Q (R, width) in float64, or for `sum` and `add` as `quick`
-    gives them. What the functions return is overwritten by the next call.
+    Tiles are (rows, width), contiguous; d = P Q, finite, with P (rows, R) and Q (R, width) in float64, or for `sum` and `add` a Product that
+    `quick` gave. What the functions return is overwritten by the next call.
     """
 
     like: tuple[torch.Size, torch.dtype, torch.device] | None = None
@@ -137,20 +153,24 @@ class Desk(threading.local):
         """M, what became of d, and what to keep. Raises MergeError where W0 is finite and M is not."""
         self._lay(w0, P, Q)
         m = _finite(self._plus_d(w0), w0)
-        return m, measured(w0, lambda rows: self.d[rows]), self._kept(w0, m)
+        return m, measured(w0, P, lambda rows: self.d[rows]), self._kept(w0, m)
 
-    def sum(self, w0: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Measured]:
+    def sum(self, w0: Tensor, of: Product) -> tuple[Tensor, Measured]:
         """M without a way back, and what became of d. Raises MergeError where W0 is finite and M is not."""
         m = self.narrow = _like(self.narrow, w0, w0.dtype)
-        found = self.add(w0, P, Q, m)
+        found = self.add(w0, of, m)
         return _finite(m, w0), found
 
-    def add(self, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Measured:
+    def add(self, w0: Tensor, of: Product, out: Tensor) -> Measured:
         """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
-        found = measured(w0, lambda rows: P[rows] @ Q)
+        P, Q, s = of
+        found = measured(w0, P, lambda rows: (P[rows] @ Q).mul_(s))
         if P.dtype == torch.float32:
             for at, d, total in self._strips(P, Q):
-                torch.add(w0[at], d, out=out[at]) if out.dtype == d.dtype else out[at].copy_(total.copy_(w0[at]).add_(d))
+                if out.dtype == d.dtype:
+                    torch.add(w0[at], d, alpha=s, out=out[at])
+                else:
+                    out[at].copy_(total.copy_(w0[at]).add_(d, alpha=s))
         else:
             total = self.wide = _like(self.wide, w0, P.dtype)
             out.copy_(total.copy_(w0).addmm_(P, Q))
@@ -253,17 +273,19 @@ class Fold:
         """Of all tiles."""
         return Measured.total(self.tiles.values())
 
-    def tile(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, keep: bool) -> Tensor:
-        """M for tile i (see Desk.fold and Desk.sum)."""
-        if keep:
-            m, self.tiles[i], self.kept[i] = self.desk.fold(w0, P, Q)
-        else:
-            m, self.tiles[i] = self.desk.sum(w0, P, Q)
+    def keep(self, i: int, w0: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+        """M for tile i, with a way back (see Desk.fold)."""
+        m, self.tiles[i], self.kept[i] = self.desk.fold(w0, P, Q)
         return m
 
-    def add(self, i: int, w0: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> None:
+    def sum(self, i: int, w0: Tensor, of: Product) -> Tensor:
+        """M for tile i without one (see Desk.sum)."""
+        m, self.tiles[i] = self.desk.sum(w0, of)
+        return m
+
+    def add(self, i: int, w0: Tensor, of: Product, out: Tensor) -> None:
         """M for tile i, straight into `out` (see Desk.add)."""
-        self.tiles[i] = self.desk.add(w0, P, Q, out)
+        self.tiles[i] = self.desk.add(w0, of, out)
 
 
 @dataclass(frozen=True)
@@ -306,12 +328,14 @@ class Journal:
         return sum(t.nbytes for t in vars(self).values())
 
 
-def measured(w0: Tensor, d_of: Callable[[slice], Tensor]) -> Measured:
+def measured(w0: Tensor, P: Tensor, d_of: Callable[[slice], Tensor]) -> Measured:
     """By d's rows: of some; of all, in float64, where d vanishes on those that would stand for them."""
-    rows = slice(None, None, min(STEP, w0.numel() // ENOUGH | 1))
+    rows = slice(None, None, w0.numel() // ENOUGH | 1)  # odd, so that no pattern of heads or blocks is met again and again
     w, d = w0[rows].flatten(), d_of(rows).flatten()
     dtype = d.dtype
     if not (asked := float(torch.dot(d, d))):
+        if not P.any():
+            return Measured(0.0, 0.0, 0.0)
         w, d = w0.flatten(), d_of(slice(None)).flatten().double()
         asked = float(torch.dot(d, d))
     before = w.to(dtype)

@@ -25,7 +25,7 @@ from ..anatomy import weights as weights_of
 from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
-from ..fold import Desk, Fold, Measured, quick, tiles
+from ..fold import Desk, Fold, Measured, Product, quick, tiles
 from ..lowrank import Factors, LowRank, factors, joined, norm
 from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
@@ -115,8 +115,12 @@ class MergePlan:
                 for s, patch in found:
                     tally = Fold(desk)
                     try:
-                        pieces = enumerate(tiled(patch, None if keep else DTYPES[stored.dtype]))
-                        each(partial(_fold, tally, patch, stored, source, target, keep is not None), pieces)
+                        P, Q = patch.factors()
+                        of = Product(P, Q) if keep else quick(P, Q, DTYPES[stored.dtype], float(patch.parts[0].s))
+                        each(
+                            partial(_fold, tally, patch, stored, source, target, of, keep is not None),
+                            enumerate(tiles(len(P), patch.width, dtype=of.P.dtype)),
+                        )
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
@@ -295,14 +299,6 @@ def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
 # --- bytes
 
 
-def tiled(patch: Patch, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Each tile of a patch: which of its runs, and their P (runs, R) and Q (R, width); `quick` ones for values of this dtype, if given."""
-    P, Q = patch.factors()
-    if dtype is not None:
-        P, Q = quick(P, Q, dtype)
-    return ((rows, P[rows], Q) for rows in tiles(len(P), patch.width, dtype=P.dtype))
-
-
 def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
     """A tile's elements (runs, width). This thread's next call overwrites them."""
     values = desk.room((rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
@@ -312,9 +308,9 @@ def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> T
     return values
 
 
-def _fold(tally: Fold, patch: Patch, stored: Stored, source: int, target: int | None, keep: bool, i: int, tile: tuple[slice, Tensor, Tensor]) -> None:
-    rows, p, q = tile
-    m = tally.tile(i, get(tally.desk, source, stored, patch, rows), p, q, keep)
+def _fold(tally: Fold, patch: Patch, stored: Stored, source: int, target: int | None, of: Product, keep: bool, i: int, rows: slice) -> None:
+    w0, p = get(tally.desk, source, stored, patch, rows), of.P[rows]
+    m = tally.keep(i, w0, p, of.Q) if keep else tally.sum(i, w0, Product(p, of.Q, of.s))
     if target is not None:
         put(target, stored, patch, rows, m)
 

@@ -25,7 +25,7 @@ from ..fold import Desk, Fold, Journal, tiles
 from ..lowrank import Factors
 from ..merge import MergeReport, judge
 from . import commit, container
-from .checkpoint import MergePlan, get, plan_merge, put, tiled
+from .checkpoint import MergePlan, get, plan_merge, put
 from .patches import Patch
 from .record import AdapterFile
 from .shards import INDEX, Shard, Stored
@@ -169,13 +169,14 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             stored = Stored(dtype, tuple(shape), start, stop)
             t, _ = container.read(base / FOLDER / entry["file"])
             journal = Journal(*(t[field] for field in ("before", "after", "counts", "gaps", "bits")))
-            P = [Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s)) for i, s in enumerate(entry["s"])]
+            parts = [Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s)) for i, s in enumerate(entry["s"])]
             runs = torch.arange(len(t["starts"]))
-            patch = Patch(entry["key"], entry["width"], t["starts"].numpy(), tuple(P), (), runs.numpy(), torch.arange(entry["width"]).numpy(), False)
-            sizes = [(rows.stop - rows.start) * patch.width for rows in tiles(len(runs), patch.width)]
-            for (rows, p, q), kept in zip(tiled(patch), journal.kept(sizes), strict=True):
+            columns = torch.arange(entry["width"]).numpy()
+            patch = Patch(entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False)
+            (P, Q), of_tiles = patch.factors(), list(tiles(len(runs), patch.width))
+            for rows, kept in zip(of_tiles, journal.kept((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True):
                 m = get(desk, source, stored, patch, rows)
-                w0 = desk.unfold(m, p, q, kept)
+                w0 = desk.unfold(m, P[rows], Q, kept)
                 if w0 is None:
                     return f"{name}: {entry['key']} does not come out as it was (another machine or BLAS library)"
                 if target is not None:
