@@ -48,6 +48,15 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor |
         x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         A: Tensor = factors["A"]  # type: ignore[assignment]
         dtype = y.dtype if y.dtype == torch.float32 else computed_in(y, len(x_MI))
+        if (len(x_MI) <= FEW and own and not parts and A.dtype == B.dtype == dtype and y.is_contiguous() and not torch.is_grad_enabled()
+                and not (adapter.training and adapter.dropout)):  # fmt: skip
+            # The same as below, for a token or a few: every call of Python counts beside products that small.
+            h_MR, y_MO = F.linear(x_MI.to(dtype), A), y.view(-1, y.shape[-1])
+            if y.dtype == dtype:
+                y_MO.addmm_(h_MR, B.t(), alpha=s)
+            else:
+                y_MO.add_(F.linear(h_MR, B), alpha=s)
+            return y
         h_MR = lowered(x_MI, A if A.dtype == dtype else A.to(dtype), adapter.dropout if adapter.training else 0.0)
     if B.dtype != h_MR.dtype:
         B = B.to(h_MR.dtype)
