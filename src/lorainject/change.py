@@ -131,7 +131,7 @@ class InPlace:
 
     def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
         first = next(f for parts in self.terms.values() for f in parts)
-        of = Product(P, Q) if keep else quick(P, Q, self.before.dtype, float(first.s))
+        of = Product(P, Q) if keep else quick(P.to(self.before.device), Q.to(self.before.device), self.before.dtype, float(first.s))
 
         def fold(i: int, view: Tensor, p: Tensor, q: Tensor, out: Tensor | None) -> None:
             if plain and out is not None:
