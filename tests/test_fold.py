@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorainject import fold
-from lorainject.fold import LANES, Desk, Fold, Product, chain, checksum, quick, wide
+from lorainject import blocks
+from lorainject.blocks import Product, chain, quick
+from lorainject.fold import LANES, Desk, Fold, checksum, wide
 
 SHAPES = [(1, 1), (3, 5), (7, 33), (64, 64), (1, LANES + 1), (63, 1111), (128, 512)]
 
@@ -110,7 +111,7 @@ def test_a_sum_is_the_same_however_the_matrix_is_cut(data):
 
 def test_where_the_library_adds_up_in_another_order_float64_is_taken(monkeypatch):
     P, Q = weight((8, 4), torch.float64, 1), weight((4, 64), torch.float64, 2)
-    monkeypatch.setattr(fold, "_chained", lambda: False)
+    monkeypatch.setattr(blocks, "_chained", lambda: False)
     assert quick(P, Q, torch.float32, 2.0) == Product(P, Q, 1.0)
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Folded, Host, Terms
+from .blocks import Product, quick
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import TILE, Desk, Fold, Journal, Kept, Product, at_most, checksum, quick, same, tiles, wide
+from .fold import TILE, Desk, Fold, Journal, Kept, at_most, checksum, same, tiles, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, joined, norm

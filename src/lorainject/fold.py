@@ -6,9 +6,7 @@ A checksum of W0 says whether what came out is W0: another BLAS library, or anot
 
 d is a product in float64, rounded to float32 (or not, for a float64 weight); in that dtype the sum is formed, and rounded once.
 
-A fold that nobody takes out again may form d in float32 throughout, which takes half the time or less. For its bits to be the same
-however a matrix is cut, transposed or fused (on disk, in memory), all of it is made of products of one size, for which a BLAS library
-does one thing: it adds up p_ik q_kj over k, in order, by fused multiply-adds. Where it is seen to do something else, float64 is taken.
+A fold that nobody takes out again may form d in float32 throughout (blocks.py), in half the time.
 """
 
 from __future__ import annotations
@@ -23,10 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from .blocks import BLOCK, STRIP, Product, padded, strips
 from .errors import MergeError
-from .workers import workers
 
 TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
 QUICK_TILE = 1 << 21  # for factors in float32: these are worked on in smaller pieces anyway
@@ -34,9 +31,6 @@ GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRODUCT = 1 << 17  # elements of a product in float64, which is rounded before it leaves the cache
 ENOUGH = 1 << 14  # so many elements of a tile are measured at most, in whole rows
-BLOCK = 48, 1024  # rows and columns of a product in float32: multiples of what the innermost loops of a library do at once
-STRIP = 4 * BLOCK[1]  # columns that are added at once
-DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 LANES = 1 << 12  # words that a checksum leaves to be multiplied in 64 bits, which is slow
 MULTIPLIERS = [pow(0x9E3779B1, 2 * i + 1, 1 << 32) - (1 << 31) | 1 for i in range(40)]
 WHOLE = -1
@@ -54,52 +48,6 @@ def tiles(rows: int, width: int, device: torch.device | str = "cpu", dtype: torc
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which the sum for a weight of this dtype is formed."""
     return torch.promote_types(dtype, torch.float32)
-
-
-class Product(NamedTuple):
-    """d = s P Q."""
-
-    P: Tensor
-    """(*stack, rows, R)"""
-    Q: Tensor
-    """(*stack, R, width)"""
-    s: float = 1.0
-
-
-def quick(P: Tensor, Q: Tensor, dtype: torch.dtype, s: float) -> Product:
-    """P Q of float64 as Desk.sum and Desk.add want it for a weight of this dtype: in float32 where that does, else as it is.
-
-    `s` is a scale that is in P; taken out, it leaves a B of float32 as it was.
-    """
-    if s:
-        largest = [float(f.abs().amax()) if f.numel() else 0.0 for f in (P / s, Q)]
-        in_range = 1e-18 < abs(s) < 1e18 and all(x == 0 or 1e-18 < x < 1e18 for x in largest)
-        does = wide(dtype) == torch.float32 and P.device.type == "cpu" and Q.shape[-2] <= DEEPEST
-        if in_range and does and chained():
-            return Product((P / s).float(), Q.float(), s)
-    return Product(P, Q)
-
-
-def chained() -> bool:
-    """Whether blocks are what they should be here: not, say, after torch.set_float32_matmul_precision("medium")."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and _chained()  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _chained() -> bool:
-    P, Q = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in ((BLOCK[0], 8), (8, BLOCK[1])))
-    found: list[Tensor] = []
-    with workers() as each:  # in one thread, as it will be
-        each(lambda: found.append(torch.mm(P, Q)), [()])
-    return torch.equal(found[0], chain(P, Q))
-
-
-def chain(P: Tensor, Q: Tensor) -> Tensor:
-    """P Q of float32, by its definition: over k, in order, each product added exactly and the sum rounded."""
-    total = torch.zeros(len(P), Q.shape[1])
-    for p, q in zip(P.double().T, Q.double(), strict=True):
-        total = (total + torch.outer(p, q)).float()
-    return total
 
 
 class Measured(NamedTuple):
@@ -166,7 +114,9 @@ class Desk(threading.local):
         P, Q, s = of
         found = measured(w0, P, lambda rows: (P[rows] @ Q).mul_(s))
         if P.dtype == torch.float32:
-            for at, d, total in self._strips(P, Q):
+            if self.strips is None:
+                self.strips = torch.empty(2, BLOCK[0], STRIP)
+            for at, d, total in strips(P, Q, self.strips):
                 if out.dtype == d.dtype:
                     torch.add(w0[at], d, alpha=s, out=out[at])
                 else:
@@ -175,23 +125,6 @@ class Desk(threading.local):
             total = self.wide = _like(self.wide, w0, P.dtype)
             out.copy_(total.copy_(w0).addmm_(P, Q))
         return found
-
-    def _strips(self, P: Tensor, Q: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-        """P Q piece by piece, in blocks of one size with zeros around: where it is, the piece, and room for as much again."""
-        height, breadth = BLOCK
-        if self.strips is None:
-            self.strips = torch.empty(2, height, STRIP)
-        blocks = self.strips[0].split(breadth, 1)
-        for left in range(0, Q.shape[1], STRIP):
-            strip = Q[:, left : left + STRIP]
-            parts = [_padded(part, 1, breadth) for part in strip.split(breadth, 1)]
-            for top in range(0, len(P), height):
-                rows = P[top : top + height]
-                padded = _padded(rows, 0, height)
-                for part, block in zip(parts, blocks, strict=False):
-                    torch.mm(padded, part, out=block)
-                d, total = self.strips[:, : len(rows), : strip.shape[1]]
-                yield (slice(top, top + height), slice(left, left + STRIP)), d, total
 
     def unfold(self, m: Tensor, P: Tensor, Q: Tensor, kept: Kept) -> Tensor | None:
         """W0; None if what comes out is not W0, or M is not what it was."""
@@ -382,19 +315,14 @@ def checksum(tile: Tensor) -> int:
     So each word of 4 bytes is multiplied by an odd number that its place decides, mod 2^32, and the processor does several at a time.
     """
     raw = tile.reshape(-1).view(torch.uint8)
-    words = _padded(raw, 0, 4).view(torch.int32)
+    words = padded(raw, 0, 4).view(torch.int32)
     multipliers = iter(MULTIPLIERS)
     while len(words) > LANES:
-        first, second = _padded(words, 0, 2).chunk(2)
+        first, second = padded(words, 0, 2).chunk(2)
         words = torch.add(first, second, alpha=next(multipliers))
     weights = _weights(len(words), words.device)
     total = torch.dot(words.long(), weights) if words.device.type == "cpu" else (words * weights).sum()
     return int(total) ^ len(raw)
-
-
-def _padded(x: Tensor, axis: int, n: int) -> Tensor:
-    """With zeros behind, up to the next multiple of n."""
-    return pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, -x.shape[axis] % n)) if x.shape[axis] % n else x
 
 
 @functools.lru_cache(maxsize=8)

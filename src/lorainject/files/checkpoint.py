@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from ..anatomy import Weight
 from ..anatomy import weights as weights_of
+from ..blocks import Product, quick
 from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
-from ..fold import Desk, Fold, Measured, Product, quick, tiles
+from ..fold import Desk, Fold, Measured, tiles
 from ..lowrank import Factors, LowRank, factors, joined, norm
 from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
