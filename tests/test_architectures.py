@@ -35,8 +35,19 @@ def test_sample(model_type):
     check(model_type)
 
 
+KNOWN = {
+    "rwkv": "its own recurrence changes in place what its backward needs, with or without an adapter",
+    "vits": "the embeddings of its relative positions (emb_rel_k, emb_rel_v) are padded and cut before they multiply: 93 % is adapted",
+}
+
+
+def every_type() -> list[object]:
+    """All that transformers knows; those in KNOWN must fail."""
+    return [pytest.param(t, marks=pytest.mark.xfail(reason=KNOWN[t], strict=True)) if t in KNOWN else t for t in zoo.types()]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("model_type", zoo.types())
+@pytest.mark.parametrize("model_type", every_type())
 @pytest.mark.filterwarnings("ignore")
 def test_every_type(model_type):
     try:
