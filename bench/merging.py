@@ -142,8 +142,8 @@ ROWS = (
         goals={"T / PEFT's": Goal(0.35, 0.15), "peak, MiB": Goal(2 * TILE), "T / bandwidth floor": Goal(4)},
         measure=plain,
         bound="W comes from memory twice, once to see that no sum can overflow (dot, or aminmax: what is not finite would have to be undone) and"
-        " once for the sum, and goes back once; PEFT's delta, as large as W, is written and read beside that. In float32 the floor of one"
-        " reading and one writing (copy) is a quarter to a third of PEFT's time already. The rest is the product (mm), the calls for each"
+        " once for the sum, and goes back once; PEFT's delta, as large as W, is written and read beside that. How much of PEFT's time the floor"
+        " of one reading and one writing (copy) takes already, the column says. The rest is the product (mm), the calls for each"
         " strip of it, and in bfloat16 the casts (copy_). The peak is one strip, a sample of a tile, and A and B in float64 and float32: with r,"
         " not with the weight's size.",
         cuda=True,

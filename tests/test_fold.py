@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorainject import blocks
+from lorainject import blocks, fold
 from lorainject.blocks import Product, chain, quick
 from lorainject.fold import LANES, Desk, Fold, checksum, wide
 
@@ -51,6 +51,10 @@ def test_the_part_that_is_measured_stands_for_all(dtype):
     w0, P, Q = weight((128, 2048), dtype) * 0.02, weight((128, 4), torch.float64, 1) * 0.002, weight((4, 2048), torch.float64, 2) * 0.05
     m, measured, _ = Desk().fold(w0, P, Q)
     d, error = P @ Q, m.double() - w0.double() - P @ Q
+    asked: list[slice] = []
+    fold.measured(w0, P, lambda rows: asked.append(rows) or d[rows].float())
+    assert len(w0[asked[0]]) < len(w0) / 10
+    assert len(asked) == 1
     assert measured.survival == pytest.approx(float(1 + (error * d).sum() / (d * d).sum()), abs=0.02)
     assert measured.lost == pytest.approx(float((error * error).sum()), rel=0.05)
     assert measured.asked == pytest.approx(float((d * d).sum()), rel=0.2)
