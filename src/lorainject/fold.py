@@ -105,7 +105,7 @@ class Desk(threading.local):
 
     def sum(self, w0: Tensor, of: Product) -> tuple[Tensor, Measured]:
         """M without a way back, and what became of d. Raises MergeError where W0 is finite and M is not."""
-        m = self.narrow = _like(self.narrow, w0, w0.dtype)
+        m = self.narrow = _fitting(self.narrow, w0.shape, w0.dtype, w0.device)
         found = self.add(w0, of, m)
         return _finite(m, w0), found
 
@@ -122,7 +122,7 @@ class Desk(threading.local):
                 else:
                     out[at].copy_(total.copy_(w0[at]).add_(d, alpha=s))
         else:
-            total = self.wide = _like(self.wide, w0, P.dtype)
+            total = self.wide = _fitting(self.wide, w0.shape, P.dtype, w0.device)
             out.copy_(total.copy_(w0).addmm_(P, Q))
         return found
 
@@ -142,8 +142,7 @@ class Desk(threading.local):
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """For a tile that has to be brought here first."""
-        if self.tile is None or self.tile.shape != shape or self.tile.dtype != dtype:
-            self.tile = torch.empty(shape, dtype=dtype)
+        self.tile = _fitting(self.tile, shape, dtype)
         return self.tile
 
     def _lay(self, tile: Tensor, P: Tensor, Q: Tensor) -> None:
@@ -297,10 +296,11 @@ def _finite(m: Tensor, w0: Tensor) -> Tensor:
     return m
 
 
-def _like(room: Tensor | None, tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """`room` if such a tile fits into it exactly, else new."""
-    fits = room is not None and (room.shape, room.dtype, room.device) == (tile.shape, dtype, tile.device)
-    return room if room is not None and fits else torch.empty_like(tile, dtype=dtype)
+def _fitting(room: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """`room` if it is just that, else new."""
+    if room is not None and (room.shape, room.dtype, room.device) == (shape, dtype, torch.device(device)):
+        return room
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
