@@ -91,7 +91,7 @@ def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
     d is formed in float32 then, so that a float32 sum may be off by its last bit.
     """
     kept = []
-    monkeypatch.setattr(fold.Desk, "_kept", spy(fold.Desk._kept, kept))
+    monkeypatch.setattr(fold, "_kept", spy(fold._kept, kept))
     for dtype in (torch.float32, torch.bfloat16):
         plain, reversible, large = one(dtype), one(dtype), one(dtype)
         li.merge(plain, reversible=False)
@@ -330,20 +330,16 @@ def test_where_the_delta_comes_out_otherwise(model, monkeypatch):
     li.merge(model)
     merged = state(model)
     desk = sys.modules["lorainject.fold"].Desk
-    right = desk._lay
+    right = desk._strips
 
     def off_by(share: float) -> None:
-        def lay(self, tile, P, Q):
-            right(self, tile, P, Q)
-            self.d *= 1 + share
-
-        monkeypatch.setattr(desk, "_lay", lay)
+        monkeypatch.setattr(desk, "_strips", lambda *args: ((at, d * (1 + share)) for at, d in right(*args)))
 
     off_by(1e-5)
     with pytest.raises(li.MergeError, match=r"s B A comes out otherwise here \(another machine or BLAS library\)"):
         li.unmerge(model)
     assert state(model) == merged
-    monkeypatch.setattr(desk, "_lay", right)
+    monkeypatch.setattr(desk, "_strips", right)
     assert state(li.unmerge(model)) == before
     whole = one(torch.bfloat16, std=5)
     before = state(whole)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lorainject.blocks import double
 from lorainject.files.patches import find, patches
 from lorainject.files.places import Place, View
 from lorainject.lowrank import Factors
@@ -40,7 +41,7 @@ def test_against_the_dense_delta(case):
     want.as_strided(disk.sizes, disk.strides, disk.offset).copy_(delta.as_strided(memory.sizes, memory.strides, memory.offset))
     found = list(patches(Place("key", disk, memory), shape, stacked, parts))
     for patch in found:
-        P, Q = patch.factors()
+        P, Q, _ = double(patch.factors())
         for start, values in zip(patch.starts, P @ Q, strict=True):
             got[start : start + patch.width] += values
     assert torch.allclose(got, want, rtol=0, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lorainject as li
-from lorainject import fold
+from lorainject import blocks
 from lorainject.workers import uninterrupted, workers
 
 from models import bits, randomise
@@ -27,7 +27,7 @@ def threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_with_any_number(threads, dtype, monkeypatch):
     """Merged weights, what is measured, and W0 again; on weights of many tiles."""
-    monkeypatch.setattr(fold, "TILE", 1 << 10)
+    monkeypatch.setattr(blocks, "TILE", 1 << 10)
     seen = []
     for n in (1, 2, 4):
         threads(n)

@@ -1,28 +1,37 @@
-"""Products in float32 whose bits do not depend on how a matrix is cut, transposed or fused, on disk or in memory.
+"""The product s P Q of a delta, in tiles and, within them, in strips.
 
-All of it is made of products of one size, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused multiply-adds
-(`chain`). For other sizes, and at the edges of some, it does others. Where it is seen to do something else here, float64 is taken, as on GPUs.
+In float64 it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine, but for what lies on the very edge.
+
+In float32, in half the time, its bits are to be those of one definition (`chain`) however a matrix is cut, transposed or fused, on disk or in
+memory. So it is made of products of two sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
+multiply-adds. For other sizes, and at the edges of some, it does others. Where it is seen to do something else here, float64 is taken, as on GPUs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .lowrank import Factors, joined, norm
 from .workers import workers
 
-BLOCK = 48, 1024  # rows and columns: multiples of what the innermost loops of a library do at once
-STRIP = 4 * BLOCK[1]  # columns that are put together
+TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
+GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
+TALL, BROAD = 48, (1024, 2048)  # rows and columns of a strip; they are multiples of what a library's innermost loops do at once, and what is at
+# work on one lies in a core's own cache
 DEEPEST = 256  # of its ranks: with more, the sum over k is cut
+
+Strip = tuple[slice, slice]
+"""Rows and columns."""
 
 
 class Product(NamedTuple):
-    """d = s P Q."""
+    """d = s P Q, in the dtype of the factors."""
 
     P: Tensor
     """(*stack, rows, R)"""
@@ -30,19 +39,70 @@ class Product(NamedTuple):
     """(*stack, R, width)"""
     s: float = 1.0
 
+    @property
+    def norm(self) -> float:
+        """|d|, Frobenius."""
+        return abs(self.s) * norm(self.P.double(), self.Q.double())
 
-def quick(P: Tensor, Q: Tensor, dtype: torch.dtype, s: float) -> Product:
-    """P Q of float64 as Desk.sum and Desk.add want it for a weight of this dtype: in float32 where that does, else as it is.
+    @property
+    def at_most(self) -> float:
+        """No |d_ij| is larger, since |d_ij| <= |P_i| |Q_j|."""
+        return abs(self.s) * float(self.P.square().sum(-1).amax() * self.Q.square().sum(-2).amax()) ** 0.5
 
-    `s` is a scale that is in P; taken out, it leaves a B of float32 as it was.
-    """
-    if s:
-        largest = [float(f.abs().amax()) if f.numel() else 0.0 for f in (P / s, Q)]
-        in_range = 1e-18 < abs(s) < 1e18 and all(x == 0 or 1e-18 < x < 1e18 for x in largest)
-        does = dtype != torch.float64 and P.device.type == "cpu" and Q.shape[-2] <= DEEPEST
-        if in_range and does and chained():
-            return Product((P / s).float(), Q.float(), s)
-    return Product(P, Q)
+    def whole(self) -> Tensor:
+        """d itself."""
+        return (self.P * self.s) @ self.Q
+
+    def at(self, rows: slice) -> Product:
+        """Of some rows."""
+        return Product(self.P[rows], self.Q, self.s)
+
+    def tiles(self) -> Iterator[slice]:
+        """The rows of all its tiles."""
+        return tiles(len(self.P), self.Q.shape[-1], self.P.device)
+
+    def strips(self, room: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[Strip, Tensor]]:
+        """P Q of one tile, without s, piece by piece, in this dtype: where it is, and the piece. `room` (name, shape, dtype) gives memory for it."""
+        rows, width = len(self.P), self.Q.shape[-1]
+        tall, broad = (TALL, BROAD[width > BROAD[0]]) if self.P.device.type == "cpu" else (rows, width)
+        for left in range(0, width, broad):
+            Q = self.Q[:, left : left + broad]
+            n, wide = Q.shape[1], padded(Q, 1, broad)
+            for top in range(0, rows, tall):
+                P = self.P[top : top + tall]
+                m, high = len(P), padded(P, 0, tall)
+                d = torch.mm(high, wide, out=room("product", (len(high), wide.shape[1]), P.dtype))[:m, :n]
+                yield (slice(top, top + m), slice(left, left + n)), d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
+
+
+def double(parts: Sequence[Factors]) -> Product:
+    """The sum of the deltas, in float64."""
+    return Product(*joined(parts))
+
+
+def quick(parts: Sequence[Factors], dtype: torch.dtype) -> Product:
+    """The same for a weight of this dtype: in float32 where that does, else as it is."""
+    s = float(parts[0].s)
+    if dtype == torch.float64 or not _in_range(parts, s) or not chained():
+        return double(parts)
+    # The first scale is taken out, which leaves a B of float32 as it is.
+    P = [f.P.float() if float(f.s) == s else (f.P.double() * (float(f.s) / s)).float() for f in parts]
+    return Product(torch.cat(P, -1).contiguous(), torch.cat([f.Q.float() for f in parts], -2).contiguous(), s)
+
+
+def _in_range(parts: Sequence[Factors], s: float) -> bool:
+    """Whether float32 does for the factors, and a CPU is to multiply them."""
+    if parts[0].P.device.type != "cpu" or sum(f.P.shape[-1] for f in parts) > DEEPEST:
+        return False
+    sizes = [float(f.s) for f in parts] + [float(t.abs().amax()) * abs(float(f.s) / s) for f in parts for t in (f.P, f.Q) if s and t.numel()]
+    return s != 0 and all(x == 0 or 1e-18 < abs(x) < 1e18 for x in sizes)
+
+
+def tiles(rows: int, width: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
+    """Whole rows of a matrix, as many as fit (on a CPU into this size), in whole blocks."""
+    size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, TALL)
+    step = max(unit, size // width // unit * unit)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def chained() -> bool:
@@ -52,11 +112,12 @@ def chained() -> bool:
 
 @functools.cache
 def _chained() -> bool:
-    P, Q = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in ((BLOCK[0], 8), (8, BLOCK[1])))
-    found: list[Tensor] = []
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.rand(TALL, r, generator=g), torch.rand(r, broad, generator=g)) for r in (4, 8, 17) for broad in BROAD]
+    found: list[bool] = []
     with workers() as each:  # in one thread, as it will be
-        each(lambda: found.append(torch.mm(P, Q)), [()])
-    return torch.equal(found[0], chain(P, Q))
+        each(lambda P, Q: found.append(torch.equal(torch.mm(P, Q), chain(P, Q))), pairs)
+    return all(found)
 
 
 def chain(P: Tensor, Q: Tensor) -> Tensor:
@@ -65,22 +126,6 @@ def chain(P: Tensor, Q: Tensor) -> Tensor:
     for p, q in zip(P.double().T, Q.double(), strict=True):
         total = (total + torch.outer(p, q)).float()
     return total
-
-
-def strips(P: Tensor, Q: Tensor, room: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-    """P Q piece by piece, in blocks with zeros around: where it is, the piece, and room for as much again. `room` is (2, rows of a block, STRIP)."""
-    height, breadth = BLOCK
-    blocks = room[0].split(breadth, 1)
-    for left in range(0, Q.shape[1], STRIP):
-        strip = Q[:, left : left + STRIP]
-        parts = [padded(part, 1, breadth) for part in strip.split(breadth, 1)]
-        for top in range(0, len(P), height):
-            rows = P[top : top + height]
-            whole = padded(rows, 0, height)
-            for part, block in zip(parts, blocks, strict=False):
-                torch.mm(whole, part, out=block)
-            d, more = room[:, : len(rows), : strip.shape[1]]
-            yield (slice(top, top + height), slice(left, left + STRIP)), d, more
 
 
 def padded(x: Tensor, axis: int, n: int) -> Tensor:

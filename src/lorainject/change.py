@@ -6,7 +6,9 @@ weight (Folded), so that the merge of a whole model is all or nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Folded, Host, Terms
-from .blocks import Product, quick
+from .blocks import TILE, Product, double, quick
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import TILE, Desk, Fold, Journal, Kept, at_most, checksum, same, tiles, wide
+from .fold import Desk, Fold, Journal, Kept, at_most, checksum, same, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
-from .lowrank import LowRank, copied, factors, joined, norm
+from .lowrank import LowRank, copied, factors
 from .quantised import scheme
 from .workers import Each
 
@@ -67,22 +69,21 @@ class Whole:
         rest = tuple(shape[kind.stacked + 1 :])
         return {n: tuple(copied(a(factors, kind.transposed, rest)) for a in found) for n in names if (found := self.adapters([n]))}
 
-    def tiles(self, weight: Tensor, P: Tensor, Q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each tile (rows, *rest), a view of the weight, with the P (rows, R) and Q (R, width) of its delta."""
-        for W, p, q in zip(weight, P, Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, P, Q)]:
-            for rows in tiles(len(W), q.shape[-1], p.device, p.dtype):
-                yield W[rows], p[rows], q
+    def tiles(self, weight: Tensor, of: Product) -> Iterator[tuple[Tensor, Product]]:
+        """Each tile (rows, *rest), a view of the weight, with its delta."""
+        whole = zip(weight, of.P, of.Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, of.P, of.Q)]
+        return ((W[rows], d.at(rows)) for W, P, Q in whole for d in [Product(P, Q, of.s)] for rows in d.tiles())
 
     @property
     def bias(self) -> nn.Parameter | None:
         """Its module's."""
         return self.module._parameters.get("bias")
 
-    def kept_tiles(self, folded: Folded) -> Iterator[tuple[Tensor, Tensor, Tensor, Kept]]:
+    def kept_tiles(self, folded: Folded) -> Iterator[tuple[Tensor, Product, Kept]]:
         """The same of what is merged in place, each with what was kept of it."""
         assert folded.journal is not None
-        found = list(self.tiles(self.weight, *summed(folded.terms)))
-        return ((*tile, kept) for tile, kept in zip(found, folded.journal.kept(view.numel() for view, _, _ in found), strict=True))
+        found = list(self.tiles(self.weight, summed(folded.terms)))
+        return ((*tile, kept) for tile, kept in zip(found, folded.journal.kept(view.numel() for view, _ in found), strict=True))
 
 
 def wholes(on: Mapping[str, Host]) -> list[Whole]:
@@ -107,54 +108,52 @@ class InPlace:
 
     def fold(self, write: bool, keep: bool, each: Each, desk: Desk) -> str | None:
         """Measure; write, and keep the way back, too. What is wrong, or None."""
-        P, Q = summed(self.terms)
-        self.norm = norm(P, Q)
+        of = summed(self.terms) if keep else self.quick
+        self.norm = of.norm
         if not self.norm < torch.finfo(wide(self.before.dtype)).max:
             return f"{self.w.name}: s B A is not finite"
         try:
             self.tally = Fold(desk)
-            self._fold(P, Q, write, keep, each)
+            self._fold(of, write, keep, each)
         except MergeError as e:
             return f"{self.w.name}: {e}; nothing was merged"
         return None
 
+    @functools.cached_property
+    def quick(self) -> Product:
+        """The deltas, for a sum that nobody takes out again."""
+        return quick([f for parts in self.terms.values() for f in parts], self.before.dtype)
+
     def fits(self) -> bool:
-        """Whether the sum can't overflow, by |d_ij| <= |P_i| |Q_j|: then it may be written at once, and nothing kept for the case that it does."""
-        if not self.before.is_contiguous():
-            return False
-        P, Q = summed(self.terms)
-        of_d = float(P.square().sum(-1).amax() * Q.square().sum(-2).amax()) ** 0.5
-        bound = of_d + at_most(self.before.detach())
+        """Whether the sum can't overflow: then it may be written at once, and nothing kept for the case that it does."""
+        bound = self.quick.at_most + at_most(self.before.detach()) if self.before.is_contiguous() else math.inf
         return bound < torch.finfo(self.before.dtype).max / 2  # not if NaN or infinity is in it
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
-        self._tiled(P, Q, self.before if write else None, each, keep, plain=not keep)
+    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+        self._tiled(of, self.before if write else None, each, keep, plain=not keep)
 
-    def _tiled(self, P: Tensor, Q: Tensor, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
-        first = next(f for parts in self.terms.values() for f in parts)
-        of = Product(P, Q) if keep else quick(P.to(self.before.device), Q.to(self.before.device), self.before.dtype, float(first.s))
-
-        def fold(i: int, view: Tensor, p: Tensor, q: Tensor, out: Tensor | None) -> None:
+    def _tiled(self, of: Product, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
+        def fold(i: int, view: Tensor, d: Product, out: Tensor | None) -> None:
             if plain and out is not None:
-                self.tally.add(i, flat(view), Product(p, q, of.s), flat(out))
+                self.tally.add(i, flat(view), d, flat(out))
                 return
-            m = self.tally.keep(i, flat(view), p, q) if keep else self.tally.sum(i, flat(view), Product(p, q, of.s))
+            m = self.tally.keep(i, flat(view), d) if keep else self.tally.sum(i, flat(view), d)
             if out is not None:
                 out.copy_(m.view(out.shape))
 
-        outs = itertools.repeat(None) if target is None else (view for view, _, _ in self.w.tiles(target, of.P, of.Q))
-        each(fold, ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, of.P, of.Q), outs, strict=False))))
+        outs = itertools.repeat(None) if target is None else (out for out, _ in self.w.tiles(target, of))
+        each(fold, ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, of), outs, strict=False))))
 
     def finish(self) -> None:
         """What has to wait until the grafts are off."""
 
     def undo(self) -> None:
         """W0 again, wherever M is already."""
-        for i, (view, p, q) in enumerate(self.w.tiles(self.before, *summed(self.terms))):
+        for i, (view, d) in enumerate(self.w.tiles(self.before, summed(self.terms))):
             kept = self.tally.kept.get(i)
             if kept is None or checksum(flat(view)) == kept.before:
                 continue
-            if (w0 := self.tally.desk.unfold(flat(view), p, q, kept)) is not None:
+            if (w0 := self.tally.desk.unfold(flat(view), d, kept)) is not None:
                 view.copy_(w0.view(view.shape))
 
     def folded(self, reversible: bool) -> Folded:
@@ -182,19 +181,19 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
     Raises MergeError with every weight that does not come out as W0.
     """
     before = {w.name: Before(w.folded, w.weight, w.bias, type(w.module)) for w in weights if w.folded is not None}
-    done: list[tuple[Tensor, int, Tensor, Tensor, Tensor | None]] = []
+    done: list[tuple[Tensor, int, Product, Tensor | None]] = []
     stuck: list[str] = []
     desk = Desk()
 
-    def take_out(name: str, view: Tensor, p: Tensor, q: Tensor, kept: Kept) -> None:
+    def take_out(name: str, view: Tensor, d: Product, kept: Kept) -> None:
         """One tile."""
         M = flat(view)
-        if (w0 := desk.unfold(M, p, q, kept)) is None:
+        if (w0 := desk.unfold(M, d, kept)) is None:
             if checksum(M) != kept.before:  # else an unmerge that was interrupted has been here
                 stuck.append(name)
             return
-        again = kept.gaps is not None or same(desk.refold(w0, p, q), M)
-        done.append((view, kept.before, p, q, None if again else M.clone()))  # before it is written
+        again = kept.gaps is not None or same(desk.refold(w0, d), M)
+        done.append((view, kept.before, d, None if again else M.clone()))  # before it is written
         view.copy_(w0.view(view.shape))
 
     try:
@@ -206,9 +205,9 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
                         " (another machine or BLAS library)" for name in dict.fromkeys(stuck)]  # fmt: skip
             raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
     except BaseException:
-        for view, w0, p, q, M in done:
+        for view, w0, d, M in done:
             if checksum(flat(view)) == w0:
-                view.copy_((desk.refold(flat(view), p, q) if M is None else M).view(view.shape))
+                view.copy_((desk.refold(flat(view), d) if M is None else M).view(view.shape))
         raise
     for w in weights:
         if w.folded is not None and w.folded.original is not None:
@@ -222,9 +221,9 @@ def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
     for w in weights:
         if (was := before.get(w.name)) is not None:
             if was.folded.journal is not None:
-                for view, p, q, kept in w.kept_tiles(was.folded):
+                for view, d, kept in w.kept_tiles(was.folded):
                     if checksum(flat(view)) == kept.before:
-                        view.copy_(desk.refold(flat(view), p, q).view(view.shape))
+                        view.copy_(desk.refold(flat(view), d).view(view.shape))
             else:
                 _put(w, was.folded.how, was.weight, was.bias, was.cls)
             w.folded = was.folded
@@ -242,9 +241,9 @@ def _put(w: Whole, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cl
         w.module._parameters["bias"] = bias
 
 
-def summed(terms: Terms) -> tuple[Tensor, Tensor]:
-    """P (*stack, rows, R) and Q (*stack, R, width), float64, with P Q the sum of the deltas."""
-    return joined(f for parts in terms.values() for f in parts)
+def summed(terms: Terms) -> Product:
+    """The sum of the deltas, as it comes out the same each time."""
+    return double([f for parts in terms.values() for f in parts])
 
 
 def mark(w: Whole, bias: bool = False) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Folded, Terms
+from .blocks import Product
 from .change import InPlace, Whole, flat, mark
 from .errors import MergeError
 from .fold import Measured
@@ -25,9 +26,9 @@ from .workers import Each
 class Untied(InPlace):
     """The fold goes into memory of its own; others that share W0 keep it."""
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad) if write else None
-        self._tiled(P, Q, new, each, keep=False, plain=not keep)
+        self._tiled(of, new, each, keep=False, plain=not keep)
         if new is not None:
             self.w.weight = new
 
@@ -52,18 +53,18 @@ class Exchanged(Untied):
         """Only the sum tells."""
         return False
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad)
         c, start = beside(self.terms, self.before.detach())
-        tiles = (self.w.tiles(t, P, Q) for t in (self.before, new, start, c.expand(self.before.shape)))
-        for i, ((view, p, q), (out, _, _), (V, _, _), (g, _, _)) in enumerate(zip(*tiles, strict=True)):
+        tiles = (self.w.tiles(t, of) for t in (self.before, new, start, c.expand(self.before.shape)))
+        for i, ((view, d), (out, _), (V, _), (g, _)) in enumerate(zip(*tiles, strict=True)):
             W0 = flat(view).double()
-            M = flat(g) * flat(V).double() + p @ q
+            M = flat(g) * flat(V).double() + d.whole()
             out.data.copy_(M.view(out.shape))
             if bool((W0.isfinite() & ~flat(out).isfinite()).any()):
                 raise MergeError(f"the sum is not finite in {out.dtype}")
-            d, error = (M - W0).flatten().nan_to_num(), (flat(out).double() - M).flatten().nan_to_num()
-            self.tally.tiles[i] = Measured(float(d @ d), float(error @ error), float(error @ d))
+            change, error = (M - W0).flatten().nan_to_num(), (flat(out).double() - M).flatten().nan_to_num()
+            self.tally.tiles[i] = Measured(float(change @ change), float(error @ error), float(error @ change))
         self.norm = self.tally.measured.asked**0.5
         if write:
             self.w.weight = new
@@ -92,8 +93,8 @@ class Requantised(Untied):
         """Only the new codes tell."""
         return False
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
-        W0, d = self.scheme.dequantise(self.w.module), (P @ Q).float()
+    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+        W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
         new = self.scheme.requantise(self.w.module, W0 + d)
         self.scheme.install(self.w.module, new)
         self._measure(W0, d, self.scheme.dequantise(self.w.module))
@@ -116,8 +117,8 @@ class Requantised(Untied):
 class Dequantised(Requantised):
     """The layer is an nn.Linear, in its bias's dtype, or without one in bfloat16."""
 
-    def _fold(self, P: Tensor, Q: Tensor, write: bool, keep: bool, each: Each) -> None:
-        W0, d = self.scheme.dequantise(self.w.module), (P @ Q).float()
+    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+        W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
         bias = self.w.module._parameters.get("bias")
         M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
         self._measure(W0, d, M.float())

@@ -4,9 +4,7 @@ The guess round(M - d) is W0 already for all but a few per cent of a tile's elem
 Where so many miss that keeping them would cost more than the tile does (a delta larger than the weight), the whole tile is kept.
 A checksum of W0 says whether what came out is W0: another BLAS library, or another device, may compute another d.
 
-d is a product in float64, rounded to float32 (or not, for a float64 weight); in that dtype the sum is formed, and rounded once.
-
-A fold that nobody takes out again may form d in float32 throughout (blocks.py), in half the time.
+The sum is formed in float32 (float64 for a float64 weight), from a product d = s P Q (blocks.py) rounded to that, and rounded once.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,27 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import BLOCK, STRIP, Product, padded, strips
+from .blocks import Product, Strip, padded
 from .errors import MergeError
 
-TILE = 1 << 18  # elements: what is at work on one tile lies in the caches, and calling torch costs little beside the work
-QUICK_TILE = 1 << 21  # for factors in float32: these are worked on in smaller pieces anyway
-GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-PRODUCT = 1 << 17  # elements of a product in float64, which is rounded before it leaves the cache
-ENOUGH = 1 << 14  # so many elements of a tile are measured at most, in whole rows
-LANES = 1 << 12  # words that a checksum leaves to be multiplied in 64 bits, which is slow
-MULTIPLIERS = [pow(0x9E3779B1, 2 * i + 1, 1 << 32) - (1 << 31) | 1 for i in range(40)]
+ENOUGH = 1 << 15  # so many elements of a tile are measured, in whole rows
 WHOLE = -1
+LANE = 64  # words of a checksum that are summed without mixing
+CPU = torch.device("cpu")
 GAP, LONGEST = torch.uint16, (1 << 16) - 1
-
-
-def tiles(rows: int, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64) -> Iterator[slice]:
-    """The tiles of a matrix: whole rows, as many as fit; for factors in float32 (see `quick`), whole blocks of rows."""
-    unit = BLOCK[0] if dtype == torch.float32 else 1
-    size = GPU_TILE if torch.device(device).type != "cpu" else QUICK_TILE if dtype == torch.float32 else TILE
-    step = max(unit, size // width // unit * unit)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +63,7 @@ class Kept(NamedTuple):
     before: int
     """Checksum of W0."""
     after: int
-    """Checksum of M if all of the tile is kept, else 0: then folding anew tells whether M is what it was."""
+    """Checksum of M."""
     gaps: Tensor | None
     """From each element kept to the next, the first from the tile's beginning: uint16. None: all are kept."""
     bits: Tensor
@@ -87,104 +73,107 @@ class Kept(NamedTuple):
 class Desk(threading.local):
     """Each thread's memory for one tile, used again for the next: to take it anew, or more of it than a cache holds, costs more than the work.
 
-    Tiles are (rows, width), contiguous; d = P Q, finite, with P (rows, R) and Q (R, width) in float64, or for `sum` and `add` a Product that
-    `quick` gave. What the functions return is overwritten by the next call.
+    Tiles are (rows, width), d is finite. What the functions return is overwritten by the next call.
     """
 
-    like: tuple[torch.Size, torch.dtype, torch.device] | None = None
-    tile: Tensor | None = None
-    wide: Tensor | None = None
-    narrow: Tensor | None = None
-    strips: Tensor | None = None
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.rooms: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
 
-    def fold(self, w0: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Measured, Kept]:
+    def fold(self, w0: Tensor, of: Product) -> tuple[Tensor, Measured, Kept]:
         """M, what became of d, and what to keep. Raises MergeError where W0 is finite and M is not."""
-        self._lay(w0, P, Q)
-        m = _finite(self._plus_d(w0), w0)
-        return m, measured(w0, P, lambda rows: self.d[rows]), self._kept(w0, m)
+        m, guess = self._like(w0, "m"), self._like(w0, "guess")
+        for at, d in self._strips(of, w0):
+            self._sum(w0[at], d, of.s, m[at])
+            self._sum(m[at], d, -of.s, guess[at])
+        return m, measured(w0, of), _kept(w0, m, guess)
 
     def sum(self, w0: Tensor, of: Product) -> tuple[Tensor, Measured]:
         """M without a way back, and what became of d. Raises MergeError where W0 is finite and M is not."""
-        m = self.narrow = _fitting(self.narrow, w0.shape, w0.dtype, w0.device)
+        m = self._like(w0, "m")
         found = self.add(w0, of, m)
-        return _finite(m, w0), found
+        _check(m, w0, m)
+        return m, found
 
     def add(self, w0: Tensor, of: Product, out: Tensor) -> Measured:
         """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
-        P, Q, s = of
-        found = measured(w0, P, lambda rows: (P[rows] @ Q).mul_(s))
-        if P.dtype == torch.float32:
-            if self.strips is None:
-                self.strips = torch.empty(2, BLOCK[0], STRIP)
-            for at, d, total in strips(P, Q, self.strips):
-                if out.dtype == d.dtype:
-                    torch.add(w0[at], d, alpha=s, out=out[at])
-                else:
-                    out[at].copy_(total.copy_(w0[at]).add_(d, alpha=s))
-        else:
-            total = self.wide = _fitting(self.wide, w0.shape, P.dtype, w0.device)
-            out.copy_(total.copy_(w0).addmm_(P, Q))
+        found = measured(w0, of)
+        self._plus(w0, of, of.s, out)
         return found
 
-    def unfold(self, m: Tensor, P: Tensor, Q: Tensor, kept: Kept) -> Tensor | None:
+    def unfold(self, m: Tensor, of: Product, kept: Kept) -> Tensor | None:
         """W0; None if what comes out is not W0, or M is not what it was."""
+        if checksum(m) != kept.after:
+            return None
         if kept.gaps is None:
-            return kept.bits.to(m.device).view_as(m) if checksum(m) == kept.after else None
-        self._lay(m, P, Q)
-        w0 = self._minus_d(m)
+            return kept.bits.to(m.device).view_as(m)
+        w0 = self._plus(m, of, -of.s, self._like(m, "guess"))
         w0.view(-1)[kept.gaps.to(m.device, torch.int64).cumsum(0)] = kept.bits.to(m.device)
-        return w0 if checksum(w0) == kept.before and same(self._plus_d(w0), m) else None
+        return w0 if checksum(w0) == kept.before else None
 
-    def refold(self, w0: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    def refold(self, w0: Tensor, of: Product) -> Tensor:
         """M once more, from what `unfold` gave."""
-        self._lay(w0, P, Q)
-        return self._plus_d(w0)
+        return self._plus(w0, of, of.s, self._like(w0, "m"))
 
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """For a tile that has to be brought here first."""
-        self.tile = _fitting(self.tile, shape, dtype)
-        return self.tile
+    def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+        """Memory of this shape, contiguous: always the same for the same name."""
+        asked = name, shape, dtype, device
+        if asked not in self.rooms:
+            memory, n = self.memory.get((name, dtype, device)), math.prod(shape)
+            if memory is None or len(memory) < n:
+                self.rooms.clear()  # they would keep what was too small
+                memory = self.memory[name, dtype, device] = torch.empty(n, dtype=dtype, device=device)
+            self.rooms[asked] = memory[:n].view(shape)
+        return self.rooms[asked]
 
-    def _lay(self, tile: Tensor, P: Tensor, Q: Tensor) -> None:
-        """Room for such a tile, and d. (On the device of the factors it comes out as it did, wherever the weight is by now.)"""
-        step = max(1, PRODUCT // tile.shape[1])
-        if self.like != (tile.shape, tile.dtype, tile.device):
-            self.like = tile.shape, tile.dtype, tile.device
-            self.d, self.total, self.other = (torch.empty_like(tile, dtype=wide(tile.dtype)) for _ in range(3))
-            product = torch.empty(min(step, len(tile)), tile.shape[1], dtype=torch.float64, device=P.device)
-            self.parts = [(d, product[: len(d)]) for d in self.d.split(step)]
-            narrow = self.d.dtype != tile.dtype
-            self.m, self.guess = (torch.empty_like(tile), torch.empty_like(tile)) if narrow else (self.total, self.other)
-            self.differ = torch.empty_like(tile, dtype=torch.bool).view(-1)
-        for p, (d, product) in zip(P.split(step), self.parts, strict=True):
-            d.copy_(torch.mm(p, Q, out=product))
+    def _like(self, tile: Tensor, name: str) -> Tensor:
+        return self.room(name, tile.shape, tile.dtype, tile.device)
 
-    def _plus_d(self, w0: Tensor) -> Tensor:
-        if self.m is self.total:
-            return torch.add(w0, self.d, out=self.total)
-        return self.m.copy_(self.total.copy_(w0).add_(self.d))
+    def _strips(self, of: Product, tile: Tensor) -> Iterator[tuple[Strip, Tensor]]:
+        """d / s, formed where the factors are: there it comes out as it did, wherever the weight is by now."""
+        strips = of.strips(functools.partial(self.room, device=of.P.device), wide(tile.dtype))
+        return strips if of.P.device == tile.device else ((at, d.to(tile.device)) for at, d in strips)
 
-    def _minus_d(self, m: Tensor) -> Tensor:
-        if self.guess is self.other:
-            return torch.sub(m, self.d, out=self.other)
-        return self.guess.copy_(self.other.copy_(m).sub_(self.d))
+    def _plus(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
+        """round(a + s P Q)"""
+        for at, d in self._strips(of, a):
+            self._sum(a[at], d, s, out[at])
+        return out
 
-    def _kept(self, w0: Tensor, m: Tensor) -> Kept:
-        a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (w0, self._minus_d(m)))
-        if a.device.type == "cpu":  # numpy needs a third of torch's time for this
-            places = np.flatnonzero(np.not_equal(a.numpy(), b.numpy(), out=self.differ.numpy()))
+    def _sum(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
+        """round(a + s d)"""
+        if out.dtype == d.dtype:
+            torch.add(a, d, alpha=s, out=out)
         else:
-            places = (a != b).nonzero().view(-1).cpu().numpy()
-        if len(places) * (w0.itemsize + GAP.itemsize) >= w0.nbytes:
-            return Kept(checksum(w0), checksum(m), None, w0.reshape(-1).clone())
-        gaps = np.diff(places)
-        if len(places) == 0 or places[0] > LONGEST or (gaps > LONGEST).any():  # some more are kept, lest a gap be too long for 16 bits
-            places = np.union1d(places, np.arange(0, len(a), LONGEST))
-            gaps = np.diff(places)
-        steps = np.empty(len(places), np.uint16)
-        steps[0], steps[1:] = places[0], gaps
-        bits = torch.from_numpy(a.numpy()[places]) if a.device.type == "cpu" else a[torch.from_numpy(places).to(a.device)]
-        return Kept(checksum(w0), 0, torch.from_numpy(steps).to(a.device), bits.view(w0.dtype))
+            out.copy_(self.room("sum", a.shape, d.dtype, a.device).copy_(a).add_(d, alpha=s))
+
+
+def _kept(w0: Tensor, m: Tensor, guess: Tensor) -> Kept:
+    """What the guess is to be mended with. Raises MergeError where W0 is finite and M is not: the guess misses all of that."""
+    places = differing(w0, guess)
+    if len(places):
+        _check(_taken(m, places), w0, m)
+    if len(places) * (w0.itemsize + GAP.itemsize) >= w0.nbytes:
+        return Kept(checksum(w0), checksum(m), None, w0.reshape(-1).clone())
+    gaps = np.diff(places, prepend=0)
+    if len(places) == 0 or gaps.max() > LONGEST:  # some more are kept, lest a gap be too long for 16 bits
+        places = np.union1d(places, np.arange(0, w0.numel(), LONGEST))
+        gaps = np.diff(places, prepend=0)
+    return Kept(checksum(w0), checksum(m), torch.from_numpy(gaps.astype(np.uint16)).to(w0.device), _taken(w0, places))
+
+
+def _taken(t: Tensor, places: np.ndarray) -> Tensor:
+    """The elements at these places. (numpy takes a tenth of torch's time.)"""
+    if t.device.type != "cpu":
+        return t.view(-1)[torch.from_numpy(places).to(t.device)]
+    return torch.from_numpy(t.view(-1).view(BITS[t.itemsize]).numpy()[places]).view(t.dtype)
+
+
+def _check(suspects: Tensor, w0: Tensor, m: Tensor) -> None:
+    """Raises MergeError where W0 is finite and M is not, if that may be among the suspects."""
+    low, high = torch.aminmax(suspects)
+    if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
+        raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
 
 
 class Fold:
@@ -205,18 +194,18 @@ class Fold:
         """Of all tiles."""
         return Measured.total(self.tiles.values())
 
-    def keep(self, i: int, w0: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-        """M for tile i, with a way back (see Desk.fold)."""
-        m, self.tiles[i], self.kept[i] = self.desk.fold(w0, P, Q)
+    def keep(self, i: int, w0: Tensor, of: Product) -> Tensor:
+        """M for a tile, with a way back (see Desk.fold)."""
+        m, self.tiles[i], self.kept[i] = self.desk.fold(w0, of)
         return m
 
     def sum(self, i: int, w0: Tensor, of: Product) -> Tensor:
-        """M for tile i without one (see Desk.sum)."""
+        """M for a tile without one (see Desk.sum)."""
         m, self.tiles[i] = self.desk.sum(w0, of)
         return m
 
     def add(self, i: int, w0: Tensor, of: Product, out: Tensor) -> None:
-        """M for tile i, straight into `out` (see Desk.add)."""
+        """M for a tile, straight into `out` (see Desk.add)."""
         self.tiles[i] = self.desk.add(w0, of, out)
 
 
@@ -260,18 +249,17 @@ class Journal:
         return sum(t.nbytes for t in vars(self).values())
 
 
-def measured(w0: Tensor, P: Tensor, d_of: Callable[[slice], Tensor]) -> Measured:
-    """By d's rows: of some; of all, in float64, where d vanishes on those that would stand for them."""
+def measured(w0: Tensor, of: Product) -> Measured:
+    """By some of the tile's rows; by all, in float64, where d vanishes on those that would stand for them."""
     rows = slice(None, None, w0.numel() // ENOUGH | 1)  # odd, so that no pattern of heads or blocks is met again and again
-    w, d = w0[rows].flatten(), d_of(rows).flatten()
-    dtype = d.dtype
+    w, d = w0[rows].flatten(), torch.mm(of.P[rows], of.Q).flatten().mul_(of.s)
     if not (asked := float(torch.dot(d, d))):
-        if not P.any():
+        if not of.P.any():
             return Measured(0.0, 0.0, 0.0)
-        w, d = w0.flatten(), d_of(slice(None)).flatten().double()
+        w, d = w0.flatten(), torch.mm(of.P.double(), of.Q.double()).flatten().mul_(of.s)
         asked = float(torch.dot(d, d))
-    before = w.to(dtype)
-    error = (before + d).to(dtype).to(w0.dtype).to(d.dtype).sub_(before).sub_(d)
+    before = w.to(d)
+    error = (before + d).to(w.dtype).to(d.dtype).sub_(before).sub_(d)
     lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
     if not math.isfinite(lost + dot):  # infinity or NaN in W0 is its own business
         error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -288,19 +276,12 @@ def at_most(w: Tensor) -> float:
     return max(float(high), -float(low))
 
 
-def _finite(m: Tensor, w0: Tensor) -> Tensor:
-    """M, if that is finite where W0 is."""
-    low, high = torch.aminmax(m)
-    if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
-        raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
-    return m
-
-
-def _fitting(room: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """`room` if it is just that, else new."""
-    if room is not None and (room.shape, room.dtype, room.device) == (shape, dtype, torch.device(device)):
-        return room
-    return torch.empty(shape, dtype=dtype, device=device)
+def differing(a: Tensor, b: Tensor) -> np.ndarray:
+    """Where two contiguous tensors of one dtype have other bits: int64, in order."""
+    a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (a, b))
+    if a.device.type != "cpu":
+        return (a != b).nonzero().view(-1).cpu().numpy()
+    return np.flatnonzero(a.numpy() != b.numpy())  # torch takes three times as long
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -310,19 +291,23 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def checksum(tile: Tensor) -> int:
-    """Of the tile's bits and their places: the second half is added to the first, times a number of that step's own, until little is left.
+    """Of the tile's bits and their places: words of 8 bytes times odd numbers that their places decide, mod 2^64.
 
-    So each word of 4 bytes is multiplied by an odd number that its place decides, mod 2^32, and the processor does several at a time.
+    Of such a number times a word's highest bits little is left: so after each LANE of words their sum is mixed before it goes on.
     """
     raw = tile.reshape(-1).view(torch.uint8)
-    words = padded(raw, 0, 4).view(torch.int32)
-    multipliers = iter(MULTIPLIERS)
-    while len(words) > LANES:
-        first, second = padded(words, 0, 2).chunk(2)
-        words = torch.add(first, second, alpha=next(multipliers))
-    weights = _weights(len(words), words.device)
-    total = torch.dot(words.long(), weights) if words.device.type == "cpu" else (words * weights).sum()
+    words = padded(raw, 0, 8 * LANE).view(torch.int64).view(-1, LANE)
+    sums = _weighted(words, _weights(LANE, raw.device))
+    sums ^= sums >> 32
+    total = _weighted(sums.view(1, -1), _weights(1 << (len(sums) - 1).bit_length(), raw.device)[: len(sums)])
     return int(total) ^ len(raw)
+
+
+def _weighted(words: Tensor, weights: Tensor) -> Tensor:
+    """The sum of each row, times these numbers."""
+    if words.device.type == "cpu":  # of all ways the fastest by far
+        return torch.from_numpy(np.einsum("ij,j->i", words.numpy(), weights.numpy()))
+    return (words * weights).sum(1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -182,8 +182,7 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
         asked = w.hosts[0].adapters.routing.active if name is None else (name,)
         terms = w.terms(asked) if w.folded is None or not _beside(w.folded.terms) else {n: t for n, t in w.folded.terms.items() if n in asked}
         if terms:
-            P, Q = summed(terms)
-            d = (P @ Q).reshape(w.hosts[0].shape)
+            d = summed(terms).whole().reshape(w.hosts[0].shape)
             if _beside(terms):
                 W0 = (w.weight if w.folded is None or w.folded.original is None else w.folded.original).detach()
                 c, start = beside(terms, W0)

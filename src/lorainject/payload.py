@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fold import tiles, wide
+from .blocks import tiles
+from .fold import wide
 from .lowrank import Factors, LowRank, factors
+
+CAST = 1 << 18  # elements that are cast at a time
 
 
 class Payload(LowRank):
@@ -90,7 +93,7 @@ def norm_by_output(W0: Tensor, A: Tensor, B: Tensor, s: float, transposed: bool)
     W, dtype = W0.flatten(1), wide(W0.dtype)
     A, B = A.to(dtype), B.to(dtype)
     norms, WA = [], []
-    for rows in tiles(W.shape[0], W.shape[1], W.device) if W.dtype != dtype else (slice(None),):
+    for rows in tiles(W.shape[0], W.shape[1], W.device, CAST) if W.dtype != dtype else (slice(None),):
         w = W[rows].to(dtype)
         norms.append(torch.linalg.vector_norm(w, dim=0 if transposed else 1))
         WA.append(w.mT @ A[:, rows].mT if transposed else w @ A.mT)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from ..anatomy import Weight
 from ..anatomy import weights as weights_of
-from ..blocks import Product, quick
+from ..blocks import Product, double, quick
 from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
-from ..fold import Desk, Fold, Measured, tiles
-from ..lowrank import Factors, LowRank, factors, joined, norm
+from ..fold import Desk, Fold, Measured
+from ..lowrank import Factors, LowRank, factors
 from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
 from ..workers import workers
@@ -115,13 +115,10 @@ class MergePlan:
                     copy(source, target, done, stored.start if streamed else stored.stop, meter)
                 for s, patch in found:
                     tally = Fold(desk)
+                    cut = patch.factors()
+                    of = double(cut) if keep else quick(cut, DTYPES[stored.dtype])
                     try:
-                        P, Q = patch.factors()
-                        of = Product(P, Q) if keep else quick(P, Q, DTYPES[stored.dtype], float(patch.parts[0].s))
-                        each(
-                            partial(_fold, tally, patch, stored, source, target, of, keep is not None),
-                            enumerate(tiles(len(P), patch.width, dtype=of.P.dtype)),
-                        )
+                        each(partial(_fold, tally, patch, stored, source, target, of, keep is not None), enumerate(of.tiles()))
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
@@ -154,7 +151,7 @@ class MergePlan:
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
-        sites = (merged_site(s.name, norm(*joined(s.parts)), s.measured, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
+        sites = (merged_site(s.name, double(s.parts).norm, s.measured, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
@@ -302,7 +299,7 @@ def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
 
 def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
     """A tile's elements (runs, width). This thread's next call overwrites them."""
-    values = desk.room((rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
+    values = desk.room("read", (rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
     for offset, run in _extents(stored, patch, rows, values):
         if os.preadv(source, [run], offset) != len(run):
             raise OSError(errno.EIO, "a shard became shorter while it was read")
@@ -310,8 +307,8 @@ def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> T
 
 
 def _fold(tally: Fold, patch: Patch, stored: Stored, source: int, target: int | None, of: Product, keep: bool, i: int, rows: slice) -> None:
-    w0, p = get(tally.desk, source, stored, patch, rows), of.P[rows]
-    m = tally.keep(i, w0, p, of.Q) if keep else tally.sum(i, w0, Product(p, of.Q, of.s))
+    w0 = get(tally.desk, source, stored, patch, rows)
+    m = tally.keep(i, w0, of.at(rows)) if keep else tally.sum(i, w0, of.at(rows))
     if target is not None:
         put(target, stored, patch, rows, m)
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from ..blocks import double
 from ..errors import FileError, MergeError, StateError, system_errors
-from ..fold import Desk, Fold, Journal, tiles
+from ..fold import Desk, Fold, Journal
 from ..lowrank import Factors
 from ..merge import MergeReport, judge
 from . import commit, container
@@ -31,7 +32,7 @@ from .record import AdapterFile
 from .shards import INDEX, Shard, Stored
 from .transaction import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
 
-FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 1
+FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 2
 SPACE = "check its permissions and the free space"
 
 
@@ -173,10 +174,11 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             runs = torch.arange(len(t["starts"]))
             columns = torch.arange(entry["width"]).numpy()
             patch = Patch(entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False)
-            (P, Q), of_tiles = patch.factors(), list(tiles(len(runs), patch.width))
+            of = double(patch.factors())
+            of_tiles = list(of.tiles())
             for rows, kept in zip(of_tiles, journal.kept((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True):
                 m = get(desk, source, stored, patch, rows)
-                w0 = desk.unfold(m, P[rows], Q, kept)
+                w0 = desk.unfold(m, of.at(rows), kept)
                 if w0 is None:
                     return f"{name}: {entry['key']} does not come out as it was (another machine or BLAS library)"
                 if target is not None:

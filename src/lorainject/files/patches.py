@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lowrank import Factors, joined
+from ..lowrank import Factors
 from .places import Place
 
 Axis = tuple[int, int, int]
@@ -41,10 +41,10 @@ class Patch:
     turned: bool
     """Whether a run on disk is a column in memory."""
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """P (runs, R) and Q (R, width), float64."""
+    def factors(self) -> list[Factors]:
+        """Each with P (runs, r) and Q (r, width)."""
         rows, columns = torch.from_numpy(self.rows), torch.from_numpy(self.columns)
-        return joined(self.cut(f, rows, columns) for f in self.parts)
+        return [self.cut(f, rows, columns) for f in self.parts]
 
     def cut(self, f: Factors, rows: Tensor, columns: Tensor) -> Factors:
         P, Q = f.P[self.at][rows], f.Q[self.at][:, columns]
