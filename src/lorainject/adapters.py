@@ -138,8 +138,9 @@ class Adapters(nn.Module):
 
     def _mark(self, adapter: LowRank) -> None:
         """Let the optimiser's guard ask whether A and B are merged (by an attribute of theirs, since it sees nothing else)."""
-        for p in adapter.parameters():
-            p._lora_routing = self.routing  # type: ignore[attr-defined]
+        for p in adapter._parameters.values():
+            if p is not None:
+                p._lora_routing = self.routing  # type: ignore[attr-defined]
 
     def _load_from_state_dict(
         self,

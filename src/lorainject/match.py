@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import regex
@@ -42,9 +43,18 @@ class Matcher:
         self.named = list(walk(model))
         self.paths = {id(module): path for path, module in reversed(self.named)}
         self.deadline = time.monotonic() + REGEX_SECONDS
-        head = heads(model)
-        self.roles = {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
-        self.aside = [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
+        self.model = model
+
+    @cached_property
+    def roles(self) -> dict[tuple[int, str], frozenset[str]]:
+        """Of the weights that multiply, by key. Names do without."""
+        head = heads(self.model)
+        return {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
+
+    @property
+    def aside(self) -> list[Weight]:
+        """What "all-linear" leaves out."""
+        return [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
 
     def __call__(self, entry: Target, problems: list[str]) -> list[Pick]:
         """What an entry names, with its slices; a slice that the weight does not have is a problem."""
