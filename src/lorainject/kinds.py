@@ -83,7 +83,9 @@ def makes_output(cls: type[nn.Module]) -> bool:
 def is_quantised(module: nn.Module) -> bool:
     """Whether the weight is stored in a form that only the module's own forward can use."""
     weight = module._parameters.get("weight")
-    classes: tuple[Any, ...] = (type(module), type(weight), type(getattr(weight, "data", None)))
+    classes: tuple[Any, ...] = (type(module), type(weight))
+    if type(weight) is not nn.Parameter:  # a plain parameter's data are a plain tensor
+        classes += (type(getattr(weight, "data", None)),)
     return _quantise(*classes)
 
 

@@ -144,6 +144,8 @@ def _stored(w: Weight, host: Host, name: str) -> StoredSite:
 
 
 def _first_row(host: Host) -> int:
+    if not host.adapters.label:  # the whole weight
+        return 0
     return min((part.start for a in host.adapters for part in host.adapters[a].slices or ()), default=0)
 
 

@@ -41,13 +41,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         size = path.stat().st_size
         if size == 0:
             raise FileError(f"{path} is empty", way_out="it was cut off while it was written or copied: get it again")
-        with path.open("rb") as f, safe_open(path, framework="pt") as header:
-            f.seek(8 + int.from_bytes(f.read(8), "little"))
-            # Not taken from the header's map of the file: rewritten or cut short, that would change or kill the model that was loaded from it.
-            tensors = {key: _next(f, header.get_slice(key)) for key in header.offset_keys()}
-            if not os.path.samestat(os.fstat(f.fileno()), path.stat()):
-                raise ValueError("another file took its place while it was read")
-            return {key: tensors[key] for key in header.keys()}, header.metadata() or {}  # noqa: SIM118
+        while True:
+            with path.open("rb") as f, safe_open(path, framework="pt") as header:
+                if os.path.samestat(os.fstat(f.fileno()), path.stat()):  # else another took its place between the two
+                    f.seek(8 + int.from_bytes(f.read(8), "little"))
+                    # Not taken from safe_open's map of the file: rewritten or cut short, that would change or kill the model loaded from it.
+                    tensors = {key: _next(f, header.get_slice(key)) for key in header.offset_keys()}
+                    return {key: tensors[key] for key in header.keys()}, header.metadata() or {}  # noqa: SIM118
     except SafetensorError as e:
         raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
     except FileError:
