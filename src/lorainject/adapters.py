@@ -327,5 +327,5 @@ def placement(module: nn.Module, parameter: str) -> torch.device:
     """The device on which the weight is used: its own, or the one that accelerate brings an offloaded weight to."""
     weight = module._parameters[parameter]
     assert weight is not None
-    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
     return torch.device(execution) if weight.is_meta and execution is not None else weight.device

@@ -82,7 +82,8 @@ class Matcher:
 
     def modules_by_path(self, entry: str) -> list[tuple[str, nn.Module]]:
         """The modules that a plain name means."""
-        return [(self.paths[id(m)], m) for m in dict.fromkeys(m for path, m in self.named if _ends(path, sliced(entry)[0]))]
+        name = sliced(entry)[0]
+        return [(self.paths[id(m)], m) for m in dict.fromkeys(m for path, m in self.named if _ends(path, name))]
 
     def _visible(self) -> list[Weight]:
         """What patterns see: layers, and bare parameters that multiply; not class tokens and position tables."""
@@ -202,7 +203,7 @@ def sliced(entry: str) -> tuple[str, list[str]]:
 
 
 def _ends(path: str, entry: str) -> bool:
-    return path == entry or path.endswith(f".{entry}")
+    return f".{path}".endswith(f".{entry}")
 
 
 def _globs(path: str, pattern: str) -> bool:
