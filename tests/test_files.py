@@ -287,6 +287,11 @@ def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
     with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
         li.read(path)
     assert not changes
+    li.save(model, path)
+    monkeypatch.setattr(container, "safe_open", opened)
+    monkeypatch.setattr(os.path, "samestat", lambda mine, theirs: False)
+    with pytest.raises(li.FileError, match="can't be read: other files take its place again and again"):
+        li.read(path)
 
 
 def test_any_flipped_bit_is_seen(model, tmp_path):

@@ -31,6 +31,7 @@ READ = {name: dtype for dtype, name in DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """By its name in a header. What is no float of an adapter is read too, to be named with all else that is wrong."""
+TRIES = 100  # while other files are renamed over the one that is read
 NOT_NUMPYS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 """What numpy has not, and what has as many bits."""
 
@@ -41,13 +42,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         size = path.stat().st_size
         if size == 0:
             raise FileError(f"{path} is empty", way_out="it was cut off while it was written or copied: get it again")
-        while True:
+        for _ in range(TRIES):
             with path.open("rb") as f, safe_open(path, framework="pt") as header:
                 if os.path.samestat(os.fstat(f.fileno()), path.stat()):  # else another took its place between the two
                     f.seek(8 + int.from_bytes(f.read(8), "little"))
                     # Not taken from safe_open's map of the file: rewritten or cut short, that would change or kill the model loaded from it.
                     tensors = {key: _next(f, header.get_slice(key)) for key in header.offset_keys()}
                     return {key: tensors[key] for key in header.keys()}, header.metadata() or {}  # noqa: SIM118
+        raise ValueError("other files take its place again and again")
     except SafetensorError as e:
         raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
     except FileError:
