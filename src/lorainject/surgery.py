@@ -82,7 +82,7 @@ def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, Given]
         _introduce(modules)
         for each in routing:
             each.before[name], each.active = each.active, (name,)
-        _freeze(model)
+        _freeze(modules)
     except BaseException:
         _remove(model, name)
         raise
@@ -210,8 +210,8 @@ def _stands_alone(adapter: LowRank) -> bool:
     return isinstance(adapter, Replaced) or (isinstance(adapter, Payload) and adapter.m is not None)
 
 
-def _freeze(model: nn.Module) -> None:
-    for _, module in walk(model):
+def _freeze(modules: Mapping[str, nn.Module]) -> None:
+    for module in modules.values():
         if training := {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}:
             module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *training)
             for p in training.values():
