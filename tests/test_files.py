@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorainject as li
+from lorainject.adapters import hosts
+from lorainject.files import container
 from lorainject.fingerprint import agree, sample
 
 from models import bert, bits, gpt2, ids, llama, randomise, run, state
@@ -222,6 +224,74 @@ def test_damaged_files(base, model, tmp_path, change, message):
         li.load(base, path)
     assert "\n=> " in str(e.value)
     assert state(base) == before
+
+
+def test_loaded_tensors_are_apart(base, model, tmp_path):
+    """Each tensor has memory of its own: it keeps none of the others alive, may be written to, and the file may go."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    first, second = li.read(path), li.read(path)
+    li.load(base, path)
+    path.write_bytes(b"another")
+    loaded = [p.detach() for p in li.parameters(base)]
+    tensors = [t for file in (first, second) for s in file.sites for t in (s.A, s.B)] + loaded
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    first.sites[0].A.add_(1)
+    assert torch.equal(first.sites[0].A, second.sites[0].A + 1)
+    assert [bits(t) for t in loaded] == [bits(p) for p in li.parameters(model)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint16])
+def test_the_container_holds_any_shape(dtype, tmp_path):
+    """Single numbers, nothing at all, and what is no contiguous memory: as the safetensors package reads it, in the order of the names."""
+    whole = torch.arange(24).view(4, 6).to(dtype)
+    tensors = {"z": whole, "a": whole[:, ::2], "column": whole[:, 1], "row": whole.t(), "one": whole[1, 2], "none": whole[:0], "grad": whole}
+    if dtype.is_floating_point:
+        tensors["grad"] = whole.clone().requires_grad_()
+    (tmp_path / "x").write_bytes(b"".join(container.dump(tensors, {"key": "value"})))
+    found, metadata = container.read(tmp_path / "x")
+    assert metadata == {"key": "value"}
+    assert list(found) == sorted(tensors)
+    for key, t in load_file(tmp_path / "x").items():
+        assert t.dtype == found[key].dtype == dtype
+        assert torch.equal(t, found[key])
+        assert torch.equal(t, tensors[key])
+
+
+def test_every_type_of_a_header_is_read(tmp_path):
+    """Those that no adapter has too, in any order of the bytes: what they hold is then refused by name."""
+    dtypes = [d for d in container.READ.values() if d not in container.DTYPES]
+    save_file({str(d): torch.ones(3, dtype=torch.uint8 if d.itemsize == 1 else d).to(d) for d in [*container.DTYPES, *dtypes]}, tmp_path / "x")
+    found, _ = container.read(tmp_path / "x")
+    assert {key: (t.dtype, bits(t.view(torch.uint8))) for key, t in found.items()} == {
+        key: (t.dtype, bits(t.view(torch.uint8))) for key, t in load_file(tmp_path / "x").items()
+    }
+
+
+def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
+    """Cut short after its header was checked, it is refused; replaced by another, that one is read, whole."""
+    path, other = li.save(model, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    randomise(model, seed=1)
+    li.save(model, other)
+    opened, changes = container.safe_open, [lambda: os.replace(other, path), lambda: None, lambda: os.truncate(path, path.stat().st_size - 8)]
+
+    def then_changed(*args, **settings):
+        header = opened(*args, **settings)
+        changes.pop(0)()
+        return header
+
+    monkeypatch.setattr(container, "safe_open", then_changed)
+    file = li.read(path)
+    by_name = {s.name: s for s in file.sites}
+    assert all(torch.equal(host.adapters["default"].A, by_name[at].A) for at, host in hosts(model).items())
+    with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
+        li.read(path)
+    assert not changes
+    li.save(model, path)
+    monkeypatch.setattr(container, "safe_open", opened)
+    monkeypatch.setattr(os.path, "samestat", lambda mine, theirs: False)
+    with pytest.raises(li.FileError, match="can't be read: other files take its place again and again"):
+        li.read(path)
 
 
 def test_any_flipped_bit_is_seen(model, tmp_path):

@@ -138,8 +138,9 @@ class Adapters(nn.Module):
 
     def _mark(self, adapter: LowRank) -> None:
         """Let the optimiser's guard ask whether A and B are merged (by an attribute of theirs, since it sees nothing else)."""
-        for p in adapter.parameters():
-            p._lora_routing = self.routing  # type: ignore[attr-defined]
+        for p in adapter._parameters.values():
+            if p is not None:
+                p._lora_routing = self.routing  # type: ignore[attr-defined]
 
     def _load_from_state_dict(
         self,
@@ -326,5 +327,5 @@ def placement(module: nn.Module, parameter: str) -> torch.device:
     """The device on which the weight is used: its own, or the one that accelerate brings an offloaded weight to."""
     weight = module._parameters[parameter]
     assert weight is not None
-    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
     return torch.device(execution) if weight.is_meta and execution is not None else weight.device

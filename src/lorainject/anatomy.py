@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class Weight:
     owners: tuple[nn.Module, ...] = field(default=(), repr=False)
     """The modules on the way to it, the model first, its own module last."""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """What targets may call it."""
         return tuple(site_name(path, self.parameter) for path in self.paths)
@@ -55,23 +56,25 @@ def weights(model: nn.Module) -> list[Weight]:
     """Every weight that could carry an adapter, each once, in the model's order: of layers, and bare parameters with two axes or more."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
+    way: dict[str, tuple[nn.Module, ...]] = {}  # by path: the modules down to it
     for path, module in walk(model):
+        above = way.get(path.rpartition(".")[0], ()) if path else ()
+        way[path] = above
         if not isinstance(module, torch.jit.ScriptModule):  # its code is not Python's
             paths.setdefault(id(module), []).append(path)
             modules[id(module)] = module
-    at = {path: modules[key] for key, own in paths.items() for path in own}
+            way[path] = (*above, module)
     read, multiplied, bypassed = _read(list(modules.values()))
     read_by = {id(reader) for readers in read.values() for reader in readers}
     found = []
     for key, module in modules.items():
-        first = paths[key][0]
-        owners = tuple(at[p] for p in _upward(first) if p in at)
+        owners, is_layer, plain = way[paths[key][0]], kind_of(module) is not None, is_plain(module)
         for name, kind in _kinds(module):
             readers = tuple(dict.fromkeys(read.get((key, name), ())))
-            if kind.term is None or readers or key in read_by or not is_plain(module):
+            if kind.term is None or readers or key in read_by or not plain:
                 readers = tuple(dict.fromkeys((*readers, module)))  # for a direct call of the module
-            found_to = (key, name) in multiplied and (kind_of(module, name) is None or (kind.name == "embedding" and not is_plain(module)))
-            linear = kind.name in ("linear", "linear^T") or found_to or (kind_of(module, name) is None and _is_experts(module))
+            found_to = (key, name) in multiplied and (not is_layer or (kind.name == "embedding" and not plain))
+            linear = kind.name in ("linear", "linear^T") or found_to or (not is_layer and _is_experts(module))
             if isinstance(module, nn.ParameterList | nn.ParameterDict):  # it has no forward
                 readers = owners[-2:-1]
             found.append(Weight(tuple(paths[key]), module, name, kind, linear, readers, (key, name) in bypassed, owners=owners))
@@ -101,15 +104,9 @@ def _is_decoder(head: nn.Module) -> bool:
 
 def towers(model: nn.Module) -> tuple[str, ...]:
     """The paths of the models that a model is made of (vision_tower, language_model; encoder, decoder); none if it is made of one."""
-    parts = [(path, m) for path, m in walk(model) if path and hasattr(m, "config") and hasattr(m, "base_model_prefix")]
+    parts = [(path, m) for path, m in walk(model) if path and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")]
     inner = [path for path, _ in parts if not any(other.startswith(f"{path}.") for other, _ in parts)]
     return tuple(dict.fromkeys(inner)) if len(inner) > 1 else ()
-
-
-def _upward(path: str) -> Iterator[str]:
-    """The paths from the model to the module: "", "model", "model.layers", ..."""
-    parts = path.split(".") if path else []
-    return (".".join(parts[:n]) for n in range(len(parts) + 1))
 
 
 def _kinds(module: nn.Module) -> Iterator[tuple[str, Kind]]:

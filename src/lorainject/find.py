@@ -146,12 +146,14 @@ def unfit(weight: Weight, label: str = "") -> str | None:
 
 def wrapped(model: nn.Module) -> list[str]:
     """Whose model this is already: data-parallel wrappers, under which the ranks' new parameters would silently differ, and PEFT."""
-    peft = [path for path, module in walk(model) if type(module).__module__.startswith("peft.")]
-    return ["the model carries PEFT's adapters, on which ours would be stacked: unload() them first"] * bool(peft) + [
-        f"{path or 'the model'} is already wrapped by {WRAPPERS[c.__name__]}, under which the ranks' adapters would diverge: inject first, wrap after"
-        for path, module in walk(model)
-        for c in type(module).__mro__
-        if c.__name__ in WRAPPERS
+    found = list(walk(model))
+    classes = {type(module) for _, module in found}
+    peft = any(cls.__module__.startswith("peft.") for cls in classes)
+    by = {cls: WRAPPERS[c.__name__] for cls in classes for c in cls.__mro__ if c.__name__ in WRAPPERS}
+    return ["the model carries PEFT's adapters, on which ours would be stacked: unload() them first"] * peft + [
+        f"{path or 'the model'} is already wrapped by {by[type(module)]}, under which the ranks' adapters would diverge: inject first, wrap after"
+        for path, module in found
+        if type(module) in by
     ]
 
 
@@ -183,7 +185,7 @@ def site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, s
 
 def total(model: nn.Module) -> int:
     """Parameters of the base: each once, the adapters' not counted."""
-    own = {id(p): p for _, module in walk(model) for p in module.parameters(recurse=False)}
+    own = {id(p): p for _, module in walk(model) for p in module._parameters.values() if p is not None}
     return sum(p.numel() for p in own.values())
 
 

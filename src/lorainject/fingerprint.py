@@ -20,9 +20,7 @@ def sample(weight: Tensor) -> Tensor | None:
     """SAMPLES values of a weight (float32, on the weight's device), at fixed places spread over it; None on the meta device."""
     if weight.is_meta or weight.numel() == 0:
         return None
-    weight, where = weight.detach(), _where(weight.numel(), weight.device)
-    found = weight.view(-1)[where] if weight.is_contiguous() else weight[torch.unravel_index(where, weight.shape)]
-    return found.to(torch.float32)
+    return weight.detach().take(_where(weight.numel(), weight.device)).to(torch.float32)
 
 
 @functools.lru_cache(maxsize=64)

@@ -85,7 +85,7 @@ def objection(module: nn.Module) -> str | None:
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give `module` the class `cls`; the caller has asked `objection` before."""
-    stored = [key for key, value in module.__dict__.items() if _is_forward(module, value)]
+    stored = [key for key, value in module.__dict__.items() if isinstance(value, types.MethodType) and _is_forward(module, value)]
     module.__class__ = cls
     for key in stored:
         module.__dict__[key] = types.MethodType(_forward_of(cls), module)

@@ -63,31 +63,35 @@ KINDS = {kind.name: kind for kind in (*LAYERS, *STACKS, MATRIX, WHOLE)}
 
 def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:
     """The row for a module's weight, by its class or the nearest base class of it; None if it is not a layer of a known kind."""
-    return _row(type(module))[0] if parameter == "weight" else None
+    cls: Any = type(module)
+    return _row(cls)[0] if parameter == "weight" else None
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the module's forward is that of its kind, and not one of its own."""
-    return bare(type(module)).forward is _row(type(module))[1].forward or is_quantised(module)
+    cls: Any = type(module)
+    return bare(cls).forward is _row(cls)[1].forward or is_quantised(module)
 
 
 @cache
 def makes_output(cls: type[nn.Module]) -> bool:
     """Whether such a layer's forward returns memory that it has just taken, which nothing else sees: that of its kind does."""
-    kind, row = _row(cls)
+    kind, row = _row(cls)  # type: ignore[arg-type]
     return kind is not None and kind.term is not None and cls.forward is row.forward
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether the weight is stored in a form that only the module's own forward can use."""
     weight = module._parameters.get("weight")
-    classes: tuple[Any, ...] = (type(module), type(weight), type(getattr(weight, "data", None)))
-    return any(_quantises(cls) for cls in classes)
+    classes: tuple[Any, ...] = (type(module), type(weight))
+    if type(weight) is not nn.Parameter:  # a plain parameter's data are a plain tensor
+        classes += (type(getattr(weight, "data", None)),)
+    return _quantise(*classes)
 
 
 @cache
-def _quantises(cls: Any) -> bool:
-    return any(f"{c.__module__}.".startswith(QUANTISED) for c in cls.__mro__)
+def _quantise(*classes: Any) -> bool:
+    return any(f"{c.__module__}.".startswith(QUANTISED) for cls in classes for c in cls.__mro__)
 
 
 def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
@@ -104,7 +108,7 @@ def refusal(module: nn.Module, parameter: str = "weight") -> str | None:
     weight = module._parameters.get(parameter)
     if (reason := objection(module)) is not None:
         return reason
-    if hasattr(module, "parametrizations") or weight is None:
+    if "parametrizations" in module._modules or weight is None:
         return "its weight is computed (parametrised, or weight_norm): torch.nn.utils.parametrize.remove_parametrizations first"
     if isinstance(weight, UninitializedParameter):
         return "its shape is not known yet: run one forward first (lazy module)"
@@ -114,16 +118,22 @@ def refusal(module: nn.Module, parameter: str = "weight") -> str | None:
         return f"its weight is empty: {tuple(weight.shape)}"
     if weight.dtype not in DTYPES and not is_quantised(module):
         return f"its weight is {weight.dtype}: only {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are supported"
-    if getattr(module, "max_norm", None) is not None:
+    if vars(module).get("max_norm") is not None:
         return "max_norm rewrites the base weight in every forward: set it to None first"
     return None
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which this process holds a part (by name: importing torch.distributed.tensor takes a second)."""
-    return any(c.__name__ == "DTensor" for c in type(tensor).__mro__)
+    return _shards(type(tensor))
 
 
+@cache
+def _shards(cls: type[Tensor]) -> bool:
+    return any(c.__name__ == "DTensor" for c in cls.__mro__)
+
+
+@cache
 def _row(cls: type[nn.Module]) -> tuple[Kind | None, type[nn.Module]]:
     for c in cls.__mro__:
         for kind in LAYERS:

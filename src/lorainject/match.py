@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import regex
@@ -42,9 +43,18 @@ class Matcher:
         self.named = list(walk(model))
         self.paths = {id(module): path for path, module in reversed(self.named)}
         self.deadline = time.monotonic() + REGEX_SECONDS
-        head = heads(model)
-        self.roles = {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
-        self.aside = [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
+        self.model = model
+
+    @cached_property
+    def roles(self) -> dict[tuple[int, str], frozenset[str]]:
+        """Of the weights that multiply, by key. Names do without."""
+        head = heads(self.model)
+        return {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
+
+    @property
+    def aside(self) -> list[Weight]:
+        """What "all-linear" leaves out."""
+        return [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
 
     def __call__(self, entry: Target, problems: list[str]) -> list[Pick]:
         """What an entry names, with its slices; a slice that the weight does not have is a problem."""
@@ -72,7 +82,8 @@ class Matcher:
 
     def modules_by_path(self, entry: str) -> list[tuple[str, nn.Module]]:
         """The modules that a plain name means."""
-        return [(self.paths[id(m)], m) for m in dict.fromkeys(m for path, m in self.named if _ends(path, sliced(entry)[0]))]
+        name = sliced(entry)[0]
+        return [(self.paths[id(m)], m) for m in dict.fromkeys(m for path, m in self.named if _ends(path, name))]
 
     def _visible(self) -> list[Weight]:
         """What patterns see: layers, and bare parameters that multiply; not class tokens and position tables."""
@@ -192,7 +203,7 @@ def sliced(entry: str) -> tuple[str, list[str]]:
 
 
 def _ends(path: str, entry: str) -> bool:
-    return path == entry or path.endswith(f".{entry}")
+    return f".{path}".endswith(f".{entry}")
 
 
 def _globs(path: str, pattern: str) -> bool:

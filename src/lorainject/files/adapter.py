@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
-    training = [f"{at}.{n}" for at, m in walk(model) for n, p in m.named_parameters(recurse=False) if p.requires_grad]
+    training = [f"{at}.{n}" for at, m in walk(model) for n, p in m._parameters.items() if p is not None and p.requires_grad]
     if training:
         warnings.warn(
             f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
@@ -144,6 +144,8 @@ def _stored(w: Weight, host: Host, name: str) -> StoredSite:
 
 
 def _first_row(host: Host) -> int:
+    if not host.adapters.label:  # the whole weight
+        return 0
     return min((part.start for a in host.adapters for part in host.adapters[a].slices or ()), default=0)
 
 
@@ -164,7 +166,7 @@ def _base(on: Mapping[str, Host]) -> BasePrint | None:
 
 
 def _print(module: nn.Module, parameter: str) -> Tensor | None:
-    for own in module.children():
+    for own in module._modules.values():
         if isinstance(own, Adapters) and own.parameter == parameter and own.folded:
             return own.folded.sample
     weight = module._parameters[parameter]
@@ -174,7 +176,7 @@ def _print(module: nn.Module, parameter: str) -> Tensor | None:
 def _unwritable(host: Host, a: LowRank) -> str | None:
     if misfit(host, a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
-    parameters = list(a.parameters())
+    parameters = [p for p in a._parameters.values() if p is not None]
     if any(p.is_meta for p in parameters):
         return "A and B lie on the meta device (offloaded, or never loaded)"
     if any(is_sharded(p) or p.numel() == 0 for p in parameters):
@@ -215,8 +217,9 @@ def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dty
         if problem:
             problems.append(f"{stored.name}: {problem}")
         else:
-            first = (stored.path, *(p for p in w.paths if p != stored.path))
-            w = replace(w, paths=first, readers=w.owners if stored.named else w.readers, named=stored.named)
+            if stored.path != w.paths[0] or stored.named:
+                first = (stored.path, *(p for p in w.paths if p != stored.path))
+                w = replace(w, paths=first, readers=w.owners if stored.named else w.readers, named=stored.named)
             pick = Pick(w, stored.label, stored.rows)
             sites.append(site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
                               dtype=dtype or stored.dtype))  # fmt: skip
@@ -232,9 +235,10 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
         return f"the file has it on a weight of the kind {stored.kind}, this model has a {w.kind.name} there"
     if stored.embedding != (w.kind.name == "embedding"):
         return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {w.kind.name} there"
-    stack, out, in_ = w.kind.sizes(shape_of(w.module, w.parameter))
-    if stored.shape and stored.shape != shape_of(w.module, w.parameter):
-        return f"the file has it on a weight {stored.shape}, this model's is {shape_of(w.module, w.parameter)}"
+    shape = shape_of(w.module, w.parameter)
+    stack, out, in_ = w.kind.sizes(shape)
+    if stored.shape and stored.shape != shape:
+        return f"the file has it on a weight {stored.shape}, this model's is {shape}"
     if stored.rows is not None and (wrong := _wrong_rows(stored, w, out)):
         return wrong
     r, out = stored.r, out if stored.rows is None else sum(map(len, stored.rows))

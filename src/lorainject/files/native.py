@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
         for key, (role, name, *detail) in extras.items():
             if role in ("magnitude", "bias"):
                 own[name] |= {role: tensors[key].flatten()} | ({"magnitude_axis": str(detail[0])} if role == "magnitude" else {})
-        places = [replace(_place(name, settings, tensors), **own[name]) for name, settings in body["sites"].items()]
+        places = [_place(name, settings, tensors, own[name]) for name, settings in body["sites"].items()]
         keys = peft.keys(places)
         sites = [
             _pair(tensors, keys[s.name], s, problems, alpha=x["alpha"], scaling=x["scaling"], dropout=x["dropout"])
@@ -161,8 +160,8 @@ def _where(s: StoredSite) -> dict[str, Any]:
     return {"path": s.path} | {key: value for key, value in fields.items() if value}
 
 
-def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSite:
-    """A site without its A and B."""
+def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], beside: Mapping[str, Any]) -> StoredSite:
+    """A site without its A and B, but with what it has beside them."""
     texts = [settings.get("path", name), settings.get("parameter", ""), settings.get("label", ""), settings.get("kind", ""), *settings["aliases"]]
     if odd := [t for t in texts if not isinstance(t, str)]:
         raise ValueError(f"{name}: {odd[0]!r} is no name")
@@ -171,7 +170,7 @@ def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
         path=settings.get("path", name), parameter=settings.get("parameter", "weight"), label=settings.get("label", ""),
         rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
         kind=settings.get("kind", kind), shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), peft=not settings.get("apart"),
-        aliases=tuple(settings["aliases"]), A=NONE, B=NONE, alpha=0.0,
+        aliases=tuple(settings["aliases"]), A=NONE, B=NONE, alpha=0.0, **beside,
     )  # fmt: skip
 
 

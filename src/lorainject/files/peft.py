@@ -198,7 +198,8 @@ def targeted(config: Mapping[str, Any], paths: Sequence[str] | Mapping[str, Any]
         return []
     if isinstance(wanted, str):
         return [path for path in paths if path and full(wanted, path)]
-    return [path for path in paths if path and any(path == w or path.endswith(f".{w}") for w in wanted)]
+    ends = tuple(f".{w}" for w in wanted)
+    return [path for path in paths if path and f".{path}".endswith(ends)]
 
 
 def pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

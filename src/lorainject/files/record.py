@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kinds import KINDS
+from ..kinds import DTYPES, KINDS
 from ..lowrank import is_finite, scale
 from ..spec import is_alpha, site_name
 
@@ -177,9 +177,6 @@ def _sizes(s: StoredSite) -> tuple[int, ...] | None:
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensors that are not finite floats, whatever they are called; single numbers (kohya's alpha) may be whole."""
-    odd = [f"{key}: {t.dtype} is not a floating-point type of 16 bits or more" for key, t in tensors.items() if not _is_float(t) and t.ndim]
-    return odd + [f"{key}: holds NaN or infinity" for key, t in tensors.items() if _is_float(t) and not is_finite(t)]
-
-
-def _is_float(t: Tensor) -> bool:
-    return t.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    floats = {key: t for key, t in tensors.items() if t.dtype in DTYPES}
+    odd = [f"{key}: {t.dtype} is not a floating-point type of 16 bits or more" for key, t in tensors.items() if t.ndim and key not in floats]
+    return odd + [f"{key}: holds NaN or infinity" for key, t in floats.items() if not is_finite(t)]
