@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .accumulate import accumulate, joins, together
 from .errors import StateError
 from .fold import Journal
 from .graft import Graft
@@ -22,9 +23,10 @@ from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank, is_hooked
 from .replaced import Replaced
 from .routing import ROOTS, Loading, Routing
-from .siblings import WORTH, Siblings
+from .siblings import Siblings
 from .spec import site_name
 
+LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
 
 
@@ -120,13 +122,21 @@ class Adapters(nn.Module):
             return self.routing.rows.add(cast("dict[str | None, LowRank]", self._modules), self.kind.term, y, x, own)
         active = self.routing.active
         made: Mapping[LowRank, Tensor] = {}
-        if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and given.numel() >= WORTH:
+        if self.siblings is not None and given is not None and not torch.compiler.is_compiling():
             made = self.siblings.lowered(self, active, y, x, given)
         for name in active:
             if name in self._modules:
                 low = self[name]
                 y, own = low(self.kind.term, y, x, own, made[low]) if low in made else low(self.kind.term, y, x, own), True
         return y
+
+    def alone(self, x: Tensor) -> LowRank | None:
+        """The adapter that is on, if it is one, and free to join the layer's own product with x."""
+        shares = self.siblings is not None and self.siblings.may_share(self, x)
+        if self.kind.term is not accumulate or self.routing.rows is not None or shares or is_hooked(self):
+            return None
+        on = self.on
+        return on[0] if len(on) == 1 and joins(on[0], x) else None
 
     def __call__(self, *args: Any) -> Tensor:
         return self.forward(*args) if not is_hooked(self) else super().__call__(*args)
@@ -181,6 +191,8 @@ class LoraForward(Graft):
         base = type(self)._lora_base
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = not torch.compiler.is_compiling() and makes_output(base) and type(self._parameters.get("weight")) is nn.Parameter  # type: ignore[arg-type]
+        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and torch.is_grad_enabled() and (low := _joining(self, x)) is not None:
+            return cast(Tensor, low(together, x, self._parameters["weight"], self._parameters["bias"]))
         shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
             x = x.flatten(0, -2)
@@ -190,6 +202,13 @@ class LoraForward(Graft):
             if isinstance(child, Adapters):
                 y = child(x, y, own, given)
         return y if shape is None else y.unflatten(0, shape[:-1])
+
+
+def _joining(linear: nn.Module, x: Tensor) -> LowRank | None:
+    """The adapter whose term is taken together with the layer's own product: the only one that is on, of a layer that does not train."""
+    (child, *others), held = linear._modules.values(), [p for p in linear._parameters.values() if p is not None]
+    is_frozen = all(type(p) is nn.Parameter and not p.requires_grad for p in held)
+    return child.alone(x) if is_frozen and not others and type(child) is Adapters else None
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
