@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject import siblings
+from lorainject import adapters, siblings
 from lorainject.adapters import hosts
 from lorainject.siblings import kin
 
@@ -52,7 +52,7 @@ def adapted(ranks: tuple[int, ...] = (3, 2, 4), names: tuple[str, ...] = ("defau
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(siblings, "WORTH", 1)
+    monkeypatch.setattr(adapters, "WORTH", 1)
 
 
 @pytest.fixture

@@ -259,6 +259,51 @@ def test_when_it_may():
     assert torch.equal(model(x), 2 * nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_otherwise_is_respected(grad):
+    """Hooks on the adapters, a forward of their own, a computed bias, several adapters and none, with gradients and without."""
+    x = torch.randn(5, I)
+
+    def term(model: nn.Module, name: str = "default") -> Tensor:
+        low = model[0].lora[name]
+        return low.scale * (x @ low.A.T @ low.B.T)
+
+    with torch.set_grad_enabled(grad):
+        model = layer()
+        plain = nn.functional.linear(x, model[0].weight, model[0].bias)
+        whole = plain + term(model)
+        assert torch.allclose(model(x), whole, atol=1e-5)
+
+        for hooked in (lambda m: m[0].lora, lambda m: m[0].lora["default"]):
+            model, seen = layer(), []
+            hooked(model).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(m))
+            hooked(model).register_forward_hook(lambda m, args, y: y + 1)
+            assert torch.allclose(model(x), whole + 1, atol=1e-5)
+            assert len(seen) == 1
+            model = layer()
+            original = hooked(model).forward
+            hooked(model).forward = lambda *args, original=original: original(*args) + 1
+            assert torch.allclose(model(x), whole + 1, atol=1e-5)
+
+        model = layer()
+        nn.utils.parametrize.register_parametrization(model[0], "bias", Doubled())
+        assert torch.allclose(model(x), whole + model[0].parametrizations.bias.original, atol=1e-5)
+
+        model = layer()
+        with li.disabled(model):
+            assert torch.equal(model(x), plain)
+        li.inject(model, ["0"], r=2, name="other")
+        nn.init.normal_(model[0].lora["other"].B.data)
+        for on in ((), ("other",), ("default", "other")):
+            li.activate(model, *on)
+            assert torch.allclose(model(x), plain + sum(term(model, name) for name in on), atol=1e-4)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
 def test_another_forward_put_in_torchs_place_is_called(monkeypatch):
     calls, original = [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or original(self, x))

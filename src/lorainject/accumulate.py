@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from .lowrank import LowRank, Parts, add, is_hooked, project
+from .lowrank import LowRank, Parts, add, project
 
 FEW = 16  # tokens up to which a product in half precision costs any CPU more than one in float32
 CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
@@ -48,19 +48,14 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor |
     factors, s = adapter._parameters, adapter.scale  # nn.Module's attributes take a microsecond
     B: Tensor = factors["B"]  # type: ignore[assignment]
     if h_MR is None:
-        x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         A: Tensor = factors["A"]  # type: ignore[assignment]
-        dtype = y.dtype if y.dtype == torch.float32 else computed_in(y, len(x_MI))
-        if (len(x_MI) <= FEW and own and not parts and A.dtype == B.dtype == dtype and y.is_contiguous() and not torch.is_grad_enabled()
+        tokens = x.shape[:-1].numel()
+        dtype = computed_in(y, tokens)
+        if (tokens <= FEW and own and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled()
                 and not _dropout(adapter)):  # fmt: skip
-            # The same as below, for a token or a few: every call of Python counts beside products that small.
-            h_MR, y_MO = F.linear(x_MI.to(dtype), A), y.view(-1, y.shape[-1])
-            if y.dtype == dtype:
-                y_MO.addmm_(h_MR, B.t(), alpha=s)
-            else:
-                y_MO.add_(F.linear(h_MR, B), alpha=s)
-            return y
-        h_MR = lowered(x_MI, A if A.dtype == dtype else A.to(dtype), _dropout(adapter))
+            # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
+            return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
+        h_MR = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
     if B.dtype != h_MR.dtype:
         B = B.to(h_MR.dtype)
     grad = torch.is_grad_enabled() and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
@@ -81,11 +76,11 @@ def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Te
     return Together.apply(x, adapter.A, adapter.B, W0, bias, adapter.scale, p, _seed() if p else 0, adapter.parts)
 
 
-def joins(adapter: LowRank, x: Tensor) -> bool:
-    """Whether its term may be taken together with the product of a frozen linear layer: nobody must see either by itself. (An A that does not
-    train needs no x saved for it, which `Together` would.)"""
-    return (is_plain(adapter, x.device) and adapter.A.requires_grad and not is_hooked(adapter) and not is_watched(x)
-            and not torch.is_autocast_enabled(x.device.type))  # fmt: skip
+def joins(adapter: LowRank, x: Tensor, linear: nn.Module) -> bool:
+    """Whether its term may be taken together with the linear layer's product: that is frozen, and nobody must see either by itself. (For an A that
+    does not train x need not be saved, which `Together` does.)"""
+    frozen = all(p is None or (type(p) is nn.Parameter and not p.requires_grad) for p in linear._parameters.values())
+    return frozen and is_plain(adapter, x.device) and adapter.A.requires_grad and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _dropout(adapter: LowRank) -> float:
@@ -104,7 +99,7 @@ def is_watched(y: Tensor) -> bool:
 
 def computed_in(y: Tensor, tokens: int) -> torch.dtype:
     """The dtype of the products."""
-    if y.dtype in HALVES and y.device.type == "cpu" and (tokens <= FEW or not _has_instructions(y.dtype)):
+    if y.dtype in HALVES and y.is_cpu and (tokens <= FEW or not _has_instructions(y.dtype)):
         return torch.float32
     return y.dtype
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .accumulate import accumulate, joins, together
@@ -23,7 +24,7 @@ from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank, is_hooked
 from .replaced import Replaced
 from .routing import ROOTS, Loading, Routing
-from .siblings import Siblings
+from .siblings import WORTH, Siblings
 from .spec import site_name
 
 LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
@@ -117,26 +118,17 @@ class Adapters(nn.Module):
         return [self[name] for name in self.routing.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
-        assert self.kind.term is not None
-        if self.routing.rows is not None:
-            return self.routing.rows.add(cast("dict[str | None, LowRank]", self._modules), self.kind.term, y, x, own)
-        active = self.routing.active
+        routing, term, lows = self.routing, self.kind.term, cast("dict[str | None, LowRank]", self._modules)
+        assert term is not None
+        if routing.rows is not None:
+            return routing.rows.add(lows, term, y, x, own)
         made: Mapping[LowRank, Tensor] = {}
-        if self.siblings is not None and given is not None and not torch.compiler.is_compiling():
-            made = self.siblings.lowered(self, active, y, x, given)
-        for name in active:
-            if name in self._modules:
-                low = self[name]
-                y, own = low(self.kind.term, y, x, own, made[low]) if low in made else low(self.kind.term, y, x, own), True
+        if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and given.numel() >= WORTH:
+            made = self.siblings.lowered(self, routing.active, y, x, given)
+        for name in routing.active:
+            if (low := lows.get(name)) is not None:
+                y, own = low(term, y, x, own, made[low]) if low in made else low(term, y, x, own), True
         return y
-
-    def alone(self, x: Tensor) -> LowRank | None:
-        """The adapter that is on, if it is one, and free to join the layer's own product with x."""
-        shares = self.siblings is not None and self.siblings.may_share(self, x)
-        if self.kind.term is not accumulate or self.routing.rows is not None or shares or is_hooked(self):
-            return None
-        on = self.on
-        return on[0] if len(on) == 1 and joins(on[0], x) else None
 
     def __call__(self, *args: Any) -> Tensor:
         return self.forward(*args) if not is_hooked(self) else super().__call__(*args)
@@ -187,12 +179,16 @@ class LoraForward(Graft):
     """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        base = type(self)._lora_base
+        base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
-        own = not torch.compiler.is_compiling() and makes_output(base) and type(self._parameters.get("weight")) is nn.Parameter  # type: ignore[arg-type]
-        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and torch.is_grad_enabled() and (low := _joining(self, x)) is not None:
-            return cast(Tensor, low(together, x, self._parameters["weight"], self._parameters["bias"]))
+        own = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
+        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
+            if not torch.is_grad_enabled():
+                return cast(Tensor, low.forward(accumulate, F.linear(args[0], weight, self._parameters["bias"]), args[0], True))
+            if joins(low, args[0], self):
+                return cast(Tensor, low.forward(together, args[0], weight, self._parameters["bias"]))
+        own = own and makes_output(base)  # type: ignore[arg-type]
+        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
         shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
             x = x.flatten(0, -2)
@@ -204,11 +200,19 @@ class LoraForward(Graft):
         return y if shape is None else y.unflatten(0, shape[:-1])
 
 
-def _joining(linear: nn.Module, x: Tensor) -> LowRank | None:
-    """The adapter whose term is taken together with the layer's own product: the only one that is on, of a layer that does not train."""
-    (child, *others), held = linear._modules.values(), [p for p in linear._parameters.values() if p is not None]
-    is_frozen = all(type(p) is nn.Parameter and not p.requires_grad for p in held)
-    return child.alone(x) if is_frozen and not others and type(child) is Adapters else None
+def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
+    """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share what it computes. What can be
+    otherwise is asked elsewhere, which costs more than the products with a single token."""
+    if len(linear._modules) != 1 or len(linear._parameters) != 2:
+        return None
+    (child,) = linear._modules.values()
+    if type(child) is not Adapters or is_hooked(child) or "forward" in child.__dict__:
+        return None
+    routing, siblings = child.routing, child.siblings
+    if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and x.numel() >= WORTH and siblings.may_share(child, x)):
+        return None
+    low = cast("LowRank | None", child._modules.get(routing.active[0]))
+    return low if low is not None and not is_hooked(low) else None
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
