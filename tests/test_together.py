@@ -112,6 +112,26 @@ def test_a_step_takes_the_memory_of_a_frozen_linear_layers(dtype, bias, shape):
     assert ours <= 1.05 * base < other
 
 
+@pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
+def test_what_several_layers_give_x_is_summed_in_place(shape):
+    """As with frozen linear layers, of whose gradients two are there at a time; with more axes, three."""
+    model, x, dy = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(4)), *(torch.randn(*shape, 1024) for _ in range(2))
+    x.requires_grad_()
+
+    def step() -> None:
+        x.grad = None
+        torch.autograd.backward([layer(x) for layer in model], [dy] * 4)
+
+    def most() -> int:
+        step()
+        return peak(Timed(step, before=lambda: setattr(x, "grad", None)), Setup())
+
+    model.requires_grad_(False)
+    base = most()
+    li.inject(model, list("0123"), r=2)
+    assert most() <= (1.05 if len(shape) == 1 else 0.9) * base
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("target", ["0", "0[1:4]"])
 @pytest.mark.parametrize("bias", [True, False])

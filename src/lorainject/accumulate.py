@@ -200,7 +200,9 @@ class Together(Function):
         dx = dy_MO @ W0 if wants_x else None
         dA = _to_x_and_A(dx, _to_h(dy_MO, B.to(h_MR.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
         dB = _to_B(dy_MO, h_MR, s, parts) if wants_B else None
-        return (*(d if d is None else d.to(t.dtype).reshape(t.shape) for d, t in ((dx, x), (dA, A), (dB, B))), *[None] * 6)
+        if dx is not None and x.ndim != 2:
+            dx = torch.ops.aten._unsafe_view(dx, x.shape)  # autograd copies a view before it adds another layer's to it
+        return dx, *(d if d is None else d.to(A.dtype) for d in (dA, dB)), *[None] * 6
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
