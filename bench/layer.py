@@ -181,8 +181,8 @@ ROWS = (
         limit="one x per distinct input, and M r if x A^T is kept",
         goals={"bytes / PEFT's": Goal(1.0), "dropout adds, in x's": Goal(None, 0.0), "q k v keep, in x's": Goal(None, 1.05)},
         measure=backward,
-        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask. In bf16 q, k, v share x; the rest is A and B,"
-        " cast to bf16 for each use.",
+        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask; here the seed. In bf16 q, k, v share x;"
+        " the rest is x A^T, and where they share that too (not under the hooks that count here) A and B, cast to bf16 for each use.",
         cuda=True,
     ),
 )

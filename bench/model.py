@@ -147,8 +147,8 @@ def generate(on: Setup) -> Iterator[Figure]:
 
 
 CALLS = (
-    "With one token a product of width r takes 4 to 6 us, and so does every other call of torch: of the 25 to 30 us that an adapter adds here half"
-    " are its two products, the rest Python. In bf16 x is cast to fp32 and the term back, 3 calls more, on a processor without instructions for it."
+    "With one token an adapter is three calls of torch, two products and a sum, and in bf16 a fourth, that casts x to fp32: in bf16 itself a product"
+    " takes longer. The rest is Python, of which most is to find in memory what the base's product has driven out of the cache."
 )
 MANY = (
     "Short rows: one product with all A side by side, one with all B, and a mask between them; each A and B is multiplied with every row, which"

@@ -9,6 +9,9 @@ the output's size is allocated, and 4 M O elements less are moved.
 Saved for the backward are x itself, which sibling projections share, h, A and B. With dropout the seed is saved, not the mask nor the dropped x.
 y passes its gradient on as it is.
 
+In training a frozen nn.Linear and the only adapter that is on are one step of the graph, so that the way back accumulates as well: dh A into the
+base's own dx_MI = dy_MO W0_OI, of which autograd would make a third tensor of x's size. Projections that share x A^T (siblings.py) sum theirs anyway.
+
 A and B, kept in float32, are cast down to y's dtype, which is small beside casting x up. A CPU without instructions for half precision computes
 in float32 instead, some rows of x and y at a time, so that what is cast stays in the cache (bfloat16 costs it 18 times as much).
 
@@ -45,19 +48,14 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor |
     factors, s = adapter._parameters, adapter.scale  # nn.Module's attributes take a microsecond
     B: Tensor = factors["B"]  # type: ignore[assignment]
     if h_MR is None:
-        x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         A: Tensor = factors["A"]  # type: ignore[assignment]
-        dtype = y.dtype if y.dtype == torch.float32 else computed_in(y, len(x_MI))
-        if (len(x_MI) <= FEW and own and not parts and A.dtype == B.dtype == dtype and y.is_contiguous() and not torch.is_grad_enabled()
-                and not (adapter.training and adapter.dropout)):  # fmt: skip
-            # The same as below, for a token or a few: every call of Python counts beside products that small.
-            h_MR, y_MO = F.linear(x_MI.to(dtype), A), y.view(-1, y.shape[-1])
-            if y.dtype == dtype:
-                y_MO.addmm_(h_MR, B.t(), alpha=s)
-            else:
-                y_MO.add_(F.linear(h_MR, B), alpha=s)
-            return y
-        h_MR = lowered(x_MI, A if A.dtype == dtype else A.to(dtype), adapter.dropout if adapter.training else 0.0)
+        tokens = x.shape[:-1].numel()
+        dtype = computed_in(y, tokens)
+        if (tokens <= FEW and own and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled()
+                and not _dropout(adapter)):  # fmt: skip
+            # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
+            return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
+        h_MR = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
     if B.dtype != h_MR.dtype:
         B = B.to(h_MR.dtype)
     grad = torch.is_grad_enabled() and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
@@ -72,6 +70,23 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
     return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else F.linear(x_MI, A)
 
 
+def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+    """x W0^T + bias + s (x A^T) B^T, where the adapter `joins`."""
+    p = _dropout(adapter)
+    return Together.apply(x, adapter.A, adapter.B, W0, bias, adapter.scale, p, _seed() if p else 0, adapter.parts)
+
+
+def joins(adapter: LowRank, x: Tensor, linear: nn.Module) -> bool:
+    """Whether its term may be taken together with the linear layer's product: that is frozen, and nobody must see either by itself. (For an A that
+    does not train x need not be saved, which `Together` does.)"""
+    frozen = all(p is None or (type(p) is nn.Parameter and not p.requires_grad) for p in linear._parameters.values())
+    return frozen and is_plain(adapter, x.device) and adapter.A.requires_grad and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _dropout(adapter: LowRank) -> float:
+    return adapter.dropout if adapter.training else 0.0
+
+
 def _seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_())
 
@@ -84,7 +99,7 @@ def is_watched(y: Tensor) -> bool:
 
 def computed_in(y: Tensor, tokens: int) -> torch.dtype:
     """The dtype of the products."""
-    if y.dtype in HALVES and y.device.type == "cpu" and (tokens <= FEW or not _has_instructions(y.dtype)):
+    if y.dtype in HALVES and y.is_cpu and (tokens <= FEW or not _has_instructions(y.dtype)):
         return torch.float32
     return y.dtype
 
@@ -138,14 +153,10 @@ class Accumulate(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # in differentiable operators, so that it can be differentiated again
-        h_MR, B = ctx.saved_tensors
-        pairs = _pairs(dy.reshape(-1, dy.shape[-1]), B, ctx.parts)
         _, wants_h, wants_B, *_ = ctx.needs_input_grad
-        dh = dB = None
-        if wants_h:
-            dh = functools.reduce(torch.add, (_times(dy_MO, B_OR) for dy_MO, B_OR in pairs)) * ctx.s
-        if wants_B:  # h^T dy is twice as fast as dy^T h, in float32 on a CPU
-            dB = (_gathered(h_MR, pairs[0][0]) if not ctx.parts else torch.cat([_gathered(h_MR, dy_MO) for dy_MO, _ in pairs], 1)).t() * ctx.s
+        (h_MR, B), dy_MO = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
+        dh = _to_h(dy_MO, B, ctx.s, ctx.parts) if wants_h else None
+        dB = _to_B(dy_MO, h_MR, ctx.s, ctx.parts) if wants_B else None
         return dy, dh, dB, None, None, None
 
 
@@ -162,28 +173,49 @@ class Project(Function):
     def backward(ctx: Any, dh_MR: Tensor) -> Any:
         x_MI, A = ctx.saved_tensors
         wants_x, wants_A, *_ = ctx.needs_input_grad
-        dx, dA = [], None
-        for rows, x, mask in _dropped(x_MI, A.dtype, ctx.p, ctx.seed):
-            if wants_x:
-                dx.append((dh_MR[rows] @ A if mask is None else (dh_MR[rows] @ A) * mask).to(x_MI.dtype))
-            if wants_A:
-                dA = dh_MR[rows].t() @ x if dA is None else dA + dh_MR[rows].t() @ x
-        return torch.cat(dx) if wants_x else None, dA, None, None
+        dx = torch.zeros_like(x_MI) if wants_x else None
+        return dx, _to_x_and_A(dx, dh_MR, x_MI, A, ctx.p, ctx.seed, wants_A), None, None
+
+
+class Together(Function):
+    """x W0^T + bias + s (m * x) A^T B^T for a frozen linear layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W0: Tensor, bias: Tensor | None, s: float, p: float, seed: int, parts: Parts) -> Tensor:
+        x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        dtype = computed_in(x, len(x_MI))
+        y, h_MR = F.linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
+        ctx.save_for_backward(x, h_MR, A, B, W0 if ctx.needs_input_grad[0] else None)
+        ctx.how = s, p, seed, parts
+        y = y.detach() if y._is_view() else y  # what is returned can't be written to afterwards, if it is a view
+        return accumulated(y, h_MR, B.to(dtype), s, parts, own=y.is_contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x, h_MR, A, B, W0), (s, p, seed, parts) = ctx.saved_tensors, ctx.how
+        wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
+        x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_MR.dtype)
+        if torch.is_grad_enabled():  # what is computed here will be differentiated, and h with it
+            h_MR = Project.apply(x_MI, A_RI, p, seed)
+        dx = dy_MO @ W0 if wants_x else None
+        dA = _to_x_and_A(dx, _to_h(dy_MO, B.to(h_MR.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
+        dB = _to_B(dy_MO, h_MR, s, parts) if wants_B else None
+        if dx is not None and x.ndim != 2:
+            dx = torch.ops.aten._unsafe_view(dx, x.shape)  # autograd copies a view before it adds another layer's to it
+        return dx, *(d if d is None else d.to(A.dtype) for d in (dA, dB)), *[None] * 6
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """(m * x) A^T in A's dtype."""
-    if not p and x_MI.dtype == A.dtype:
-        return _thin(x_MI, A.t())
-    if not p and x_MI.numel() <= CAST:
-        return _thin(x_MI.to(A.dtype), A.t())
-    return torch.cat([_thin(x, A.t()) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
+    if not p and (x_MI.dtype == A.dtype or x_MI.numel() <= CAST):
+        return F.linear(x_MI.to(A.dtype), A)
+    return torch.cat([F.linear(x, A) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
 
 
 def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """m * x in this dtype, and m, some rows at a time."""
     generator = torch.Generator(x_MI.device).manual_seed(seed) if p else None
-    for rows in _pieces(x_MI):
+    for rows in _pieces(x_MI) if p or x_MI.dtype != dtype else (slice(None),):
         x, mask = x_MI[rows].to(dtype), None
         if generator is not None:
             mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
@@ -191,14 +223,34 @@ def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[
         yield rows, x, mask
 
 
+def _to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
+    """s dy B."""
+    return functools.reduce(torch.add, (_times(dy, B_OR) for dy, B_OR in _pairs(dy_MO, B, parts))) * s
+
+
+def _to_B(dy_MO: Tensor, h_MR: Tensor, s: float, parts: Parts) -> Tensor:
+    """s (h^T dy)^T: twice as fast as dy^T h, in float32 on a CPU."""
+    found = [_gathered(h_MR, dy_MO[:, columns]) for columns, _ in parts] or [_gathered(h_MR, dy_MO)]
+    return (found[0] if len(found) == 1 else torch.cat(found, 1)).t() * s
+
+
+def _to_x_and_A(dx: Tensor | None, dh_MR: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool) -> Tensor | None:
+    """dh^T (m * x); m * (dh A) is added into dx."""
+    dA = None
+    for rows, x, mask in _dropped(x_MI, A.dtype, p, seed):
+        if dx is not None:
+            if mask is None:
+                accumulated(dx[rows], dh_MR[rows], A.t(), 1.0, (), own=True)
+            else:
+                dx[rows].add_((dh_MR[rows] @ A) * mask)
+        if wants_A:
+            dA = dh_MR[rows].t() @ x if dA is None else dA + dh_MR[rows].t() @ x
+    return dA
+
+
 def _times(dy_MO: Tensor, B: Tensor) -> Tensor:
     """dy B (M, r), in B's dtype."""
-    return _thin(dy_MO, B) if dy_MO.dtype == B.dtype else torch.cat([_thin(dy_MO[rows].to(B.dtype), B) for rows in _pieces(dy_MO)])
-
-
-def _thin(a: Tensor, b: Tensor) -> Tensor:
-    """a b for b (n, r). With fewer than 16 columns a CPU takes up to three times as long for it as for its transpose."""
-    return (b.t() @ a.t()).t() if len(a) > FEW and b.shape[1] < 16 and a.device.type == "cpu" else a @ b
+    return dy_MO @ B if dy_MO.dtype == B.dtype else torch.cat([dy_MO[rows].to(B.dtype) @ B for rows in _pieces(dy_MO)])
 
 
 def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
@@ -209,12 +261,15 @@ def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
 
 
 def is_plain(adapter: LowRank, device: torch.device) -> bool:
-    """Whether A and B may be used together with others', before the layer is called: nothing brings, gathers or exchanges them then, nothing is
-    dropped, and the outputs are in runs."""
+    """Whether A and B may be used before the layer is called: nothing brings, gathers or exchanges them then, and the outputs are in runs."""
     A: Tensor | None = adapter._parameters.get("A")
     return (type(adapter) is LowRank and type(A) is nn.Parameter and A.shape[:-1] == (adapter.r,) and A.device == device
-            and not adapter._forward_pre_hooks and "forward" not in adapter.__dict__ and not (adapter.training and adapter.dropout)
-            and adapter.parts is not None)  # fmt: skip
+            and not adapter._forward_pre_hooks and "forward" not in adapter.__dict__ and adapter.parts is not None)  # fmt: skip
+
+
+def is_shareable(adapter: LowRank, device: torch.device) -> bool:
+    """Whether A and B may be used together with others': nothing is dropped."""
+    return is_plain(adapter, device) and not _dropout(adapter)
 
 
 class Stack:
@@ -235,7 +290,7 @@ class Stack:
     def can_hold(lows: Sequence[LowRank | None], y: Tensor) -> bool:
         """Whether these may be used so, and all stand for the same outputs."""
         used = [low for low in lows if low is not None]
-        return all(is_plain(low, y.device) for low in used) and not is_watched(y) and all(low.parts == used[0].parts for low in used)
+        return all(is_shareable(low, y.device) for low in used) and not is_watched(y) and all(low.parts == used[0].parts for low in used)
 
     @staticmethod
     def _key(lows: Sequence[LowRank | None], y: Tensor) -> tuple[object, ...]:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .accumulate import accumulate, joins, together
 from .errors import StateError
 from .fold import Journal
 from .graft import Graft
@@ -25,6 +27,7 @@ from .routing import ROOTS, Loading, Routing
 from .siblings import WORTH, Siblings
 from .spec import site_name
 
+LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
 
 
@@ -115,17 +118,16 @@ class Adapters(nn.Module):
         return [self[name] for name in self.routing.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
-        assert self.kind.term is not None
-        if self.routing.rows is not None:
-            return self.routing.rows.add(cast("dict[str | None, LowRank]", self._modules), self.kind.term, y, x, own)
-        active = self.routing.active
+        routing, term, lows = self.routing, self.kind.term, cast("dict[str | None, LowRank]", self._modules)
+        assert term is not None
+        if routing.rows is not None:
+            return routing.rows.add(lows, term, y, x, own)
         made: Mapping[LowRank, Tensor] = {}
         if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and given.numel() >= WORTH:
-            made = self.siblings.lowered(self, active, y, x, given)
-        for name in active:
-            if name in self._modules:
-                low = self[name]
-                y, own = low(self.kind.term, y, x, own, made[low]) if low in made else low(self.kind.term, y, x, own), True
+            made = self.siblings.lowered(self, routing.active, y, x, given)
+        for name in routing.active:
+            if (low := lows.get(name)) is not None:
+                y, own = low(term, y, x, own, made[low]) if low in made else low(term, y, x, own), True
         return y
 
     def __call__(self, *args: Any) -> Tensor:
@@ -178,10 +180,16 @@ class LoraForward(Graft):
     """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        base = type(self)._lora_base
+        base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
-        own = not torch.compiler.is_compiling() and makes_output(base) and type(self._parameters.get("weight")) is nn.Parameter  # type: ignore[arg-type]
+        own = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
+        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
+            if not torch.is_grad_enabled():
+                return cast(Tensor, low.forward(accumulate, F.linear(args[0], weight, self._parameters["bias"]), args[0], True))
+            if joins(low, args[0], self):
+                return cast(Tensor, low.forward(together, args[0], weight, self._parameters["bias"]))
+        own = own and makes_output(base)  # type: ignore[arg-type]
+        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
         shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
             x = x.flatten(0, -2)
@@ -191,6 +199,21 @@ class LoraForward(Graft):
             if isinstance(child, Adapters):
                 y = child(x, y, own, given)
         return y if shape is None else y.unflatten(0, shape[:-1])
+
+
+def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
+    """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share what it computes. What can be
+    otherwise is asked elsewhere, which costs more than the products with a single token."""
+    if len(linear._modules) != 1 or len(linear._parameters) != 2:
+        return None
+    (child,) = linear._modules.values()
+    if type(child) is not Adapters or is_hooked(child) or "forward" in child.__dict__:
+        return None
+    routing, siblings = child.routing, child.siblings
+    if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and x.numel() >= WORTH and siblings.may_share(child, x)):
+        return None
+    low = cast("LowRank | None", child._modules.get(routing.active[0]))
+    return low if low is not None and not is_hooked(low) else None
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:

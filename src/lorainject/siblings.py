@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from .accumulate import computed_in, is_plain, is_watched, lowered
+from .accumulate import computed_in, is_shareable, is_watched, lowered
 from .lowrank import LowRank
 from .roles import NOT_WITH, WORDS
 
@@ -68,15 +68,18 @@ class Siblings:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"made": None}
 
+    def may_share(self, mine: nn.Module, given: Tensor) -> bool:
+        """Whether a product with `given` can be one for all."""
+        if len(self.members) < 2 or mine not in self.members or given.is_inference():
+            return False
+        return not torch.is_grad_enabled() or not (given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
+
     def lowered(self, mine: nn.Module, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor) -> Mapping[LowRank, Tensor]:
         """x A^T (M, r) for the adapters of one of them, as far as it was made for all. `given` is what the module was called with; x is that, or
         a view of it."""
-        if is_watched(y) or len(self.members) < 2 or mine not in self.members or given.is_inference():
+        if not self.may_share(mine, given) or is_watched(y):
             return {}
-        may_grad = torch.is_grad_enabled()
-        if may_grad and (given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
-            return {}
-        dtype = computed_in(y, x.shape[:-1].numel())
+        may_grad, dtype = torch.is_grad_enabled(), computed_in(y, x.shape[:-1].numel())
         if mine is self.members[0]:
             self._make(active, y, x, given, dtype, may_grad)
         if (made := self.made) is None:
@@ -99,7 +102,7 @@ class Siblings:
     def _make(self, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor, dtype: torch.dtype, may_grad: bool) -> None:
         self.made = None
         lows = [cast(LowRank, m._modules[name]) for m in self.members for name in active if name in m._modules]
-        lows = [low for low in lows if is_plain(low, y.device)]
+        lows = [low for low in lows if is_shareable(low, y.device)]
         if len(lows) < 2:
             return
         places, end = {}, 0
