@@ -160,6 +160,7 @@ def signature(e: BaseException) -> str:
 
 def work(reader: str, of: list[Seed], numbers: Iterator[int], say: Any) -> None:
     """In the child: one input after another, each told before it is tried, and how it ended."""
+    torch.set_num_threads(1)  # a child has none of its parent's threads, and would wait for them
     started = _pages()
     resource.setrlimit(resource.RLIMIT_AS, (started + MEMORY, started + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -223,7 +224,7 @@ def batch(reader: str, of: list[Seed], first: int, count: int) -> Iterator[tuple
         if not over:  # it hangs, or is not needed any more
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-    if begun > done:
+    if begun > done or why:
         yield begun, why or f"death: signal {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 'none'}", 0
 
 
