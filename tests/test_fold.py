@@ -73,7 +73,7 @@ def test_the_part_that_is_measured_stands_for_all(dtype):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_delta_of_one_row_or_column_is_not_missed(axis):
-    """What is measured meets every column, and rows in proportion, or else all is measured."""
+    """What is measured meets rows and columns in proportion, or else all is measured."""
     for at in (0, 18, 63):
         P, Q = weight((64, 2), torch.float32, 1), weight((2, 4096), torch.float32, 2)
         (P if axis == 0 else Q.T)[torch.arange(64 if axis == 0 else 4096) != at] = 0

@@ -22,7 +22,7 @@ from .workers import workers
 
 TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
-TALL, BROAD = 48, (1024, 2048)  # rows and columns of a strip; they are multiples of what a library's innermost loops do at once, and what is at
+TALL, BROAD = 48, (1024, 4096)  # rows and columns of a strip; they are multiples of what a library's innermost loops do at once, and what is at
 # work on one lies in a core's own cache
 DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 
@@ -42,7 +42,7 @@ class Product(NamedTuple):
     @property
     def norm(self) -> float:
         """|d|, Frobenius."""
-        return abs(self.s) * norm(self.P.double(), self.Q.double())
+        return abs(self.s) * norm(self.P, self.Q)
 
     @property
     def at_most(self) -> float:
@@ -87,7 +87,8 @@ def quick(parts: Sequence[Factors], dtype: torch.dtype) -> Product:
         return double(parts)
     # The first scale is taken out, which leaves a B of float32 as it is.
     P = [f.P.float() if float(f.s) == s else (f.P.double() * (float(f.s) / s)).float() for f in parts]
-    return Product(torch.cat(P, -1).contiguous(), torch.cat([f.Q.float() for f in parts], -2).contiguous(), s)
+    Q = [f.Q.float() for f in parts]
+    return Product(*(t[0].contiguous() if len(t) == 1 else torch.cat(t, at).contiguous() for t, at in ((P, -1), (Q, -2))), s)
 
 
 def _in_range(parts: Sequence[Factors], s: float) -> bool:

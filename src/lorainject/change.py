@@ -6,7 +6,6 @@ weight (Folded), so that the merge of a whole model is all or nothing.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from .fingerprint import sample
 from .fold import Desk, Fold, Journal, Kept, at_most, checksum, same, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
-from .lowrank import LowRank, copied, factors
+from .lowrank import LowRank, copied, factors, flattened
 from .quantised import scheme
 from .workers import Each
 
@@ -63,11 +62,12 @@ class Whole:
         for host in self.hosts:
             host.adapters.folded = value
 
-    def terms(self, names: Sequence[str]) -> Terms:
-        """The deltas of these adapters as they are now, in the stored orientation."""
+    def terms(self, names: Sequence[str], copy: bool = False) -> Terms:
+        """The deltas of these adapters as they are now, in the stored orientation; copies, if they are to stay so."""
         kind, shape = self.hosts[0].adapters.kind, self.hosts[0].shape
         rest = tuple(shape[kind.stacked + 1 :])
-        return {n: tuple(copied(a(factors, kind.transposed, rest)) for a in found) for n in names if (found := self.adapters([n]))}
+        found = {n: [a(factors, kind.transposed, rest) for a in self.adapters([n])] for n in names}
+        return {n: tuple(copied(f) if copy else flattened(f) for f in parts) for n, parts in found.items() if parts}
 
     def tiles(self, weight: Tensor, of: Product) -> Iterator[tuple[Tensor, Product]]:
         """Each tile (rows, *rest), a view of the weight, with its delta."""
@@ -119,7 +119,7 @@ class InPlace:
             return f"{self.w.name}: {e}; nothing was merged"
         return None
 
-    @functools.cached_property
+    @property
     def quick(self) -> Product:
         """The deltas, for a sum that nobody takes out again."""
         return quick([f for parts in self.terms.values() for f in parts], self.before.dtype)

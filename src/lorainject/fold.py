@@ -24,7 +24,7 @@ from .blocks import Product, Strip, padded
 from .errors import MergeError
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-ENOUGH = 1 << 15  # so many elements of a tile are measured, in whole rows
+ENOUGH, EVERY = 1 << 13, 7  # so many elements of a tile are measured, of some rows in every seventh column
 WHOLE = -1
 LANE = 64  # words of a checksum that are summed without mixing
 CPU = torch.device("cpu")
@@ -250,9 +250,10 @@ class Journal:
 
 
 def measured(w0: Tensor, of: Product) -> Measured:
-    """By some of the tile's rows; by all, in float64, where d vanishes on those that would stand for them."""
-    rows = slice(None, None, w0.numel() // ENOUGH | 1)  # odd, so that no pattern of heads or blocks is met again and again
-    w, d = w0[rows].flatten(), torch.mm(of.P[rows], of.Q).flatten().mul_(of.s)
+    """By some of the tile's elements; by all, in float64, where d vanishes on those that would stand for them."""
+    step = w0.numel() // ENOUGH  # odd ones, so that no pattern of heads or blocks is met again and again
+    rows, columns = (slice(None, None, step // EVERY | 1), slice(None, None, EVERY)) if step else (slice(None), slice(None))
+    w, d = w0[rows, columns].flatten(), torch.mm(of.P[rows], of.Q[:, columns]).flatten().mul_(of.s)
     if not (asked := float(torch.dot(d, d))):
         if not of.P.any():
             return Measured(0.0, 0.0, 0.0)

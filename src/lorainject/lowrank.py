@@ -201,17 +201,27 @@ def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
     return (P * s) @ Q.flatten(P.ndim - 1)
 
 
+def flattened(f: Factors) -> Factors:
+    """Detached, with Q (*stack, r, width)."""
+    return f._replace(P=f.P.detach(), Q=f.Q.detach().flatten(f.P.ndim - 1), s=f.s.detach())
+
+
 def copied(f: Factors) -> Factors:
-    """A copy that no training, replacing or moving of A and B changes; Q (*stack, r, width)."""
+    """The same, as a copy that no training, replacing or moving of A and B changes."""
     gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
-    P = f.P.detach().clone(memory_format=torch.contiguous_format)
     value = None if f.value is None else (f.value[0].detach().clone(), f.value[1])
-    return Factors(P, f.Q.detach().flatten(f.P.ndim - 1).clone(), f.s.detach().clone(), gain=gain, update=update, value=value)
+    P, Q, s, *_ = flattened(f)
+    return Factors(P.clone(memory_format=torch.contiguous_format), Q.clone(), s.clone(), gain=gain, update=update, value=value)
 
 
 def norm(P: Tensor, Q: Tensor) -> float:
-    """|P Q|, Frobenius, without forming it: its square is <P^T P, Q Q^T>, both (r, r). In float64 from float64."""
-    return float(((P.mT @ P) * (Q @ Q.mT)).sum().clamp(min=0)) ** 0.5
+    """|P Q|, Frobenius, without forming it: its square is <P^T P, Q Q^T>, both (r, r), in float64."""
+    return float((_gram(P.mT) * _gram(Q)).sum().clamp(min=0)) ** 0.5
+
+
+def _gram(Q: Tensor) -> Tensor:
+    Q = Q.double()
+    return Q @ Q.mT
 
 
 def joined(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         jobs = []
         for w in weights:
             was = before[w.name].folded if w.name in before else None
-            found = (was.terms if was else {}) | w.terms(chosen)
+            found = (was.terms if was else {}) | w.terms(chosen, copy=reversible)
             if terms := {n: found[n] for n in names_of(model) if n in found}:  # in one order, whatever came first
                 jobs.append(WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in ties, dequantise)](w, terms))
         return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)

@@ -27,7 +27,7 @@ from ..errors import FileError, MergeError, SpecError
 from ..fingerprint import agree
 from ..fingerprint import places as sample_places
 from ..fold import Desk, Fold, Measured
-from ..lowrank import Factors, LowRank, factors
+from ..lowrank import Factors, LowRank, factors, flattened
 from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
 from ..workers import workers
@@ -39,7 +39,7 @@ from .places import Place, meta_model, places
 from .record import AdapterFile, BasePrint, StoredSite
 from .shards import BYTES, DTYPES, INDEX, OTHER_WEIGHTS, Shard, Stored, scan
 from .source import Hints
-from .transaction import Meter, Progress, building, copy, new, opened
+from .transaction import Meter, Progress, building, copy, hasten, new, opened
 
 
 def merge_checkpoint(base_dir: str | Path, adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], out_dir: str | Path, *,
@@ -226,8 +226,7 @@ def full_name(w: Weight) -> str:
 def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
     _, out, _ = w.kind.sizes(site.shape)
     low = LowRank(ours.A, ours.B, alpha=ours.alpha * times, scaling=ours.scaling, dropout=0.0, init="kaiming", slices=ours.rows, out=out)
-    f = factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :]))
-    return Factors(f.P.detach(), f.Q.detach().flatten(f.P.ndim - 1), f.s)
+    return flattened(factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
 
 
 def _unwritable(w: Weight, model: nn.Module, lies: Sequence[Place], disk: Disk) -> str | None:
@@ -318,6 +317,8 @@ def put(target: int, stored: Stored, patch: Patch, rows: slice, values: Tensor) 
     for offset, run in _extents(stored, patch, rows, values.contiguous()):
         while run:
             n = os.pwrite(target, run, offset)
+            if patch.whole:
+                hasten(target, offset, n)
             run, offset = run[n:], offset + n
 
 

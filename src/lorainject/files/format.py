@@ -177,4 +177,4 @@ def _apart(s: StoredSite) -> list[StoredSite]:
 
 
 def _norm(s: StoredSite) -> float:
-    return s.scale * sum(norm(B.double(), A.double()) ** 2 for A, B in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (s.A, s.B)), strict=True)) ** 0.5
+    return s.scale * sum(norm(B, A) ** 2 for A, B in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (s.A, s.B)), strict=True)) ** 0.5

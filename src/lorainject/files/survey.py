@@ -63,4 +63,4 @@ def _base(config: Mapping[str, Any]) -> str | None:
 
 
 def _norm(s: StoredSite) -> float:
-    return s.scale * norm(s.B.double(), s.A.double())
+    return s.scale * norm(s.B, s.A)
