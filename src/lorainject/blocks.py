@@ -87,8 +87,11 @@ def quick(parts: Sequence[Factors], dtype: torch.dtype) -> Product:
         return double(parts)
     # The first scale is taken out, which leaves a B of float32 as it is.
     P = [f.P.float() if float(f.s) == s else (f.P.double() * (float(f.s) / s)).float() for f in parts]
-    Q = [f.Q.float() for f in parts]
-    return Product(*(t[0].contiguous() if len(t) == 1 else torch.cat(t, at).contiguous() for t, at in ((P, -1), (Q, -2))), s)
+    return Product(_beside(P, -1), _beside([f.Q.float() for f in parts], -2), s)
+
+
+def _beside(factors: Sequence[Tensor], axis: int) -> Tensor:
+    return (factors[0] if len(factors) == 1 else torch.cat(list(factors), axis)).contiguous()
 
 
 def _in_range(parts: Sequence[Factors], s: float) -> bool:
