@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown (of all rows in full: docs/benchmarks.md)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the raw results")
     parser.add_argument("--against", type=Path, metavar="FILE", help="an earlier --json: print what got worse, by ratios, and exit with 1")
+    parser.add_argument("--rest", type=Path, metavar="FILE", help="an earlier --json: its results stand for the rows that are not run now")
     args = parser.parse_args(argv)
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda needs an NVIDIA GPU and a torch that is built for it; this one sees none")
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = report.machine(on)
     results = run(rows, on, report.say)
     about = [*machine, f"`{command}`, {(time.perf_counter() - start) / 60:.0f} minutes"]
+    if args.rest:
+        about = [*report.about(args.rest), f"{', '.join(row.name for row in rows)}: run again later, on {machine[-1]}, {about[-1]}"]
+        earlier = [r for r in report.from_json(args.rest.read_text()) if r.row not in {row.name for row in rows}]
+        rows = [row for row in TABLE if row.cuda or not args.cuda]
+        results = [r for row in rows for r in (*earlier, *results) if r.row == row.name]
     report.show(rows, results, about)
     complete = not (args.quick or args.only or args.cuda)
     if args.write or complete:

@@ -144,8 +144,8 @@ ROWS = (
         bound="W comes from memory twice, once to see that no sum can overflow (dot, or aminmax: what is not finite would have to be undone) and"
         " once for the sum, and goes back once; PEFT's delta, as large as W, is written and read beside that. How much of PEFT's time the floor"
         " of one reading and one writing (copy) takes already, the column says. The rest is the product (mm), the calls for each"
-        " strip of it, and in bfloat16 the casts (copy_). The peak is one strip, a sample of a tile, and A and B in float64 and float32: with r,"
-        " not with the weight's size.",
+        " strip of it, and in bfloat16 the casts (copy_). The peak is one strip of d, in bfloat16 one of the sum too, a sample of a tile, and for"
+        " the norm one of A and B in float64: with r, not with the weight's size.",
         cuda=True,
     ),
     Row(
@@ -160,8 +160,9 @@ ROWS = (
             "weights that differ": Goal(0, 0),
         },
         measure=exact,
-        bound="As merge, and the checksum, the journal (what does not come back by itself is found, listed and kept) and, in unmerge, the same sum"
-        " once more to verify it. The journal's size is the entropy of what rounding loses: it follows from the delta's size.",
+        bound="As merge, with d from a product in float64, the way back to W0 once to see what does not come by itself, which is found, listed and"
+        " kept, and a checksum before and after; in unmerge that way back, and both checksums. The journal's size is the entropy of what rounding"
+        " loses: it follows from the delta's size.",
         cuda=True,
     ),
 )

@@ -132,6 +132,11 @@ def to_json(results: Sequence[Result], about: Sequence[str]) -> str:
     return json.dumps({"about": list(about), "results": [asdict(r) for r in results]}, indent=1)
 
 
+def about(file: Path) -> list[str]:
+    """Where, with what and how an earlier run was made."""
+    return list(json.loads(file.read_text())["about"])
+
+
 def from_json(text: str) -> list[Result]:
     return [Result(**r) for r in json.loads(text)["results"]]
 

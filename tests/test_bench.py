@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import bench.__main__
 from bench import models, report
 from bench.__main__ import main
 from bench.measure import Setup, Spread, Timed, Times, interleaved, peak, saved, spread
@@ -130,6 +132,21 @@ def test_nothing_is_explained_that_was_met():
     row = made_up()
     met = result(row, Figure(case="good", metric="rho", value=exactly(0.1)))
     assert report.paragraphs([row], [met]) == []
+
+
+def test_some_rows_anew(tmp_path, monkeypatch):
+    """The rest stands as in the earlier run; the document tells both, in the table's order."""
+    rows = [replace(made_up(), name=name) for name in ("one", "two", "three")]
+    monkeypatch.setattr(bench.__main__, "TABLE", tuple(rows))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    earlier = [Result(row=name, case="old", metric="rho", value=7.0, low=7.0, high=7.0) for name in ("one", "two", "three")]
+    (tmp_path / "all.json").write_text(report.to_json(earlier, ["a machine"]))
+    main(["--only", "two", "--rest", str(tmp_path / "all.json"), "--write", str(tmp_path / "now.md"), "--json", str(tmp_path / "now.json")])
+    now = report.from_json((tmp_path / "now.json").read_text())
+    assert [(r.row, r.case) for r in now] == [("one", "old"), *(("two", c) for c in ("good", "fair", "bad", "")), ("three", "old")]
+    text = (tmp_path / "now.md").read_text()
+    assert "- a machine\n- two: run again later, on" in text
+    assert "`three`, nothing: none" in text
 
 
 def test_worse():

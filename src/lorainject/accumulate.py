@@ -34,7 +34,8 @@ from torch.autograd import Function, forward_ad
 
 from .lowrank import LowRank, Parts, add, project
 
-FEW = 16  # tokens up to which a product in half precision costs any CPU more than one in float32
+FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
+FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
 CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -51,8 +52,8 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor |
         A: Tensor = factors["A"]  # type: ignore[assignment]
         tokens = x.shape[:-1].numel()
         dtype = computed_in(y, tokens)
-        if (tokens <= FEW and own and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled()
-                and not _dropout(adapter)):  # fmt: skip
+        few = tokens <= (FEW if y.dtype == torch.float32 else FEW_HALF)
+        if few and own and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled() and not _dropout(adapter):
             # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
             return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
         h_MR = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
@@ -99,7 +100,7 @@ def is_watched(y: Tensor) -> bool:
 
 def computed_in(y: Tensor, tokens: int) -> torch.dtype:
     """The dtype of the products."""
-    if y.dtype in HALVES and y.is_cpu and (tokens <= FEW or not _has_instructions(y.dtype)):
+    if y.dtype in HALVES and y.is_cpu and (tokens <= FEW_HALF or not _has_instructions(y.dtype)):
         return torch.float32
     return y.dtype
 

@@ -3,7 +3,7 @@
 In float64 it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine, but for what lies on the very edge.
 
 In float32, in half the time, its bits are to be those of one definition (`chain`) however a matrix is cut, transposed or fused, on disk or in
-memory. So it is made of products of two sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
+memory. So it is made of products of three sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
 multiply-adds. For other sizes, and at the edges of some, it does others. Where it is seen to do something else here, float64 is taken, as on GPUs.
 """
 
@@ -22,7 +22,7 @@ from .workers import workers
 
 TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
-TALL, BROAD = 48, (1024, 4096)  # rows and columns of a strip; they are multiples of what a library's innermost loops do at once, and what is at
+TALL, BROAD = 48, (1024, 2048, 4096)  # rows and columns of a strip; they are multiples of what a library's innermost loops do at once, and what is at
 # work on one lies in a core's own cache
 DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 
@@ -64,10 +64,11 @@ class Product(NamedTuple):
     def strips(self, room: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[Strip, Tensor]]:
         """P Q of one tile, without s, piece by piece, in this dtype: where it is, and the piece. `room` (name, shape, dtype) gives memory for it."""
         rows, width = len(self.P), self.Q.shape[-1]
-        tall, broad = (TALL, BROAD[width > BROAD[0]]) if self.P.device.type == "cpu" else (rows, width)
-        for left in range(0, width, broad):
-            Q = self.Q[:, left : left + broad]
-            n, wide = Q.shape[1], padded(Q, 1, broad)
+        tall, broad = (TALL, BROAD) if self.P.device.type == "cpu" else (rows, (width,))
+        for left in range(0, width, broad[-1]):
+            Q = self.Q[:, left : left + broad[-1]]
+            n = Q.shape[1]
+            wide = padded(Q, 1, next(b for b in broad if b >= n))
             for top in range(0, rows, tall):
                 P = self.P[top : top + tall]
                 m, high = len(P), padded(P, 0, tall)
