@@ -22,8 +22,8 @@ from .workers import workers
 
 TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
-TALL, BROAD = 48, (1024, 2048, 4096)  # rows and columns of a strip; they are multiples of what a library's innermost loops do at once, and what is at
-# work on one lies in a core's own cache
+TALL, BROAD = 48, (1024, 2048, 4096)  # rows and columns of a product: multiples of what a library's innermost loops do at once. The broadest is a
+# strip, or as many as are no larger together: what is at work on that lies in a core's own cache
 DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 
 Strip = tuple[slice, slice]
@@ -67,12 +67,14 @@ class Product(NamedTuple):
         tall, broad = (TALL, BROAD) if self.P.device.type == "cpu" else (rows, (width,))
         for left in range(0, width, broad[-1]):
             Q = self.Q[:, left : left + broad[-1]]
-            n = Q.shape[1]
-            wide = padded(Q, 1, next(b for b in broad if b >= n))
-            for top in range(0, rows, tall):
-                P = self.P[top : top + tall]
-                m, high = len(P), padded(P, 0, tall)
-                d = torch.mm(high, wide, out=room("product", (len(high), wide.shape[1]), P.dtype))[:m, :n]
+            n, wide = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
+            step = tall * (broad[-1] // wide.shape[1])
+            for top in range(0, rows, step):
+                high = padded(self.P[top : top + step], 0, tall)
+                m, d = min(step, rows - top), room("product", (len(high), wide.shape[1]), self.P.dtype)
+                for P, block in zip(high.split(tall), d.split(tall), strict=True):
+                    torch.mm(P, wide, out=block)
+                d = d[:m, :n]
                 yield (slice(top, top + m), slice(left, left + n)), d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
 
 
