@@ -193,6 +193,7 @@ class Together(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
+        """dx = dy W0 + m * (dh A), dA = dh^T (m * x) and dB = s (h^T dy)^T, with dh = s dy B: each as far as it is wanted."""
         (x, h_MR, A, B, W0), (s, p, seed, parts) = ctx.saved_tensors, ctx.how
         wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
         x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_MR.dtype)

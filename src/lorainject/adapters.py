@@ -118,6 +118,8 @@ class Adapters(nn.Module):
         return [self[name] for name in self.routing.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
+        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was called with, by which
+        siblings know their input."""
         routing, term, lows = self.routing, self.kind.term, cast("dict[str | None, LowRank]", self._modules)
         assert term is not None
         if routing.rows is not None:
@@ -180,6 +182,7 @@ class LoraForward(Graft):
     """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base's; one frozen nn.Linear with one adapter on, which is the most of all calls, without what others need to be asked."""
         base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = type(weight) is nn.Parameter and not torch.compiler.is_compiling()

@@ -121,7 +121,7 @@ class InPlace:
 
     @property
     def quick(self) -> Product:
-        """The deltas, for a sum that nobody takes out again."""
+        """The deltas, for a sum in place that nobody takes out again."""
         return quick([f for parts in self.terms.values() for f in parts], self.before.dtype)
 
     def fits(self) -> bool:

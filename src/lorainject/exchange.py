@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapters import Folded, Terms
 from .blocks import Product
-from .change import InPlace, Whole, flat, mark
+from .change import InPlace, Whole, flat, mark, summed
 from .errors import MergeError
 from .fold import Measured
 from .graft import bare, change_class
@@ -39,7 +39,19 @@ class Untied(InPlace):
         return self._folded(reversible, None, self.before if reversible else None)
 
 
-class Exchanged(Untied):
+class Tried(Untied):
+    """Only what comes out, sum or codes, tells whether it is good."""
+
+    def fits(self) -> bool:
+        return False
+
+    @property
+    def quick(self) -> Product:
+        """In float64 too: what is tried first is what is done."""
+        return summed(self.terms)
+
+
+class Exchanged(Tried):
     """c W0 + s B A (DoRA), a tensor that replaces W0, and the bias with its update, in parameters of their own.
 
     What was there is kept whole, since the difference is not of low rank. The sums are formed in float64, and rounded once.
@@ -48,10 +60,6 @@ class Exchanged(Untied):
     def __init__(self, w: Whole, terms: Terms) -> None:
         super().__init__(w, terms)
         self.bias, self.updates = w.bias, [f.update for parts in terms.values() for f in parts if f.update is not None]
-
-    def fits(self) -> bool:
-        """Only the sum tells."""
-        return False
 
     def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad)
@@ -82,16 +90,12 @@ class Exchanged(Untied):
         return replace(folded, bias=self.bias, mark=mark(self.w, True)) if reversible and self.updates else folded
 
 
-class Requantised(Untied):
+class Requantised(Tried):
     """Dequantised, summed, and quantised anew by the same scheme."""
 
     def __init__(self, w: Whole, terms: Terms) -> None:
         super().__init__(w, terms)
         self.scheme = cast(Scheme, scheme(w.module))
-
-    def fits(self) -> bool:
-        """Only the new codes tell."""
-        return False
 
     def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
         W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
