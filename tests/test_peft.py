@@ -134,7 +134,7 @@ def test_they_read_our_embedding(base, tmp_path):
 @pytest.mark.parametrize("shares", [True, False])
 def test_training_step_by_step(base, shares, monkeypatch):
     """Fifty AdamW steps from the same A and B on the same data: the losses of both are the same, step by step."""
-    monkeypatch.setattr(adapters, "WORTH", 1 if shares else 1 << 30)
+    monkeypatch.setattr(adapters, "pays", lambda x: shares)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = peft_model(base, target_modules=targets)
     li.inject(base, targets, r=4, alpha=8)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lorainject as li
-from lorainject import adapters
+from lorainject import siblings
 
 X = {"input_ids": torch.arange(12).view(2, 6)}
 MOST = 8
@@ -74,7 +74,7 @@ def test_long_and_short_inputs_compile_once():
     counter = CompileCounter()
     compiled = torch.compile(lambda x: model["q_proj"](x) + model["k_proj"](x), backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for n in (adapters.WORTH // 8, adapters.WORTH // 2):
+        for n in (siblings.WORTH // 8, siblings.WORTH // 2):
             compiled(torch.randn(n, 4))
     assert counter.frame_count == 1
 

@@ -3,8 +3,10 @@
 One product of width r, and one GEMM that adds (beta = 1), instead of a product of the output's size that is scaled, cast and added: nothing of
 the output's size is allocated, and 4 M O elements less are moved.
 
-    forward    h_MR = x_MI A_RI^T            y_MO += s h_MR B_OR^T
-    backward   dh_MR = s dy_MO B_OR          dB_OR = s (h_MR^T dy_MO)^T          dx_MI += dh_MR A_RI      dA_RI = dh_MR^T x_MI
+    forward    h_RM = A_RI x_MI^T                y_MO += s h_RM^T B_OR^T
+    backward   dh_RM = s B_OR^T dy_MO^T          dB_OR = s (h_RM dy_MO)^T          dx_MI += dh_RM^T A_RI      dA_RI = dh_RM x_MI
+
+h has few rows rather than few columns: for products with eight columns a CPU's library takes two to four times as long as for those with eight rows.
 
 Saved for the backward are x itself, which sibling projections share, h, A and B. With dropout the seed is saved, not the mask nor the dropped x.
 y passes its gradient on as it is.
@@ -40,15 +42,15 @@ CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in th
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor | None = None) -> Tensor:
+def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
     """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody.
-    `h_MR` is x A^T, where siblings have it already."""
+    `h_RM` is A x^T, where siblings have it already."""
     parts = adapter.parts
     if parts is None or is_watched(y):
         return add(adapter, y, project, x)
     factors, s = adapter._parameters, adapter.scale  # nn.Module's attributes take a microsecond
     B: Tensor = factors["B"]  # type: ignore[assignment]
-    if h_MR is None:
+    if h_RM is None:
         A: Tensor = factors["A"]  # type: ignore[assignment]
         tokens = x.shape[:-1].numel()
         dtype = computed_in(y, tokens)
@@ -56,19 +58,19 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_MR: Tensor |
         if few and own and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled() and not _dropout(adapter):
             # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
             return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
-        h_MR = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
-    if B.dtype != h_MR.dtype:
-        B = B.to(h_MR.dtype)
-    grad = torch.is_grad_enabled() and (h_MR.requires_grad or y.requires_grad or B.requires_grad)
+        h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
+    if B.dtype != h_RM.dtype:
+        B = B.to(h_RM.dtype)
+    grad = torch.is_grad_enabled() and (h_RM.requires_grad or y.requires_grad or B.requires_grad)
     own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
-    return Accumulate.apply(y, h_MR, B, s, parts, own) if grad else accumulated(y, h_MR, B, s, parts, own)
+    return Accumulate.apply(y, h_RM, B, s, parts, own) if grad else accumulated(y, h_RM, B, s, parts, own)
 
 
 def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
-    """(m * x) A^T in A's dtype, for autograd; m is dropout's mask."""
+    """A (m * x)^T in A's dtype, for autograd, and no view; m is dropout's mask."""
     if not torch.is_grad_enabled():
         return projected(x_MI, A, p, _seed() if p else 0)
-    return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else F.linear(x_MI, A)
+    return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else torch.mm(A, x_MI.t())
 
 
 def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,21 +114,23 @@ def _has_instructions(half: torch.dtype) -> bool:
     return bool(asked())
 
 
-def accumulated(y: Tensor, h_MR: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
-    """The same without autograd, from h = x A^T."""
+def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
+    """The same without autograd, from h = A x^T."""
     same = y.dtype == B.dtype
-    if not own and not parts and same:
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h_MR, B.t(), alpha=s).view(y.shape)
+    if same and not parts:  # as it mostly is: every line counts beside products of few tokens
+        if not own:
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h_RM.t(), B.t(), alpha=s).view(y.shape)
+        y.view(-1, y.shape[-1]).addmm_(h_RM.t(), B.t(), alpha=s)
+        return y
     out = y if own else y.clone(memory_format=torch.contiguous_format)
-    whole_MO = out if out.ndim == 2 else out.view(-1, out.shape[-1])
-    for out_MO, B_OR in _pairs(whole_MO, B, parts):
+    for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
         if same:
-            out_MO.addmm_(h_MR, B_OR.t(), alpha=s)
+            out_MO.addmm_(h_RM.t(), B_OR.t(), alpha=s)
         elif out_MO.numel() <= CAST:
-            out_MO.add_(F.linear(h_MR, B_OR), alpha=s)
+            out_MO.add_(F.linear(h_RM.t(), B_OR), alpha=s)
         else:
             for rows in _pieces(out_MO):
-                out_MO[rows].add_(F.linear(h_MR[rows], B_OR), alpha=s)
+                out_MO[rows].add_(F.linear(h_RM[:, rows].t(), B_OR), alpha=s)
     return out
 
 
@@ -142,27 +146,27 @@ def _pieces(matrix: Tensor) -> Iterator[slice]:
 
 
 class Accumulate(Function):
-    """y + s h B^T."""
+    """y + s h^T B^T."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h_MR: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
         if own:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(h_MR, B)
+        ctx.save_for_backward(h_RM, B)
         ctx.s, ctx.parts = s, parts
-        return accumulated(y, h_MR, B, s, parts, own)
+        return accumulated(y, h_RM, B, s, parts, own)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # in differentiable operators, so that it can be differentiated again
         _, wants_h, wants_B, *_ = ctx.needs_input_grad
-        (h_MR, B), dy_MO = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
+        (h_RM, B), dy_MO = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
         dh = _to_h(dy_MO, B, ctx.s, ctx.parts) if wants_h else None
-        dB = _to_B(dy_MO, h_MR, ctx.s, ctx.parts) if wants_B else None
+        dB = _to_B(dy_MO, h_RM, B, ctx.s, ctx.parts) if wants_B else None
         return dy, dh, dB, None, None, None
 
 
 class Project(Function):
-    """(m * x) A^T in A's dtype, with dropout's mask m of zeros and 1 / (1 - p), which is drawn anew from its seed when the backward needs it."""
+    """A (m * x)^T in A's dtype, with dropout's mask m of zeros and 1 / (1 - p), which is drawn anew from its seed when the backward needs it."""
 
     @staticmethod
     def forward(ctx: Any, x_MI: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
@@ -171,11 +175,11 @@ class Project(Function):
         return projected(x_MI, A, p, seed)
 
     @staticmethod
-    def backward(ctx: Any, dh_MR: Tensor) -> Any:
+    def backward(ctx: Any, dh_RM: Tensor) -> Any:
         x_MI, A = ctx.saved_tensors
         wants_x, wants_A, *_ = ctx.needs_input_grad
         dx = torch.zeros_like(x_MI) if wants_x else None
-        return dx, _to_x_and_A(dx, dh_MR, x_MI, A, ctx.p, ctx.seed, wants_A), None, None
+        return dx, _to_x_and_A(dx, dh_RM, x_MI, A, ctx.p, ctx.seed, wants_A), None, None
 
 
 class Together(Function):
@@ -183,35 +187,40 @@ class Together(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W0: Tensor, bias: Tensor | None, s: float, p: float, seed: int, parts: Parts) -> Tensor:
-        x_MI = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        x_MI = x.reshape(-1, x.shape[-1])
         dtype = computed_in(x, len(x_MI))
-        y, h_MR = F.linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
-        ctx.save_for_backward(x, h_MR, A, B, W0 if ctx.needs_input_grad[0] else None)
+        y, h_RM = F.linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
+        ctx.save_for_backward(x, h_RM, A, B, W0 if ctx.needs_input_grad[0] else None)
         ctx.how = s, p, seed, parts
         y = y.detach() if y._is_view() else y  # what is returned can't be written to afterwards, if it is a view
-        return accumulated(y, h_MR, B.to(dtype), s, parts, own=y.is_contiguous())
+        return accumulated(y, h_RM, B.to(dtype), s, parts, own=y.is_contiguous())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        """dx = dy W0 + m * (dh A), dA = dh^T (m * x) and dB = s (h^T dy)^T, with dh = s dy B: each as far as it is wanted."""
-        (x, h_MR, A, B, W0), (s, p, seed, parts) = ctx.saved_tensors, ctx.how
+        """dx = dy W0 + m * (dh^T A), dA = dh (m * x) and dB = s (h dy)^T, with dh = s B^T dy^T: each as far as it is wanted."""
+        (x, h_RM, A, B, W0), (s, p, seed, parts) = ctx.saved_tensors, ctx.how
         wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
-        x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_MR.dtype)
+        x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_RM.dtype)
         if torch.is_grad_enabled():  # what is computed here will be differentiated, and h with it
-            h_MR = Project.apply(x_MI, A_RI, p, seed)
+            h_RM = Project.apply(x_MI, A_RI, p, seed)
         dx = dy_MO @ W0 if wants_x else None
-        dA = _to_x_and_A(dx, _to_h(dy_MO, B.to(h_MR.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
-        dB = _to_B(dy_MO, h_MR, s, parts) if wants_B else None
+        dA = _to_x_and_A(dx, _to_h(dy_MO, B.to(h_RM.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
+        dB = _to_B(dy_MO, h_RM, B, s, parts) if wants_B else None
         if dx is not None and x.ndim != 2:
             dx = torch.ops.aten._unsafe_view(dx, x.shape)  # autograd copies a view before it adds another layer's to it
-        return dx, *(d if d is None else d.to(A.dtype) for d in (dA, dB)), *[None] * 6
+        return dx, dA if dA is None else dA.to(A.dtype), dB, None, None, None, None, None, None
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
-    """(m * x) A^T in A's dtype."""
+    """A (m * x)^T in A's dtype."""
     if not p and (x_MI.dtype == A.dtype or x_MI.numel() <= CAST):
-        return F.linear(x_MI.to(A.dtype), A)
-    return torch.cat([F.linear(x, A) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)])
+        return thin(A, x_MI.to(A.dtype))
+    return torch.cat([thin(A, x) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
+
+
+def thin(A: Tensor, x_MI: Tensor) -> Tensor:
+    """A x^T (R, M)."""
+    return torch.mm(A, x_MI.t()) if len(x_MI) >= FEW else F.linear(x_MI, A).t()
 
 
 def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -226,40 +235,41 @@ def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[
 
 
 def _to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
-    """s dy B."""
-    return functools.reduce(torch.add, (_times(dy, B_OR) for dy, B_OR in _pairs(dy_MO, B, parts))) * s
+    """s B^T dy^T."""
+    if not parts:
+        return projected(dy_MO, B.t()) * s
+    return functools.reduce(torch.add, (projected(dy, B_OR.t()) for dy, B_OR in _pairs(dy_MO, B, parts))) * s
 
 
-def _to_B(dy_MO: Tensor, h_MR: Tensor, s: float, parts: Parts) -> Tensor:
-    """s (h^T dy)^T: twice as fast as dy^T h, in float32 on a CPU."""
-    found = [_gathered(h_MR, dy_MO[:, columns]) for columns, _ in parts] or [_gathered(h_MR, dy_MO)]
-    return (found[0] if len(found) == 1 else torch.cat(found, 1)).t() * s
+def _to_B(dy_MO: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
+    """s (h dy)^T, laid out as B, so that autograd need not copy it."""
+    found = torch.cat([_gathered(h_RM, dy_MO[:, columns]) for columns, _ in parts], 1) if parts else _gathered(h_RM, dy_MO)
+    return torch.mul(found.t(), s, out=None if torch.is_grad_enabled() else torch.empty_like(B))
 
 
-def _to_x_and_A(dx: Tensor | None, dh_MR: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool) -> Tensor | None:
-    """dh^T (m * x); m * (dh A) is added into dx."""
+def _to_x_and_A(dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool) -> Tensor | None:
+    """dh (m * x); m * (dh^T A) is added into dx."""
+    if not p and x_MI.dtype == A.dtype:
+        if dx is not None:
+            dx.addmm_(dh_RM.t(), A)
+        return dh_RM @ x_MI if wants_A else None
     dA = None
     for rows, x, mask in _dropped(x_MI, A.dtype, p, seed):
         if dx is not None:
             if mask is None:
-                accumulated(dx[rows], dh_MR[rows], A.t(), 1.0, (), own=True)
+                accumulated(dx[rows], dh_RM[:, rows], A.t(), 1.0, (), own=True)
             else:
-                dx[rows].add_((dh_MR[rows] @ A) * mask)
+                dx[rows].add_((dh_RM[:, rows].t() @ A) * mask)
         if wants_A:
-            dA = dh_MR[rows].t() @ x if dA is None else dA + dh_MR[rows].t() @ x
+            dA = dh_RM[:, rows] @ x if dA is None else dA + dh_RM[:, rows] @ x
     return dA
 
 
-def _times(dy_MO: Tensor, B: Tensor) -> Tensor:
-    """dy B (M, r), in B's dtype."""
-    return dy_MO @ B if dy_MO.dtype == B.dtype else torch.cat([dy_MO[rows].to(B.dtype) @ B for rows in _pieces(dy_MO)])
-
-
-def _gathered(h_MR: Tensor, dy_MO: Tensor) -> Tensor:
-    """h^T dy (r, O), in h's dtype."""
-    if dy_MO.dtype == h_MR.dtype:
-        return h_MR.t() @ dy_MO
-    return functools.reduce(torch.add, (h_MR[rows].t() @ dy_MO[rows].to(h_MR.dtype) for rows in _pieces(dy_MO)))
+def _gathered(h_RM: Tensor, dy_MO: Tensor) -> Tensor:
+    """h dy (R, O), in h's dtype."""
+    if dy_MO.dtype == h_RM.dtype:
+        return h_RM @ dy_MO
+    return functools.reduce(torch.add, (h_RM[:, rows] @ dy_MO[rows].to(h_RM.dtype) for rows in _pieces(dy_MO)))
 
 
 def is_plain(adapter: LowRank, device: torch.device) -> bool:
@@ -305,4 +315,4 @@ class Stack:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (batch, tokens, ..., out) with each row's term added, in y's memory."""
         h = F.linear(x.reshape(len(self.mask), -1, x.shape[-1]).to(self.A.dtype), self.A) * self.mask
-        return accumulated(y, h.flatten(0, 1), self.B, 1.0, self.parts, own=True)
+        return accumulated(y, h.flatten(0, 1).t(), self.B, 1.0, self.parts, own=True)

@@ -24,7 +24,7 @@ from .kinds import Kind, makes_output, shape_of
 from .lowrank import Factors, LowRank, is_hooked
 from .replaced import Replaced
 from .routing import ROOTS, Loading, Routing
-from .siblings import WORTH, Siblings
+from .siblings import Siblings, pays
 from .spec import site_name
 
 LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
@@ -125,7 +125,7 @@ class Adapters(nn.Module):
         if routing.rows is not None:
             return routing.rows.add(lows, term, y, x, own)
         made: Mapping[LowRank, Tensor] = {}
-        if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and given.numel() >= WORTH:
+        if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and pays(given):
             made = self.siblings.lowered(self, routing.active, y, x, given)
         for name in routing.active:
             if (low := lows.get(name)) is not None:
@@ -213,7 +213,7 @@ def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
     if type(child) is not Adapters or is_hooked(child) or "forward" in child.__dict__:
         return None
     routing, siblings = child.routing, child.siblings
-    if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and x.numel() >= WORTH and siblings.may_share(child, x)):
+    if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and pays(x) and siblings.may_share(child, x)):
         return None
     low = cast("LowRank | None", child._modules.get(routing.active[0]))
     return low if low is not None and not is_hooked(low) else None

@@ -1,6 +1,6 @@
 """Projections that read the same input (q, k and v; gate and up; slices of one weight): one product with all their A instead of one each.
 
-    h_MS = x_MI A_SI^T        S: the ranks of all of them together
+    h_SM = A_SI x_MI^T        S: the ranks of all of them together
 
 x is read once, and in training its gradient takes one product and one sum instead of as many as there are projections.
 
@@ -27,7 +27,7 @@ from .accumulate import computed_in, is_shareable, is_watched, lowered
 from .lowrank import LowRank
 from .roles import NOT_WITH, WORDS
 
-WORTH = 1 << 16  # elements of an input from which sharing it saves more than it costs
+WORTH = 1 << 16  # elements of an input from which sharing it may save more than it costs
 PROJECTIONS = frozenset().union(*WORDS.values())
 GATED = frozenset(("gate_proj", "up_proj", "gate", "up", "w1", "w3", "wi_0", "wi_1"))
 CROSS = re.compile(r"cross|enc\w*dec|encoder_attn", re.IGNORECASE)  # attention whose q reads another input than k and v
@@ -42,6 +42,12 @@ def kin(path: str) -> str:
     return f"{owner}: gated" if name in GATED else ""
 
 
+def pays(x: Tensor) -> bool:
+    """Whether to share x saves more than it costs: on a GPU, and where x is cast. Else a CPU does the products of few rows one by one as fast, and in
+    training the way back of each is a part of its linear layer's (accumulate.Together)."""
+    return x.numel() >= WORTH and (not x.is_cpu or computed_in(x, x.shape[:-1].numel()) != x.dtype)
+
+
 class Made(NamedTuple):
     """The product that the first of them has made for all."""
 
@@ -50,9 +56,9 @@ class Made(NamedTuple):
     dtype: torch.dtype
     may_grad: bool
     h: Tensor | TensorWeakRef
-    """(M, S); one that needs a gradient is kept by the graph alone."""
+    """(S, M); one that needs a gradient is kept by the graph alone."""
     places: Mapping[LowRank, tuple[int, int]]
-    """For each adapter the first of its columns, and the version of its A."""
+    """For each adapter the first of its rows, and the version of its A."""
 
 
 class Siblings:
@@ -75,7 +81,7 @@ class Siblings:
         return not torch.is_grad_enabled() or not (given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
 
     def lowered(self, mine: nn.Module, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor) -> Mapping[LowRank, Tensor]:
-        """x A^T (M, r) for the adapters of one of them, as far as it was made for all. `given` is what the module was called with; x is that, or
+        """A x^T (r, M) for the adapters of one of them, as far as it was made for all. `given` is what the module was called with; x is that, or
         a view of it."""
         if not self.may_share(mine, given) or is_watched(y):
             return {}
@@ -96,7 +102,7 @@ class Siblings:
             if low is not None and low in made.places:
                 start, version = made.places[low]
                 if low.A._version == version:
-                    found[low] = h.narrow(1, start, low.r)
+                    found[low] = h.narrow(0, start, low.r)
         return found
 
     def _make(self, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor, dtype: torch.dtype, may_grad: bool) -> None:
