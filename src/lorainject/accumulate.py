@@ -75,15 +75,18 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
 
 def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
     """x W0^T + bias + s (x A^T) B^T, where the adapter `joins`."""
-    p = _dropout(adapter)
-    return Together.apply(x, adapter.A, adapter.B, W0, bias, adapter.scale, p, _seed() if p else 0, adapter.parts)
+    p, factors = _dropout(adapter), adapter._parameters
+    return Together.apply(x, factors["A"], factors["B"], W0, bias, adapter.scale, p, _seed() if p else 0, adapter.parts)
 
 
 def joins(adapter: LowRank, x: Tensor, linear: nn.Module) -> bool:
     """Whether its term may be taken together with the linear layer's product: that is frozen, and nobody must see either by itself. (For an A that
     does not train x need not be saved, which `Together` does.)"""
-    frozen = all(p is None or (type(p) is nn.Parameter and not p.requires_grad) for p in linear._parameters.values())
-    return frozen and is_plain(adapter, x.device) and adapter.A.requires_grad and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
+    for p in linear._parameters.values():
+        if p is not None and (p.requires_grad or type(p) is not nn.Parameter):
+            return False
+    A: Tensor = adapter._parameters["A"]  # type: ignore[assignment]
+    return A.requires_grad and is_plain(adapter, x.device) and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _dropout(adapter: LowRank) -> float:
@@ -203,18 +206,16 @@ class Together(Function):
         x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_RM.dtype)
         if torch.is_grad_enabled():  # what is computed here will be differentiated, and h with it
             h_RM = Project.apply(x_MI, A_RI, p, seed)
-        dx = dy_MO @ W0 if wants_x else None
-        dA = _to_x_and_A(dx, _to_h(dy_MO, B.to(h_RM.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
+        dx = dy @ W0 if wants_x else None  # of x's shape at once: autograd copies a view before it adds another layer's to it
+        dA = _to_x_and_A(dx if dx is None else dx.view(x_MI.shape), _to_h(dy_MO, B.to(h_RM.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
         dB = _to_B(dy_MO, h_RM, B, s, parts) if wants_B else None
-        if dx is not None and x.ndim != 2:
-            dx = torch.ops.aten._unsafe_view(dx, x.shape)  # autograd copies a view before it adds another layer's to it
         return dx, dA if dA is None else dA.to(A.dtype), dB, None, None, None, None, None, None
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """A (m * x)^T in A's dtype."""
     if not p and (x_MI.dtype == A.dtype or x_MI.numel() <= CAST):
-        return thin(A, x_MI.to(A.dtype))
+        return thin(A, x_MI if x_MI.dtype == A.dtype else x_MI.to(A.dtype))
     return torch.cat([thin(A, x) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
 
 
