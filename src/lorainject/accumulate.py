@@ -52,10 +52,10 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor |
     B: Tensor = factors["B"]  # type: ignore[assignment]
     if h_RM is None:
         A: Tensor = factors["A"]  # type: ignore[assignment]
-        tokens = x.shape[:-1].numel()
+        tokens = x.numel() // (x.shape[-1] or 1)
         dtype = computed_in(y, tokens)
-        few = tokens <= (FEW if y.dtype == torch.float32 else FEW_HALF)
-        if few and own and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled() and not _dropout(adapter):
+        few = own and tokens <= (FEW if y.dtype == torch.float32 else FEW_HALF)
+        if few and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled() and not _dropout(adapter):
             # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
             return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
         h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
@@ -191,7 +191,7 @@ class Together(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W0: Tensor, bias: Tensor | None, s: float, p: float, seed: int, parts: Parts) -> Tensor:
         x_MI = x.reshape(-1, x.shape[-1])
-        dtype = computed_in(x, len(x_MI))
+        dtype = computed_in(x, x_MI.shape[0])
         y, h_RM = F.linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
         ctx.save_for_backward(x, h_RM, A, B, W0 if ctx.needs_input_grad[0] else None)
         ctx.how = s, p, seed, parts
@@ -221,7 +221,7 @@ def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
 
 def thin(A: Tensor, x_MI: Tensor) -> Tensor:
     """A x^T (R, M)."""
-    return torch.mm(A, x_MI.t()) if len(x_MI) >= FEW else F.linear(x_MI, A).t()
+    return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else F.linear(x_MI, A).t()
 
 
 def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

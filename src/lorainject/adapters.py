@@ -188,9 +188,9 @@ class LoraForward(Graft):
         own = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
         if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
             if not torch.is_grad_enabled():
-                return cast(Tensor, low.forward(accumulate, F.linear(args[0], weight, self._parameters["bias"]), args[0], True))
+                return accumulate(low, F.linear(args[0], weight, self._parameters["bias"]), args[0], True)
             if joins(low, args[0], self):
-                return cast(Tensor, low.forward(together, args[0], weight, self._parameters["bias"]))
+                return together(low, args[0], weight, self._parameters["bias"])
         own = own and makes_output(base)  # type: ignore[arg-type]
         x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
         shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
@@ -216,7 +216,7 @@ def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
     if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and pays(x) and siblings.may_share(child, x)):
         return None
     low = cast("LowRank | None", child._modules.get(routing.active[0]))
-    return low if low is not None and not is_hooked(low) else None
+    return low if low is not None and not is_hooked(low) and "forward" not in low.__dict__ else None
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
