@@ -131,10 +131,15 @@ def test_they_read_our_embedding(base, tmp_path):
     assert their_bytes > ours_bytes + base.model.embed_tokens.weight.nbytes // 2
 
 
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 50), (torch.float32, 20)])
 @pytest.mark.parametrize("shares", [True, False])
-def test_training_step_by_step(base, shares, monkeypatch):
-    """Fifty AdamW steps from the same A and B on the same data: the losses of both are the same, step by step."""
+def test_training_step_by_step(base, shares, dtype, exact, monkeypatch):
+    """Fifty AdamW steps from the same A and B on the same data: the losses of both are the same, step by step.
+
+    In float32 only so many at first: Adam divides gradients by their size, so that the rounding of the smallest grows (to 1e-4 of the loss).
+    """
     monkeypatch.setattr(adapters, "pays", lambda x: shares)
+    base.to(dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = peft_model(base, target_modules=targets)
     li.inject(base, targets, r=4, alpha=8)
@@ -156,7 +161,7 @@ def test_training_step_by_step(base, shares, monkeypatch):
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][:exact] == pytest.approx(losses[1][:exact], rel=1e-6)
     assert losses[0][-1] < losses[0][0]
 
 

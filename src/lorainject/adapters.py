@@ -215,8 +215,8 @@ def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
     routing, siblings = child.routing, child.siblings
     if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and pays(x) and siblings.may_share(child, x)):
         return None
-    low = cast("LowRank | None", child._modules.get(routing.active[0]))
-    return low if low is not None and not is_hooked(low) and "forward" not in low.__dict__ else None
+    low = child._modules.get(routing.active[0])
+    return low if type(low) is LowRank and not is_hooked(low) and "forward" not in low.__dict__ else None
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
