@@ -150,6 +150,20 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
     assert torch.autograd.gradgradcheck(f, args)
 
 
+@pytest.mark.parametrize("target", ["0", "0[2:9]"])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_many_gradients_at_once(target, tokens):
+    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes."""
+    model = layer(target, dtype=torch.float64)
+    x, dys = torch.randn(tokens, I, dtype=torch.float64, requires_grad=True), torch.randn(4, tokens, O, dtype=torch.float64)
+    leaves = [x, *li.parameters(model)]
+    for y in (model(x), apart(model, x)):
+        one_by_one = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+        at_once = torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
+        for given, each in zip(at_once, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(given, torch.stack(each))
+
+
 def test_second_order_of_a_layer():
     """A penalty on the gradient of x trains A and B as by the other route."""
     model, x = layer(), torch.randn(5, I, requires_grad=True)

@@ -164,7 +164,7 @@ class Accumulate(Function):
         _, wants_h, wants_B, *_ = ctx.needs_input_grad
         (h_RM, B), dy_MO = ctx.saved_tensors, dy.reshape(-1, dy.shape[-1])
         dh = _to_h(dy_MO, B, ctx.s, ctx.parts) if wants_h else None
-        dB = _to_B(dy_MO, h_RM, B, ctx.s, ctx.parts) if wants_B else None
+        dB = _to_B(dy_MO, h_RM, ctx.s, ctx.parts) if wants_B else None
         return dy, dh, dB, None, None, None
 
 
@@ -208,8 +208,8 @@ class Together(Function):
             h_RM = Project.apply(x_MI, A_RI, p, seed)
         dx = dy @ W0 if wants_x else None  # of x's shape at once: autograd copies a view before it adds another layer's to it
         dA = _to_x_and_A(dx if dx is None else dx.view(x_MI.shape), _to_h(dy_MO, B.to(h_RM.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
-        dB = _to_B(dy_MO, h_RM, B, s, parts) if wants_B else None
-        return dx, dA if dA is None else dA.to(A.dtype), dB, None, None, None, None, None, None
+        dB = _to_B(dy_MO, h_RM, s, parts) if wants_B else None
+        return dx, dA if dA is None else dA.to(A.dtype), dB if dB is None else dB.to(B.dtype), None, None, None, None, None, None
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
@@ -242,10 +242,10 @@ def _to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
     return functools.reduce(torch.add, (projected(dy, B_OR.t()) for dy, B_OR in _pairs(dy_MO, B, parts))) * s
 
 
-def _to_B(dy_MO: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
-    """s (h dy)^T, laid out as B, so that autograd need not copy it."""
+def _to_B(dy_MO: Tensor, h_RM: Tensor, s: float, parts: Parts) -> Tensor:
+    """s (h dy)^T."""
     found = torch.cat([_gathered(h_RM, dy_MO[:, columns]) for columns, _ in parts], 1) if parts else _gathered(h_RM, dy_MO)
-    return torch.mul(found.t(), s, out=None if torch.is_grad_enabled() else torch.empty_like(B))
+    return found.t() * s
 
 
 def _to_x_and_A(dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool) -> Tensor | None:
