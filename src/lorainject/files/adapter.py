@@ -52,7 +52,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
-    training = [f"{at}.{n}" for at, m in walk(model) for n, p in m._parameters.items() if p is not None and p.requires_grad]
+    modules = list(walk(model))
+    training = [f"{at}.{n}" for at, m in modules for n, p in m._parameters.items() if p is not None and p.requires_grad]
     if training:
         warnings.warn(
             f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
@@ -76,7 +77,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
     init = next(iter(on.values())).adapters[name].init
     about = {"task_type": _task(model), "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-             "target_modules": _target_modules(model, [s for s in sites if not peft.is_bare(s)])}  # fmt: skip
+             "target_modules": _target_modules([at for at, _ in modules], [s for s in sites if not peft.is_bare(s)])}  # fmt: skip
     base = _base(on) if format == "lorainject" else None
     file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about,
                        replaced={at: t for at, t in beside.items() if isinstance(t, Tensor)},
@@ -127,11 +128,11 @@ def _task(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
 
 
-def _target_modules(model: nn.Module, sites: Sequence[StoredSite]) -> list[str]:
-    """Leaf names if they mean exactly these sites in this model, as people write them; else full paths; none, if there are no sites."""
+def _target_modules(paths: Sequence[str], sites: Sequence[StoredSite]) -> list[str]:
+    """Leaf names if they mean exactly these sites among the model's paths, as people write them; else full paths; none, if there are no sites."""
     chosen = {s.path for s in sites}
     leaves = {path.rsplit(".", 1)[-1] for path in chosen}
-    meant = {path for path, _ in walk(model) if path.rsplit(".", 1)[-1] in leaves}
+    meant = {path for path in paths if path.rsplit(".", 1)[-1] in leaves}
     return sorted(leaves if meant == chosen else chosen)
 
 
