@@ -36,8 +36,9 @@ def with_loralib(model: Trio) -> nn.Module:
     other = copy.deepcopy(model.base)
     for (name, linear), ((A, B), _) in zip(model.base.named_children(), pairs(model.ours, model.theirs), strict=True):
         layer = loralib.Linear(linear.in_features, linear.out_features, R, ALPHA, bias=False).to(linear.weight)
+        layer.weight = linear.weight if model.shared else copy.deepcopy(linear.weight)
         with torch.no_grad():
-            layer.weight.copy_(linear.weight), layer.lora_A.copy_(A), layer.lora_B.copy_(B)
+            layer.lora_A.copy_(A), layer.lora_B.copy_(B)
         setattr(other, name, layer)
     return other.train()
 

@@ -30,7 +30,7 @@ def shapes(on: Setup) -> list[tuple[int, int]]:
 
 def blocks(k: int, n: int, dtype: torch.dtype, device: str = "cpu", share: float = 0.03) -> Trio:
     """Three weights; the delta's elements are about `share` of the weight's."""
-    model = trio(Block(QKV, k, n, dtype, device), QKV)
+    model = trio(Block(QKV, k, n, dtype, device), QKV, shared=False)
     sizes = [p for name, p in (*model.ours.named_parameters(), *model.theirs.named_parameters()) if "lora" in name]
     factor = share * k**-0.5 / 3**0.5 / (ALPHA / R * 0.02 * (R / k) ** 0.5)  # what the weight has, over what s B A has
     with torch.no_grad():

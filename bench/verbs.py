@@ -63,7 +63,7 @@ def inject(on: Setup) -> Iterator[Figure]:
 def merged(on: Setup) -> Iterator[Figure]:
     """The merged model, and a second copy of the base, which shows how far the base is from itself."""
     for dtype in on.dtypes:
-        model, twin, ids = trio(llama(SMALL, dtype)), llama(SMALL, dtype), torch.randint(0, 1000, (1, 8))
+        model, twin, ids = trio(llama(SMALL, dtype), shared=False), llama(SMALL, dtype), torch.randint(0, 1000, (1, 8))
         li.merge(model.ours, reversible=False)
         for path, m in model.base.named_modules():
             assert type(model.ours.get_submodule(path)) is type(m), f"{path} has its original class"
