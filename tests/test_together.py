@@ -160,8 +160,8 @@ def test_many_gradients_at_once(target, tokens):
     for y in (model(x), apart(model, x)):
         one_by_one = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
         at_once = torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
-        for given, each in zip(at_once, zip(*one_by_one, strict=True), strict=True):
-            torch.testing.assert_close(given, torch.stack(each))
+        for found_at_once, each in zip(at_once, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(found_at_once, torch.stack(each))
 
 
 def test_second_order_of_a_layer():
