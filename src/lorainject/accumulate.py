@@ -11,7 +11,7 @@ h has few rows rather than few columns: for products with eight columns a CPU's 
 Saved for the backward are x itself, which sibling projections share, h, A and B. With dropout the seed is saved, not the mask nor the dropped x.
 y passes its gradient on as it is.
 
-In training a frozen nn.Linear and the only adapter that is on are one step of the graph, so that the way back accumulates as well: dh A into the
+In training a frozen nn.Linear and the only adapter that is on are one step of the graph, so that the way back accumulates as well: dh^T A into the
 base's own dx_MI = dy_MO W0_OI, of which autograd would make a third tensor of x's size. Projections that share x A^T (siblings.py) sum theirs anyway.
 
 A and B, kept in float32, are cast down to y's dtype, which is small beside casting x up. A CPU without instructions for half precision computes
@@ -220,7 +220,7 @@ def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
 
 
 def thin(A: Tensor, x_MI: Tensor) -> Tensor:
-    """A x^T (R, M)."""
+    """A x^T (R, M); of few tokens by way of x A^T, which is as fast or faster then."""
     return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else F.linear(x_MI, A).t()
 
 
@@ -237,8 +237,6 @@ def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[
 
 def _to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
     """s B^T dy^T."""
-    if not parts:
-        return projected(dy_MO, B.t()) * s
     return functools.reduce(torch.add, (projected(dy, B_OR.t()) for dy, B_OR in _pairs(dy_MO, B, parts))) * s
 
 
