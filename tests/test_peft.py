@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorainject as li
-from lorainject import adapters
+from lorainject import siblings
 
 from models import bits, gpt2, ids, llama, randomise, run
 
@@ -138,7 +138,7 @@ def test_training_step_by_step(base, shares, dtype, exact, monkeypatch):
 
     In float32 only so many at first: Adam divides gradients by their size, so that the rounding of the smallest grows (to 1e-4 of the loss).
     """
-    monkeypatch.setattr(adapters, "pays", lambda x: shares)
+    monkeypatch.setattr(siblings, "pays", lambda x: shares)
     base.to(dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = peft_model(base, target_modules=targets)

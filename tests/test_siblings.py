@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject import accumulate, adapters, siblings
+from lorainject import accumulate, siblings
 from lorainject.adapters import hosts
 from lorainject.siblings import kin
 
@@ -50,9 +50,12 @@ def adapted(ranks: tuple[int, ...] = (3, 2, 4), names: tuple[str, ...] = ("defau
     return model
 
 
+pays = siblings.pays
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(adapters, "pays", lambda x: True)
+    monkeypatch.setattr(siblings, "pays", lambda x: True)
 
 
 @pytest.fixture
@@ -83,8 +86,8 @@ def test_where_it_pays(instructions, monkeypatch):
     """On a CPU, for a large input that is cast, and for no other."""
     monkeypatch.setattr(accumulate, "_has_instructions", lambda half: instructions)
     few, many, small = torch.ones(1, 64, 1024), torch.ones(1, 128, 1024), torch.ones(1, 1, 1024)
-    assert not any(map(siblings.pays, (few, many, small)))
-    assert [siblings.pays(x.bfloat16()) for x in (few, many, small)] == [True, not instructions, False]
+    assert not any(map(pays, (few, many, small)))
+    assert [pays(x.bfloat16()) for x in (few, many, small)] == [True, not instructions, False]
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from bench.measure import Setup, Timed, peak
@@ -12,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject import accumulate, adapters
+from lorainject import accumulate, forward
 from lorainject.adapters import hosts
 
 I, O = 24, 20  # noqa: E741
@@ -35,7 +37,7 @@ def is_together(y: Tensor) -> bool:
 def apart(call, *args):
     """The same by the base's own forward, and the term after it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "LINEAR", None)
+        patch.setattr(forward, "LINEAR", None)
         return call(*args)
 
 
@@ -293,6 +295,24 @@ def test_when_it_may():
     assert torch.equal(model(x), 2 * nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
+HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "backward_hook")
+
+
+@pytest.mark.filterwarnings("ignore:Using non-full backward hooks:FutureWarning")
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("on", [lambda m: m[0].lora, lambda m: m[0].lora["default"]], ids=["all", "one"])
+def test_each_hook_on_an_adapter_is_called(kind, on):
+    """Whatever the kind of hook, after the layer has been called without."""
+    model, seen, x = layer(), [], torch.randn(1, 3, I, requires_grad=True)
+    model(x)
+    handle = getattr(on(model), f"register_{kind}")(lambda *args: seen.append(kind))
+    model(x).sum().backward()
+    assert seen == [kind]
+    handle.remove()
+    model(x).sum().backward()
+    assert seen == [kind]
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_is_otherwise_is_respected(grad):
     """Hooks on the adapters, a forward of their own, a computed bias, several adapters and none, with gradients and without."""
@@ -314,6 +334,7 @@ def test_what_is_otherwise_is_respected(grad):
             hooked(model).register_forward_hook(lambda m, args, y: y + 1)
             assert torch.allclose(model(x), whole + 1, atol=1e-5)
             assert len(seen) == 1
+            assert torch.allclose(copy.deepcopy(model)(x), whole + 1, atol=1e-5)
             model = layer()
             original = hooked(model).forward
             hooked(model).forward = lambda *args, original=original: original(*args) + 1

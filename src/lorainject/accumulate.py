@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from .lowrank import LowRank, Parts, add, project
+from .lowrank import HOOKED, LowRank, Parts, add, project
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
@@ -45,25 +45,30 @@ HALVES = (torch.bfloat16, torch.float16)
 def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
     """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody.
     `h_RM` is A x^T, where siblings have it already."""
-    parts = adapter.parts
+    of = adapter.__dict__  # an attribute of a module takes longer
+    parts, factors = of["parts"], of["_parameters"]
     if parts is None or is_watched(y):
         return add(adapter, y, project, x)
-    factors, s = adapter._parameters, adapter.scale  # nn.Module's attributes take a microsecond
-    B: Tensor = factors["B"]  # type: ignore[assignment]
+    B: Tensor = factors["B"]
     if h_RM is None:
-        A: Tensor = factors["A"]  # type: ignore[assignment]
-        tokens = x.numel() // (x.shape[-1] or 1)
-        dtype = computed_in(y, tokens)
-        few = own and tokens <= (FEW if y.dtype == torch.float32 else FEW_HALF)
-        if few and not parts and A.dtype == B.dtype == dtype == torch.float32 and not torch.is_grad_enabled() and not _dropout(adapter):
+        A: Tensor = factors["A"]
+        p, tokens, full = of["dropout"] if of["training"] else 0.0, x.numel() // (x.shape[-1] or 1), y.dtype == torch.float32
+        few = own and tokens <= (FEW if full else FEW_HALF) and (full or (y.is_cpu and y.dtype in HALVES))
+        if few and not (parts or p or torch.is_grad_enabled()) and A.dtype == B.dtype == torch.float32:
             # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
-            return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
-        h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), _dropout(adapter))
+            if tokens != 1:
+                return y.add_(F.linear(F.linear(x.float(), A), B), alpha=adapter.scale)
+            h_R = torch.mv(A, x.reshape(-1).float())
+            if full and y.is_contiguous():
+                y.view(-1).addmv_(B, h_R, alpha=adapter.scale)
+                return y
+            return y.add_(torch.mv(B, h_R), alpha=adapter.scale)
+        h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(computed_in(y, tokens)), p)
     if B.dtype != h_RM.dtype:
         B = B.to(h_RM.dtype)
     grad = torch.is_grad_enabled() and (h_RM.requires_grad or y.requires_grad or B.requires_grad)
     own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
-    return Accumulate.apply(y, h_RM, B, s, parts, own) if grad else accumulated(y, h_RM, B, s, parts, own)
+    return Accumulate.apply(y, h_RM, B, adapter.scale, parts, own) if grad else accumulated(y, h_RM, B, adapter.scale, parts, own)
 
 
 def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
@@ -90,7 +95,7 @@ def joins(adapter: LowRank, x: Tensor, linear: nn.Module) -> bool:
 
 
 def _dropout(adapter: LowRank) -> float:
-    return adapter.dropout if adapter.training else 0.0
+    return adapter.__dict__["dropout"] if adapter.__dict__["training"] else 0.0
 
 
 def _seed() -> int:
@@ -275,7 +280,7 @@ def is_plain(adapter: LowRank, device: torch.device) -> bool:
     """Whether A and B may be used before the layer is called: nothing brings, gathers or exchanges them then, and the outputs are in runs."""
     A: Tensor | None = adapter._parameters.get("A")
     return (type(adapter) is LowRank and type(A) is nn.Parameter and A.shape[:-1] == (adapter.r,) and A.device == device
-            and not adapter._forward_pre_hooks and "forward" not in adapter.__dict__ and adapter.parts is not None)  # fmt: skip
+            and HOOKED not in adapter.__dict__ and "forward" not in adapter.__dict__ and adapter.parts is not None)  # fmt: skip
 
 
 def is_shareable(adapter: LowRank, device: torch.device) -> bool:

@@ -13,21 +13,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .accumulate import accumulate, joins, together
 from .errors import StateError
 from .fold import Journal
-from .graft import Graft
-from .kinds import Kind, makes_output, shape_of
-from .lowrank import Factors, LowRank, is_hooked
+from .kinds import Kind, shape_of
+from .lowrank import Asked, Factors, LowRank
 from .replaced import Replaced
 from .routing import ROOTS, Loading, Routing
-from .siblings import Siblings, pays
+from .siblings import Siblings
 from .spec import site_name
 
-LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
 
 
@@ -71,7 +67,7 @@ class Folded:
         return self.journal is not None or self.original is not None
 
 
-class Adapters(nn.Module):
+class Adapters(Asked):
     """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y (see Term)."""
 
     def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False) -> None:
@@ -125,15 +121,12 @@ class Adapters(nn.Module):
         if routing.rows is not None:
             return routing.rows.add(lows, term, y, x, own)
         made: Mapping[LowRank, Tensor] = {}
-        if self.siblings is not None and given is not None and not torch.compiler.is_compiling() and pays(given):
+        if self.siblings is not None and given is not None and not torch.compiler.is_compiling():
             made = self.siblings.lowered(self, routing.active, y, x, given)
         for name in routing.active:
             if (low := lows.get(name)) is not None:
                 y, own = low(term, y, x, own, made[low]) if low in made else low(term, y, x, own), True
         return y
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self.forward(*args) if not is_hooked(self) else super().__call__(*args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -176,54 +169,6 @@ class Adapters(nn.Module):
         if self.routing.merged:
             return kwargs.get("destination", {})
         return super().state_dict(*args, **kwargs)
-
-
-class LoraForward(Graft):
-    """The forward graft: the base's own forward, untouched, and then the adapters' terms."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the base's; one frozen nn.Linear with one adapter on, which is the most of all calls, without what others need to be asked."""
-        base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
-        # Not of a quantised or sharded weight; and torch.compile does better without.
-        own = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
-        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
-            if not torch.is_grad_enabled():
-                return accumulate(low, F.linear(args[0], weight, self._parameters["bias"]), args[0], True)
-            if joins(low, args[0], self):
-                return together(low, args[0], weight, self._parameters["bias"])
-        own = own and makes_output(base)  # type: ignore[arg-type]
-        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
-        if shape is not None:
-            x = x.flatten(0, -2)
-            args, kwargs = (x,), {}
-        y = base.forward(self, *args, **kwargs)
-        for child in self._modules.values():
-            if isinstance(child, Adapters):
-                y = child(x, y, own, given)
-        return y if shape is None else y.unflatten(0, shape[:-1])
-
-
-def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
-    """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share what it computes. What can be
-    otherwise is asked elsewhere, which costs more than the products with a single token."""
-    if len(linear._modules) != 1 or len(linear._parameters) != 2:
-        return None
-    (child,) = linear._modules.values()
-    if type(child) is not Adapters or is_hooked(child) or "forward" in child.__dict__:
-        return None
-    routing, siblings = child.routing, child.siblings
-    if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and pays(x) and siblings.may_share(child, x)):
-        return None
-    low = child._modules.get(routing.active[0])
-    return low if type(low) is LowRank and not is_hooked(low) and "forward" not in low.__dict__ else None
-
-
-def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
-    """Whether torch would flatten the input itself and return a view, of whose gradient autograd makes a copy when it is written to."""
-    if linear._parameters.get("bias") is None or x.ndim < 3 or not x.is_contiguous() or not x.numel():
-        return False
-    return all(child.routing.rows is None for child in linear._modules.values() if isinstance(child, Adapters))
 
 
 class Host(NamedTuple):

@@ -13,6 +13,7 @@ Legend of the suffixes: R rank, I in, O out, and for embeddings V vocabulary (= 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -51,7 +52,38 @@ class Factors(NamedTuple):
         return self.gain is not None or self.update is not None or self.value is not None
 
 
-class LowRank(nn.Module):
+HOOKED = "_lora_hooked"  # among a module's attributes once somebody has put a hook on it
+
+
+def _noting(register: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(register)
+    def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        vars(self)[HOOKED] = True
+        return register(self, *args, **kwargs)
+
+    return noted
+
+
+class Asked(nn.Module):
+    """A module that every token asks: it notes when it gets hooks, since to look through the four dictionaries of them, which have left the cache
+    since the last token, takes as long as a product with one."""
+
+    register_forward_pre_hook = _noting(nn.Module.register_forward_pre_hook)
+    register_forward_hook = _noting(nn.Module.register_forward_hook)
+    register_backward_hook = _noting(nn.Module.register_backward_hook)
+    register_full_backward_hook = _noting(nn.Module.register_full_backward_hook)
+    register_full_backward_pre_hook = _noting(nn.Module.register_full_backward_pre_hook)
+
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) if is_hooked(self) else self.forward(*args)
+
+
+def is_hooked(module: Asked) -> bool:
+    """Whether a call of the module has to go through torch, for somebody's hooks."""
+    return HOOKED in module.__dict__ or bool(_has_any_global_hook())
+
+
+class LowRank(Asked):
     """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d float32 buffer.
 
     s is a buffer, since a Python float would make torch.compile build anew whenever it changes, and it follows from
@@ -91,13 +123,11 @@ class LowRank(nn.Module):
     @property
     def scale(self) -> float:
         """s as a Python float."""
-        return scale(self.alpha, self.r, self.scaling)
+        own = self.__dict__  # it is asked for every token
+        return scale(own["alpha"], own["r"], own["scaling"])
 
     def forward(self, use: Callable[..., Any], *args: Any) -> Any:
         return use(self, *args)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.forward(*args) if not is_hooked(self) else super().__call__(*args)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -134,12 +164,6 @@ class LowRank(nn.Module):
 def is_finite(t: Tensor) -> bool:
     """Whether every element is. (The sum tells, unless it overflows, in a third of the time.)"""
     return math.isfinite(float(t.detach().sum())) or bool(t.isfinite().all())
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module has to go through torch, for somebody's hooks: that takes as long as a product with one token."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-                or _has_any_global_hook())  # fmt: skip
 
 
 def scale(alpha: float, r: int, scaling: str) -> float:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapters, Host, LoraForward, child_name, hosts, walk
+from .adapters import Adapters, Host, child_name, hosts, walk
 from .errors import StateError
+from .forward import LoraForward
 from .graft import Graft, bare, change_class, grafted, objection
 from .lowrank import Factors, LowRank, factors, gain
 from .payload import Payload

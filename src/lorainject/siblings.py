@@ -76,7 +76,7 @@ class Siblings:
 
     def may_share(self, mine: nn.Module, given: Tensor) -> bool:
         """Whether a product with `given` can be one for all."""
-        if len(self.members) < 2 or mine not in self.members or given.is_inference():
+        if not pays(given) or len(self.members) < 2 or mine not in self.members or given.is_inference():
             return False
         return not torch.is_grad_enabled() or not (given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
 
