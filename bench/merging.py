@@ -1,6 +1,6 @@
 """Merge and unmerge in memory: the plain merge that keeps nothing, and the exact one, beside PEFT's and loralib's.
 
-Each as in a process that merges once (see interleaved); the plain one also again and again, in memory that is mapped already. PEFT keeps
+Each as in a process that merges once (see fresh, interleaved); the plain one also again and again, in memory that is mapped already. PEFT keeps
 nothing and its unmerge does not give W0 back: the plain merge is what it has the like of.
 """
 
@@ -17,7 +17,7 @@ import lorainject as li
 from .layer import QKV, bare
 from .measure import Setup, Timed, Times, hot, interleaved, peak
 from .models import ALPHA, Block, R, Trio, mebibytes, said, trio
-from .row import Figure, Goal, Row, exactly
+from .row import Figure, Goal, Row, exactly, fresh
 
 TILE = 1.0  # MiB: 256 Ki elements of float32
 CYCLES = 1000
@@ -68,55 +68,63 @@ def pair(case: str, times: Times, ours: str, theirs: str, metric: str, call: Tim
 
 def plain(on: Setup) -> Iterator[Figure]:
     for (k, n), dtype in [(shape, dtype) for shape in shapes(on) for dtype in on.dtypes]:
-        model = blocks(k, n, dtype, on.device)
-        each, mine = bare(model), model.ours
-        w0 = [w.detach().clone() for w in weights(model.base)]
-        factors = [(m.lora["default"].A.detach().clone(), m.lora["default"].B.detach().clone()) for m in mine.children()]
-        calls = {
-            "ours": Timed(partial(li.merge, mine, reversible=False), after=partial(anew, mine, w0, factors)),
-            "PEFT": Timed(model.theirs.merge_adapter, after=model.theirs.unmerge_adapter),
-            "loralib": Timed(each["loralib"].eval, after=each["loralib"].train),
-            "copy": copies(w0),
-        }
-        li.merge(mine, reversible=False), model.theirs.merge_adapter()
-        theirs = [m.base_layer.weight for m in each["PEFT"].children()]
-        step = 2.0 ** -(7 if dtype == torch.bfloat16 else 20)  # of each weight: PEFT rounds the delta first, and then the sum
-        assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(mine), theirs, strict=True)), "the merged weights agree"
-        anew(mine, w0, factors), model.theirs.unmerge_adapter()
-        case, times = f"{said(dtype)}, {k} x {n}", interleaved(calls, on, once=not on.cuda)
-        yield pair(case, times, "ours", "PEFT", "T / PEFT's", calls["ours"])
-        if not on.cuda:
-            yield pair(case, interleaved(calls, on), "ours", "PEFT", "T / PEFT's, again and again")
-        if on.cuda:
-            yield Figure(case=case, metric="T / bandwidth floor", value=times.ratio("ours", "copy"), beside=times.beside("copy"), limit="1")
-        most = {who: float(peak(calls[who], on)) for who in ("ours", "PEFT", "loralib")}
-        where = " on the GPU" * on.cuda
-        yield Figure(case=case, metric=f"peak{where}, MiB", value=exactly(most["ours"] / 2**20), beside=mebibytes(most), limit="a tile")
+        yield from fresh(one_plain, on, k, n, dtype)
+
+
+def one_plain(on: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]:
+    model = blocks(k, n, dtype, on.device)
+    each, mine = bare(model), model.ours
+    w0 = [w.detach().clone() for w in weights(model.base)]
+    factors = [(m.lora["default"].A.detach().clone(), m.lora["default"].B.detach().clone()) for m in mine.children()]
+    calls = {
+        "ours": Timed(partial(li.merge, mine, reversible=False), after=partial(anew, mine, w0, factors)),
+        "PEFT": Timed(model.theirs.merge_adapter, after=model.theirs.unmerge_adapter),
+        "loralib": Timed(each["loralib"].eval, after=each["loralib"].train),
+        "copy": copies(w0),
+    }
+    li.merge(mine, reversible=False), model.theirs.merge_adapter()
+    theirs = [m.base_layer.weight for m in each["PEFT"].children()]
+    step = 2.0 ** -(7 if dtype == torch.bfloat16 else 20)  # of each weight: PEFT rounds the delta first, and then the sum
+    assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(mine), theirs, strict=True)), "the merged weights agree"
+    anew(mine, w0, factors), model.theirs.unmerge_adapter()
+    case, times = f"{said(dtype)}, {k} x {n}", interleaved(calls, on, once=not on.cuda)
+    yield pair(case, times, "ours", "PEFT", "T / PEFT's", calls["ours"])
+    if not on.cuda:
+        yield pair(case, interleaved(calls, on), "ours", "PEFT", "T / PEFT's, again and again")
+    if on.cuda:
+        yield Figure(case=case, metric="T / bandwidth floor", value=times.ratio("ours", "copy"), beside=times.beside("copy"), limit="1")
+    most = {who: float(peak(calls[who], on)) for who in ("ours", "PEFT", "loralib")}
+    where = " on the GPU" * on.cuda
+    yield Figure(case=case, metric=f"peak{where}, MiB", value=exactly(most["ours"] / 2**20), beside=mebibytes(most), limit="a tile")
 
 
 def exact(on: Setup) -> Iterator[Figure]:
     k, n = shapes(on)[-1]
     for dtype in on.dtypes:
         for share in (0.01, 0.03) if on.quick else (0.003, 0.01, 0.03, 0.1, 0.3):
-            model = blocks(k, n, dtype, on.device, share)
-            mine, other, found = model.ours, model.theirs, []
-            w0 = [w.detach().clone() for w in weights(model.base)]
-            calls = {
-                "merge": Timed(lambda mine=mine, found=found: found.append(li.merge(mine)), after=partial(li.unmerge, mine)),
-                "unmerge": Timed(partial(li.unmerge, mine), before=partial(li.merge, mine)),
-                "PEFT merge": Timed(other.merge_adapter, after=other.unmerge_adapter),
-                "PEFT unmerge": Timed(other.unmerge_adapter, before=other.merge_adapter),
-                "copy": copies(w0),
-            }
-            times, case = interleaved(calls, on, once=not on.cuda), f"{said(dtype)}, {k} x {n}, delta {share:.1%}"
-            assert all(torch.equal(a, b) for a, b in zip(weights(mine), w0, strict=True)), "W0 is back, to the bit"
-            for verb in ("merge", "unmerge"):
-                yield pair(case, times, verb, f"PEFT {verb}", f"{verb} / PEFT's, {said(dtype)}", calls[verb])
-            report = found[-1]
-            kept = report.journal_bytes / report.weight_bytes
-            told = f"survival {report.survival:.3f}, error {report.sites[0].error:.1%}"
-            yield Figure(case=case, metric=f"journal at {share:.1%}", value=exactly(kept), beside=told)
+            yield from fresh(one_exact, on, k, n, dtype, share)
     yield cycled(on)
+
+
+def one_exact(on: Setup, k: int, n: int, dtype: torch.dtype, share: float) -> Iterator[Figure]:
+    model = blocks(k, n, dtype, on.device, share)
+    mine, other, found = model.ours, model.theirs, []
+    w0 = [w.detach().clone() for w in weights(model.base)]
+    calls = {
+        "merge": Timed(lambda: found.append(li.merge(mine)), after=partial(li.unmerge, mine)),
+        "unmerge": Timed(partial(li.unmerge, mine), before=partial(li.merge, mine)),
+        "PEFT merge": Timed(other.merge_adapter, after=other.unmerge_adapter),
+        "PEFT unmerge": Timed(other.unmerge_adapter, before=other.merge_adapter),
+        "copy": copies(w0),
+    }
+    times, case = interleaved(calls, on, once=not on.cuda), f"{said(dtype)}, {k} x {n}, delta {share:.1%}"
+    assert all(torch.equal(a, b) for a, b in zip(weights(mine), w0, strict=True)), "W0 is back, to the bit"
+    for verb in ("merge", "unmerge"):
+        yield pair(case, times, verb, f"PEFT {verb}", f"{verb} / PEFT's, {said(dtype)}", calls[verb])
+    report = found[-1]
+    kept = report.journal_bytes / report.weight_bytes
+    told = f"survival {report.survival:.3f}, error {report.sites[0].error:.1%}"
+    yield Figure(case=case, metric=f"journal at {share:.1%}", value=exactly(kept), beside=told)
 
 
 def cycled(on: Setup) -> Figure:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
-from .measure import Setup, Spread
+import torch
+
+from .measure import Setup, Spread, alone
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,15 @@ def failed(row: Row, error: BaseException) -> Result:
 def exactly(value: float) -> Spread:
     """Of what does not vary: bytes, counts."""
     return Spread(value, value, value)
+
+
+def fresh(measure: Callable[..., Iterable[Figure]], *args: object) -> list[Figure]:
+    """The figures that measure(*args) takes in a process of its own: how long temporaries of the weights' size take depends on what the process
+    has mapped and given back before."""
+    return alone(_taken, measure, args)  # type: ignore[no-any-return]
+
+
+def _taken(measure: Callable[..., Iterable[Figure]], args: tuple[object, ...]) -> list[Figure]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return [replace(figure, why=figure.why and partial(str, figure.why())) for figure in measure(*args)]
