@@ -151,8 +151,8 @@ CALLS = (
     " takes longer. The rest is Python, of which most is to find in memory what the base's product has driven out of the cache."
 )
 MANY = (
-    "Short rows: one product with all A side by side, one with all B, and a mask between them; each A and B is multiplied with every row, which"
-    " takes less than a call for each adapter. Long rows: two products for each run of rows."
+    "Up to 24 tokens an adapter: two batched products in which each row has its own A and B, which are copied once for the batch. More: two products"
+    " for each adapter, on a copy of its rows where they are not one after the other."
 )
 
 ROWS = (

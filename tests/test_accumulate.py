@@ -11,6 +11,7 @@ from torch.utils import checkpoint
 
 import lorainject as li
 from lorainject import accumulate as module
+from lorainject import batched
 from lorainject.accumulate import accumulate
 from lorainject.kinds import makes_output
 from lorainject.lowrank import LowRank
@@ -259,7 +260,7 @@ def test_whose_output_may_be_written_to():
 def test_rows_of_a_batch(dtype, grad, data):
     """Any choice of adapters of different ranks by row, short and long rows: each row as its adapter alone would do it, and None as the base."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 20, bias=data.draw(st.booleans()), dtype=dtype))
+    model = nn.Sequential(nn.Linear(64, 50, bias=data.draw(st.booleans()), dtype=dtype))
     for i, name in enumerate("abc"):
         li.inject(model, [data.draw(st.sampled_from(["0", "0[0:7]"]))] if i else ["0"], r=i + 1, alpha=i + 2, name=name)
         with torch.no_grad():
@@ -267,7 +268,7 @@ def test_rows_of_a_batch(dtype, grad, data):
                 p.normal_(std=0.3)
     names = data.draw(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6))
     tokens = data.draw(st.sampled_from([1, 7, 30]))
-    x = torch.randn(len(names), tokens, 24, dtype=dtype)
+    x = torch.randn(len(names), tokens, 64, dtype=dtype)
     want = []
     with torch.set_grad_enabled(grad):
         for name, row in zip(names, x, strict=True):
@@ -282,14 +283,64 @@ def test_rows_of_a_batch(dtype, grad, data):
     assert torch.equal(got, again)
 
 
-def test_rows_see_adapters_that_change():
-    """What is kept of them for a batch of short rows is made anew when A or B was written to."""
-    model, x = layers(), torch.randn(2, 1, 64)
-    with torch.no_grad(), li.rows(model, ["default", None]):
-        first = model[0](x)
-        model[0].lora["default"].B.mul_(2)
-        second, base = model[0](x), model[0](x)[1]
-    assert torch.equal(second[1], base)
-    with torch.no_grad(), li.disabled(model):
-        plain = model[0](x)
-    assert torch.allclose(second[0] - plain[0], 2 * (first[0] - plain[0]), atol=1e-5)
+def _replace(low: nn.Module) -> None:
+    low.A = nn.Parameter(-low.A)
+
+
+def _exchange(low: nn.Module) -> None:
+    low.B.data = -low.B
+
+
+CHANGES = {
+    "written to": lambda low: low.B.mul_(-1),
+    "replaced": _replace,
+    "exchanged": _exchange,
+    "hooked": lambda low: low.register_forward_hook(lambda m, args, y: y - 2 * (y - args[1])),
+    "patched": lambda low: setattr(low, "forward", lambda term, y, x, *more: 2 * y - type(low).forward(low, term, y.clone(), x, *more)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_see_adapters_that_change(change, monkeypatch):
+    """What is kept of them for a batch of short rows is made anew, or not used, when one has changed: here each change turns its sign."""
+    model, x, names = nn.Sequential(nn.Linear(64, 48)), torch.randn(4, 1, 64), ["a", "b", "c"]
+    for name in names:
+        li.inject(model, ["0"], r=4, name=name)
+    with torch.no_grad():
+        for p in li.parameters(model):
+            p.normal_(std=0.3)
+    made = []
+    monkeypatch.setattr(batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: made.append(self) or add(self, y, x))
+    with torch.no_grad(), li.rows(model, [*names, None]):
+        first = model(x)
+        again = model(x)
+        assert len(made) == 2
+        assert made[0] is made[1]
+        CHANGES[change](model[0].lora["b"])
+        second = model(x)
+        assert made[0] not in made[2:]
+    plain = nn.functional.linear(x, model[0].weight, model[0].bias)
+    assert torch.equal(first, again)
+    assert torch.allclose(second[1] - plain[1], plain[1] - first[1], atol=1e-5)
+    assert torch.allclose(second[[0, 2, 3]], first[[0, 2, 3]], atol=1e-5)
+    assert torch.equal(first[3], plain[3])
+
+
+def test_rows_under_autocast_and_with_dropout():
+    """Short rows: a forward in bfloat16 amid those in float32, and one in which some of x is dropped."""
+    model, x, names = nn.Sequential(nn.Linear(64, 48)), torch.randn(3, 1, 64), ["a", "b", "c"]
+    for name in names:
+        li.inject(model, ["0"], r=4, name=name, dropout=0.5)
+    with torch.no_grad():
+        for p in li.parameters(model):
+            p.normal_(std=0.3)
+        model.eval()
+        with li.rows(model, names):
+            first = model(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = model(x)
+            dropped = model.train()(x)
+            assert torch.equal(model.eval()(x), first)
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), first, atol=0.05 * float(first.abs().max()))
+    assert not torch.allclose(dropped, first, atol=1e-3)

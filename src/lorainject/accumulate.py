@@ -26,7 +26,7 @@ Legend: M tokens, I in, O out, R rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -286,37 +286,3 @@ def is_plain(adapter: LowRank, device: torch.device) -> bool:
 def is_shareable(adapter: LowRank, device: torch.device) -> bool:
     """Whether A and B may be used together with others': nothing is dropped."""
     return is_plain(adapter, device) and not _dropout(adapter)
-
-
-class Stack:
-    """The adapters of one layer side by side, for a batch of few tokens with one adapter a row: two products, however many adapters there are.
-
-    A (sum of r, in), B (out, sum of r), and a mask (batch, sum of r) that is s where a row owns the columns, else 0.
-    """
-
-    def __init__(self, lows: Sequence[LowRank | None], y: Tensor) -> None:
-        self.made_of, dtype = self._key(lows, y), computed_in(y, len(lows))
-        used = list(dict.fromkeys(low for low in lows if low is not None))
-        self.parts = used[0].parts or ()
-        self.A, self.B = torch.cat([low.A for low in used]).to(dtype), torch.cat([low.B for low in used], 1).to(dtype)
-        widths = [[low.scale if low is mine else 0.0] * low.r for mine in lows for low in used]
-        self.mask = torch.tensor([s for width in widths for s in width], dtype=dtype, device=y.device).view(len(lows), 1, -1)
-
-    @staticmethod
-    def can_hold(lows: Sequence[LowRank | None], y: Tensor) -> bool:
-        """Whether these may be used so, and all stand for the same outputs."""
-        used = [low for low in lows if low is not None]
-        return all(is_shareable(low, y.device) for low in used) and not is_watched(y) and all(low.parts == used[0].parts for low in used)
-
-    @staticmethod
-    def _key(lows: Sequence[LowRank | None], y: Tensor) -> tuple[object, ...]:
-        return (y.dtype, *((id(low), low.A._version, low.B._version) for low in lows if low is not None))
-
-    def holds(self, lows: Sequence[LowRank | None], y: Tensor) -> bool:
-        """Whether it is still what these are."""
-        return self.made_of == self._key(lows, y)
-
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (batch, tokens, ..., out) with each row's term added, in y's memory."""
-        h = F.linear(x.reshape(len(self.mask), -1, x.shape[-1]).to(self.A.dtype), self.A) * self.mask
-        return accumulated(y, h.flatten(0, 1).t(), self.B, 1.0, self.parts, own=True)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accumulate import Stack, accumulate
+from .accumulate import accumulate, is_watched
+from .batched import Batched
 from .errors import StateError
 from .lowrank import LowRank, Term
 
-SHORT = 4  # tokens a row up to which one product for all adapters is faster than one for each
+SHORT = 24  # tokens an adapter up to which two batched products for all rows are faster than two for each adapter,
+SOME = 3  # and from so many adapters on
 
 
 @dataclass
@@ -69,21 +71,31 @@ class Rows:
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
+        self.used = tuple(dict.fromkeys(name for name in names if name is not None))
         self.runs: list[tuple[str | None, slice]] = []
         for name, group in groupby(range(len(names)), key=self.names.__getitem__):
             rows = list(group)
             self.runs.append((name, slice(rows[0], rows[-1] + 1)))
-        self.stacks: dict[int, Stack] = {}
+        self.places: list[tuple[str, slice | Tensor]] = []
+        for name in self.used:
+            own = [rows for other, rows in self.runs if other == name]
+            self.places.append((name, own[0] if len(own) == 1 else torch.tensor([i for i, other in enumerate(names) if other == name])))
+        self.batched: dict[int, Batched] = {}
 
     names: tuple[str | None, ...]
+    used: tuple[str, ...]
+    """The adapters among them."""
     runs: list[tuple[str | None, slice]]
     """Rows one after the other with the same adapter; the base's among them."""
-    stacks: dict[int, Stack]
-    """By layer: its adapters side by side. They go with the context."""
+    places: list[tuple[str, slice | Tensor]]
+    """All rows of each adapter: a run, or their numbers."""
+    batched: dict[int, Batched]
+    """By layer: its adapters, row by row. They go with the context."""
 
     def add(self, lows: Mapping[str | None, LowRank], term: Term, y: Tensor, x: Tensor, own: bool) -> Tensor:
         """y (batch, tokens, ..., out) with each adapter's term of x on its own rows. `lows` are those of one layer, by name."""
-        if not any(name in lows for name in self.names):
+        used = [name for name in self.used if name in lows]
+        if not used:
             return y
         self._check(lows, y, x)
         if len(self.runs) == 1:  # one adapter for all
@@ -93,22 +105,25 @@ class Rows:
             parts = zip(self.runs, y.split(sizes), x.split(sizes), strict=True)
             return torch.cat([lows[name](term, part, its, False) if name in lows else part for (name, _), part, its in parts])
         y = y if own and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
-        if y.shape[:-1].numel() <= SHORT * len(self.names) and (stack := self._stack(lows, term, y)) is not None:
-            return stack.add(y, x)
-        for name, rows in self.runs:
+        short = len(used) >= SOME and y.shape[:-1].numel() <= SHORT * len(used) and term is accumulate
+        if short and not is_watched(y) and not torch.is_autocast_enabled(y.device.type) and (batched := self._batched(lows, used, y, x)) is not None:
+            return batched.add(y, x)
+        for name, rows in self.places:
             if name in lows:
-                found = lows[name](term, y[rows], x[rows], True)
-                if found.data_ptr() != y[rows].data_ptr():
+                part = y[rows]  # a copy, unless they are a run
+                found = lows[name](term, part, x[rows], True)
+                if isinstance(rows, Tensor) or found.data_ptr() != part.data_ptr():
                     y[rows] = found
         return y
 
-    def _stack(self, lows: Mapping[str | None, LowRank], term: Term, y: Tensor) -> Stack | None:
+    def _batched(self, lows: Mapping[str | None, LowRank], names: Sequence[str], y: Tensor, x: Tensor) -> Batched | None:
         """Of this layer, as its A and B are now; None if they can't be taken together."""
-        by_row = [lows.get(name) for name in self.names]
-        if term is not accumulate or not Stack.can_hold(by_row, y):
-            return None
-        if (found := self.stacks.get(id(lows))) is None or not found.holds(by_row, y):
-            found = self.stacks[id(lows)] = Stack(by_row, y)
+        used = [lows[name] for name in names]
+        if (found := self.batched.get(id(lows))) is None or not found.holds(used):
+            rows = [names.index(name) if name in names else None for name in self.names]
+            if not Batched.can_hold(used, rows, y, x):
+                return None
+            found = self.batched[id(lows)] = Batched(used, rows, y)
         return found
 
     def _check(self, lows: Mapping[str | None, LowRank], y: Tensor, x: Tensor) -> None:
