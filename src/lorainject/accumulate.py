@@ -128,7 +128,7 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
     if same and not parts:  # as it mostly is: every line counts beside products of few tokens
         if not own:
             return torch.addmm(y.reshape(-1, y.shape[-1]), h_RM.t(), B.t(), alpha=s).view(y.shape)
-        y.view(-1, y.shape[-1]).addmm_(h_RM.t(), B.t(), alpha=s)
+        y.view(-1, y.shape[-1]).t().addmm_(B, h_RM, alpha=s)
         return y
     out = y if own else y.clone(memory_format=torch.contiguous_format)
     for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
