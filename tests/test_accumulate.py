@@ -254,7 +254,7 @@ def test_whose_output_may_be_written_to():
     assert not makes_output(nn.Conv1d)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", [False, True])
 @given(data=st.data())
 def test_rows_of_a_batch(dtype, grad, data):
@@ -281,6 +281,36 @@ def test_rows_of_a_batch(dtype, grad, data):
     eps = torch.finfo(dtype).eps
     assert torch.allclose(got, torch.stack(want), rtol=8 * eps, atol=30 * eps)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", ["0", "0[3:10,20:40]"])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, monkeypatch):
+    """In two batched products: adapters of other ranks, scales and dtypes, on a whole weight and on two slices, and rows of the base."""
+    torch.manual_seed(0)
+    model, used = nn.Sequential(nn.Linear(64, 50, dtype=dtype)), []
+    for i, name in enumerate("abc"):
+        li.inject(model, [target], r=i + 1, alpha=i + 2, name=name)
+        with torch.no_grad():
+            for p in li.parameters(model):
+                p.normal_(std=0.3)
+    low = next(m["a"] for m in model[0].children())
+    if mixed:
+        low.bfloat16()
+    names = ["c", None, "a", "b", "a", "c"]
+    x, want = torch.randn(len(names), tokens, 64, dtype=dtype), []
+    monkeypatch.setattr(batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: used.append(self) or add(self, y, x))
+    with torch.no_grad():
+        for name, row in zip(names, x, strict=True):
+            li.activate(model, *([name] if name else []))
+            want.append(model(row[None])[0])
+        with li.rows(model, names):
+            got = model(x)
+    assert len(used) == len(list(model[0].children()))
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(got, torch.stack(want), rtol=8 * eps, atol=30 * eps)
 
 
 def _replace(low: nn.Module) -> None:

@@ -32,9 +32,9 @@ class Batched:
         ranks, scales = [low.r for low in used], [low.scale for low in used]
         if len(set(ranks)) > 1:
             A, B = ([pad(t, (0, 0, 0, max(ranks) - r)) for t, r in zip(factors, ranks, strict=True)] for factors in (A, B))
-        s = torch.tensor([0.0 if i is None else scales[i] for i in rows], device=y.device).view(-1, 1, 1)
+        s = torch.tensor([0.0 if i is None else scales[i] for i in rows], dtype=torch.promote_types(dtype, torch.float32), device=y.device)
         self.A_NRI = torch.stack([A[i or 0] for i in rows]).to(dtype)
-        self.B_NRO = torch.stack([B[i or 0] for i in rows]).mul_(s).to(dtype)
+        self.B_NRO = (torch.stack([B[i or 0] for i in rows]) * s.view(-1, 1, 1)).to(dtype)
         self.parts = used[0].parts or ((slice(None), slice(None)),)
 
     @staticmethod
