@@ -147,8 +147,9 @@ def generate(on: Setup) -> Iterator[Figure]:
 
 
 CALLS = (
-    "With one token an adapter is three calls of torch, two products and a sum, and in bf16 a fourth, that casts x to fp32: in bf16 itself a product"
-    " takes longer. The rest is Python, of which most is to find in memory what the base's product has driven out of the cache."
+    "With one token an adapter is two products of a matrix and a vector, the second added into y; in bf16, where a product takes longer, x is cast to"
+    " fp32 and the sum is a call of its own. The rest is Python, of which most is to find in memory what the base's product has driven out of the"
+    " cache."
 )
 MANY = (
     "Up to 24 tokens an adapter: two batched products in which each row has its own A and B, which are copied once for the batch. More: two products"

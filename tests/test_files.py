@@ -495,7 +495,10 @@ def test_what_trains_beside_is_named(base, model, tmp_path):
     """A head that the user trains is not in the file: save says so, by name."""
     model.lm_head.weight.requires_grad_()
     with pytest.warns(UserWarning, match=r"lm_head\.weight train too, but save writes A and B alone"):
-        li.save(model, tmp_path / "a")
+        path = li.save(model, tmp_path / "a")
+    file = li.read(path)
+    assert not file.replaced
+    assert not any("lm_head" in site.name for site in file.sites)
 
 
 @pytest.mark.filterwarnings("ignore:Detected CUDA")

@@ -22,7 +22,7 @@ LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later
 
 
 class LoraForward(Graft):
-    """Of a module that applies its weight by itself."""
+    """The graft of a module that applies its weight itself, when it is called."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the base's; one frozen nn.Linear with one adapter on, which is the most of all calls, without what others need to be asked."""

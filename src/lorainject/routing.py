@@ -105,8 +105,7 @@ class Rows:
             parts = zip(self.runs, y.split(sizes), x.split(sizes), strict=True)
             return torch.cat([lows[name](term, part, its, False) if name in lows else part for (name, _), part, its in parts])
         y = y if own and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
-        short = len(used) >= SOME and y.shape[:-1].numel() <= SHORT * len(used) and term is accumulate
-        if short and not is_watched(y) and not torch.is_autocast_enabled(y.device.type) and (batched := self._batched(lows, used, y, x)) is not None:
+        if term is accumulate and (batched := self._batched(lows, used, y, x)) is not None:
             return batched.add(y, x)
         for name, rows in self.places:
             if name in lows:
@@ -117,7 +116,10 @@ class Rows:
         return y
 
     def _batched(self, lows: Mapping[str | None, LowRank], names: Sequence[str], y: Tensor, x: Tensor) -> Batched | None:
-        """Of this layer, as its A and B are now; None if they can't be taken together."""
+        """Of this layer, as its A and B are now; None if they can't be taken together, or are as fast one by one."""
+        short = len(names) >= SOME and y.shape[:-1].numel() <= SHORT * len(names)
+        if not short or is_watched(y) or torch.is_autocast_enabled(y.device.type):
+            return None
         used = [lows[name] for name in names]
         if (found := self.batched.get(id(lows))) is None or not found.holds(used):
             rows = [names.index(name) if name in names else None for name in self.names]

@@ -141,6 +141,7 @@ def _check_gguf(path: Path) -> None:
             f.seek(length, 1)
 
         def value(kind: int, depth: int = 0) -> None:
+            """Pass over one, whatever it is."""
             if kind == 8:
                 skip(number("<Q"))
             elif kind == 9 and depth < 4:
