@@ -10,6 +10,7 @@ multiply-adds. For other sizes, and at the edges of some, it does others. Where 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,8 +27,38 @@ TALL, BROAD = 48, (1024, 2048, 4096)  # rows and columns of a product: multiples
 # strip, or as many as are no larger together: what is at work on that lies in a core's own cache
 DEEPEST = 256  # of its ranks: with more, the sum over k is cut
 
-Strip = tuple[slice, slice]
-"""Rows and columns."""
+Room = Callable[..., Tensor]
+"""(name, shape, dtype) -> memory."""
+
+
+class Strip(NamedTuple):
+    """A piece of P Q, in blocks of so many rows that the library multiplies them alike; where it is an edge, with zeros behind."""
+
+    at: tuple[slice, slice]
+    """Rows and columns."""
+    P: Tensor
+    """(blocks, rows of each, R)"""
+    Q: Tensor
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether the blocks have more rows or columns than are wanted."""
+        rows, columns = self.at
+        return (rows.stop - rows.start, columns.stop - columns.start) != (len(self.P) * self.P.shape[1], self.Q.shape[1])
+
+    def product(self, room: Room, dtype: torch.dtype) -> Tensor:
+        """P Q, in this dtype."""
+        rows, columns = self.at
+        d = room("product", (*self.P.shape[:2], self.Q.shape[1]), self.P.dtype)
+        for P, block in zip(self.P, d, strict=True):
+            torch.mm(P, self.Q, out=block)
+        d = d.flatten(0, 1)[: rows.stop - rows.start, : columns.stop - columns.start]
+        return d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
+
+    def add_to(self, w: Tensor, s: float) -> None:
+        """w += s P Q, for what `adds_as_it_is_formed` and is no edge: a product in memory of its own, which takes longer, gives the same bits."""
+        for P, block in zip(self.P, w.unflatten(0, self.P.shape[:2]), strict=True):
+            block.addmm_(P, self.Q, alpha=s)
 
 
 class Product(NamedTuple):
@@ -61,21 +92,23 @@ class Product(NamedTuple):
         """The rows of all its tiles."""
         return tiles(len(self.P), self.Q.shape[-1], self.P.device)
 
-    def strips(self, room: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[tuple[Strip, Tensor]]:
-        """P Q of one tile, without s, piece by piece, in this dtype: where it is, and the piece. `room` (name, shape, dtype) gives memory for it."""
+    def strips(self) -> Iterator[Strip]:
+        """All of one tile."""
         rows, width = len(self.P), self.Q.shape[-1]
         tall, broad = (TALL, BROAD) if self.P.device.type == "cpu" else (rows, (width,))
         for left in range(0, width, broad[-1]):
             Q = self.Q[:, left : left + broad[-1]]
-            n, wide = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
-            step = tall * (broad[-1] // wide.shape[1])
+            n, Q = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
+            step = tall * (broad[-1] // Q.shape[1])
             for top in range(0, rows, step):
-                high = padded(self.P[top : top + step], 0, tall)
-                m, d = min(step, rows - top), room("product", (len(high), wide.shape[1]), self.P.dtype)
-                for P, block in zip(high.split(tall), d.split(tall), strict=True):
-                    torch.mm(P, wide, out=block)
-                d = d[:m, :n]
-                yield (slice(top, top + m), slice(left, left + n)), d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
+                P = padded(self.P[top : top + step], 0, tall)
+                yield Strip((slice(top, min(top + step, rows)), slice(left, left + n)), P.unflatten(0, (-1, tall)), Q)
+
+    @property
+    def adds_as_it_is_formed(self) -> bool:
+        """Whether the library may add it to a matrix of float32 at once. That multiplies with s sooner or later, which for a power of two is the same."""
+        exact = abs(self.s) >= 1 and math.frexp(abs(self.s))[0] == 0.5
+        return exact and self.P.dtype == torch.float32 and self.P.device.type == "cpu" and _added_last()
 
 
 def double(parts: Sequence[Factors]) -> Product:
@@ -119,11 +152,27 @@ def chained() -> bool:
 
 @functools.cache
 def _chained() -> bool:
+    return _hold(lambda P, Q: torch.equal(torch.mm(P, Q), chain(P, Q)))
+
+
+@functools.cache
+def _added_last() -> bool:
+    """Whether a product that is added to a part of a weight is a chain by itself first, and the sum is rounded once."""
+
+    def is_added_last(P: Tensor, Q: Tensor) -> bool:
+        w = torch.linspace(-1, 1, len(P) * Q.shape[1] * 2).view(len(P), -1)[:, : Q.shape[1]]
+        return torch.equal(torch.add(w, chain(P, Q), alpha=2), w.addmm_(P, Q, alpha=2))
+
+    return _hold(is_added_last)
+
+
+def _hold(test: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether it holds for blocks of all sizes."""
     g = torch.Generator().manual_seed(0)
     pairs = [(torch.rand(TALL, r, generator=g), torch.rand(r, broad, generator=g)) for r in (4, 8, 17) for broad in BROAD]
     found: list[bool] = []
     with workers() as each:  # in one thread, as it will be
-        each(lambda P, Q: found.append(torch.equal(torch.mm(P, Q), chain(P, Q))), pairs)
+        each(lambda P, Q: found.append(test(P, Q)), pairs)
     return all(found)
 
 

@@ -129,16 +129,32 @@ class Desk(threading.local):
     def _like(self, tile: Tensor, name: str) -> Tensor:
         return self.room(name, tile.shape, tile.dtype, tile.device)
 
-    def _strips(self, of: Product, tile: Tensor) -> Iterator[tuple[Strip, Tensor]]:
+    def _strips(self, of: Product, tile: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """d / s, formed where the factors are: there it comes out as it did, wherever the weight is by now."""
-        strips = of.strips(functools.partial(self.room, device=of.P.device), wide(tile.dtype))
-        return strips if of.P.device == tile.device else ((at, d.to(tile.device)) for at, d in strips)
+        room = functools.partial(self.room, device=of.P.device)
+        return ((strip.at, strip.product(room, wide(tile.dtype)).to(tile.device)) for strip in of.strips())
 
     def _plus(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
         """round(a + s P Q)"""
-        for at, d in self._strips(of, a):
-            self._sum(a[at], d, s, out[at])
+        if of.adds_as_it_is_formed and a.device.type == "cpu":
+            for strip in of.strips():
+                self._join(a[strip.at], strip, s, out[strip.at])
+        else:
+            for at, d in self._strips(of, a):
+                self._sum(a[at], d, s, out[at])
         return out
+
+    def _join(self, a: Tensor, strip: Strip, s: float, out: Tensor) -> None:
+        """The same of one strip, whose product needs no memory of its own."""
+        if strip.is_edge:
+            self._sum(a, strip.product(self.room, strip.P.dtype), s, out)
+            return
+        sum = out if out.dtype == strip.P.dtype else self.room("sum", a.shape, strip.P.dtype)
+        if not sum.is_set_to(a):
+            sum.copy_(a)
+        strip.add_to(sum, s)
+        if sum is not out:
+            out.copy_(sum)
 
     def _sum(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
         """round(a + s d)"""
