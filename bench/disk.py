@@ -152,7 +152,7 @@ ROWS = (
         goals={"T / PEFT's": Goal(0.35, 0.2), "T / cp's": Goal(None, 2), "growth, MiB": Goal(100, 48)},
         measure=merge,
         bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every adapted tensor is read, folded"
-        " and written once, by two threads that wait for Python's lock a third of their time. The memory is the threads' tiles, what torch and"
-        " transformers build the model's skeleton of, and the adapter itself.",
+        " and written once, by two threads that wait for Python's lock a third of their time. The memory is the threads' tiles, and what torch"
+        " and transformers build the model's skeleton of: A and B lie in a temporary file, and are mapped while they are used.",
     ),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +121,12 @@ def state(model: nn.Module) -> dict[str, object]:
         )
         for path, m in model.named_modules()
     }  # fmt: skip
+
+
+def mapped() -> int:
+    """Pages of temporary files that are mapped in this process."""
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("(deleted)"))
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges) // mmap.PAGESIZE
 
 
 def bits(t: Tensor) -> bytes | str:

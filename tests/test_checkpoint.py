@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorainject as li
+from lorainject.files import checkpoint
 
-from models import TINY, ids, llama, randomise, run
+from models import TINY, ids, llama, mapped, randomise, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::lorainject.SurvivalWarning")  # half precision and small deltas
 
@@ -61,7 +62,7 @@ def test_byte_equal_to_the_way_through_memory(name, dtype, tmp_path):
     base = build().to(dtype)
     base.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
-    model = li.inject(base, targets, r=4, alpha=6)
+    model = li.inject(base, targets, r=4, alpha=6, overrides={"*.0.*": {"alpha": 8}})  # a power of two takes another way through the sum
     randomise(model)
     li.save(model, tmp_path / "adapter")
     y = run(model, inputs()).detach()
@@ -122,6 +123,26 @@ def test_what_is_kept(made):
                 assert (a != b) == ("q_proj" in key or ".w2." in key)
                 adapted += a != b
     assert adapted == 2 * (1 + 12)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in place"])
+def test_memory_for_an_adapter_goes_as_it_is_written(in_place, made, monkeypatch):
+    """A and B are maps of a temporary file, which go with the last of the weight's tensors on disk."""
+    before, seen, close = mapped(), [], checkpoint.Sum.close
+
+    def seen_to_close(of: checkpoint.Sum, key: str) -> None:
+        seen.append(mapped() - before)
+        close(of, key)
+
+    monkeypatch.setattr(checkpoint.Sum, "close", seen_to_close)
+    if in_place:
+        li.merge_in_place(made / "base", made / "adapter0")
+    else:
+        li.merge_checkpoint(made / "base", made / "adapter0", made / "out")
+    assert seen[0] >= len(load_file(made / "adapter0" / "adapter_model.safetensors"))
+    assert sorted(seen, reverse=True) == seen
+    assert seen[-1] < seen[0] / 3
+    assert mapped() == before
 
 
 def test_in_place_and_back(made):

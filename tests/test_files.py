@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from lorainject.adapters import hosts
 from lorainject.files import container
 from lorainject.fingerprint import agree, sample
 
-from models import bert, bits, gpt2, ids, llama, randomise, run, state
+from models import bert, bits, gpt2, ids, llama, mapped, randomise, run, state
 
 X = {"input_ids": ids()}
 TARGETS = ["q_proj", "v_proj", "embed_tokens"]
@@ -241,15 +242,16 @@ def test_loaded_tensors_are_apart(base, model, tmp_path):
     assert [bits(t) for t in loaded] == [bits(p) for p in li.parameters(model)]
 
 
+@pytest.mark.parametrize("read", [container.read, container.spool])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint16])
-def test_the_container_holds_any_shape(dtype, tmp_path):
+def test_the_container_holds_any_shape(dtype, read, tmp_path):
     """Single numbers, nothing at all, and what is no contiguous memory: as the safetensors package reads it, in the order of the names."""
     whole = torch.arange(24).view(4, 6).to(dtype)
     tensors = {"z": whole, "a": whole[:, ::2], "column": whole[:, 1], "row": whole.t(), "one": whole[1, 2], "none": whole[:0], "grad": whole}
     if dtype.is_floating_point:
         tensors["grad"] = whole.clone().requires_grad_()
     (tmp_path / "x").write_bytes(b"".join(container.dump(tensors, {"key": "value"})))
-    found, metadata = container.read(tmp_path / "x")
+    found, metadata = read(tmp_path / "x")
     assert metadata == {"key": "value"}
     assert list(found) == sorted(tensors)
     for key, t in load_file(tmp_path / "x").items():
@@ -258,14 +260,52 @@ def test_the_container_holds_any_shape(dtype, tmp_path):
         assert torch.equal(t, tensors[key])
 
 
-def test_every_type_of_a_header_is_read(tmp_path):
+@pytest.mark.parametrize("read", [container.read, container.spool])
+def test_every_type_of_a_header_is_read(read, tmp_path):
     """Those that no adapter has too, in any order of the bytes: what they hold is then refused by name."""
     dtypes = [d for d in container.READ.values() if d not in container.DTYPES]
     save_file({str(d): torch.ones(3, dtype=torch.uint8 if d.itemsize == 1 else d).to(d) for d in [*container.DTYPES, *dtypes]}, tmp_path / "x")
-    found, _ = container.read(tmp_path / "x")
+    found, _ = read(tmp_path / "x")
     assert {key: (t.dtype, bits(t.view(torch.uint8))) for key, t in found.items()} == {
         key: (t.dtype, bits(t.view(torch.uint8))) for key, t in load_file(tmp_path / "x").items()
     }
+
+
+def test_a_spool_takes_memory_only_for_what_somebody_has(model, tmp_path):
+    """And what is done to the file afterwards does not reach it."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    before, expected = mapped(), container.read(path)[0]
+    tensors, _ = container.spool(path)
+    assert isinstance(tensors, container.Spool)
+    assert mapped() == before
+    key = next(iter(tensors))
+    mine = tensors[key]
+    assert mapped() > before
+    path.write_bytes(b"")
+    assert torch.equal(mine, expected[key])
+    mine += 1
+    assert torch.equal(tensors[key], expected[key])
+    del mine
+    assert mapped() == before
+
+
+@pytest.mark.parametrize("lacking", ["room", "maps"])
+def test_what_cannot_be_spooled_is_read(lacking, model, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = li.save(model, tmp_path / "a.safetensors")
+    if lacking == "room":
+        monkeypatch.setattr(container.shutil, "copyfileobj", full)
+    else:
+        monkeypatch.setattr(container, "MAPS", 1)
+    tensors, _ = container.spool(path)
+    assert isinstance(tensors, dict)
+    assert bits_of(tensors) == bits_of(load_file(path))
+
+
+def bits_of(tensors):
+    return {key: bits(t) for key, t in tensors.items()}
 
 
 def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
@@ -284,8 +324,12 @@ def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
     file = li.read(path)
     by_name = {s.name: s for s in file.sites}
     assert all(torch.equal(host.adapters["default"].A, by_name[at].A) for at, host in hosts(model).items())
+    li.save(model, other)
     with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
         li.read(path)
+    changes.append(lambda: os.truncate(other, other.stat().st_size - 8))
+    with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
+        container.spool(other)
     assert not changes
     li.save(model, path)
     monkeypatch.setattr(container, "safe_open", opened)

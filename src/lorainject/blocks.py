@@ -106,7 +106,8 @@ class Product(NamedTuple):
 
     @property
     def adds_as_it_is_formed(self) -> bool:
-        """Whether the library may add it to a matrix of float32 at once. That multiplies with s sooner or later, which for a power of two is the same."""
+        """Whether the library may add it to a matrix of float32 at once: when it multiplies with s is its own affair, but a power of two rounds
+        nothing."""
         exact = abs(self.s) >= 1 and math.frexp(abs(self.s))[0] == 0.5
         return exact and self.P.dtype == torch.float32 and self.P.device.type == "cpu" and _added_last()
 

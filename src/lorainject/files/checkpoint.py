@@ -32,13 +32,13 @@ from ..merge import MergeReport, judge, merged_site
 from ..spec import Site, site_name
 from ..workers import workers
 from .adapter import fitted
-from .convert import read
+from .convert import understood
 from .naming import named_as
 from .patches import Patch, find, patches
 from .places import Place, meta_model, places
 from .record import AdapterFile, BasePrint, StoredSite
 from .shards import BYTES, DTYPES, INDEX, OTHER_WEIGHTS, Shard, Stored, scan
-from .source import Hints
+from .source import Hints, open_source
 from .transaction import Meter, Progress, building, copy, hasten, new, opened
 
 
@@ -88,10 +88,20 @@ class Sum:
     parts: tuple[Factors, ...]
     measured: Measured = field(default_factory=lambda: Measured.total(()))
     """Of what has been folded."""
+    norm: float = 0.0
+    """Of all of it, once all of it has been written."""
+    written: set[str] = field(default_factory=set)
+    """Keys on disk."""
 
     def patches(self, key: str) -> Iterator[Patch]:
         """Of one tensor on disk."""
         return (patch for place in self.places if place.key == key for patch in patches(place, self.shape, self.stacked, self.parts))
+
+    def close(self, key: str) -> None:
+        """This tensor is written; after the last one A and B are not needed any more."""
+        self.written.add(key)
+        if self.written == {place.key for place in self.places}:
+            self.norm, self.parts = double(self.parts).norm, ()
 
 
 @dataclass
@@ -127,6 +137,8 @@ class MergePlan:
                         keep(key, patch, tally)
                     if streamed and target is not None:
                         meter.add(patch.width * len(patch.starts) * BYTES[stored.dtype])
+                for s in by_key[key] if target is not None else ():
+                    s.close(key)
                 done = stored.stop
         if target is not None:
             copy(source, target, done, shard.size, meter)
@@ -151,7 +163,7 @@ class MergePlan:
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
-        sites = (merged_site(s.name, double(s.parts).norm, s.measured, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
+        sites = (merged_site(s.name, double(s.parts).norm if s.parts else s.norm, s.measured, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
@@ -161,7 +173,7 @@ class MergePlan:
 def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check_base: bool) -> MergePlan:
     """Read the adapters and the checkpoint's headers, and find each delta's bytes. Raises FileError with all that does not fit."""
     asked = [adapters] if isinstance(adapters, str | Path | AdapterFile) else list(adapters)
-    files = [a if isinstance(a, AdapterFile) else read(a) for a in asked]
+    files = [a if isinstance(a, AdapterFile) else understood(open_source(a, spool=True)) for a in asked]
     factor = [1.0] * len(files) if weights is None else [float(w) for w in weights]
     if not files or len(factor) != len(files) or not all(map(math.isfinite, factor)):
         raise SpecError(f"{len(files)} adapters and the weights {factor}", way_out="give each adapter one weight, a finite number")
@@ -177,7 +189,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
     problems, strange = [], []
     for given, file, times in zip(asked, files, factor, strict=True):
         if file.notes and not isinstance(given, AdapterFile):  # what was taken for granted, the model tells
-            file = read(given, hints=Hints(model=model))
+            file = understood(open_source(given, spool=True), hints=Hints(model=model))
         own = file.format == "lorainject"  # whose fingerprint goes by its own names
         named = _named_as(file, model, by_name) if own else named_as(file, model)
         wrong = [f"{line}; merging does not put it on yet" for line in file.beside]

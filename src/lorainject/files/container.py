@@ -7,14 +7,20 @@ header length (little endian), a JSON header padded with spaces to a multiple of
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
+import mmap
 import os
+import shutil
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -31,13 +37,40 @@ READ = {name: dtype for dtype, name in DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """By its name in a header. What is no float of an adapter is read too, to be named with all else that is wrong."""
+MAPS = 10_000  # of the 65,530 that Linux gives a process
 TRIES = 100  # while other files are renamed over the one that is read
+T = TypeVar("T")
 NOT_NUMPYS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 """What numpy has not, and what has as many bits."""
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its header's metadata. Raises FileError if it is anything else."""
+    return _read(path, _all)
+
+
+def spool(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The same without memory for them, in a temporary file (see Spool), if there are not too many, and there is room for that."""
+
+    def tensors(f: io.BufferedReader, header: Any) -> Mapping[str, Tensor]:
+        start = f.tell()
+        if len(header.keys()) <= MAPS:
+            with contextlib.suppress(OSError):
+                return Spool(f, header)
+        f.seek(start)
+        return _all(f, header)
+
+    return _read(path, tensors)
+
+
+def _all(f: io.BufferedReader, header: Any) -> dict[str, Tensor]:
+    # Not taken from safe_open's map of the file: rewritten or cut short, that would change or kill the model loaded from it.
+    found = {key: _next(f, header.get_slice(key)) for key in header.offset_keys()}
+    return {key: found[key] for key in header.keys()}  # noqa: SIM118
+
+
+def _read(path: Path, tensors: Callable[[io.BufferedReader, Any], T]) -> tuple[T, dict[str, str]]:
+    """What `tensors` makes of a file at its first tensor's bytes and of safe_open's header, and the header's metadata."""
     try:
         size = path.stat().st_size
         if size == 0:
@@ -46,9 +79,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             with path.open("rb") as f, safe_open(path, framework="pt") as header:
                 if os.path.samestat(os.fstat(f.fileno()), path.stat()):  # else another took its place between the two
                     f.seek(8 + int.from_bytes(f.read(8), "little"))
-                    # Not taken from safe_open's map of the file: rewritten or cut short, that would change or kill the model loaded from it.
-                    tensors = {key: _next(f, header.get_slice(key)) for key in header.offset_keys()}
-                    return {key: tensors[key] for key in header.keys()}, header.metadata() or {}  # noqa: SIM118
+                    return tensors(f, header), header.metadata() or {}
         raise ValueError("other files take its place again and again")
     except SafetensorError as e:
         raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
@@ -61,11 +92,56 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
-def _next(f: io.BufferedReader, entry: Any) -> Tensor:
-    """The tensor whose bytes come next; in a file that was checked, they lie side by side."""
+class Spool(Mapping[str, Tensor]):
+    """The tensors of a file, which is copied to a temporary one that nobody else changes. Each is mapped anew whenever it is asked for, so that
+    what has been read of it is in memory for as long as somebody has it.
+    """
+
+    def __init__(self, f: io.BufferedReader, header: Any) -> None:
+        self.entries: dict[str, tuple[int, torch.dtype, list[int]]] = {}
+        """By name: where it starts, its type and shape."""
+        end = 0
+        for key in header.offset_keys():
+            entry = header.get_slice(key)
+            dtype, shape = _dtype(entry), entry.get_shape()
+            self.entries[key] = end, dtype, shape
+            end += math.prod(shape) * dtype.itemsize
+        self.names = list(header.keys())
+        with tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(f, file, 1 << 20)
+            if file.tell() < end:
+                raise ValueError("it became shorter while it was read")
+            file.flush()
+            self.fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.fd)
+
+    def __getitem__(self, key: str) -> Tensor:
+        start, dtype, shape = self.entries[key]
+        n = math.prod(shape)
+        page = start - start % mmap.ALLOCATIONGRANULARITY
+        if n == 0 or start % dtype.itemsize:
+            tensor = torch.empty(shape, dtype=dtype)
+            os.preadv(self.fd, [raw(tensor)], start)
+            return tensor
+        memory = mmap.mmap(self.fd, start - page + n * dtype.itemsize, access=mmap.ACCESS_COPY, offset=page)
+        return torch.frombuffer(memory, dtype=dtype, count=n, offset=start - page).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def _dtype(entry: Any) -> torch.dtype:
     if (dtype := READ.get(entry.get_dtype())) is None:
         raise ValueError(f"tensors of the type {entry.get_dtype()} are not known here")
-    tensor = torch.empty(entry.get_shape(), dtype=dtype)
+    return dtype
+
+
+def _next(f: io.BufferedReader, entry: Any) -> Tensor:
+    """The tensor whose bytes come next; in a file that was checked, they lie side by side."""
+    tensor = torch.empty(entry.get_shape(), dtype=_dtype(entry))
     if f.readinto(raw(tensor)) != tensor.nbytes:
         raise ValueError("it became shorter while it was read")
     return tensor

@@ -47,8 +47,12 @@ def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = Fa
     The format is found by content; `format` says it where the content leaves it open. Pickles are opened only with `allow_pickle=True`,
     and then by torch's restricted unpickler. Raises FileError with all that is wrong with the file, or that `hints` have to tell.
     """
-    hints = hints or Hints()
-    source = open_source(path, allow_pickle)
+    return understood(open_source(path, allow_pickle), format, hints)
+
+
+def understood(source: Source, format: str | None = None, hints: Hints | None = None) -> AdapterFile:
+    """The same of what has been opened."""
+    path, hints = source.path, hints or Hints()
     form = _form(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
     if form is None:
         raise FileError(f"{path} is in no format that is known here:", _unknown(source), f"known are {', '.join(FORMATS)}")

@@ -176,7 +176,8 @@ def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 def _digest(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-    for key, t in sorted(tensors.items()):
+    for key in sorted(tensors):
+        t = tensors[key]
         digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(container.raw(t))
     return digest.hexdigest()

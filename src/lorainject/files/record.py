@@ -177,6 +177,10 @@ def _sizes(s: StoredSite) -> tuple[int, ...] | None:
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensors that are not finite floats, whatever they are called; single numbers (kohya's alpha) may be whole."""
-    floats = {key: t for key, t in tensors.items() if t.dtype in DTYPES}
-    odd = [f"{key}: {t.dtype} is not a floating-point type of 16 bits or more" for key, t in tensors.items() if t.ndim and key not in floats]
-    return odd + [f"{key}: holds NaN or infinity" for key, t in floats.items() if not is_finite(t)]
+    return [f"{key}: {wrong}" for key in tensors if (wrong := _wrong(tensors[key])) is not None]
+
+
+def _wrong(t: Tensor) -> str | None:
+    if t.dtype in DTYPES:
+        return None if is_finite(t) else "holds NaN or infinity"
+    return f"{t.dtype} is not a floating-point type of 16 bits or more" if t.ndim else None

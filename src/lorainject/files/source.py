@@ -6,6 +6,7 @@ archive's members before any of them.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import tarfile
@@ -63,7 +64,7 @@ class Source:
     """The tensor file."""
     container: str
     """"safetensors", "pickle", "npz", "gguf" or "onnx_adapter"."""
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     """The header's."""
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,17 +76,21 @@ class Source:
         return self.configs.get(CONFIG, {})
 
 
-def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
-    """Find the tensor file and what lies beside it, and read them. Raises FileError for all that is no adapter, or not to be trusted."""
+def open_source(path: str | Path, allow_pickle: bool = False, spool: bool = False) -> Source:
+    """Find the tensor file and what lies beside it, and read them. Raises FileError for all that is no adapter, or not to be trusted.
+
+    With `spool` a safetensors file takes no memory, but room in a temporary one (see container.Spool).
+    """
     path = Path(path)
+    opened = functools.partial(_opened, path, allow_pickle=allow_pickle, spool=spool)
     if path.is_dir():
-        return commit.read(path, (*FILES, *CONFIGS), lambda where: _opened(path, next(filter(where, FILES), None), where, allow_pickle))
+        return commit.read(path, (*FILES, *CONFIGS), lambda where: opened(next(filter(where, FILES), None), where))
     if path.name in FILES:
-        return commit.read(path.parent, (path.name, *CONFIGS), lambda where: _opened(path, path.name, where, allow_pickle))
-    return _opened(path, "", lambda name: None, allow_pickle)  # a file of any name says nothing of its neighbours
+        return commit.read(path.parent, (path.name, *CONFIGS), lambda where: opened(path.name, where))
+    return opened("", lambda name: None)  # a file of any name says nothing of its neighbours
 
 
-def _opened(path: Path, name: str | None, where: commit.Where, allow_pickle: bool) -> Source:
+def _opened(path: Path, name: str | None, where: commit.Where, *, allow_pickle: bool, spool: bool) -> Source:
     """The tensor file of this name and the configs beside it; without a name, the file `path` alone."""
     if name is None:
         raise _nothing(path)
@@ -98,7 +103,7 @@ def _opened(path: Path, name: str | None, where: commit.Where, allow_pickle: boo
         looks = f"it looks like {openers.PICKLES[openers.start(file)[:1]]}, which could run code when it is opened"
         raise FileError(f"{file} is not a whole safetensors file", [looks],
                         "if you trust it: allow_pickle=True (only tensors are taken out of it, by torch's restricted unpickler)")  # fmt: skip
-    tensors, metadata = openers.OPEN[kind](file)
+    tensors, metadata = container.spool(file) if spool and kind == "safetensors" else openers.OPEN[kind](file)
     if long := [key[:40] for key in tensors if len(key) > LONGEST_NAME]:
         raise FileError(
             f"{file} has tensors with names of more than {LONGEST_NAME} characters:", long, "no module has such a name: it was made to do harm"
