@@ -3,7 +3,7 @@
 In float64 it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine, but for what lies on the very edge.
 
 In float32, in half the time, its bits are to be those of one definition (`chain`) however a matrix is cut, transposed or fused, on disk or in
-memory. So it is made of products of three sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
+memory. So it is made of products of a few sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
 multiply-adds. For other sizes, and at the edges of some, it does others. Where it is seen to do something else here, float64 is taken, as on GPUs.
 """
 
@@ -23,42 +23,38 @@ from .workers import workers
 
 TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
-TALL, BROAD = 48, (1024, 2048, 4096)  # rows and columns of a product: multiples of what a library's innermost loops do at once. The broadest is a
-# strip, or as many as are no larger together: what is at work on that lies in a core's own cache
-DEEPEST = 256  # of its ranks: with more, the sum over k is cut
+TALL, BROAD = 48, (1024, 2048, 4096)  # a product has so many columns, and a multiple of so many rows: of what a library's innermost loops do at once
+LARGEST = TALL * BROAD[-1]  # elements of a product: what is at work on it lies in a core's own cache
+DEEPEST = 128  # of its ranks: with 193, libraries have been seen to cut the sum over k
 
 Room = Callable[..., Tensor]
 """(name, shape, dtype) -> memory."""
 
 
 class Strip(NamedTuple):
-    """A piece of P Q, in blocks of so many rows that the library multiplies them alike; where it is an edge, with zeros behind."""
+    """A piece of P Q, of a size that the library multiplies as any other; where it is an edge, with zeros behind."""
 
     at: tuple[slice, slice]
     """Rows and columns."""
     P: Tensor
-    """(blocks, rows of each, R)"""
     Q: Tensor
 
     @property
-    def is_edge(self) -> bool:
-        """Whether the blocks have more rows or columns than are wanted."""
+    def shape(self) -> tuple[int, int]:
+        """Without the zeros."""
         rows, columns = self.at
-        return (rows.stop - rows.start, columns.stop - columns.start) != (len(self.P) * self.P.shape[1], self.Q.shape[1])
+        return rows.stop - rows.start, columns.stop - columns.start
+
+    @property
+    def is_edge(self) -> bool:
+        """Whether there are such."""
+        return self.shape != (len(self.P), self.Q.shape[1])
 
     def product(self, room: Room, dtype: torch.dtype) -> Tensor:
         """P Q, in this dtype."""
-        rows, columns = self.at
-        d = room("product", (*self.P.shape[:2], self.Q.shape[1]), self.P.dtype)
-        for P, block in zip(self.P, d, strict=True):
-            torch.mm(P, self.Q, out=block)
-        d = d.flatten(0, 1)[: rows.stop - rows.start, : columns.stop - columns.start]
+        rows, columns = self.shape
+        d = torch.mm(self.P, self.Q, out=room("product", (len(self.P), self.Q.shape[1]), self.P.dtype))[:rows, :columns]
         return d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
-
-    def add_to(self, w: Tensor, s: float) -> None:
-        """w += s P Q, for what `adds_as_it_is_formed` and is no edge: a product in memory of its own, which takes longer, gives the same bits."""
-        for P, block in zip(self.P, w.unflatten(0, self.P.shape[:2]), strict=True):
-            block.addmm_(P, self.Q, alpha=s)
 
 
 class Product(NamedTuple):
@@ -95,14 +91,14 @@ class Product(NamedTuple):
     def strips(self) -> Iterator[Strip]:
         """All of one tile."""
         rows, width = len(self.P), self.Q.shape[-1]
-        tall, broad = (TALL, BROAD) if self.P.device.type == "cpu" else (rows, (width,))
+        on_cpu = self.P.device.type == "cpu"
+        tall, broad = (TALL, BROAD) if on_cpu else (rows, (width,))
         for left in range(0, width, broad[-1]):
             Q = self.Q[:, left : left + broad[-1]]
             n, Q = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
-            step = tall * (broad[-1] // Q.shape[1])
+            step = LARGEST // Q.shape[1] if on_cpu else rows
             for top in range(0, rows, step):
-                P = padded(self.P[top : top + step], 0, tall)
-                yield Strip((slice(top, min(top + step, rows)), slice(left, left + n)), P.unflatten(0, (-1, tall)), Q)
+                yield Strip((slice(top, min(top + step, rows)), slice(left, left + n)), padded(self.P[top : top + step], 0, tall), Q)
 
     @property
     def adds_as_it_is_formed(self) -> bool:
@@ -147,7 +143,7 @@ def tiles(rows: int, width: int, device: torch.device, size: int | None = None) 
 
 
 def chained() -> bool:
-    """Whether blocks are what they should be here: not, say, after torch.set_float32_matmul_precision("medium")."""
+    """Whether products are what they should be here: not, say, after torch.set_float32_matmul_precision("medium")."""
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and _chained()  # type: ignore[attr-defined]
 
 
@@ -168,9 +164,10 @@ def _added_last() -> bool:
 
 
 def _hold(test: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether it holds for blocks of all sizes."""
+    """Whether it holds for products of all sizes."""
     g = torch.Generator().manual_seed(0)
-    pairs = [(torch.rand(TALL, r, generator=g), torch.rand(r, broad, generator=g)) for r in (4, 8, 17) for broad in BROAD]
+    sizes = [(rows, r, broad) for broad in BROAD for rows in range(TALL, LARGEST // broad + 1, TALL) for r in (4, 8, 17)]
+    pairs = [(torch.rand(rows, r, generator=g), torch.rand(r, broad, generator=g)) for rows, r, broad in (*sizes, (TALL, DEEPEST, BROAD[0]))]
     found: list[bool] = []
     with workers() as each:  # in one thread, as it will be
         each(lambda P, Q: found.append(test(P, Q)), pairs)

@@ -152,7 +152,7 @@ class Desk(threading.local):
         sum = out if out.dtype == strip.P.dtype else self.room("sum", a.shape, strip.P.dtype)
         if not sum.is_set_to(a):
             sum.copy_(a)
-        strip.add_to(sum, s)
+        sum.addmm_(strip.P, strip.Q, alpha=s)
         if sum is not out:
             out.copy_(sum)
 
