@@ -60,7 +60,7 @@ def grafted(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
 
 def is_grafted(cls: type) -> bool:
     """Whether `cls` is exactly a class made by `grafted`, and not one that somebody derived from it."""
-    return cls in _CLASSES.values()
+    return "_lora_base" in cls.__dict__
 
 
 def bare(cls: type[nn.Module]) -> type[nn.Module]:
