@@ -30,6 +30,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 WARM, MOST = 1, 201  # rounds that are not counted; rounds at most
+STEADY, PATIENCE = 0.1, 5  # a rho's quartiles shall be no more than this share of it away, if that takes no longer than so many times `seconds`
 Call = Callable[[], object]
 
 
@@ -47,7 +48,7 @@ class Setup:
     rounds: int = 11
     """At least so many,"""
     seconds: float = 5.0
-    """and so long, for what is quick."""
+    """and so long, for what is quick, and longer for a rho that is not steady yet."""
 
     @property
     def cuda(self) -> bool:
@@ -108,14 +109,21 @@ class Times:
         around = spread(quotients[1:])
         return Spread(quotients[0], around.low, around.high)
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether more rounds would hardly change rho."""
+        rho = self.rho()
+        return rho.high - rho.low <= 2 * STEADY * abs(rho.value)
+
     def beside(self, base: str = "base") -> str:
         """All T / T(base), and T(base) itself."""
         ratios = ", ".join(f"{who} {self.ratio(who, base).value:.3g}" for who in self.seconds if who != base)
         return f"{ratios} x {base} {self.ms(base):.3g} ms"
 
 
-def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], float] | None = None, once: bool = False) -> Times:
-    """Every variant once a round, in random order, the first rounds uncounted.
+def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], float] | None = None, once: bool = False,
+                steady: bool = False) -> Times:  # fmt: skip
+    """Every variant once a round, in random order, the first rounds uncounted. `steady`: until rho is (the quartiles decide, not the value).
 
     With `once`, for what a process does once: memory that was freed goes back to the system before each call. Else a call finds what the
     last one left, and whether large temporaries have to be mapped anew (which can take longer than the work) depends on what ran before.
@@ -123,7 +131,16 @@ def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], 
     clock = clock or (_events if on.cuda else _cpu)
     found: dict[str, list[float]] = {who: [] for who in calls}
     n, start = 0, time.perf_counter()
-    while n < on.rounds + WARM or (n < MOST and time.perf_counter() - start < on.seconds):
+
+    def counted() -> Times:
+        return Times({who: seconds[WARM:] for who, seconds in found.items()})
+
+    def enough(spent: float) -> bool:
+        if n < on.rounds + WARM or n >= MOST or spent < on.seconds:
+            return n >= MOST
+        return not steady or spent >= PATIENCE * on.seconds or counted().is_steady
+
+    while not enough(time.perf_counter() - start):
         for who in random.sample(list(calls), len(calls)):
             timed = calls[who]
             timed.before()
@@ -137,7 +154,7 @@ def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], 
                 gc.enable()
             timed.after()
         n += 1
-    return Times({who: seconds[WARM:] for who, seconds in found.items()})
+    return counted()
 
 
 def _cpu(timed: Timed) -> float:

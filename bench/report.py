@@ -19,7 +19,7 @@ from rich.table import Table
 
 import lorainject as li
 
-from .measure import Setup
+from .measure import PATIENCE, Setup
 from .row import Result, Row
 
 CONSOLE = Console(highlight=False)
@@ -30,7 +30,8 @@ WORSE = 1.1  # an earlier run's figure, times this
 HEAD = """# Benchmarks
 
 Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the like; every variant runs once in each round, in random order; at least
-{rounds} rounds; a figure is the median over the rounds of a ratio taken within the round, with its quartiles in brackets. Less is better.
+{rounds} rounds, and for a rho more until it is steady (its quartiles within a tenth) or {seconds:.0f} s have passed; a figure is
+the median over the rounds of a ratio taken within the round, with its quartiles in brackets. Less is better.
 
 - **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}.
   The row `disk` is wall time, with all cores, each run in a process of its own. Memory is what torch's allocator hands out during the call, or,
@@ -39,7 +40,9 @@ Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the li
   but where it is written to (where its pages lie decides how fast they are read). PEFT is used as its
   documentation does. *apart*: how far the outputs (and gradients, where there is a step) of ours and PEFT's were from each other, relatively,
   in this very run, before anything was timed; too far is a failure.
-- *at best* is the limit: what the row could be if only what is needed were done.
+- *at best* is the limit: what the row could be if only what is needed were done. "torch's calls alone" is the base with the two products written out
+  by the fastest of torch's operators, with nothing asked, hooked or cast, measured in the same rounds (bench/floor.py).
+- *not seen*: the machine's noise hid one of the two overheads; no verdict.
 """
 
 
@@ -87,7 +90,7 @@ def say(r: Result) -> None:
 def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -> None:
     """The table, and why aims were missed."""
     table = Table(*COLUMNS[:-2], box=None, header_style="bold", pad_edge=False)
-    colour = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red"}
+    colour = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red", "not seen": "blue"}
     for r in results:
         line = cells(r)[:-2]
         line[6] = f"[{colour[r.verdict]}]{r.verdict}[/]" if r.verdict else ""
@@ -105,7 +108,7 @@ def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
     """For every row that misses an aim: what bounds it, and where the time went in this run."""
     found = []
     for row in rows:
-        missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED")]
+        missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED", "not seen")]
         if missed:
             profiles = [f"{r.case}, {r.metric}: {r.profile}" for r in missed if r.profile]
             told = [row.bound or "What bounds it has not been written down yet."]
@@ -118,8 +121,8 @@ def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
 def markdown(rows: Sequence[Row], results: Sequence[Result], on: Setup, about: Sequence[str]) -> str:
     """The whole document."""
     clock = "measured by CUDA events" if on.cuda else "this process's CPU time with one intra-op thread, since the machine is shared"
-    lines = [HEAD.format(rounds=on.rounds, clock=clock), *(f"- {line}" for line in about), ""]
-    counts = {v: sum(r.verdict == v for r in results) for v in ("met", "aim missed", "must MISSED", "failed")}
+    lines = [HEAD.format(rounds=on.rounds, seconds=PATIENCE * on.seconds, clock=clock), *(f"- {line}" for line in about), ""]
+    counts = {v: sum(r.verdict == v for r in results) for v in ("met", "aim missed", "must MISSED", "not seen", "failed")}
     lines += [f"Of {sum(counts.values())} figures with a goal: " + ", ".join(f"{n} {v}" for v, n in counts.items() if n) + ".", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells(r)) + " |" for r in results]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench.__main__
 from bench import models, report
 from bench.__main__ import main
-from bench.measure import Setup, Spread, Timed, Times, interleaved, peak, saved, spread
+from bench.floor import Products, products
+from bench.measure import PATIENCE, Setup, Spread, Timed, Times, interleaved, peak, saved, spread
 from bench.row import Figure, Goal, Result, Row, exactly, result
 from bench.table import TABLE, run
 
@@ -55,6 +59,32 @@ def test_every_variant_runs_once_a_round():
     assert "".join(seen).replace("b", "") == "(aa)" * 4
     assert seen.count("b") == 4
     assert times.seconds == {"a": [0.5] * 3, "b": [1.0] * 3}
+
+
+def test_rounds_go_on_until_rho_is_steady(monkeypatch):
+    """Or until patience is at its end; a clock that knows whole seconds alone, one a round."""
+    monkeypatch.setattr(time, "perf_counter", iter(range(10**6)).__next__)
+    on, rounds = Setup(rounds=3, seconds=5), {}
+    for name, swing in (("steady", 0.0), ("shaky", 0.2)):
+        swings = itertools.cycle([1.1, 1.1 + swing])
+        seconds = {"base": itertools.repeat(1.0), "ours": swings, "PEFT": itertools.repeat(1.4)}
+        calls = {who: Timed(partial(next, ticks)) for who, ticks in seconds.items()}
+        rounds[name] = len(interleaved(calls, on, clock=lambda timed: timed.call(), steady=True).seconds["ours"])
+    assert rounds["steady"] == on.seconds - 1
+    assert 3 * rounds["steady"] < rounds["shaky"] < PATIENCE * on.seconds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_calls_alone_compute_the_same(dtype):
+    """With a token, a few and many."""
+    model = models.trio(models.Block(["q_proj", "k_proj"], 16, 24, dtype), ["q_proj", "k_proj"])
+    alone = products(model)
+    assert {type(m) for m in alone.children()} == {Products}
+    assert {type(m) for m in model.base.children()} == {nn.Linear}
+    for tokens in (1, 9, 100):
+        x = torch.randn(1, tokens, 16, dtype=dtype)
+        with torch.no_grad():
+            models.agree(alone(x), model.theirs(x), dtype)
 
 
 def test_memory():
@@ -126,6 +156,15 @@ def test_run_and_report():
     for r in results:
         report.say(r)
     report.show([row], results, ["a machine"])
+
+
+def test_what_the_noise_hides_has_no_verdict():
+    """A rho below 0, or of nothing, says that one of the two overheads was not seen."""
+    assert [result(made_up(), Figure(case="", metric="rho", value=exactly(x))).verdict for x in (-0.3, math.inf, 0.1)] == [
+        "not seen",
+        "not seen",
+        "met",
+    ]
 
 
 def test_nothing_is_explained_that_was_met():

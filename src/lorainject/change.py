@@ -6,6 +6,7 @@ weight (Folded), so that the merge of a whole model is all or nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ class InPlace:
             return f"{self.w.name}: {e}; nothing was merged"
         return None
 
-    @property
+    @functools.cached_property
     def quick(self) -> Product:
         """The deltas, for a sum in place that nobody takes out again."""
         return quick([f for parts in self.terms.values() for f in parts], self.before.dtype)

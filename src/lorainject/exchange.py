@@ -5,6 +5,7 @@ What was there is kept as it is, and comes back itself (see change.InPlace for t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import cast
 
@@ -45,7 +46,7 @@ class Tried(Untied):
     def fits(self) -> bool:
         return False
 
-    @property
+    @functools.cached_property
     def quick(self) -> Product:
         """In float64 too: what is tried first is what is done."""
         return summed(self.terms)
