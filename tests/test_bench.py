@@ -6,10 +6,10 @@ import itertools
 import json
 import math
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import bench.__main__
+import bench.measure
 from bench import models, report
 from bench.__main__ import main
 from bench.floor import Products, products
@@ -63,15 +64,14 @@ def test_every_variant_runs_once_a_round():
 
 def test_rounds_go_on_until_rho_is_steady(monkeypatch):
     """Or until patience is at its end; a clock that knows whole seconds alone, one a round."""
-    monkeypatch.setattr(time, "perf_counter", iter(range(10**6)).__next__)
+    monkeypatch.setattr(bench.measure, "time", SimpleNamespace(perf_counter=iter(range(10**6)).__next__))
     on, rounds = Setup(rounds=3, seconds=5), {}
     for name, swing in (("steady", 0.0), ("shaky", 0.2)):
         swings = itertools.cycle([1.1, 1.1 + swing])
         seconds = {"base": itertools.repeat(1.0), "ours": swings, "PEFT": itertools.repeat(1.4)}
         calls = {who: Timed(partial(next, ticks)) for who, ticks in seconds.items()}
         rounds[name] = len(interleaved(calls, on, clock=lambda timed: timed.call(), steady=True).seconds["ours"])
-    assert rounds["steady"] == on.seconds - 1
-    assert 3 * rounds["steady"] < rounds["shaky"] < PATIENCE * on.seconds
+    assert rounds == {"steady": on.seconds - 1, "shaky": PATIENCE * on.seconds - 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
