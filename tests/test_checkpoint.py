@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorainject as li
-from lorainject.files import checkpoint
+from lorainject.files import sums
 
 from models import TINY, ids, llama, mapped, randomise, run
 
@@ -128,13 +128,13 @@ def test_what_is_kept(made):
 @pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in place"])
 def test_memory_for_an_adapter_goes_as_it_is_written(in_place, made, monkeypatch):
     """A and B are maps of a temporary file, which go with the last of the weight's tensors on disk."""
-    before, seen, close = mapped(), [], checkpoint.Sum.close
+    before, seen, close = mapped(), [], sums.Sum.close
 
-    def seen_to_close(of: checkpoint.Sum, key: str) -> None:
+    def seen_to_close(of: sums.Sum, key: str) -> None:
         seen.append(mapped() - before)
         close(of, key)
 
-    monkeypatch.setattr(checkpoint.Sum, "close", seen_to_close)
+    monkeypatch.setattr(sums.Sum, "close", seen_to_close)
     if in_place:
         li.merge_in_place(made / "base", made / "adapter0")
     else:
@@ -441,16 +441,14 @@ def test_a_place_that_cannot_be_written(made):
 @pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in place"])
 def test_a_shard_that_changes_underneath(made, in_place, monkeypatch):
     """Somebody rewrites a shard while it is read: the merge is given up."""
-    from lorainject.files import checkpoint
-
     shard = sorted((made / "base").glob("*.safetensors"))[0]
-    before, right = contents(made), checkpoint.get
+    before, right = contents(made), sums.get
 
     def meddling(*args):
         shard.write_bytes(shard.read_bytes())
         return right(*args)
 
-    monkeypatch.setattr(checkpoint, "get", meddling)
+    monkeypatch.setattr(sums, "get", meddling)
     with pytest.raises(li.FileError, match=r"was changed while it was being merged\n=> merge again"):
         if in_place:
             li.merge_in_place(made / "base", made / "adapter0")

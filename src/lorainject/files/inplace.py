@@ -26,10 +26,11 @@ from ..fold import Desk, Fold, Journal
 from ..lowrank import Factors
 from ..merge import MergeReport, judge
 from . import commit, container
-from .checkpoint import MergePlan, get, plan_merge, put
 from .patches import Patch
+from .planning import plan_merge
 from .record import AdapterFile
 from .shards import INDEX, Shard, Stored
+from .sums import MergePlan, get, put
 from .transaction import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
 
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 2
