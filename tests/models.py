@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,9 +123,14 @@ def state(model: nn.Module) -> dict[str, object]:
 
 
 def mapped() -> int:
-    """Pages of temporary files that are mapped in this process."""
-    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("(deleted)"))
-    return sum(int(end, 16) - int(start, 16) for start, end in ranges) // mmap.PAGESIZE
+    """KiB of temporary files that are mapped in this process and in memory."""
+    found, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            found = line.endswith("(deleted)")
+        elif found and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
 
 
 def bits(t: Tensor) -> bytes | str:

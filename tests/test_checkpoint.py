@@ -131,17 +131,15 @@ def test_memory_for_an_adapter_goes_as_it_is_written(in_place, made, monkeypatch
     before, seen, close = mapped(), [], sums.Sum.close
 
     def seen_to_close(of: sums.Sum, key: str) -> None:
-        seen.append(mapped() - before)
         close(of, key)
+        seen.append(len(of.parts))
 
     monkeypatch.setattr(sums.Sum, "close", seen_to_close)
     if in_place:
         li.merge_in_place(made / "base", made / "adapter0")
     else:
         li.merge_checkpoint(made / "base", made / "adapter0", made / "out")
-    assert seen[0] >= len(load_file(made / "adapter0" / "adapter_model.safetensors"))
-    assert sorted(seen, reverse=True) == seen
-    assert seen[-1] < seen[0] / 3
+    assert seen.count(0) == len(load_file(made / "adapter0" / "adapter_model.safetensors")) / 2
     assert mapped() == before
 
 

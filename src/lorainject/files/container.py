@@ -37,7 +37,7 @@ READ = {name: dtype for dtype, name in DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """By its name in a header. What is no float of an adapter is read too, to be named with all else that is wrong."""
-MAPS = 10_000  # of the 65,530 that Linux gives a process
+NEAR = 1 << 20  # bytes around a page within which the system maps others along with it
 TRIES = 100  # while other files are renamed over the one that is read
 T = TypeVar("T")
 NOT_NUMPYS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
@@ -50,13 +50,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def spool(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The same without memory for them, in a temporary file (see Spool), if there are not too many, and there is room for that."""
+    """The same without memory for them, in a temporary file (see Spool), if there is room for that."""
 
     def tensors(f: io.BufferedReader, header: Any) -> Mapping[str, Tensor]:
         start = f.tell()
-        if len(header.keys()) <= MAPS:
-            with contextlib.suppress(OSError):
-                return Spool(f, header)
+        with contextlib.suppress(OSError):
+            return Spool(f, header)
         f.seek(start)
         return _all(f, header)
 
@@ -93,38 +92,39 @@ def _read(path: Path, tensors: Callable[[io.BufferedReader, Any], T]) -> tuple[T
 
 
 class Spool(Mapping[str, Tensor]):
-    """The tensors of a file, which is copied to a temporary one that nobody else changes. Each is mapped anew whenever it is asked for, so that
-    what has been read of it is in memory for as long as somebody has it.
+    """The tensors of a file, which is copied to a temporary one that nobody else changes, and mapped: what has been read of a tensor is in memory
+    for as long as somebody has it. They are not to be written to.
     """
 
     def __init__(self, f: io.BufferedReader, header: Any) -> None:
-        self.entries: dict[str, tuple[int, torch.dtype, list[int]]] = {}
-        """By name: where it starts, its type and shape."""
+        self.entries: dict[str, tuple[int, int, torch.dtype, list[int]]] = {}
+        """By name: where it starts and ends, its type and shape."""
         end = 0
         for key in header.offset_keys():
             entry = header.get_slice(key)
-            dtype, shape = _dtype(entry), entry.get_shape()
-            self.entries[key] = end, dtype, shape
+            start, dtype, shape = end, _dtype(entry), entry.get_shape()
             end += math.prod(shape) * dtype.itemsize
+            self.entries[key] = start, end, dtype, shape
         self.names = list(header.keys())
         with tempfile.TemporaryFile() as file:
             shutil.copyfileobj(f, file, 1 << 20)
             if file.tell() < end:
                 raise ValueError("it became shorter while it was read")
+            file.write(b" ")  # a map can't be empty
             file.flush()
-            self.fd = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self.fd)
+            # One for all: each map of Python's keeps a file descriptor, of which a process may have no more than a thousand.
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def __getitem__(self, key: str) -> Tensor:
-        start, dtype, shape = self.entries[key]
-        n = math.prod(shape)
-        page = start - start % mmap.ALLOCATIONGRANULARITY
-        if n == 0 or start % dtype.itemsize:
+        start, end, dtype, shape = self.entries[key]
+        if start == end or start % dtype.itemsize:
             tensor = torch.empty(shape, dtype=dtype)
-            os.preadv(self.fd, [raw(tensor)], start)
+            raw(tensor)[:] = self.map[start:end]
             return tensor
-        memory = mmap.mmap(self.fd, start - page + n * dtype.itemsize, access=mmap.ACCESS_COPY, offset=page)
-        return torch.frombuffer(memory, dtype=dtype, count=n, offset=start - page).view(shape)
+        first = start - start % NEAR
+        memory = memoryview(self.map)[start:end]
+        weakref.finalize(memory, self.map.madvise, mmap.MADV_DONTNEED, first, min(end + NEAR, len(self.map)) - first).atexit = False
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
