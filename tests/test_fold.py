@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorainject import blocks
+from lorainject.bits import LANE, checksum
 from lorainject.blocks import Product, chain, double, quick
-from lorainject.fold import ENOUGH, LANE, Desk, Fold, checksum, wide
+from lorainject.fold import ENOUGH, Desk, Fold, wide
 from lorainject.lowrank import Factors
 
 SHAPES = [(1, 1), (3, 5), (7, 33), (64, 64), (1, 2 * LANE + 1), (63, 1111), (128, 512)]

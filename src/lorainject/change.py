@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Folded, Host, Terms
+from .bits import checksum, same
 from .blocks import TILE, Product, double, quick
 from .errors import MergeError
 from .fingerprint import sample
-from .fold import Desk, Fold, Journal, Kept, at_most, checksum, same, wide
+from .fold import Desk, Fold, Journal, Kept, at_most, wide
 from .graft import bare, change_class
 from .kinds import is_quantised
 from .lowrank import LowRank, copied, factors, flattened

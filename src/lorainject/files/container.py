@@ -1,6 +1,7 @@
 """The safetensors container: bounded reads, the same bytes in every process.
 
-A header is checked by the safetensors package; the bytes are then read once, each tensor's into memory of its own. Writing is ours, since
+A header is checked by the safetensors package; the bytes are then read once, each tensor's into memory of its own, or copied to a file that
+is mapped, where each is wanted for a while alone. Writing is ours, since
 that package orders header metadata by a random hash, makes files of mode 0600 and does not fsync (commit.py). The format: 8 bytes of
 header length (little endian), a JSON header padded with spaces to a multiple of 8, then the tensors' bytes in the header's order.
 """
