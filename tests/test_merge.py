@@ -333,7 +333,7 @@ def test_where_the_delta_comes_out_otherwise(model, monkeypatch):
     right = desk._strips
 
     def off_by(share: float) -> None:
-        monkeypatch.setattr(desk, "_strips", lambda *args: ((at, d * (1 + share)) for at, d in right(*args)))
+        monkeypatch.setattr(desk, "_strips", lambda *args: ((d * (1 + share), parts) for d, parts in right(*args)))
 
     off_by(1e-5)
     with pytest.raises(li.MergeError, match=r"s B A comes out otherwise here \(another machine or BLAS library\)"):

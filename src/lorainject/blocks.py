@@ -10,7 +10,6 @@ multiply-adds. For other sizes, and at the edges of some, it does others. Where 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ TILE = 1 << 20  # elements: calling torch costs little beside the work on so man
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 TALL, BROAD = 48, (1024, 2048, 4096)  # a product has so many columns, and a multiple of so many rows: of what a library's innermost loops do at once
 LARGEST = TALL * BROAD[-1]  # elements of a product: what is at work on it lies in a core's own cache
+BETWEEN = 16  # elements from the end of one row of it to the next
 DEEPEST = 128  # of its ranks: with 193, libraries have been seen to cut the sum over k
 
 Room = Callable[..., Tensor]
@@ -34,26 +34,16 @@ Room = Callable[..., Tensor]
 class Strip(NamedTuple):
     """A piece of P Q, of a size that the library multiplies as any other; where it is an edge, with zeros behind."""
 
-    at: tuple[slice, slice]
-    """Rows and columns."""
     P: Tensor
     Q: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Without the zeros."""
-        rows, columns = self.at
-        return rows.stop - rows.start, columns.stop - columns.start
-
-    @property
-    def is_edge(self) -> bool:
-        """Whether there are such."""
-        return self.shape != (len(self.P), self.Q.shape[1])
+    edge: tuple[int, int] | None
+    """How many of its rows and columns are not such zeros; None: all."""
 
     def product(self, room: Room, dtype: torch.dtype) -> Tensor:
         """P Q, in this dtype."""
-        rows, columns = self.shape
-        d = torch.mm(self.P, self.Q, out=room("product", (len(self.P), self.Q.shape[1]), self.P.dtype))[:rows, :columns]
+        d = multiplied(self.P, self.Q, room)
+        if self.edge is not None:
+            d = d[: self.edge[0], : self.edge[1]]
         return d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
 
 
@@ -73,8 +63,8 @@ class Product(NamedTuple):
 
     @property
     def at_most(self) -> float:
-        """No |d_ij| is larger, since |d_ij| <= |P_i| |Q_j|."""
-        return abs(self.s) * float(self.P.square().sum(-1).amax() * self.Q.square().sum(-2).amax()) ** 0.5
+        """No |d_ij| is larger."""
+        return abs(self.s) * self.P.shape[-1] * float(self.P.abs().amax()) * float(self.Q.abs().amax())
 
     def whole(self) -> Tensor:
         """d itself."""
@@ -88,24 +78,17 @@ class Product(NamedTuple):
         """The rows of all its tiles."""
         return tiles(len(self.P), self.Q.shape[-1], self.P.device)
 
-    def strips(self) -> Iterator[Strip]:
-        """All of one tile."""
-        rows, width = len(self.P), self.Q.shape[-1]
-        on_cpu = self.P.device.type == "cpu"
+    def strips(self, *tiles: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
+        """All of one tile, each with those of these matrices of its shape. (To split them at once takes less than a slice of each.)"""
+        on_cpu, (rows, width) = self.P.device.type == "cpu", (self.P.shape[0], self.Q.shape[1])
         tall, broad = (TALL, BROAD) if on_cpu else (rows, (width,))
         for left in range(0, width, broad[-1]):
             Q = self.Q[:, left : left + broad[-1]]
             n, Q = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
             step = LARGEST // Q.shape[1] if on_cpu else rows
-            for top in range(0, rows, step):
-                yield Strip((slice(top, min(top + step, rows)), slice(left, left + n)), padded(self.P[top : top + step], 0, tall), Q)
-
-    @property
-    def adds_as_it_is_formed(self) -> bool:
-        """Whether the library may add it to a matrix of float32 at once: when it multiplies with s is its own affair, but a power of two rounds
-        nothing."""
-        exact = abs(self.s) >= 1 and math.frexp(abs(self.s))[0] == 0.5
-        return exact and self.P.dtype == torch.float32 and self.P.device.type == "cpu" and _added_last()
+            for P, *parts in zip(*(t.split(step) for t in (self.P, *(tile[:, left : left + n] for tile in tiles))), strict=True):
+                edge = (P.shape[0], n) if P.shape[0] % tall or n != Q.shape[1] else None
+                yield Strip(padded(P, 0, tall) if edge else P, Q, edge), parts
 
 
 def double(parts: Sequence[Factors]) -> Product:
@@ -138,7 +121,7 @@ def _in_range(parts: Sequence[Factors], s: float) -> bool:
 def tiles(rows: int, width: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
     """Whole rows of a matrix, as many as fit (on a CPU into this size), in whole blocks."""
     size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, TALL)
-    step = max(unit, size // width // unit * unit)
+    step = max(unit, round(size / width / unit) * unit)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -149,34 +132,29 @@ def chained() -> bool:
 
 @functools.cache
 def _chained() -> bool:
-    return _hold(lambda P, Q, some: torch.equal(torch.mm(P, Q)[:, some], chain(P, Q[:, some])))
-
-
-@functools.cache
-def _added_last() -> bool:
-    """Whether a product that is added to a part of a weight is a chain by itself first, and the sum is rounded once."""
-
-    def is_added_last(P: Tensor, Q: Tensor, some: Tensor) -> bool:
-        w = torch.linspace(-1, 1, len(P) * Q.shape[1] * 2).view(len(P), -1)[:, : Q.shape[1]]
-        expected = torch.add(w[:, some], chain(P, Q[:, some]), alpha=2)
-        return torch.equal(w.addmm_(P, Q, alpha=2)[:, some], expected)
-
-    return _hold(is_added_last)
-
-
-def _hold(test: Callable[[Tensor, Tensor, Tensor], bool]) -> bool:
-    """Whether it holds for products of all sizes, in some columns: at every place of a library's blocks, and the last ones."""
+    """By products of all sizes, in some columns: at every place of a library's blocks, and the last ones."""
     sizes = [(rows, r, broad) for broad in BROAD for rows in range(TALL, LARGEST // broad + 1, TALL) for r in (4, 8, 17)]
     found: list[bool] = []
 
     def one(rows: int, r: int, broad: int) -> None:
         g = torch.Generator().manual_seed(0)  # each its own: threads would take turns by chance
         P, Q = torch.rand(rows, r, generator=g), torch.rand(r, broad, generator=g)
-        found.append(test(P, Q, torch.cat([torch.arange(0, broad, 61), torch.arange(broad - 64, broad)])))
+        some = torch.cat([torch.arange(0, broad, 61), torch.arange(broad - 64, broad)])
+        found.append(torch.equal(multiplied(P, Q, _new)[:, some], chain(P, Q[:, some])))
 
     with workers() as each:  # in one thread, as it will be
         each(one, (*sizes, (TALL, DEEPEST, BROAD[0])))
     return all(found)
+
+
+def multiplied(P: Tensor, Q: Tensor, room: Room) -> Tensor:
+    """P Q. Its rows lie no power of two apart, since they would be kept in the same few places of a cache: such products took 2.5 times as long."""
+    rows, columns = P.shape[0], Q.shape[1]
+    return torch.mm(P, Q, out=room("product", (rows, columns + BETWEEN), P.dtype)[:, :columns])
+
+
+def _new(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def chain(P: Tensor, Q: Tensor) -> Tensor:

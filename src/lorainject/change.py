@@ -73,8 +73,12 @@ class Whole:
 
     def tiles(self, weight: Tensor, of: Product) -> Iterator[tuple[Tensor, Product]]:
         """Each tile (rows, *rest), a view of the weight, with its delta."""
+        return ((W[rows], d.at(rows)) for W, d in self.matrices(weight, of) for rows in d.tiles())
+
+    def matrices(self, weight: Tensor, of: Product) -> Iterator[tuple[Tensor, Product]]:
+        """Each of a stack, or the weight itself, with its delta."""
         whole = zip(weight, of.P, of.Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, of.P, of.Q)]
-        return ((W[rows], d.at(rows)) for W, P, Q in whole for d in [Product(P, Q, of.s)] for rows in d.tiles())
+        return ((W, Product(P, Q, of.s)) for W, P, Q in whole)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -135,10 +139,13 @@ class InPlace:
         self._tiled(of, self.before if write else None, each, keep, plain=not keep)
 
     def _tiled(self, of: Product, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
+        if plain and target is not None:
+            each(self.tally.measure, ((i, flat(W), d) for i, (W, d) in enumerate(self.w.matrices(self.before, of))))
+            both = zip(self.w.tiles(self.before, of), self.w.tiles(target, of), strict=True)
+            each(self.tally.desk.add, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
+            return
+
         def fold(i: int, view: Tensor, d: Product, out: Tensor | None) -> None:
-            if plain and out is not None:
-                self.tally.add(i, flat(view), d, flat(out))
-                return
             m = self.tally.keep(i, flat(view), d) if keep else self.tally.sum(i, flat(view), d)
             if out is not None:
                 out.copy_(m.view(out.shape))

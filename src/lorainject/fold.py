@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .bits import BITS, checksum, differing
-from .blocks import Product, Strip
+from .blocks import Product
 from .errors import MergeError
 
-ENOUGH, EVERY = 1 << 13, 7  # so many elements of a tile are measured, of some rows in every seventh column
+ENOUGH, LEAST, EVERY = 1 << 13, 1 << 10, 7  # so many elements are measured, of each 1,024 one at least, of some rows in every seventh column
 WHOLE = -1
 CPU = torch.device("cpu")
 GAP, LONGEST = torch.uint16, (1 << 16) - 1
@@ -82,23 +82,20 @@ class Desk(threading.local):
     def fold(self, w0: Tensor, of: Product) -> tuple[Tensor, Measured, Kept]:
         """M, what became of d, and what to keep. Raises MergeError where W0 is finite and M is not."""
         m, guess = self._like(w0, "m"), self._like(w0, "guess")
-        for at, d in self._strips(of, w0):
-            self._sum(w0[at], d, of.s, m[at])
-            self._sum(m[at], d, -of.s, guess[at])
+        for d, (w, there, back) in self._strips(of, w0, m, guess):
+            self._sum(w, d, of.s, there)
+            self._sum(there, d, -of.s, back)
         return m, measured(w0, of), _kept(w0, m, guess)
 
     def sum(self, w0: Tensor, of: Product) -> tuple[Tensor, Measured]:
         """M without a way back, and what became of d. Raises MergeError where W0 is finite and M is not."""
-        m = self._like(w0, "m")
-        found = self.add(w0, of, m)
+        m = self._plus(w0, of, of.s, self._like(w0, "m"))
         _check(m, w0, m)
-        return m, found
+        return m, measured(w0, of)
 
-    def add(self, w0: Tensor, of: Product, out: Tensor) -> Measured:
+    def add(self, w0: Tensor, of: Product, out: Tensor) -> None:
         """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
-        found = measured(w0, of)
         self._plus(w0, of, of.s, out)
-        return found
 
     def unfold(self, m: Tensor, of: Product, kept: Kept) -> Tensor | None:
         """W0; None if what comes out is not W0, or M is not what it was."""
@@ -128,32 +125,16 @@ class Desk(threading.local):
     def _like(self, tile: Tensor, name: str) -> Tensor:
         return self.room(name, tile.shape, tile.dtype, tile.device)
 
-    def _strips(self, of: Product, tile: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """d / s, formed where the factors are: there it comes out as it did, wherever the weight is by now."""
-        room = functools.partial(self.room, device=of.P.device)
-        return ((strip.at, strip.product(room, wide(tile.dtype)).to(tile.device)) for strip in of.strips())
+    def _strips(self, of: Product, *tiles: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """d / s, and the tiles' strips; formed where the factors are: there it comes out as it did, wherever the weight is by now."""
+        room, like = functools.partial(self.room, device=of.P.device), tiles[0]
+        return ((strip.product(room, wide(like.dtype)).to(like.device), parts) for strip, parts in of.strips(*tiles))
 
     def _plus(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
         """round(a + s P Q)"""
-        if of.adds_as_it_is_formed and a.device.type == "cpu":
-            for strip in of.strips():
-                self._join(a[strip.at], strip, s, out[strip.at])
-        else:
-            for at, d in self._strips(of, a):
-                self._sum(a[at], d, s, out[at])
+        for d, (part, total) in self._strips(of, a, out):
+            self._sum(part, d, s, total)
         return out
-
-    def _join(self, a: Tensor, strip: Strip, s: float, out: Tensor) -> None:
-        """The same of one strip, whose product needs no memory of its own."""
-        if strip.is_edge:
-            self._sum(a, strip.product(self.room, strip.P.dtype), s, out)
-            return
-        total = out if out.dtype == strip.P.dtype else self.room("sum", a.shape, strip.P.dtype)
-        if not total.is_set_to(a):
-            total.copy_(a)
-        total.addmm_(strip.P, strip.Q, alpha=s)
-        if total is not out:
-            out.copy_(total)
 
     def _sum(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
         """round(a + s d)"""
@@ -219,9 +200,9 @@ class Fold:
         m, self.tiles[i] = self.desk.sum(w0, of)
         return m
 
-    def add(self, i: int, w0: Tensor, of: Product, out: Tensor) -> None:
-        """M for a tile, straight into `out` (see Desk.add)."""
-        self.tiles[i] = self.desk.add(w0, of, out)
+    def measure(self, i: int, w0: Tensor, of: Product) -> None:
+        """What will become of d."""
+        self.tiles[i] = measured(w0, of)
 
 
 @dataclass(frozen=True)
@@ -265,8 +246,8 @@ class Journal:
 
 
 def measured(w0: Tensor, of: Product) -> Measured:
-    """By some of the tile's elements; by all, in float64, where d vanishes on those that would stand for them."""
-    step = w0.numel() // ENOUGH  # odd ones, so that no pattern of heads or blocks is met again and again
+    """By some of a matrix's elements; by all, in float64, where d vanishes on those that would stand for them."""
+    step = min(w0.numel() // ENOUGH, LEAST)  # odd ones, so that no pattern of heads or blocks is met again and again
     rows, columns = (slice(None, None, step // EVERY | 1), slice(None, None, EVERY)) if step else (slice(None), slice(None))
     w, d = w0[rows, columns].flatten(), torch.mm(of.P[rows], of.Q[:, columns]).flatten().mul_(of.s)
     if not (asked := float(torch.dot(d, d))):

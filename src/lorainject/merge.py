@@ -118,11 +118,11 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
     before = _unfold(weights) if merged else {}
     with _else_again(model, weights, before, merged):
-        jobs = []
+        jobs, order = [], names_of(model, on)
         for w in weights:
             was = before[w.name].folded if w.name in before else None
             found = (was.terms if was else {}) | w.terms(chosen, copy=reversible)
-            if terms := {n: found[n] for n in names_of(model) if n in found}:  # in one order, whatever came first
+            if terms := {n: found[n] for n in order if n in found}:  # whatever came first
                 jobs.append(WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in ties, dequantise)](w, terms))
         return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)
 
