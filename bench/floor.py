@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorainject.accumulate import add_product
+
 from .measure import Times
 from .models import ALPHA, R, Trio, pairs
 
@@ -27,7 +29,7 @@ class Products(nn.Linear):
         y, tokens, s = F.linear(x, self.weight), x.numel() // x.shape[-1], ALPHA / R
         if tokens > (16 if x.dtype == torch.float32 else 64):
             A, B = self.cast
-            y.view(tokens, -1).t().addmm_(B, torch.mm(A, x.view(tokens, -1).t()), alpha=s)
+            add_product(y.view(tokens, -1), torch.mm(A, x.view(tokens, -1).t()), B, s)
             return y
         A, B = self.factors
         if tokens > 1:

@@ -39,6 +39,7 @@ from .lowrank import HOOKED, LowRank, Parts, add, project
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
 CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
+PAGE, SOME = 1024, 16  # float32s in 4 KiB; rows at a time where they lie so far apart, and ranks from which on that does not matter
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -52,18 +53,22 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor |
     B: Tensor = factors["B"]
     if h_RM is None:
         A: Tensor = factors["A"]
-        p, tokens, full = of["dropout"] if of["training"] else 0.0, x.numel() // (x.shape[-1] or 1), y.dtype == torch.float32
-        few = own and tokens <= (FEW if full else FEW_HALF) and (full or (y.is_cpu and y.dtype in HALVES))
-        if few and not (parts or p or torch.is_grad_enabled()) and A.dtype == B.dtype == torch.float32:
-            # The same as below, for a token or a few: every call counts beside products that small, and a term that small may take memory.
-            if tokens != 1:
-                return y.add_(F.linear(F.linear(x.float(), A), B), alpha=adapter.scale)
-            h_R = torch.mv(A, x.reshape(-1).float())
-            if full and y.is_contiguous():
+        p, tokens = of["dropout"] if of["training"] else 0.0, x.numel() // (x.shape[-1] or 1)
+        dtype = computed_in(y, tokens)
+        if own and not (parts or p or torch.is_grad_enabled()):
+            # In inference, as it mostly is, the same as below: beside a few tokens' products every call counts, and every line.
+            if tokens <= FEW_HALF and dtype == A.dtype == B.dtype == torch.float32 and (tokens <= FEW or y.dtype in HALVES):
+                if tokens != 1:  # a term that small may take memory
+                    return y.add_(F.linear(F.linear(x.float(), A), B), alpha=adapter.scale)
+                h_R = torch.mv(A, x.reshape(-1).float())
+                if y.dtype != dtype or not y.is_contiguous():
+                    return y.add_(torch.mv(B, h_R), alpha=adapter.scale)
                 y.view(-1).addmv_(B, h_R, alpha=adapter.scale)
                 return y
-            return y.add_(torch.mv(B, h_R), alpha=adapter.scale)
-        h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(computed_in(y, tokens)), p)
+            if x.dtype == y.dtype == dtype and y.is_contiguous():
+                add_product(y.view(-1, y.shape[-1]), torch.mm(A.to(dtype), x.reshape(-1, x.shape[-1]).t()), B.to(dtype), adapter.scale)
+                return y
+        h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), p)
     if B.dtype != h_RM.dtype:
         B = B.to(h_RM.dtype)
     grad = torch.is_grad_enabled() and (h_RM.requires_grad or y.requires_grad or B.requires_grad)
@@ -128,18 +133,31 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
     if same and not parts:  # as it mostly is: every line counts beside products of few tokens
         if not own:
             return torch.addmm(y.reshape(-1, y.shape[-1]), h_RM.t(), B.t(), alpha=s).view(y.shape)
-        y.view(-1, y.shape[-1]).t().addmm_(B, h_RM, alpha=s)
+        add_product(y.view(-1, y.shape[-1]), h_RM, B, s)
         return y
     out = y if own else y.clone(memory_format=torch.contiguous_format)
     for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
         if same:
-            out_MO.addmm_(h_RM.t(), B_OR.t(), alpha=s)
+            add_product(out_MO, h_RM, B_OR, s)
         elif out_MO.numel() <= CAST:
             out_MO.add_(F.linear(h_RM.t(), B_OR), alpha=s)
         else:
             for rows in _pieces(out_MO):
                 out_MO[rows].add_(F.linear(h_RM[:, rows].t(), B_OR), alpha=s)
     return out
+
+
+def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
+    """y += s h^T B^T.
+
+    For fewer than 16 ranks a CPU's library goes down the columns of y. Where rows lie a multiple of 4 KiB apart, as they do in most models, a
+    column's elements are kept in the same few places of the cache, in which no more than some rows find room: so it gets as many at a time.
+    """
+    if y_MO.dtype == torch.float32 and y_MO.stride(0) % PAGE == 0 and B_OR.shape[1] < SOME and y_MO.is_cpu and not torch.is_grad_enabled():
+        for part, h in zip(y_MO.t().split(SOME, 1), h_RM.split(SOME, 1), strict=True):
+            part.addmm_(B_OR, h, alpha=s)
+    else:
+        y_MO.t().addmm_(B_OR, h_RM, alpha=s)
 
 
 def _pairs(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]:
@@ -255,7 +273,7 @@ def _to_x_and_A(dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: fl
     """dh (m * x); m * (dh^T A) is added into dx."""
     if not p and x_MI.dtype == A.dtype:
         if dx is not None:
-            dx.addmm_(dh_RM.t(), A)
+            add_product(dx, dh_RM, A.t(), 1.0)
         return dh_RM @ x_MI if wants_A else None
     dA = None
     for rows, x, mask in _dropped(x_MI, A.dtype, p, seed):
