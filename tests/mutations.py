@@ -231,7 +231,7 @@ def _signed(data: bytes) -> bytes:
         return data
     body = json.loads(metadata[native.KEY])
     body.pop("digest", None)
-    metadata[native.KEY] = json.dumps(body | {"digest": native._digest(body, tensors)})
+    metadata[native.KEY] = json.dumps(body | {"digest": native._digest(native._text(body), tensors)})
     return b"".join(container.dump(tensors, metadata))
 
 

@@ -200,8 +200,11 @@ def misfit(host: Host, adapter: LowRank) -> bool:
     if isinstance(adapter, Replaced):
         return adapter.shape != host.shape
     stack, out, in_ = host.adapters.kind.sizes(host.shape)
-    rows = out if adapter.rows is None else len(adapter.rows)
-    return adapter.out != out or (adapter.A.shape, adapter.B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))
+    rows = out if adapter.slices is None else sum(map(len, adapter.slices))
+    A, B = adapter._parameters["A"], adapter._parameters["B"]
+    assert A is not None
+    assert B is not None
+    return adapter.out != out or (A.shape, B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))
 
 
 def child_name(parameter: str, label: str) -> str:

@@ -7,7 +7,7 @@ that reaches a weight in a way not seen there, is found by `probe`, when the mod
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -52,12 +52,13 @@ class Weight:
         return id(self.module), self.parameter
 
 
-def weights(model: nn.Module) -> list[Weight]:
-    """Every weight that could carry an adapter, each once, in the model's order: of layers, and bare parameters with two axes or more."""
+def weights(model: nn.Module, walked: Iterable[tuple[str, nn.Module]] | None = None) -> list[Weight]:
+    """Every weight that could carry an adapter, each once, in the model's order: of layers, and bare parameters with two axes or more.
+    `walked` is what walk(model) gives, where somebody has it already."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     way: dict[str, tuple[nn.Module, ...]] = {}  # by path: the modules down to it
-    for path, module in walk(model):
+    for path, module in walk(model) if walked is None else walked:
         above = way.get(path.rpartition(".")[0], ()) if path else ()
         way[path] = above
         if not isinstance(module, torch.jit.ScriptModule):  # its code is not Python's
@@ -68,7 +69,10 @@ def weights(model: nn.Module) -> list[Weight]:
     read_by = {id(reader) for readers in read.values() for reader in readers}
     found = []
     for key, module in modules.items():
-        owners, is_layer, plain = way[paths[key][0]], kind_of(module) is not None, is_plain(module)
+        is_layer = kind_of(module) is not None
+        if not is_layer and not module._parameters:
+            continue
+        owners, plain = way[paths[key][0]], is_plain(module)
         for name, kind in _kinds(module):
             readers = tuple(dict.fromkeys(read.get((key, name), ())))
             if kind.term is None or readers or key in read_by or not plain:

@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     for host in on.values():
         by_place.setdefault(host.place, []).append(host)
     # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
-    stored = [(w, _stored(w, host, name)) for w in weights(model) for host in sorted(by_place.get(w.key, ()), key=_first_row)]
+    stored = [(w, _stored(w, host, name)) for w in weights(model, modules) for host in sorted(by_place.get(w.key, ()), key=_first_row)]
     sites = tuple(s for _, s in stored)
     if format == "peft":
         odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
@@ -177,13 +177,15 @@ def _print(module: nn.Module, parameter: str) -> Tensor | None:
 def _unwritable(host: Host, a: LowRank) -> str | None:
     if misfit(host, a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
-    parameters = [p for p in a._parameters.values() if p is not None]
-    if any(p.is_meta for p in parameters):
-        return "A and B lie on the meta device (offloaded, or never loaded)"
-    if any(is_sharded(p) or p.numel() == 0 for p in parameters):
-        return "A and B are sharded over several processes"
-    if not all(map(is_finite, parameters)):
-        return "A or B (or what comes with them) holds NaN or infinity"
+    for p in a._parameters.values():
+        if p is None:
+            continue
+        if p.is_meta:
+            return "A and B lie on the meta device (offloaded, or never loaded)"
+        if is_sharded(p) or p.numel() == 0:
+            return "A and B are sharded over several processes"
+        if not is_finite(p):
+            return "A or B (or what comes with them) holds NaN or infinity"
     return None
 
 

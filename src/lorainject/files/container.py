@@ -158,8 +158,9 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header.get("__metadata__", {})
 
 
-def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: the header, then one piece a tensor, in the order of the names."""
+def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], raws: Mapping[str, memoryview] | None = None) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: the header, then one piece a tensor, in the order of the names. `raws` are the tensors' bytes, where there
+    are such already."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for key, t in sorted(tensors.items()):
@@ -168,8 +169,8 @@ def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for _, t in sorted(tensors.items()):
-        yield raw(t)
+    for key, t in sorted(tensors.items()):
+        yield raw(t) if raws is None else raws[key]
 
 
 def raw(tensor: Tensor) -> memoryview:

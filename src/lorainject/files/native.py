@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,16 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> dict[Path, Any]:
     """One file, if the path ends in .safetensors, else a directory; with PEFT's config in it unless PEFT would misread something."""
     extras = _extras(file)
     tensors = peft.tensors(file.sites) | {key: t for key, (t, *_) in extras.items()}
-    metadata = {"format": "pt", KEY: encode(file, tensors, {key: said for key, (_, *said) in extras.items()})}
+    raws = {key: container.raw(t) for key, t in tensors.items()}  # they may be copies, off a GPU: once
+    metadata = {"format": "pt", KEY: encode(file, tensors, raws, {key: said for key, (_, *said) in extras.items()})}
     if path.suffix == ".safetensors":
-        return {path: container.dump(tensors, metadata)}
+        return {path: container.dump(tensors, metadata, raws)}
     plain = all(map(peft.holds, file.sites)) and not any(s.magnitude is not None and s.magnitude_axis == "in" for s in file.sites)
     text = (json.dumps(peft.config(file), indent=2, sort_keys=True) + "\n").encode() if plain else None
-    return {path / TENSORS: container.dump(tensors, metadata), path / CONFIG: None if text is None else [text]}
+    return {path / TENSORS: container.dump(tensors, metadata, raws), path / CONFIG: None if text is None else [text]}
 
 
-def encode(file: AdapterFile, tensors: Mapping[str, Tensor], extras: Mapping[str, Sequence[Any]]) -> str:
+def encode(file: AdapterFile, tensors: Mapping[str, Tensor], raws: Mapping[str, memoryview], extras: Mapping[str, Sequence[Any]]) -> str:
     """The record as JSON."""
     sites, base = file.sites, file.base
     more = {key: value for key, value in (("extras", extras), ("namespace", file.namespace if file.namespace != "hf" else "")) if value}
@@ -65,7 +67,8 @@ def encode(file: AdapterFile, tensors: Mapping[str, Tensor], extras: Mapping[str
         "base": base64.b64encode(container.raw(torch.cat([base.sample[s.name] for s in sites]))).decode() if base else "",
         "base_dtypes": [str(base.dtype[s.name]).removeprefix("torch.") for s in sites] if base else [],
     } | more
-    return json.dumps(body | {"digest": _digest(body, tensors)}, separators=(",", ":"))
+    text = _text(body)
+    return f'{text[:-1]},"digest":"{_digest(text, tensors, raws)}"}}'
 
 
 def _extras(file: AdapterFile) -> dict[str, tuple[Any, ...]]:
@@ -91,7 +94,7 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
         if body["version"] not in VERSIONS:
             problems.append(f"its record is of version {body['version']!r}, this library reads {VERSIONS[-1]} and older")
             return None
-        if digest != _digest(body, tensors):
+        if digest != _digest(_text(body), tensors):
             problems.append("its digest does not match: bits were changed since it was written")
             return None
         extras: dict[str, list[Any]] = body.get("extras", {})
@@ -174,13 +177,14 @@ def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     )  # fmt: skip
 
 
-def _digest(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-    for key in sorted(tensors):
-        t = tensors[key]
-        digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(container.raw(t))
-    return digest.hexdigest()
+def _text(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, separators=(",", ":"))
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor], raws: Mapping[str, memoryview] | None = None) -> str:
+    """SHA-256 of the record and of the tensors' names, types, shapes and CRC-32s (which see damage as well, in a quarter of the time)."""
+    marks = (f"{key} {t.dtype} {tuple(t.shape)} {zlib.crc32(raws[key] if raws else container.raw(t))}" for key, t in sorted(tensors.items()))
+    return hashlib.sha256("\n".join([text, *marks]).encode()).hexdigest()
 
 
 FORMAT = Format(name="lorainject", library="lorainject", claims=claims, read=read, write=write,
