@@ -138,9 +138,11 @@ def _target_modules(paths: Sequence[str], sites: Sequence[StoredSite]) -> list[s
 
 def _stored(w: Weight, host: Host, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
-    m, b = payloads.m_and_b(a)
+    (m, b), A, B = payloads.m_and_b(a), a._parameters["A"], a._parameters["B"]
+    assert A is not None
+    assert B is not None
     return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
-                      named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=a.A.detach(), B=a.B.detach(), alpha=a.alpha,
+                      named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=A.detach(), B=B.detach(), alpha=a.alpha,
                       scaling=a.scaling, dropout=a.dropout, magnitude=m, bias=b)  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class StoredSite:
     bias: Tensor | None = None
     """(out,), added to the layer's bias times `scale` (PEFT's lora_bias)."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The path; with the parameter, if that is not `weight`, and the slice."""
         return site_name(self.path, self.parameter, self.label)
