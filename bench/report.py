@@ -42,6 +42,8 @@ the median over the rounds of a ratio taken within the round, with its quartiles
   in this very run, before anything was timed; too far is a failure.
 - *at best* is the limit: what the row could be if only what is needed were done. "torch's calls alone" is the base with the two products written out
   by the fastest of torch's operators, with nothing asked, hooked or cast, measured in the same rounds (bench/floor.py).
+- *must* and *aim* are what this project set itself before it was built. Whole models' `prefill`, `step` and `generate`, and experts on disk, have no
+  must of their own: their aim is that of the row that they are made of.
 - *not seen*: the machine's noise hid one of the two overheads; no verdict.
 """
 

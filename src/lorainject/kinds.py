@@ -82,11 +82,12 @@ def makes_output(cls: type[nn.Module]) -> bool:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether the weight is stored in a form that only the module's own forward can use."""
-    weight: Any = module._parameters.get("weight")
+    weight = module._parameters.get("weight")
     cls: Any = type(module)
     if type(weight) is nn.Parameter:  # whose data are a plain tensor
         return _quantise(cls, nn.Parameter)
-    return _quantise(cls, type(weight), type(getattr(weight, "data", None)))
+    stored: Any = (type(weight), type(getattr(weight, "data", None)))
+    return _quantise(cls, *stored)
 
 
 @cache
