@@ -121,7 +121,7 @@ def _in_range(parts: Sequence[Factors], s: float) -> bool:
 def tiles(rows: int, width: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
     """Whole rows of a matrix, as many as fit (on a CPU into this size), in whole blocks."""
     size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, TALL)
-    step = max(unit, round(size / width / unit) * unit)
+    step = max(unit, size // width // unit * unit)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

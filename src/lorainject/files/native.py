@@ -183,8 +183,11 @@ def _text(body: Mapping[str, Any]) -> str:
 
 def _digest(text: str, tensors: Mapping[str, Tensor], raws: Mapping[str, memoryview] | None = None) -> str:
     """SHA-256 of the record and of the tensors' names, types, shapes and CRC-32s (which see damage as well, in a quarter of the time)."""
-    marks = (f"{key} {t.dtype} {tuple(t.shape)} {zlib.crc32(raws[key] if raws else container.raw(t))}" for key, t in sorted(tensors.items()))
-    return hashlib.sha256("\n".join([text, *marks]).encode()).hexdigest()
+    marks = [text]
+    for key in sorted(tensors):  # one by one: they may be mapped (see Spool), and in memory for as long as somebody has them
+        t = tensors[key]
+        marks.append(f"{key} {t.dtype} {tuple(t.shape)} {zlib.crc32(raws[key] if raws else container.raw(t))}")
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
 FORMAT = Format(name="lorainject", library="lorainject", claims=claims, read=read, write=write,
