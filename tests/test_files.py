@@ -12,6 +12,8 @@ import stat
 import struct
 import subprocess
 import sys
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 
 import lorainject as li
 from lorainject.adapters import hosts
-from lorainject.files import container
+from lorainject.files import container, native
 from lorainject.fingerprint import agree, sample
 
 from models import bert, bits, gpt2, ids, llama, mapped, randomise, run, state
@@ -289,6 +291,33 @@ def test_a_spool_takes_memory_only_for_what_somebody_has(model, tmp_path):
     assert torch.equal(mine, expected[key])
     del mine
     assert mapped() == before
+
+
+class OneByOne(Mapping):
+    """Tensors of which whoever asks for one may still have the last, and no other."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors, self.given = tensors, []
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        assert all(t() is None for t in self.given[:-1]), f"others than the last are still there when {key} is asked for"
+        t = self.tensors[key].clone()
+        self.given.append(weakref.ref(t))
+        return t
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def test_the_digest_takes_tensor_by_tensor(model, tmp_path):
+    """Or a mapped adapter would be in memory as a whole before the first of a checkpoint's weights is merged."""
+    tensors, metadata = container.read(li.save(model, tmp_path / "a.safetensors"))
+    body = json.loads(metadata[native.KEY])
+    assert len(tensors) > 2
+    assert body.pop("digest") == native._digest(native._text(body), OneByOne(tensors))
 
 
 def test_a_spool_needs_no_more_files_than_a_process_may_open(tmp_path):
@@ -646,7 +675,7 @@ FORGED = {
 @pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in FORGED.items()])
 def test_forged_records(change, message, tmp_path):
     """A record whose digest is right and whose slice is not: refused by name, nothing is loaded."""
-    from lorainject.files import commit, container, native
+    from lorainject.files import commit
 
     model = li.inject(nn.Sequential(nn.Linear(4, 9)), ["0[0:3]"], r=2)
     path = li.save(model, tmp_path / "a.safetensors")
@@ -665,7 +694,7 @@ def test_forged_records(change, message, tmp_path):
 
 def test_a_tensor_that_the_record_does_not_know(tmp_path):
     """Said by name, not passed over."""
-    from lorainject.files import commit, container, native
+    from lorainject.files import commit
 
     path = li.save(li.inject(nn.Sequential(nn.Linear(4, 9)), ["0"], r=2), tmp_path / "a.safetensors")
     tensors, metadata = container.read(path)

@@ -154,10 +154,12 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 
 @pytest.mark.parametrize("target", ["0", "0[2:9]"])
 @pytest.mark.parametrize("tokens", [3, 20])
-def test_many_gradients_at_once(target, tokens):
-    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes."""
-    model = layer(target, dtype=torch.float64)
-    x, dys = torch.randn(tokens, I, dtype=torch.float64, requires_grad=True), torch.randn(4, tokens, O, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_many_gradients_at_once(target, tokens, dtype, monkeypatch):
+    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 some rows at a time."""
+    monkeypatch.setattr(accumulate, "PAGE", 4)
+    model = layer(target, dtype=dtype)
+    x, dys = torch.randn(tokens, I, dtype=dtype, requires_grad=True), torch.randn(4, tokens, O, dtype=dtype)
     leaves = [x, *li.parameters(model)]
     for y in (model(x), apart(model, x)):
         one_by_one = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
