@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import lorainject as li
 from lorainject.files import commit
@@ -195,6 +197,23 @@ def test_an_error_leaves_the_old(tmp_path, monkeypatch):
     with pytest.raises(li.FileError, match=r"can't be written: No space left on device\n  - what was there before is untouched"):
         put(2, folder, "peft")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.binary(max_size=20), max_size=12), most=st.lists(st.integers(1, 30), min_size=1), many=st.integers(1, 5), one=st.booleans())
+def test_a_system_that_writes_less_than_it_was_given(tmp_path, pieces, most, many, one):
+    """Every piece is in the file, whole and in its order; also where there is no call for several at once."""
+    written, limits = os.write, itertools.cycle(most)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "MANY", many)
+        patch.setattr(commit, "MOST", 15)
+        patch.setattr(os, "write", lambda fd, piece: written(fd, piece[: next(limits)]))
+        if one:
+            patch.delattr(os, "writev")
+        else:
+            patch.setattr(os, "writev", lambda fd, pieces: written(fd, b"".join(pieces)[: next(limits)]))
+        commit.write({tmp_path / "x": pieces})
+    assert (tmp_path / "x").read_bytes() == b"".join(pieces)
 
 
 @pytest.mark.parametrize(

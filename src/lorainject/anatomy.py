@@ -145,8 +145,8 @@ def _read(modules: Sequence[nn.Module]) -> tuple[dict[tuple[int, str], list[nn.M
     bypassed: Keys = set()
     for reader in modules:
         source = source_of(bare(type(reader)))
-        for dotted in source.reads:
-            for owner, name in _resolve(reader, dotted.split(".")):
+        for dotted, parts in source.ways:
+            for owner, name in _resolve(reader, parts):
                 if owner is not reader:
                     read.setdefault((id(owner), name), []).append(reader)
                     if "@" in source.products.get(dotted, ()) or dotted.rpartition(".")[0] not in source.calls:

@@ -37,6 +37,11 @@ class Source:
     calls: frozenset[str] = frozenset()
     """What is called: "q_proj"."""
 
+    @functools.cached_property
+    def ways(self) -> tuple[tuple[str, list[str]], ...]:
+        """The reads that say more than that a module reads its own weight, which the most do not; each also part by part."""
+        return tuple((dotted, dotted.split(".")) for dotted in self.reads if "." in dotted or dotted in self.products)
+
 
 _SOURCES: dict[type[nn.Module], Source] = {}
 

@@ -26,7 +26,7 @@ from ..errors import FileError, system_errors
 
 JOURNAL = ".lorainject-save.json"
 LONGEST = 2**16  # bytes of a journal
-BUFFER = 2**20  # bytes that are written at a time: an adapter's tensors are many and small
+MANY, MOST = 1024, 2**30  # pieces and bytes that every system takes at once: an adapter's tensors are many and small
 SECONDS = 60.0  # that a writer waits for another
 TRIES = 1000  # of a reader, while others write
 T = TypeVar("T")
@@ -182,12 +182,23 @@ def _alone(folder: Path) -> Iterator[None]:
 def _put(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """A new file, on disk for good."""
     pieces = list(pieces)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=BUFFER) as f:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0) as f:
         with contextlib.suppress(AttributeError, OSError):  # where there is such a call: its room at once takes less than piece by piece
             os.posix_fallocate(f.fileno(), 0, sum(map(len, pieces)))
-        f.writelines(pieces)
-        f.flush()
+        for i in range(0, len(pieces), MANY):
+            _write(f.fileno(), pieces[i : i + MANY])
         os.fsync(f.fileno())
+
+
+def _write(fd: int, pieces: list[bytes | memoryview]) -> None:
+    """All of these, in as few calls as the system lets us; empties the list."""
+    while pieces:
+        at_once = hasattr(os, "writev") and sum(map(len, pieces)) <= MOST  # Windows has no such call
+        done = os.writev(fd, pieces) if at_once else os.write(fd, pieces[0])
+        while pieces and done >= len(pieces[0]):
+            done -= len(pieces.pop(0))
+        if done:
+            pieces[0] = memoryview(pieces[0])[done:]
 
 
 def _sync(folder: Path) -> None:
