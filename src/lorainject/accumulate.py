@@ -38,7 +38,8 @@ from .lowrank import HOOKED, LowRank, Parts, add, project
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
-CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
+CAST = 1 << 17  # elements that are cast at a time, so that their copies lie in the cache;
+LITTLE, SHARE = 1 << 13, 50  # of a larger matrix no more than a fiftieth, so that hardly any memory is taken, or this many
 PAGE, SOME = 1024, 16  # float32s in 4 KiB; rows at a time where they lie so far apart, and ranks from which on that does not matter
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -139,11 +140,14 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
     for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
         if same:
             add_product(out_MO, h_RM, B_OR, s)
-        elif out_MO.numel() <= CAST:
-            out_MO.add_(F.linear(h_RM.t(), B_OR), alpha=s)
-        else:
-            for rows in _pieces(out_MO):
-                out_MO[rows].add_(F.linear(h_RM[:, rows].t(), B_OR), alpha=s)
+            continue
+        wide = torch.promote_types(y.dtype, B.dtype)
+        h, B_OR = h_RM.to(wide), B_OR.to(wide)
+        for rows in _pieces(out_MO):
+            piece = out_MO[rows].to(wide)
+            add_product(piece, h[:, rows], B_OR, s)
+            out_MO[rows] = piece
+            del piece  # before the next is made
     return out
 
 
@@ -167,8 +171,11 @@ def _pairs(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]
 
 def _pieces(matrix: Tensor) -> Iterator[slice]:
     """As many rows as are cast at a time."""
-    step = max(1, CAST // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
-    return (slice(start, start + step) for start in range(0, max(len(matrix), 1), step))
+    length, elements = len(matrix), matrix.numel()
+    if not matrix.is_cpu or elements <= CAST:
+        return iter((slice(length),))
+    step = max(1, min(CAST, max(LITTLE, elements // SHARE)) // matrix.shape[1])
+    return (slice(start, start + step) for start in range(0, length, step))
 
 
 class Accumulate(Function):
@@ -237,9 +244,11 @@ class Together(Function):
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """A (m * x)^T in A's dtype."""
-    if not p and (x_MI.dtype == A.dtype or x_MI.numel() <= CAST):
-        return thin(A, x_MI if x_MI.dtype == A.dtype else x_MI.to(A.dtype))
-    return torch.cat([thin(A, x) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
+    if p:
+        return torch.cat([thin(A, x) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
+    if x_MI.dtype == A.dtype:
+        return thin(A, x_MI)
+    return torch.cat([thin(A, x_MI[rows].to(A.dtype)) for rows in _pieces(x_MI)], 1)
 
 
 def thin(A: Tensor, x_MI: Tensor) -> Tensor:
@@ -247,15 +256,13 @@ def thin(A: Tensor, x_MI: Tensor) -> Tensor:
     return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else F.linear(x_MI, A).t()
 
 
-def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """m * x in this dtype, and m, some rows at a time."""
-    generator = torch.Generator(x_MI.device).manual_seed(seed) if p else None
-    for rows in _pieces(x_MI) if p or x_MI.dtype != dtype else (slice(None),):
-        x, mask = x_MI[rows].to(dtype), None
-        if generator is not None:
-            mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
-            x = x * mask
-        yield rows, x, mask
+    generator = torch.Generator(x_MI.device).manual_seed(seed)
+    for rows in _pieces(x_MI):
+        x = x_MI[rows].to(dtype)
+        mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+        yield rows, x * mask, mask
 
 
 def _to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
@@ -271,17 +278,14 @@ def _to_B(dy_MO: Tensor, h_RM: Tensor, s: float, parts: Parts) -> Tensor:
 
 def _to_x_and_A(dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool) -> Tensor | None:
     """dh (m * x); m * (dh^T A) is added into dx."""
-    if not p and x_MI.dtype == A.dtype:
+    if not p:
         if dx is not None:
-            add_product(dx, dh_RM, A.t(), 1.0)
-        return dh_RM @ x_MI if wants_A else None
+            accumulated(dx, dh_RM, A.t(), 1.0, (), own=True)
+        return _gathered(dh_RM, x_MI) if wants_A else None
     dA = None
     for rows, x, mask in _dropped(x_MI, A.dtype, p, seed):
         if dx is not None:
-            if mask is None:
-                accumulated(dx[rows], dh_RM[:, rows], A.t(), 1.0, (), own=True)
-            else:
-                dx[rows].add_((dh_RM[:, rows].t() @ A) * mask)
+            dx[rows].add_((dh_RM[:, rows].t() @ A) * mask)
         if wants_A:
             dA = dh_RM[:, rows] @ x if dA is None else dA + dh_RM[:, rows] @ x
     return dA
@@ -291,7 +295,12 @@ def _gathered(h_RM: Tensor, dy_MO: Tensor) -> Tensor:
     """h dy (R, O), in h's dtype."""
     if dy_MO.dtype == h_RM.dtype:
         return h_RM @ dy_MO
-    return functools.reduce(torch.add, (h_RM[:, rows] @ dy_MO[rows].to(h_RM.dtype) for rows in _pieces(dy_MO)))
+    total = None
+    for rows in _pieces(dy_MO):
+        piece = dy_MO[rows].to(h_RM.dtype)
+        total = h_RM[:, rows] @ piece if total is None else total.addmm_(h_RM[:, rows], piece)
+        del piece  # before the next is made
+    return total
 
 
 def is_plain(adapter: LowRank, device: torch.device) -> bool:
