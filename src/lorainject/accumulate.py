@@ -142,12 +142,10 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
             add_product(out_MO, h_RM, B_OR, s)
             continue
         wide = torch.promote_types(y.dtype, B.dtype)
-        h, B_OR = h_RM.to(wide), B_OR.to(wide)
-        for rows in _pieces(out_MO):
-            piece = out_MO[rows].to(wide)
-            add_product(piece, h[:, rows], B_OR, s)
-            out_MO[rows] = piece
-            del piece  # before the next is made
+        n, B_RO = _at_a_time(out_MO), B_OR.to(wide).t()
+        for i, h in enumerate(h_RM.to(wide).split(n, 1)):
+            rows = out_MO.narrow(0, i * n, h.shape[1])
+            rows.copy_(rows.to(wide).addmm_(h.t(), B_RO, alpha=s))
     return out
 
 
@@ -169,13 +167,12 @@ def _pairs(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]
     return [(y_MO[:, columns], B[rows]) for columns, rows in parts] if parts else [(y_MO, B)]
 
 
-def _pieces(matrix: Tensor) -> Iterator[slice]:
+def _at_a_time(matrix: Tensor) -> int:
     """As many rows as are cast at a time."""
-    length, elements = len(matrix), matrix.numel()
+    elements = matrix.numel()
     if not matrix.is_cpu or elements <= CAST:
-        return iter((slice(length),))
-    step = max(1, min(CAST, max(LITTLE, elements // SHARE)) // matrix.shape[1])
-    return (slice(start, start + step) for start in range(0, length, step))
+        return max(1, len(matrix))
+    return max(1, min(CAST, max(LITTLE, elements // SHARE)) // matrix.shape[1])
 
 
 class Accumulate(Function):
@@ -245,10 +242,10 @@ class Together(Function):
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """A (m * x)^T in A's dtype."""
     if p:
-        return torch.cat([thin(A, x) for _, x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
+        return torch.cat([thin(A, x) for x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
     if x_MI.dtype == A.dtype:
         return thin(A, x_MI)
-    return torch.cat([thin(A, x_MI[rows].to(A.dtype)) for rows in _pieces(x_MI)], 1)
+    return torch.cat([thin(A, x.to(A.dtype)) for x in x_MI.split(_at_a_time(x_MI))], 1)
 
 
 def thin(A: Tensor, x_MI: Tensor) -> Tensor:
@@ -256,13 +253,12 @@ def thin(A: Tensor, x_MI: Tensor) -> Tensor:
     return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else F.linear(x_MI, A).t()
 
 
-def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """m * x in this dtype, and m, some rows at a time."""
     generator = torch.Generator(x_MI.device).manual_seed(seed)
-    for rows in _pieces(x_MI):
-        x = x_MI[rows].to(dtype)
-        mask = torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
-        yield rows, x * mask, mask
+    for x in x_MI.split(_at_a_time(x_MI)):
+        mask = torch.empty_like(x, dtype=dtype).bernoulli_(1 - p, generator=generator).div_(1 - p)
+        yield x.to(dtype) * mask, mask
 
 
 def _to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
@@ -282,12 +278,13 @@ def _to_x_and_A(dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: fl
         if dx is not None:
             accumulated(dx, dh_RM, A.t(), 1.0, (), own=True)
         return _gathered(dh_RM, x_MI) if wants_A else None
-    dA = None
-    for rows, x, mask in _dropped(x_MI, A.dtype, p, seed):
+    dA, n = None, _at_a_time(x_MI)
+    for i, (x, mask) in enumerate(_dropped(x_MI, A.dtype, p, seed)):
+        dh = dh_RM.narrow(1, i * n, len(x))
         if dx is not None:
-            dx[rows].add_((dh_RM[:, rows].t() @ A) * mask)
+            dx.narrow(0, i * n, len(x)).add_((dh.t() @ A) * mask)
         if wants_A:
-            dA = dh_RM[:, rows] @ x if dA is None else dA + dh_RM[:, rows] @ x
+            dA = dh @ x if dA is None else dA + dh @ x
     return dA
 
 
@@ -295,11 +292,11 @@ def _gathered(h_RM: Tensor, dy_MO: Tensor) -> Tensor:
     """h dy (R, O), in h's dtype."""
     if dy_MO.dtype == h_RM.dtype:
         return h_RM @ dy_MO
-    total = None
-    for rows in _pieces(dy_MO):
-        piece = dy_MO[rows].to(h_RM.dtype)
-        total = h_RM[:, rows] @ piece if total is None else total.addmm_(h_RM[:, rows], piece)
-        del piece  # before the next is made
+    n = _at_a_time(dy_MO)
+    (h, dy), *more = zip(h_RM.split(n, 1), dy_MO.split(n), strict=True)
+    total = h @ dy.to(h.dtype)
+    for h, dy in more:
+        total = total.addmm_(h, dy.to(h.dtype))
     return total
 
 
