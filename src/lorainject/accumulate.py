@@ -38,8 +38,8 @@ from .lowrank import HOOKED, LowRank, Parts, add, project
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
-CAST = 1 << 17  # elements that are cast at a time, so that their copies lie in the cache;
-LITTLE, SHARE = 1 << 13, 50  # of a larger matrix no more than a fiftieth, so that hardly any memory is taken, or this many
+CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
+LITTLE, SHARE = 1 << 13, 50  # and hardly take memory: of what is larger a fiftieth at most, or this many
 PAGE, SOME = 1024, 16  # float32s in 4 KiB; rows at a time where they lie so far apart, and ranks from which on that does not matter
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -142,7 +142,7 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
             add_product(out_MO, h_RM, B_OR, s)
             continue
         wide = torch.promote_types(y.dtype, B.dtype)
-        n, B_RO = _at_a_time(out_MO), B_OR.to(wide).t()
+        n, B_RO = _at_a_time(out_MO, SHARE), B_OR.to(wide).t()
         for i, h in enumerate(h_RM.to(wide).split(n, 1)):
             rows = out_MO.narrow(0, i * n, h.shape[1])
             rows.copy_(rows.to(wide).addmm_(h.t(), B_RO, alpha=s))
@@ -167,12 +167,12 @@ def _pairs(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]
     return [(y_MO[:, columns], B[rows]) for columns, rows in parts] if parts else [(y_MO, B)]
 
 
-def _at_a_time(matrix: Tensor) -> int:
-    """As many rows as are cast at a time."""
+def _at_a_time(matrix: Tensor, share: int = 1) -> int:
+    """As many rows as are cast at a time, of many no more than 1/share."""
     elements = matrix.numel()
     if not matrix.is_cpu or elements <= CAST:
         return max(1, len(matrix))
-    return max(1, min(CAST, max(LITTLE, elements // SHARE)) // matrix.shape[1])
+    return max(1, min(CAST, max(LITTLE, elements // share)) // matrix.shape[1])
 
 
 class Accumulate(Function):
@@ -245,7 +245,7 @@ def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
         return torch.cat([thin(A, x) for x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
     if x_MI.dtype == A.dtype:
         return thin(A, x_MI)
-    return torch.cat([thin(A, x.to(A.dtype)) for x in x_MI.split(_at_a_time(x_MI))], 1)
+    return torch.cat([thin(A, x.to(A.dtype)) for x in x_MI.split(_at_a_time(x_MI, SHARE))], 1)
 
 
 def thin(A: Tensor, x_MI: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def _gathered(h_RM: Tensor, dy_MO: Tensor) -> Tensor:
     """h dy (R, O), in h's dtype."""
     if dy_MO.dtype == h_RM.dtype:
         return h_RM @ dy_MO
-    n = _at_a_time(dy_MO)
+    n = _at_a_time(dy_MO, SHARE)
     (h, dy), *more = zip(h_RM.split(n, 1), dy_MO.split(n), strict=True)
     total = h @ dy.to(h.dtype)
     for h, dy in more:
