@@ -180,6 +180,22 @@ def test_dropout_under_checkpointing(reentrant):
     assert not torch.equal(model[0](x), model[0](x))
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("slices", [None, (range(3), range(10, 20))])
+@pytest.mark.parametrize(("of_x", "of_y"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_base_whose_output_is_of_another_dtype(of_x, of_y, slices, instructions, monkeypatch):
+    """Output and every gradient, each in its own dtype, cast some rows at a time."""
+    monkeypatch.setattr(module, "CAST", 60)
+    monkeypatch.setattr(module, "_has_instructions", lambda half: instructions)
+    a, x, y = low_rank(slices=slices), torch.randn(131, I, dtype=of_x, requires_grad=True), torch.randn(131, O, dtype=of_y, requires_grad=True)
+    out, dy = a(accumulate, y.clone(), x, True), torch.randn(131, O, dtype=of_y)
+    found = [out.detach(), *torch.autograd.grad(out, (y, x, a.A, a.B), dy)]
+    assert [t.dtype for t in found] == [of_y, of_y, of_x, torch.float32, torch.float32]
+    eps = torch.finfo(torch.bfloat16).eps
+    for got, want in zip(found, exact(a, y, x, dy), strict=True):
+        assert torch.allclose(got.double(), want, rtol=20 * eps, atol=20 * eps * max(1.0, float(want.abs().max())))
+
+
 def test_dropout_keeps_the_mean_and_drops_its_share():
     """Elements are zero with probability p, the others 1 / (1 - p) times as large."""
     masks = torch.cat([m for _, m in module._dropped(torch.ones(500, 100), torch.float32, 0.3, seed=1)])

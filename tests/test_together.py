@@ -154,10 +154,12 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 
 @pytest.mark.parametrize("target", ["0", "0[2:9]"])
 @pytest.mark.parametrize("tokens", [3, 20])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_many_gradients_at_once(target, tokens, dtype, monkeypatch):
-    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 some rows at a time."""
+    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
     monkeypatch.setattr(accumulate, "PAGE", 4)
+    monkeypatch.setattr(accumulate, "CAST", 60)
+    monkeypatch.setattr(accumulate, "_has_instructions", lambda half: False)
     model = layer(target, dtype=dtype)
     x, dys = torch.randn(tokens, I, dtype=dtype, requires_grad=True), torch.randn(4, tokens, O, dtype=dtype)
     leaves = [x, *li.parameters(model)]

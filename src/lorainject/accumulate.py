@@ -15,7 +15,8 @@ In training a frozen nn.Linear and the only adapter that is on are one step of t
 base's own dx_MI = dy_MO W0_OI, of which autograd would make a third tensor of x's size. Projections that share x A^T (siblings.py) sum theirs anyway.
 
 A and B, kept in float32, are cast down to y's dtype, which is small beside casting x up. A CPU without instructions for half precision computes
-in float32 instead, some rows of x and y at a time, so that what is cast stays in the cache (bfloat16 costs it 18 times as much).
+in float32 instead, some rows of x and y at a time, so that what is cast stays in the cache and hardly takes memory (bfloat16 costs it 18 times as
+much).
 
 torch.compile fuses, and function transforms (vmap, jvp), tracing and modes that watch operators need plain ones: they get the formula
 as it stands (lowrank.project).
@@ -138,14 +139,7 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
         return y
     out = y if own else y.clone(memory_format=torch.contiguous_format)
     for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
-        if same:
-            add_product(out_MO, h_RM, B_OR, s)
-            continue
-        wide = torch.promote_types(y.dtype, B.dtype)
-        n, B_RO = _at_a_time(out_MO, SHARE), B_OR.to(wide).t()
-        for i, h in enumerate(h_RM.to(wide).split(n, 1)):
-            rows = out_MO.narrow(0, i * n, h.shape[1])
-            rows.copy_(rows.to(wide).addmm_(h.t(), B_RO, alpha=s))
+        (add_product if same else _add_cast)(out_MO, h_RM, B_OR, s)
     return out
 
 
@@ -160,6 +154,15 @@ def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
             part.addmm_(B_OR, h, alpha=s)
     else:
         y_MO.t().addmm_(B_OR, h_RM, alpha=s)
+
+
+def _add_cast(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
+    """The same for y of another dtype, in the wider of the two: some rows of y are cast, added to and rounded once."""
+    wide = torch.promote_types(y_MO.dtype, B_OR.dtype)
+    n, B_RO = _at_a_time(y_MO, SHARE), B_OR.to(wide).t()
+    for i, h in enumerate(h_RM.to(wide).split(n, 1)):
+        rows = y_MO.narrow(0, i * n, h.shape[1])
+        rows.copy_(rows.to(wide).addmm_(h.t(), B_RO, alpha=s))
 
 
 def _pairs(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]:
@@ -208,7 +211,7 @@ class Project(Function):
     def backward(ctx: Any, dh_RM: Tensor) -> Any:
         x_MI, A = ctx.saved_tensors
         wants_x, wants_A, *_ = ctx.needs_input_grad
-        dx = torch.zeros_like(x_MI) if wants_x else None
+        dx = dh_RM.new_zeros(x_MI.shape, dtype=x_MI.dtype) if wants_x else None  # of dh: there may be many at once (is_grads_batched)
         return dx, _to_x_and_A(dx, dh_RM, x_MI, A, ctx.p, ctx.seed, wants_A), None, None
 
 
@@ -296,7 +299,7 @@ def _gathered(h_RM: Tensor, dy_MO: Tensor) -> Tensor:
     (h, dy), *more = zip(h_RM.split(n, 1), dy_MO.split(n), strict=True)
     total = h @ dy.to(h.dtype)
     for h, dy in more:
-        total = total.addmm_(h, dy.to(h.dtype))
+        total.addmm_(h, dy.to(h.dtype))
     return total
 
 

@@ -39,7 +39,7 @@ class Source:
 
     @functools.cached_property
     def ways(self) -> tuple[tuple[str, list[str]], ...]:
-        """The reads that say more than that a module reads its own weight, which the most do not; each also part by part."""
+        """The reads of others' weights, and of own ones in products; each also part by part. (Most reads are a module's of its own weight.)"""
         return tuple((dotted, dotted.split(".")) for dotted in self.reads if "." in dotted or dotted in self.products)
 
 

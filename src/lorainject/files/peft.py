@@ -141,7 +141,7 @@ def _targets(given: Any, chosen: list[str]) -> list[str]:
     """The list as it stood, if its entries still mean these paths, all and each; else the paths themselves."""
     if not isinstance(given, list) or set(targeted({"target_modules": given}, chosen)) != set(chosen):
         return chosen
-    return sorted(given) if all(any(f".{path}".endswith(f".{entry}") for path in chosen) for entry in given) else chosen
+    return sorted(given) if all(any(targeted({"target_modules": [entry]}, [path]) for path in chosen) for entry in given) else chosen
 
 
 def _saved(file: AdapterFile) -> list[str] | None:
