@@ -191,9 +191,9 @@ def test_a_base_whose_output_is_of_another_dtype(of_x, of_y, slices, instruction
     out, dy = a(accumulate, y.clone(), x, True), torch.randn(131, O, dtype=of_y)
     found = [out.detach(), *torch.autograd.grad(out, (y, x, a.A, a.B), dy)]
     assert [t.dtype for t in found] == [of_y, of_y, of_x, torch.float32, torch.float32]
-    eps = torch.finfo(torch.bfloat16).eps
+    most = torch.finfo(torch.bfloat16).eps * (2 if instructions else 1)  # A, B, x, h and dy are rounded, or the output alone
     for got, want in zip(found, exact(a, y, x, dy), strict=True):
-        assert torch.allclose(got.double(), want, rtol=20 * eps, atol=20 * eps * max(1.0, float(want.abs().max())))
+        assert float((got.double() - want).norm() / want.norm()) < most
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
