@@ -157,7 +157,7 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_many_gradients_at_once(target, tokens, dtype, monkeypatch):
     """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
-    monkeypatch.setattr(accumulate, "PAGE", 4)
+    monkeypatch.setattr(accumulate, "LARGE", 1)
     monkeypatch.setattr(accumulate, "CAST", 60)
     monkeypatch.setattr(accumulate, "_has_instructions", lambda half: False)
     model = layer(target, dtype=dtype)
