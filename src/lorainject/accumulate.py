@@ -31,9 +31,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, float32, is_grad_enabled, mv, nn  # by their own names: torch's dictionary has left the cache since the last token
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
+from torch.nn.functional import linear
 
 from .lowrank import HOOKED, LowRank, Parts, add, project
 
@@ -48,6 +50,11 @@ HALVES = (torch.bfloat16, torch.float16)
 def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
     """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody.
     `h_RM` is A x^T, where siblings have it already."""
+    return add(adapter, y, project, x) if is_compiling() else accumulate_eagerly(adapter, y, x, own, h_RM)
+
+
+def accumulate_eagerly(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
+    """The same where torch.compile does not look on."""
     of = adapter.__dict__  # an attribute of a module takes longer
     parts, factors = of["parts"], of["_parameters"]
     if parts is None or is_watched(y):
@@ -55,32 +62,33 @@ def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor |
     B: Tensor = factors["B"]
     if h_RM is None:
         A: Tensor = factors["A"]
-        p, tokens = of["dropout"] if of["training"] else 0.0, x.numel() // (x.shape[-1] or 1)
+        p = of["dropout"] if of["training"] else 0.0
+        bare = own and not (parts or p or is_grad_enabled())  # in inference, as it mostly is, the same as below in less calls
+        if bare and y.numel() == of["out"] and A.dtype == B.dtype == float32 == computed_in(y, 1):  # one token: every line counts beside its products
+            h_R = mv(A, x.reshape(-1).float())
+            if y.dtype != float32 or not y.is_contiguous():  # a term that small may take memory
+                return y.add_(mv(B, h_R), alpha=of["scale"])
+            y.view(-1).addmv_(B, h_R, alpha=of["scale"])
+            return y
+        tokens = x.numel() // (x.shape[-1] or 1)
         dtype = computed_in(y, tokens)
-        if own and not (parts or p or torch.is_grad_enabled()):
-            # In inference, as it mostly is, the same as below: beside a few tokens' products every call counts, and every line.
-            if tokens <= FEW_HALF and dtype == A.dtype == B.dtype == torch.float32 and (tokens <= FEW or y.dtype in HALVES):
-                if tokens != 1:  # a term that small may take memory
-                    return y.add_(F.linear(F.linear(x.float(), A), B), alpha=adapter.scale)
-                h_R = torch.mv(A, x.reshape(-1).float())
-                if y.dtype != dtype or not y.is_contiguous():
-                    return y.add_(torch.mv(B, h_R), alpha=adapter.scale)
-                y.view(-1).addmv_(B, h_R, alpha=adapter.scale)
-                return y
+        if bare:
+            if tokens <= FEW_HALF and A.dtype == B.dtype == float32 == dtype and (tokens <= FEW or y.dtype in HALVES):
+                return y.add_(linear(linear(x.float(), A), B), alpha=adapter.scale)
             if x.dtype == y.dtype == dtype and y.is_contiguous():
                 add_product(y.view(-1, y.shape[-1]), torch.mm(A.to(dtype), x.reshape(-1, x.shape[-1]).t()), B.to(dtype), adapter.scale)
                 return y
         h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), p)
     if B.dtype != h_RM.dtype:
         B = B.to(h_RM.dtype)
-    grad = torch.is_grad_enabled() and (h_RM.requires_grad or y.requires_grad or B.requires_grad)
+    grad = is_grad_enabled() and (h_RM.requires_grad or y.requires_grad or B.requires_grad)
     own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
     return Accumulate.apply(y, h_RM, B, adapter.scale, parts, own) if grad else accumulated(y, h_RM, B, adapter.scale, parts, own)
 
 
 def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
     """A (m * x)^T in A's dtype, for autograd, and no view; m is dropout's mask."""
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return projected(x_MI, A, p, _seed() if p else 0)
     return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else torch.mm(A, x_MI.t())
 
@@ -91,10 +99,10 @@ def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Te
     return Together.apply(x, factors["A"], factors["B"], W0, bias, adapter.scale, p, _seed() if p else 0, adapter.parts)
 
 
-def joins(adapter: LowRank, x: Tensor, linear: nn.Module) -> bool:
+def joins(adapter: LowRank, x: Tensor, layer: nn.Module) -> bool:
     """Whether its term may be taken together with the linear layer's product: that is frozen, and nobody must see either by itself. (For an A that
     does not train x need not be saved, which `Together` does.)"""
-    for p in linear._parameters.values():
+    for p in layer._parameters.values():
         if p is not None and (p.requires_grad or type(p) is not nn.Parameter):
             return False
     A: Tensor = adapter._parameters["A"]  # type: ignore[assignment]
@@ -110,15 +118,15 @@ def _seed() -> int:
 
 
 def is_watched(y: Tensor) -> bool:
-    """Whether somebody must see plain operators, or y is not memory that can be written to."""
-    return (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0 or type(y) is not Tensor)  # fmt: skip
+    """Whether somebody but torch.compile must see plain operators, or y is not memory that can be written to."""
+    return (_is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
+            or forward_ad._current_level >= 0 or type(y) is not Tensor)  # fmt: skip
 
 
 def computed_in(y: Tensor, tokens: int) -> torch.dtype:
     """The dtype of the products."""
     if y.dtype in HALVES and y.is_cpu and (tokens <= FEW_HALF or not _has_instructions(y.dtype)):
-        return torch.float32
+        return float32
     return y.dtype
 
 
@@ -151,7 +159,7 @@ def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
     """
     (tokens, out), r = y_MO.shape, B_OR.shape[1]
     at_once, rest = tokens // SOME, tokens % SOME
-    if y_MO.numel() < LARGE or r not in THIN or not at_once or y_MO.dtype != torch.float32 or not y_MO.is_cpu or torch.is_grad_enabled():
+    if y_MO.numel() < LARGE or r not in THIN or not at_once or y_MO.dtype != float32 or not y_MO.is_cpu or is_grad_enabled():
         y_MO.t().addmm_(B_OR, h_RM, alpha=s)
         return
     y, h = y_MO.narrow(0, 0, tokens - rest), h_RM.t().narrow(0, 0, tokens - rest)
@@ -226,7 +234,7 @@ class Together(Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W0: Tensor, bias: Tensor | None, s: float, p: float, seed: int, parts: Parts) -> Tensor:
         x_MI = x.reshape(-1, x.shape[-1])
         dtype = computed_in(x, x_MI.shape[0])
-        y, h_RM = F.linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
+        y, h_RM = linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
         ctx.save_for_backward(x, h_RM, A, B, W0 if ctx.needs_input_grad[0] else None)
         ctx.how = s, p, seed, parts
         y = y.detach() if y._is_view() else y  # what is returned can't be written to afterwards, if it is a view
@@ -238,7 +246,7 @@ class Together(Function):
         (x, h_RM, A, B, W0), (s, p, seed, parts) = ctx.saved_tensors, ctx.how
         wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
         x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_RM.dtype)
-        if torch.is_grad_enabled():  # what is computed here will be differentiated, and h with it
+        if is_grad_enabled():  # what is computed here will be differentiated, and h with it
             h_RM = Project.apply(x_MI, A_RI, p, seed)
         dx = dy @ W0 if wants_x else None  # of x's shape at once: autograd copies a view before it adds another layer's to it
         dA = _to_x_and_A(dx if dx is None else dx.view(x_MI.shape), _to_h(dy_MO, B.to(h_RM.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
@@ -257,7 +265,7 @@ def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
 
 def thin(A: Tensor, x_MI: Tensor) -> Tensor:
     """A x^T (R, M); of few tokens by way of x A^T, which is as fast or faster then."""
-    return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else F.linear(x_MI, A).t()
+    return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else linear(x_MI, A).t()
 
 
 def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
+from torch.nn.functional import linear
 
-from .accumulate import accumulate, joins, together
+from .accumulate import accumulate_eagerly, joins, together
 from .adapters import Adapters
 from .graft import Graft
 from .kinds import makes_output
@@ -28,15 +28,15 @@ class LoraForward(Graft):
         """As the base's; one frozen nn.Linear with one adapter on, which is the most of all calls, without what others need to be asked."""
         base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
-        own = type(weight) is nn.Parameter and not torch.compiler.is_compiling()
+        own = type(weight) is nn.Parameter and not is_compiling()
         if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
-            if not torch.is_grad_enabled():
-                return accumulate(low, F.linear(args[0], weight, self._parameters["bias"]), args[0], True)
+            if not is_grad_enabled():
+                return accumulate_eagerly(low, linear(args[0], weight, self._parameters["bias"]), args[0], True)
             if joins(low, args[0], self):
                 return together(low, args[0], weight, self._parameters["bias"])
         own = own and makes_output(base)  # type: ignore[arg-type]
         x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
-        shape = x.shape if own and torch.is_grad_enabled() and _would_be_view(self, x) else None
+        shape = x.shape if own and is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
             x = x.flatten(0, -2)
             args, kwargs = (x,), {}

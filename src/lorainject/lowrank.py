@@ -116,15 +116,11 @@ class LowRank(Asked):
     """Outputs of the whole weight."""
     slices: tuple[range, ...] | None
     s: Tensor
+    scale: float
+    """The same as a Python float."""
     rows: Tensor | None
     parts: Parts | None
     """The same in runs; None if it has none."""
-
-    @property
-    def scale(self) -> float:
-        """s as a Python float."""
-        own = self.__dict__  # it is asked for every token
-        return scale(own["alpha"], own["r"], own["scaling"])
 
     def forward(self, use: Callable[..., Any], *args: Any) -> Any:
         return use(self, *args)
@@ -146,9 +142,16 @@ class LowRank(Asked):
         self._rebuild()
         return self
 
+    @torch.no_grad()
+    def rescale(self, alpha: float, scaling: str) -> None:
+        """Another s in the memory of the old one, where what was compiled looks for it."""
+        vars(self).update(alpha=alpha, scaling=scaling, scale=scale(alpha, self.r, scaling))
+        self.s.fill_(self.scale)
+
     def _rebuild(self) -> None:
         """What follows from Python values, on the device that A is on."""
-        self.s = torch.tensor(self.scale, dtype=torch.float32, device=self.A.device)
+        self.s = torch.empty((), dtype=torch.float32, device=self.A.device)
+        self.rescale(self.alpha, self.scaling)
         if self.slices is not None:
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 

@@ -85,5 +85,4 @@ def _fill(low: LowRank, s: StoredSite | None) -> None:
         return
     low.A.copy_(s.A)
     low.B.copy_(s.B)
-    low.alpha, low.scaling = s.alpha, s.scaling
-    low.s.fill_(low.scale)
+    low.rescale(s.alpha, s.scaling)
