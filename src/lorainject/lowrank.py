@@ -146,12 +146,12 @@ class LowRank(Asked):
     def rescale(self, alpha: float, scaling: str) -> None:
         """Another s in the memory of the old one, where what was compiled looks for it."""
         vars(self).update(alpha=alpha, scaling=scaling, scale=scale(alpha, self.r, scaling))
-        self.s.fill_(self.scale)
+        self.s.copy_(torch.tensor(self.scale))  # fill_ refuses what float32 does not hold
 
     def _rebuild(self) -> None:
         """What follows from Python values, on the device that A is on."""
-        self.s = torch.empty((), dtype=torch.float32, device=self.A.device)
-        self.rescale(self.alpha, self.scaling)
+        vars(self)["scale"] = scale(self.alpha, self.r, self.scaling)
+        self.s = torch.tensor(self.scale, dtype=torch.float32, device=self.A.device)
         if self.slices is not None:
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 
