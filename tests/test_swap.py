@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lorainject as li
 from lorainject import siblings
+from lorainject.lowrank import LowRank
 
 X = {"input_ids": torch.arange(12).view(2, 6)}
 MOST = 8
@@ -167,3 +168,15 @@ def test_another_base_is_refused(fresh, files):
         li.hotswap(model, files[0][0])
     assert state(model) == before
     li.hotswap(model, files[0][0], check_base=False)
+
+
+def test_another_scale_in_the_same_memory():
+    """What was compiled reads s where it lay, and the number beside it says the same; one that float32 does not hold is infinite in s."""
+    low = LowRank(torch.ones(4, 3), torch.ones(5, 4), alpha=8, scaling="standard", dropout=0.0, init="kaiming")
+    s = low.s
+    for alpha, scaling, want in ((6.0, "rslora", 3.0), (6.0, "standard", 1.5)):
+        low.rescale(alpha, scaling)
+        assert low.s is s
+        assert (float(s), low.scale, low.alpha, low.scaling) == (want, want, alpha, scaling)
+    low.rescale(1e300, "standard")
+    assert (float(s), low.scale) == (float("inf"), 2.5e299)
