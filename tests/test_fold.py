@@ -153,9 +153,11 @@ def test_a_sum_is_the_same_however_the_matrix_is_cut(data):
 @given(data=st.data())
 def test_a_sum_for_good_has_the_bits_of_its_definition(data):
     """Wherever the weight lies, in place or not."""
-    rows, width, r = data.draw(st.tuples(st.integers(1, 300), st.integers(1, 5000), st.sampled_from([1, 3, 8, 16, 64, 128])))
+    some = st.one_of(st.integers(1, 300), st.integers(1, 40).map(lambda n: blocks.FEW * n))
+    rows, width, r = data.draw(st.tuples(some, st.integers(1, 5000), st.sampled_from([1, 3, 8, 16, 64, 128])))
     dtype, s = data.draw(st.tuples(st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1.0, 2.0, -4.0, 0.5, 1.7, 128.0])))
-    w0, in_place = weight((rows, width + 16), dtype)[:, 16:], data.draw(st.booleans())
+    left, in_place = data.draw(st.tuples(st.sampled_from([0, 16]), st.booleans()))
+    w0 = weight((rows, width + left), dtype)[:, left:]
     d = of(weight((rows, r), torch.float32, 1), weight((r, width), torch.float32, 2), s)
     out, exact = w0 if in_place else torch.empty_like(w0), torch.add(w0.float(), blocks.chain(d.P, d.Q), alpha=s).to(dtype)
     Desk().add(w0, d, out)
@@ -167,6 +169,17 @@ def test_where_the_library_adds_up_in_another_order_float64_is_taken(monkeypatch
     monkeypatch.setattr(blocks, "_chained", lambda: False)
     assert of(P, Q, 2.0).P.dtype == torch.float64
     assert of(P, Q, 2.0).s == 1
+
+
+def test_a_library_that_adds_otherwise_in_one_call_is_found_out(monkeypatch):
+    tried = blocks._adds.__wrapped__
+
+    def from_w0_on(P, Q, s, out):
+        for p, q in zip(P.T, Q, strict=True):
+            out.addr_(p, q, alpha=s)
+
+    monkeypatch.setattr(blocks, "add", from_w0_on)
+    assert not tried(8, 100, 2.0)
 
 
 def test_where_there_are_too_many_ranks_float64_is_taken():

@@ -24,6 +24,7 @@ TILE = 1 << 20  # elements: calling torch costs little beside the work on so man
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
 TALL, BROAD = 48, (1024, 2048, 4096)  # a product has so many columns, and a multiple of so many rows: of what a library's innermost loops do at once
 LARGEST = TALL * BROAD[-1]  # elements of a product: what is at work on it lies in a core's own cache
+FEW, THIN = 8, 16  # rows that are added to at a time, and for how many ranks at most: from 24 on strips take less
 BETWEEN = 16  # elements from the end of one row of it to the next
 DEEPEST = 128  # of its ranks: with 193, libraries have been seen to cut the sum over k
 
@@ -77,6 +78,11 @@ class Product(NamedTuple):
     def tiles(self) -> Iterator[slice]:
         """The rows of all its tiles."""
         return tiles(len(self.P), self.Q.shape[-1], self.P.device)
+
+    def adds(self, s: float) -> bool:
+        """Whether s P Q may be added in one call (`add`): fast, and with the bits of the product and the sum."""
+        (rows, r), width = self.P.shape, self.Q.shape[1]
+        return r <= THIN and rows % FEW == 0 and self.P.dtype == torch.float32 and self.P.device.type == "cpu" and _adds(r, width, s)
 
     def strips(self, *tiles: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
         """All of one tile, each with those of these matrices of its shape. (To split them at once takes less than a slice of each.)"""
@@ -145,6 +151,24 @@ def _chained() -> bool:
     with workers() as each:  # in one thread, as it will be
         each(one, (*sizes, (TALL, DEEPEST, BROAD[0])))
     return all(found)
+
+
+def add(P: Tensor, Q: Tensor, s: float, out: Tensor) -> None:
+    """out += s P Q, of a multiple of FEW rows: with few ranks, and few rows at a time, in half the time of a product and a sum."""
+    many = len(P) // FEW
+    out.view(many, FEW, -1).baddbmm_(P.view(many, FEW, -1), Q.expand(many, *Q.shape), alpha=s)
+
+
+@functools.cache
+def _adds(r: int, width: int, s: float) -> bool:
+    """Whether that has the bits of the product and the sum. (Where a library scales the factors instead, no s has but powers of two.)"""
+    g = torch.Generator().manual_seed(0)
+    P, Q, out = (torch.rand(shape, generator=g) for shape in ((TALL, r), (r, width), (TALL, width)))
+    want = out.clone()
+    for strip, (part,) in Product(P, Q).strips(want):
+        part.add_(strip.product(_new, out.dtype), alpha=s)
+    add(P, Q, s, out)
+    return torch.equal(out, want)
 
 
 def multiplied(P: Tensor, Q: Tensor, room: Room) -> Tensor:

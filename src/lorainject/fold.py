@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .bits import BITS, checksum, differing
-from .blocks import Product
+from .blocks import Product, add
 from .errors import MergeError
 
 ENOUGH, LEAST, EVERY = 1 << 13, 1 << 10, 7  # so many elements are measured, of each 1,024 one at least, of some rows in every seventh column
@@ -132,8 +132,14 @@ class Desk(threading.local):
 
     def _plus(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
         """round(a + s P Q)"""
-        for d, (part, total) in self._strips(of, a, out):
-            self._sum(part, d, s, total)
+        if out.is_cpu and of.adds(s):
+            total = out if out.dtype == of.P.dtype and out.is_contiguous() else self.room("sum", out.shape, of.P.dtype)
+            if not total.is_set_to(a):
+                total.copy_(a)
+            add(of.P, of.Q, s, total)
+            return out if total is out else out.copy_(total)
+        for d, (part, strip) in self._strips(of, a, out):
+            self._sum(part, d, s, strip)
         return out
 
     def _sum(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
