@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorainject.accumulate import add_product
+from lorainject.term import add_product
 
 from .measure import Times
 from .models import ALPHA, R, Trio, pairs

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject import accumulate as module
-from lorainject import batched
+from lorainject import batched, term
 from lorainject.accumulate import accumulate
 from lorainject.kinds import makes_output
 from lorainject.lowrank import LowRank
@@ -49,7 +48,7 @@ def inputs(draw) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, dy
 
 
-@pytest.mark.parametrize("large", [module.LARGE, 1])  # with 1, all that is float32 goes some rows at a time
+@pytest.mark.parametrize("large", [term.LARGE, 1])  # with 1, all that is float32 goes some rows at a time
 @pytest.mark.parametrize("instructions", [True, False])
 @given(
     inputs(), st.integers(1, 5), st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]), st.booleans(), st.booleans()
@@ -59,9 +58,9 @@ def test_the_formula(large, instructions, xy, r, slices, own, views):
     x, y, dy = xy
     a = low_rank(r, slices=slices, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_has_instructions", lambda half: instructions)
-        patch.setattr(module, "CAST", 60)
-        patch.setattr(module, "LARGE", large)
+        patch.setattr(term, "_has_instructions", lambda half: instructions)
+        patch.setattr(term, "CAST", 60)
+        patch.setattr(term, "LARGE", large)
         for t in (x, y):
             t.requires_grad_()
         made = (y.clone() if not views else y.clone().view(1, *y.shape)[0]) if own else y
@@ -76,6 +75,14 @@ def test_the_formula(large, instructions, xy, r, slices, own, views):
     assert torch.allclose(
         silent.double(), found[0].double(), rtol=4 * eps, atol=8 * eps * max(1.0, float(silent.abs().max()) if silent.numel() else 1.0)
     )
+
+
+@pytest.mark.parametrize("slices", [None, (range(3),), (range(0, 20, 3),)], ids=str)
+def test_a_scale_that_float32_does_not_hold(slices):
+    """On every route the same, 5/3, beside float64."""
+    a = low_rank(slices=slices, dtype=torch.float64)
+    x, y = torch.randn(4, I, dtype=torch.float64), torch.randn(4, O, dtype=torch.float64)
+    assert torch.allclose(a(accumulate, y.clone(), x, True), exact(a, y, x, y)[0], rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -185,8 +192,8 @@ def test_dropout_under_checkpointing(reentrant):
 @pytest.mark.parametrize(("of_x", "of_y"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_a_base_whose_output_is_of_another_dtype(of_x, of_y, slices, instructions, monkeypatch):
     """Output and every gradient, each in its own dtype, cast some rows at a time."""
-    monkeypatch.setattr(module, "CAST", 60)
-    monkeypatch.setattr(module, "_has_instructions", lambda half: instructions)
+    monkeypatch.setattr(term, "CAST", 60)
+    monkeypatch.setattr(term, "_has_instructions", lambda half: instructions)
     a, x, y = low_rank(slices=slices), torch.randn(131, I, dtype=of_x, requires_grad=True), torch.randn(131, O, dtype=of_y, requires_grad=True)
     out, dy = a(accumulate, y.clone(), x, True), torch.randn(131, O, dtype=of_y)
     found = [out.detach(), *torch.autograd.grad(out, (y, x, a.A, a.B), dy)]
@@ -198,7 +205,7 @@ def test_a_base_whose_output_is_of_another_dtype(of_x, of_y, slices, instruction
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
     """Elements are zero with probability p, the others 1 / (1 - p) times as large."""
-    masks = torch.cat([m for _, m in module._dropped(torch.ones(500, 100), torch.float32, 0.3, seed=1)])
+    masks = torch.cat([m for _, m in term._dropped(torch.ones(500, 100), torch.float32, 0.3, seed=1)])
     assert masks.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
     assert float(masks.mean()) == pytest.approx(1.0, abs=0.02)
 

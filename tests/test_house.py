@@ -14,7 +14,7 @@ import lorainject as li
 
 SOURCE = Path(li.__file__).parent
 # Each floor may import the floors above it in this list, and nothing below.
-FLOORS = ["errors", "workers", "graft", "lowrank", "blocks", "bits", "fold", "accumulate", "batched", "payload", "replaced", "symbolic", "products", "fingerprint", "layouts", "roles", "siblings", "spec", "kinds", "quantised", "routing", "adapters", "forward", "readers", "sources", "anatomy", "match", "find", "change", "exchange", "foldable", "merge", "surgery", "probe",
+FLOORS = ["errors", "workers", "graft", "lowrank", "blocks", "bits", "fold", "term", "accumulate", "batched", "payload", "replaced", "symbolic", "products", "fingerprint", "layouts", "roles", "siblings", "spec", "kinds", "quantised", "routing", "adapters", "forward", "readers", "sources", "anatomy", "match", "find", "change", "exchange", "foldable", "merge", "surgery", "probe",
           "files.record", "files.commit", "files.container", "files.places", "files.shards", "files.transaction", "files.patches", "files.openers", "files.source", "files.exact", "files.format", "files.peft", "files.peft_stacks", "files.peft_reader", "files.native", "files.names", "files.loralib", "files.torchtune", "files.mlx", "files.litgpt", "files.adapterhub", "files.dialects", "files.naming", "files.kohya", "files.diffusers", "files.gguf", "files.onnx", "files.engines", "files.convert", "files.survey", "files.payloads", "files.adapter", "files.swap", "files.sums", "files.planning", "files.checkpoint", "files.inplace", "files", "", "codesearch", "demo", "cli"]  # fmt: skip
 
 

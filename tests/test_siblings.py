@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject import accumulate, siblings
+from lorainject import siblings, term
 from lorainject.adapters import hosts
 from lorainject.siblings import kin
 
@@ -84,7 +84,7 @@ def found(model: Attention, x: Tensor, dys: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("instructions", [True, False])
 def test_where_it_pays(instructions, monkeypatch):
     """On a CPU, for a large input that is cast, and for no other."""
-    monkeypatch.setattr(accumulate, "_has_instructions", lambda half: instructions)
+    monkeypatch.setattr(term, "_has_instructions", lambda half: instructions)
     few, many, small = torch.ones(1, 64, 1024), torch.ones(1, 128, 1024), torch.ones(1, 1, 1024)
     assert not any(map(pays, (few, many, small)))
     assert [pays(x.bfloat16()) for x in (few, many, small)] == [True, not instructions, False]

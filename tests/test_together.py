@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject import accumulate, forward
+from lorainject import accumulate, forward, term
 from lorainject.adapters import hosts
 
 I, O = 24, 20  # noqa: E741
@@ -78,8 +78,8 @@ def test_the_formula(dtype, instructions, data):
     next(iter(hosts(model).values())).adapters["default"].B.requires_grad_(data.draw(st.booleans()))
     eps = torch.finfo(dtype).eps
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulate, "_has_instructions", lambda half: instructions)
-        patch.setattr(accumulate, "CAST", 60)
+        patch.setattr(term, "_has_instructions", lambda half: instructions)
+        patch.setattr(term, "CAST", 60)
         y, grads = found(model, x, dy)
         other, others = apart(found, model, x, dy)
     assert is_together(y)
@@ -157,9 +157,9 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_many_gradients_at_once(target, tokens, dtype, monkeypatch):
     """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
-    monkeypatch.setattr(accumulate, "LARGE", 1)
-    monkeypatch.setattr(accumulate, "CAST", 60)
-    monkeypatch.setattr(accumulate, "_has_instructions", lambda half: False)
+    monkeypatch.setattr(term, "LARGE", 1)
+    monkeypatch.setattr(term, "CAST", 60)
+    monkeypatch.setattr(term, "_has_instructions", lambda half: False)
     model = layer(target, dtype=dtype)
     x, dys = torch.randn(tokens, I, dtype=dtype, requires_grad=True), torch.randn(4, tokens, O, dtype=dtype)
     leaves = [x, *li.parameters(model)]

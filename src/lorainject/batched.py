@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .accumulate import computed_in, is_shareable
+from .accumulate import is_shareable
 from .lowrank import HOOKED, LowRank
+from .term import computed_in
 
 State = tuple[Tensor, Tensor, int, int, int, int]
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from .accumulate import computed_in, is_shareable, is_watched, lowered
+from .accumulate import is_shareable, is_watched, lowered
 from .lowrank import LowRank
 from .roles import NOT_WITH, WORDS
+from .term import computed_in
 
 WORTH = 1 << 16  # elements of an input from which sharing it may save more than it costs
 PROJECTIONS = frozenset().union(*WORDS.values())
