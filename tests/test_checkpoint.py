@@ -499,3 +499,26 @@ def test_a_config_that_no_model_can_be_built_from(made):
     config = made / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 0}))
     assert_refused(made, r"can't be built from its config\.json: .*\n=> mend it")
+
+
+def test_a_float64_checkpoint_by_a_scale_that_float32_does_not_hold(tmp_path):
+    """5/3 is taken as it is in memory, on disk and on the way back."""
+    torch.manual_seed(0)
+    base = mixtral().double()
+    base.save_pretrained(tmp_path / "base")
+    W0 = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    model = li.inject(base, ["q_proj", "experts"], r=3, alpha=5)
+    randomise(model)
+    li.save(model, tmp_path / "adapter")
+    low = model.model.layers[0].self_attn.q_proj.lora["default"]
+    li.merge(model, reversible=False)
+    M = model.model.layers[0].self_attn.q_proj.weight
+    assert torch.allclose(M, W0 + 5 / 3 * (low.B @ low.A), rtol=1e-14, atol=1e-14)
+    li.eject(model).save_pretrained(tmp_path / "memory")
+    li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "disk")
+    assert same(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+    before = tensors(tmp_path / "base")
+    li.merge_in_place(tmp_path / "base", tmp_path / "adapter")
+    assert same(tensors(tmp_path / "base"), tensors(tmp_path / "memory"))
+    li.unmerge_in_place(tmp_path / "base")
+    assert same(tensors(tmp_path / "base"), before)

@@ -84,11 +84,12 @@ def is_hooked(module: Asked) -> bool:
 
 
 class LowRank(Asked):
-    """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d float32 buffer.
+    """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d buffer.
 
-    s is a buffer, since a Python float would make torch.compile build anew whenever it changes, and it follows from
-    `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it. So is `rows` (int64), which follows
-    from `slices`: those of the full weight's outputs that B's rows stand for, where only a slice of a fused weight is adapted.
+    s is in float32, or float64 beside such an A. It is a buffer, since a Python float would make torch.compile build anew whenever it
+    changes, and it follows from `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it. So is `rows`
+    (int64), which follows from `slices`: those of the full weight's outputs that B's rows stand for, where only a slice of a fused weight
+    is adapted.
 
     A and B are used by calling the module, `adapter(function, ...)` -> function(adapter, ...), never read around it, so that
     hooks which bring weights to the right device (accelerate) or gather them (FSDP) do so for A and B as well.
@@ -146,12 +147,12 @@ class LowRank(Asked):
     def rescale(self, alpha: float, scaling: str) -> None:
         """Another s in the memory of the old one, where what was compiled looks for it."""
         vars(self).update(alpha=alpha, scaling=scaling, scale=scale(alpha, self.r, scaling))
-        self.s.copy_(torch.tensor(self.scale))  # fill_ refuses what float32 does not hold
+        self.s.copy_(torch.tensor(self.scale, dtype=torch.float64))  # fill_ refuses what float32 does not hold
 
     def _rebuild(self) -> None:
         """What follows from Python values, on the device that A is on."""
         vars(self)["scale"] = scale(self.alpha, self.r, self.scaling)
-        self.s = torch.tensor(self.scale, dtype=torch.float32, device=self.A.device)
+        self.s = torch.tensor(self.scale, dtype=torch.promote_types(self.A.dtype, torch.float32), device=self.A.device)
         if self.slices is not None:
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 

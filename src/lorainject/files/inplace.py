@@ -171,7 +171,7 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             stored = Stored(dtype, tuple(shape), start, stop)
             t, _ = container.read(base / FOLDER / entry["file"])
             journal = Journal(*(t[field] for field in ("before", "after", "counts", "gaps", "bits")))
-            parts = [Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s)) for i, s in enumerate(entry["s"])]
+            parts = [Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s, dtype=torch.float64)) for i, s in enumerate(entry["s"])]
             runs = torch.arange(len(t["starts"]))
             columns = torch.arange(entry["width"]).numpy()
             patch = Patch(entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False)
