@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from .bits import BITS, checksum, differing
-from .blocks import Product, add
+from .blocks import Product, add, tiles
 from .errors import MergeError
 
 ENOUGH, LEAST, EVERY = 1 << 13, 1 << 10, 7  # so many elements are measured, of each 1,024 one at least, of some rows in every seventh column
+CAST = 3 << 17  # elements that are cast at a time
 WHOLE = -1
 CPU = torch.device("cpu")
 GAP, LONGEST = torch.uint16, (1 << 16) - 1
@@ -133,13 +134,22 @@ class Desk(threading.local):
     def _plus(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
         """round(a + s P Q)"""
         if out.is_cpu and of.adds(s):
-            total = out if out.dtype == of.P.dtype and out.is_contiguous() else self.room("sum", out.shape, of.P.dtype)
-            if not total.is_set_to(a):
-                total.copy_(a)
-            add(of.P, of.Q, s, total)
-            return out if total is out else out.copy_(total)
+            return self._added(a, of, s, out)
         for d, (part, strip) in self._strips(of, a, out):
             self._sum(part, d, s, strip)
+        return out
+
+    def _added(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
+        """The same where P Q can be added in one call."""
+        direct = out.dtype == of.P.dtype and out.is_contiguous()
+        for rows in (slice(None),) if direct else tiles(*out.shape, out.device, CAST):
+            part, P = a[rows], of.P[rows]
+            total = out[rows] if direct else self.room("sum", part.shape, P.dtype)
+            if not total.is_set_to(part):
+                total.copy_(part)
+            add(P, of.Q, s, total)
+            if not direct:
+                out[rows].copy_(total)
         return out
 
     def _sum(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
