@@ -142,7 +142,7 @@ class Desk(threading.local):
     def _added(self, a: Tensor, of: Product, s: float, out: Tensor) -> Tensor:
         """The same where P Q can be added in one call."""
         direct = out.dtype == of.P.dtype and out.is_contiguous()
-        for rows in (slice(None),) if direct else tiles(*out.shape, out.device, CAST):
+        for rows in (slice(None),) if direct else tiles(len(out), out.shape[1], out.device, CAST):
             part, P = a[rows], of.P[rows]
             total = out[rows] if direct else self.room("sum", part.shape, P.dtype)
             if not total.is_set_to(part):
