@@ -89,8 +89,8 @@ class Result:
             return "failed"
         if self.must is None and self.aim is None:
             return ""
-        if self.metric.startswith("rho") and not 0 < self.value < math.inf:  # one of the two overheads was not seen
-            return "not seen"
+        if self.metric.startswith("rho") and not (0 < self.value < math.inf and self.high - self.low <= self.value):
+            return "not seen"  # one of the two overheads, or the size of their quotient
         if self.must is not None and not self.value <= self.must:
             return "must MISSED"
         if self.aim is not None and not self.value <= self.aim:
