@@ -85,6 +85,11 @@ def test_a_scale_that_float32_does_not_hold(slices):
     assert torch.allclose(a(accumulate, y.clone(), x, True), exact(a, y, x, y)[0], rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_the_scale_is_in_a_dtype_that_every_device_has_which_has_that_of_A(dtype):
+    assert low_rank(dtype=dtype).s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("slices", [None, (range(1), range(3, 5))], ids=str)
 @pytest.mark.parametrize("own", [True, False])
