@@ -152,7 +152,7 @@ class LowRank(Asked):
     def _rebuild(self) -> None:
         """What follows from Python values, on the device that A is on."""
         vars(self)["scale"] = scale(self.alpha, self.r, self.scaling)
-        dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32  # (float8, which a file may have, is promoted to nothing)
+        dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32  # float8 has no promotion
         self.s = torch.tensor(self.scale, dtype=dtype, device=self.A.device)
         if self.slices is not None:
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
