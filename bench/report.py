@@ -44,7 +44,7 @@ the median over the rounds of a ratio taken within the round, with its quartiles
   by the fastest of torch's operators, with nothing asked, hooked or cast, measured in the same rounds (bench/floor.py).
 - *must* and *aim* are what this project set itself before it was built. Whole models' `prefill`, `step` and `generate`, and experts on disk, have no
   must of their own: their aim is that of the row that they are made of.
-- *not seen*: the machine's noise hid one of the two overheads, or its quartiles are further apart than a rho is large; no verdict.
+- *not seen*: the machine's noise hid one of the two overheads, or a rho's quartiles are further apart than it is large; no verdict.
 """
 
 

@@ -171,6 +171,16 @@ def test_where_the_library_adds_up_in_another_order_float64_is_taken(monkeypatch
     assert of(P, Q, 2.0).s == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_product_and_sum_may_be_one_call_they_are(dtype, monkeypatch):
+    monkeypatch.setattr(blocks, "_adds", lambda r, width, s: True)
+    monkeypatch.setattr(Desk, "_strips", None)
+    w0, d = weight((4 * blocks.FEW, 100), dtype), Product(weight((4 * blocks.FEW, 8), torch.float32, 1), weight((8, 100), torch.float32, 2), 2.0)
+    exact, out = w0.double() + 2 * d.P.double() @ d.Q.double(), torch.empty_like(w0)
+    Desk().add(w0, d, out)
+    assert torch.allclose(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
 def test_a_library_that_adds_otherwise_in_one_call_is_found_out(monkeypatch):
     tried = blocks._adds.__wrapped__
 

@@ -5,6 +5,7 @@ In float64 it comes out the same to float32's last bit whatever the tile, the BL
 In float32, in half the time, its bits are to be those of one definition (`chain`) however a matrix is cut, transposed or fused, on disk or in
 memory. So it is made of products of a few sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
 multiply-adds. For other sizes, and at the edges of some, it does others. Where it is seen to do something else here, float64 is taken, as on GPUs.
+With few ranks product and sum are one call, where that is seen to have the same bits: it takes 0.6 to 0.75 of the time.
 """
 
 from __future__ import annotations
@@ -153,10 +154,10 @@ def _chained() -> bool:
     return all(found)
 
 
-def add(P: Tensor, Q: Tensor, s: float, out: Tensor) -> None:
-    """out += s P Q, of a multiple of FEW rows: with few ranks, and few rows at a time, in half the time of a product and a sum."""
-    many = len(P) // FEW
-    out.view(many, FEW, -1).baddbmm_(P.view(many, FEW, -1), Q.expand(many, *Q.shape), alpha=s)
+def add(P: Tensor, Q: Tensor, s: float, out: Tensor, few: int = FEW) -> None:
+    """out += s P Q, of a multiple of `few` rows, so many at a time in one call: a library takes less for few ranks than for all rows at once."""
+    many = len(P) // few
+    out.view(many, few, -1).baddbmm_(P.view(many, few, -1), Q.expand(many, *Q.shape), alpha=s)
 
 
 @functools.cache

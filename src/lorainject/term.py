@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, float32, is_grad_enabled  # by their own names: torch's dictionary has left the cache since the last token
 from torch.nn.functional import linear
 
+from .blocks import add
 from .lowrank import Parts
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
@@ -51,13 +52,11 @@ def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
     Where y is larger than a core's cache, a CPU's library adds with few ranks in 0.45 to 0.95 of the time if it is given some rows at a time; where
     it is smaller, or for one rank, or for many, it takes as long or longer so.
     """
-    (tokens, out), r = y_MO.shape, B_OR.shape[1]
-    many, rest = tokens // SOME, tokens % SOME
-    if y_MO.numel() < LARGE or r not in THIN or not many or y_MO.dtype != float32 or not y_MO.is_cpu or is_grad_enabled():
+    tokens, rest = len(y_MO), len(y_MO) % SOME
+    if y_MO.numel() < LARGE or B_OR.shape[1] not in THIN or tokens < SOME or y_MO.dtype != float32 or not y_MO.is_cpu or is_grad_enabled():
         y_MO.t().addmm_(B_OR, h_RM, alpha=s)
         return
-    y, h = (t.narrow(0, 0, tokens - rest).view(many, SOME, t.shape[1]) for t in (y_MO, h_RM.t()))
-    y.baddbmm_(h, B_OR.t().expand(many, r, out), alpha=s)
+    add(h_RM.t().narrow(0, 0, tokens - rest), B_OR.t(), s, y_MO.narrow(0, 0, tokens - rest), few=SOME)
     if rest:
         add_product(y_MO.narrow(0, tokens - rest, rest), h_RM.narrow(1, tokens - rest, rest), B_OR, s)
 
