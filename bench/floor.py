@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorainject.term import add_product
+from lorainject.term import applied
 
 from .measure import Times
 from .models import ALPHA, R, Trio, pairs
@@ -26,12 +26,11 @@ class Products(nn.Linear):
     cast: tuple[Tensor, Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        y, tokens, s = F.linear(x, self.weight), x.numel() // x.shape[-1], ALPHA / R
+        tokens, s = x.numel() // x.shape[-1], ALPHA / R
         if tokens > (16 if x.dtype == torch.float32 else 64):
             A, B = self.cast
-            add_product(y.view(tokens, -1), torch.mm(A, x.view(tokens, -1).t()), B, s)
-            return y
-        A, B = self.factors
+            return applied(x, self.weight, None, torch.mm(A, x.view(tokens, -1).t()), B, s)
+        y, (A, B) = F.linear(x, self.weight), self.factors
         if tokens > 1:
             return y.add_(F.linear(F.linear(x.float(), A), B), alpha=s)
         h_R = torch.mv(A, x.view(-1).float())

@@ -92,6 +92,39 @@ def test_the_formula(dtype, instructions, data):
             assert torch.allclose(got.double(), true.double(), rtol=20 * eps, atol=20 * eps * most)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("instructions", [True, False])
+@given(data=st.data())
+def test_the_formula_in_inference(dtype, instructions, data):
+    """The output, for each dtype, layout, size and slice, to within two roundings of it."""
+    batch = data.draw(st.sampled_from([(), (1,), (16,), (17,), (131,), (2, 40), (3, 1, 9), (0,), (2, 0)]))
+    model = layer(data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=0.4, dtype=dtype).eval()
+    x = torch.randn(*batch, I).to(dtype)
+    if len(batch) > 1 and data.draw(st.booleans()):
+        x = x.mT.contiguous().mT
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode() if data.draw(st.booleans()) else torch.no_grad():
+        patch.setattr(term, "_has_instructions", lambda half: instructions)
+        patch.setattr(term, "CAST", 60)
+        y = model(x)
+    want = exact(model, x, torch.zeros(*batch, O, dtype=dtype))[0]
+    assert (y.shape, y.dtype) == (want.shape, dtype)
+    if y.numel():
+        assert float((y.double() - want).norm() / want.norm()) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(st.integers(1, 700), st.integers(1, 300), st.integers(1, 300), st.booleans())
+def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, width, out, bias):
+    """A term of zeros leaves the layer's output as it is."""
+    model = layer(bias=bias, dtype=dtype, sizes=(width, out))
+    nn.init.zeros_(model[0].lora["default"].B)
+    x = torch.randn(tokens, width, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        y = model(x)
+    assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
@@ -157,7 +190,6 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_many_gradients_at_once(target, tokens, dtype, monkeypatch):
     """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
-    monkeypatch.setattr(term, "LARGE", 1)
     monkeypatch.setattr(term, "CAST", 60)
     monkeypatch.setattr(term, "_has_instructions", lambda half: False)
     model = layer(target, dtype=dtype)
@@ -370,11 +402,18 @@ def test_another_forward_put_in_torchs_place_is_called(monkeypatch):
     assert len(calls) == 1
 
 
-def test_wrong_arguments_are_the_bases_to_refuse():
-    model = layer()
-    for args, kwargs in [((torch.randn(2, I),) * 2, {}), ((), {"nothing": torch.randn(2, I)})]:
-        with pytest.raises(TypeError):
-            model[0](*args, **kwargs)
-    assert model[0](input=torch.randn(2, I)).shape == (2, O)
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, I).double())
+@pytest.mark.parametrize("grad", [True, False])
+def test_wrong_arguments_are_the_bases_to_refuse(grad):
+    model, base = layer(), nn.Linear(I, O)
+    wrong = [torch.randn(40, I).double(), torch.randn(40, I + 1), torch.randn(2, 20, I - 1), torch.randn(()), torch.ones(40, I, dtype=torch.int64)]
+    with torch.set_grad_enabled(grad):
+        for args, kwargs in [((torch.randn(2, I),) * 2, {}), ((), {"nothing": torch.randn(2, I)})]:
+            with pytest.raises(TypeError):
+                model[0](*args, **kwargs)
+        assert model[0](input=torch.randn(2, I)).shape == (2, O)
+        for x in wrong:
+            with pytest.raises(RuntimeError) as refused:
+                base(x)
+            with pytest.raises(RuntimeError) as found:
+                model(x)
+            assert str(found.value) == str(refused.value)

@@ -1,13 +1,15 @@
-"""y += s (x A^T) B^T: the low-rank term of a linear layer, accumulated into the output that the base has just made.
+"""y += s (x A^T) B^T: the low-rank term of a linear layer, accumulated into its output.
 
 One product of width r, and one GEMM that adds (beta = 1), instead of a product of the output's size that is scaled, cast and added: nothing of
-the output's size is allocated, and 4 M O elements less are moved. (The products themselves, and those of the gradients, are in term.py.)
+the output's size is allocated, and 4 M O elements less are moved. Which of the two products adds to the other is as good as free, where both are
+ours to make. (The products themselves, and those of the gradients, are in term.py.)
 
 Saved for the backward are x itself, which sibling projections share, h, A and B. With dropout the seed is saved, not the mask nor the dropped x.
 y passes its gradient on as it is.
 
-In training a frozen nn.Linear and the only adapter that is on are one step of the graph, so that the way back accumulates as well: dh^T A into the
-base's own dx_MI = dy_MO W0_OI, of which autograd would make a third tensor of x's size. Projections that share x A^T (siblings.py) sum theirs anyway.
+In training a frozen nn.Linear and the only adapter that is on are one step of the graph, so that the way back accumulates as well: dh^T A and
+the base's own dx_MI = dy_MO W0_OI, of which autograd would make a third tensor of x's size. Projections that share x A^T (siblings.py) sum theirs
+anyway.
 
 torch.compile fuses, and function transforms (vmap, jvp), tracing and modes that watch operators need plain ones: they get the formula
 as it stands (lowrank.project).
@@ -27,7 +29,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from .lowrank import HOOKED, LowRank, Parts, add, project
-from .term import FEW, FEW_HALF, HALVES, accumulated, add_product, computed_in, projected, to_B, to_h, to_x_and_A
+from .term import FEW, FEW_HALF, HALVES, accumulated, applied, computed_in, projected, to_B, to_h, to_x_and_A
 
 
 def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
@@ -55,12 +57,8 @@ def accumulate_eagerly(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: 
             return y
         tokens = x.numel() // (x.shape[-1] or 1)
         dtype = computed_in(y, tokens)
-        if bare:
-            if tokens <= FEW_HALF and A.dtype == B.dtype == float32 == dtype and (tokens <= FEW or y.dtype in HALVES):
-                return y.add_(linear(linear(x.float(), A), B), alpha=s)
-            if x.dtype == y.dtype == dtype and y.is_contiguous():
-                add_product(y.view(-1, y.shape[-1]), torch.mm(A.to(dtype), x.reshape(-1, x.shape[-1]).t()), B.to(dtype), s)
-                return y
+        if bare and tokens <= (FEW_HALF if y.dtype in HALVES else FEW) and A.dtype == B.dtype == float32 == dtype:
+            return y.add_(linear(linear(x.float(), A), B), alpha=s)
         h_RM = lowered(x.reshape(-1, x.shape[-1]), A.to(dtype), p)
     if B.dtype != h_RM.dtype:
         B = B.to(h_RM.dtype)
@@ -76,6 +74,19 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
     return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else torch.mm(A, x_MI.t())
 
 
+def inferred(adapter: LowRank, x: Tensor, layer: nn.Module) -> Tensor:
+    """x W0^T + bias + s (x A^T) B^T in inference, of a linear layer of torch's own with this adapter alone."""
+    of = layer.__dict__["_parameters"]
+    W0, bias = of["weight"], of["bias"]
+    many = x.ndim > 1 and x.numel() > FEW * x.shape[-1]  # else one token, as it mostly is: every line counts
+    if many and adapter.parts is not None and _takes(layer, x) and not (_dropout(adapter) or is_watched(x)):
+        factors, dtype = adapter.__dict__["_parameters"], computed_in(x, x.numel() // x.shape[-1])
+        if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+            h_RM = projected(x.reshape(-1, x.shape[-1]), factors["A"].to(dtype))
+            return applied(x, W0, bias, h_RM, factors["B"].to(dtype), adapter.scale, adapter.parts)
+    return accumulate_eagerly(adapter, linear(x, W0, bias), x, True)
+
+
 def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
     """x W0^T + bias + s (x A^T) B^T, where the adapter `joins`."""
     p, factors = _dropout(adapter), adapter._parameters
@@ -89,7 +100,15 @@ def joins(adapter: LowRank, x: Tensor, layer: nn.Module) -> bool:
         if p is not None and (p.requires_grad or type(p) is not nn.Parameter):
             return False
     A: Tensor = adapter._parameters["A"]  # type: ignore[assignment]
-    return A.requires_grad and is_plain(adapter, x.device) and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
+    if not (A.requires_grad and _takes(layer, x)):
+        return False
+    return is_plain(adapter, x.device) and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _takes(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the layer does: another input is its own to refuse."""
+    W0: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    return x.dtype == W0.dtype and x.ndim > 0 and x.shape[-1] == W0.shape[-1]
 
 
 def _dropout(adapter: LowRank) -> float:
@@ -150,11 +169,10 @@ class Together(Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W0: Tensor, bias: Tensor | None, s: float, p: float, seed: int, parts: Parts) -> Tensor:
         x_MI = x.reshape(-1, x.shape[-1])
         dtype = computed_in(x, x_MI.shape[0])
-        y, h_RM = linear(x, W0, bias), projected(x_MI, A.to(dtype), p, seed)
+        h_RM = projected(x_MI, A.to(dtype), p, seed)
         ctx.save_for_backward(x, h_RM, A, B, W0 if ctx.needs_input_grad[0] else None)
         ctx.how = s, p, seed, parts
-        y = y.detach() if y._is_view() else y  # what is returned can't be written to afterwards, if it is a view
-        return accumulated(y, h_RM, B.to(dtype), s, parts, own=y.is_contiguous())
+        return applied(x, W0, bias, h_RM, B.to(dtype), s, parts)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -164,8 +182,13 @@ class Together(Function):
         x_MI, dy_MO, A_RI = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), A.to(h_RM.dtype)
         if is_grad_enabled():  # what is computed here will be differentiated, and h with it
             h_RM = Project.apply(x_MI, A_RI, p, seed)
-        dx = dy @ W0 if wants_x else None  # of x's shape at once: autograd copies a view before it adds another layer's to it
-        dA = to_x_and_A(dx if dx is None else dx.view(x_MI.shape), to_h(dy_MO, B.to(h_RM.dtype), s, parts), x_MI, A_RI, p, seed, wants_A)
+        dh = to_h(dy_MO, B.to(h_RM.dtype), s, parts)
+        if p and wants_x:
+            dx = dy @ W0
+            dA = to_x_and_A(dx.view(x_MI.shape), dh, x_MI, A_RI, p, seed, wants_A)
+        else:
+            dx = applied(dy, W0.t(), None, dh, A_RI.t(), 1.0) if wants_x else None
+            dA = to_x_and_A(None, dh, x_MI, A_RI, p, seed, wants_A)
         dB = to_B(dy_MO, h_RM, s, parts) if wants_B else None
         return dx, dA if dA is None else dA.to(A.dtype), dB if dB is None else dB.to(B.dtype), None, None, None, None, None, None
 

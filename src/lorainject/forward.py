@@ -10,9 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
-from torch.nn.functional import linear
 
-from .accumulate import accumulate_eagerly, joins, together
+from .accumulate import inferred, joins, together
 from .adapters import Adapters
 from .graft import Graft
 from .kinds import makes_output
@@ -31,7 +30,7 @@ class LoraForward(Graft):
         own = type(weight) is nn.Parameter and not is_compiling()
         if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
             if not is_grad_enabled():
-                return accumulate_eagerly(low, linear(args[0], weight, self._parameters["bias"]), args[0], True)
+                return inferred(low, args[0], self)
             if joins(low, args[0], self):
                 return together(low, args[0], weight, self._parameters["bias"])
         own = own and makes_output(base)  # type: ignore[arg-type]

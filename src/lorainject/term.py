@@ -18,47 +18,47 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, float32, is_grad_enabled  # by their own names: torch's dictionary has left the cache since the last token
+from torch import Tensor, float32  # by their own names: torch's dictionary has left the cache since the last token
 from torch.nn.functional import linear
 
-from .blocks import add
 from .lowrank import Parts
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
 CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
 LITTLE, SHARE = 1 << 13, 50  # and hardly take memory: of what is larger a fiftieth at most, or this many
-SOME, LARGE, THIN = 16, 1 << 20, range(2, 9)  # tokens that are added to at a time, of how many elements on, and for which ranks
 HALVES = (torch.bfloat16, torch.float16)
+
+
+def applied(x: Tensor, W_OI: Tensor, bias: Tensor | None, h_RM: Tensor, B_OR: Tensor, s: float, parts: Parts = ()) -> Tensor:
+    """x W^T + bias + s h^T B^T (..., out), and no view. (The bias gets no gradient.)
+
+    A CPU makes the term first, and adds the large product to it, with the bits that this has by itself: a library adds up in y anyway, which
+    it then need not fill. Added to y afterwards, the term would fetch it from memory and send it back once more.
+    """
+    if parts or not x.is_cpu or x.dtype != B_OR.dtype:
+        y = linear(x, W_OI, bias)
+        return accumulated(y.detach() if y._is_view() else y, h_RM, B_OR, s, parts, own=y.is_contiguous())
+    y = x.new_empty(*x.shape[:-1], len(W_OI))
+    y_MO = y.view(-1, len(W_OI))
+    if bias is not None:
+        y_MO.copy_(bias)
+    y_MO.addmm_(h_RM.t(), B_OR.t(), beta=bias is not None, alpha=s).addmm_(x.reshape(-1, x.shape[-1]), W_OI.t())
+    return y
 
 
 def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
     """y + s h^T B^T, in y's memory if that may be written to: if it is our `own`."""
     same = y.dtype == B.dtype
-    if same and not parts:  # as it mostly is: every line counts beside products of few tokens
-        if not own:
-            return torch.addmm(y.reshape(-1, y.shape[-1]), h_RM.t(), B.t(), alpha=s).view(y.shape)
-        add_product(y.view(-1, y.shape[-1]), h_RM, B, s)
-        return y
+    if same and not (own or parts):
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h_RM.t(), B.t(), alpha=s).view(y.shape)
     out = y if own else y.clone(memory_format=torch.contiguous_format)
     for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
-        (add_product if same else _add_cast)(out_MO, h_RM, B_OR, s)
+        if same:
+            out_MO.addmm_(h_RM.t(), B_OR.t(), alpha=s)
+        else:
+            _add_cast(out_MO, h_RM, B_OR, s)
     return out
-
-
-def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
-    """y += s h^T B^T.
-
-    Where y is larger than a core's cache, a CPU's library adds with few ranks in 0.45 to 0.95 of the time if it is given some rows at a time; where
-    it is smaller, or for one rank, or for many, it takes as long or longer so.
-    """
-    tokens, rest = len(y_MO), len(y_MO) % SOME
-    if y_MO.numel() < LARGE or B_OR.shape[1] not in THIN or tokens < SOME or y_MO.dtype != float32 or not y_MO.is_cpu or is_grad_enabled():
-        y_MO.t().addmm_(B_OR, h_RM, alpha=s)
-        return
-    add(h_RM.t().narrow(0, 0, tokens - rest), B_OR.t(), s, y_MO.narrow(0, 0, tokens - rest), few=SOME)
-    if rest:
-        add_product(y_MO.narrow(0, tokens - rest, rest), h_RM.narrow(1, tokens - rest, rest), B_OR, s)
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
