@@ -74,14 +74,11 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
     return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else torch.mm(A, x_MI.t())
 
 
-def inferred(adapter: LowRank, x: Tensor, layer: nn.Module) -> Tensor:
-    """x W0^T + bias + s (x A^T) B^T in inference, of a linear layer of torch's own with this adapter alone."""
-    of = layer.__dict__["_parameters"]
-    W0, bias = of["weight"], of["bias"]
-    many = x.ndim > 1 and x.numel() > FEW * x.shape[-1]  # else one token, as it mostly is: every line counts
-    if many and adapter.parts is not None and _takes(layer, x) and not (_dropout(adapter) or is_watched(x)):
+def inferred(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+    """x W0^T + bias + s (x A^T) B^T of many tokens in inference, of a linear layer of torch's own with this adapter alone."""
+    if adapter.parts is not None and _takes(W0, x) and not (_dropout(adapter) or is_watched(x) or torch.is_autocast_enabled(x.device.type)):
         factors, dtype = adapter.__dict__["_parameters"], computed_in(x, x.numel() // x.shape[-1])
-        if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if dtype == x.dtype:
             h_RM = projected(x.reshape(-1, x.shape[-1]), factors["A"].to(dtype))
             return applied(x, W0, bias, h_RM, factors["B"].to(dtype), adapter.scale, adapter.parts)
     return accumulate_eagerly(adapter, linear(x, W0, bias), x, True)
@@ -99,15 +96,14 @@ def joins(adapter: LowRank, x: Tensor, layer: nn.Module) -> bool:
     for p in layer._parameters.values():
         if p is not None and (p.requires_grad or type(p) is not nn.Parameter):
             return False
-    A: Tensor = adapter._parameters["A"]  # type: ignore[assignment]
-    if not (A.requires_grad and _takes(layer, x)):
+    A, W0 = adapter.__dict__["_parameters"]["A"], layer.__dict__["_parameters"]["weight"]
+    if not (A.requires_grad and _takes(W0, x) and is_plain(adapter, x.device)):
         return False
-    return is_plain(adapter, x.device) and not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
+    return not is_watched(x) and not torch.is_autocast_enabled(x.device.type)
 
 
-def _takes(layer: nn.Module, x: Tensor) -> bool:
+def _takes(W0: Tensor, x: Tensor) -> bool:
     """Whether the layer does: another input is its own to refuse."""
-    W0: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     return x.dtype == W0.dtype and x.ndim > 0 and x.shape[-1] == W0.shape[-1]
 
 

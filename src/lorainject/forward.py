@@ -10,12 +10,14 @@ from typing import Any, cast
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
+from torch.nn.functional import linear
 
-from .accumulate import inferred, joins, together
+from .accumulate import accumulate_eagerly, inferred, joins, together
 from .adapters import Adapters
 from .graft import Graft
 from .kinds import makes_output
 from .lowrank import HOOKED, LowRank, is_hooked
+from .term import FEW
 
 LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
 
@@ -30,7 +32,9 @@ class LoraForward(Graft):
         own = type(weight) is nn.Parameter and not is_compiling()
         if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
             if not is_grad_enabled():
-                return inferred(low, args[0], self)
+                if args[0].numel() > FEW * weight.shape[1]:
+                    return inferred(low, args[0], weight, self._parameters["bias"])
+                return accumulate_eagerly(low, linear(args[0], weight, self._parameters["bias"]), args[0], True)
             if joins(low, args[0], self):
                 return together(low, args[0], weight, self._parameters["bias"])
         own = own and makes_output(base)  # type: ignore[arg-type]
