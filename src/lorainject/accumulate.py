@@ -1,8 +1,8 @@
 """y += s (x A^T) B^T: the low-rank term of a linear layer, accumulated into its output.
 
 One product of width r, and one GEMM that adds (beta = 1), instead of a product of the output's size that is scaled, cast and added: nothing of
-the output's size is allocated, and 4 M O elements less are moved. Which of the two products adds to the other is as good as free, where both are
-ours to make. (The products themselves, and those of the gradients, are in term.py.)
+the output's size is allocated, and 4 M O elements less are moved. Where both products are ours to make, a CPU adds the large one
+to the small one instead. (The products themselves, and those of the gradients, are in term.py.)
 
 Saved for the backward are x itself, which sibling projections share, h, A and B. With dropout the seed is saved, not the mask nor the dropped x.
 y passes its gradient on as it is.
@@ -74,7 +74,7 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
     return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else torch.mm(A, x_MI.t())
 
 
-def inferred(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+def in_inference(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
     """x W0^T + bias + s (x A^T) B^T of many tokens in inference, of a linear layer of torch's own with this adapter alone."""
     if adapter.parts is not None and _takes(W0, x) and not (_dropout(adapter) or is_watched(x) or torch.is_autocast_enabled(x.device.type)):
         factors, dtype = adapter.__dict__["_parameters"], computed_in(x, x.numel() // x.shape[-1])

@@ -12,7 +12,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from .accumulate import accumulate_eagerly, inferred, joins, together
+from .accumulate import accumulate_eagerly, in_inference, joins, together
 from .adapters import Adapters
 from .graft import Graft
 from .kinds import makes_output
@@ -32,8 +32,8 @@ class LoraForward(Graft):
         own = type(weight) is nn.Parameter and not is_compiling()
         if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
             if not is_grad_enabled():
-                if args[0].numel() > FEW * weight.shape[1]:
-                    return inferred(low, args[0], weight, self._parameters["bias"])
+                if args[0].numel() > FEW * weight.shape[1]:  # few tokens are not asked what many are
+                    return in_inference(low, args[0], weight, self._parameters["bias"])
                 return accumulate_eagerly(low, linear(args[0], weight, self._parameters["bias"]), args[0], True)
             if joins(low, args[0], self):
                 return together(low, args[0], weight, self._parameters["bias"])

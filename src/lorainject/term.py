@@ -33,11 +33,11 @@ HALVES = (torch.bfloat16, torch.float16)
 def applied(x: Tensor, W_OI: Tensor, bias: Tensor | None, h_RM: Tensor, B_OR: Tensor, s: float, parts: Parts = ()) -> Tensor:
     """x W^T + bias + s h^T B^T (..., out), and no view. (The bias gets no gradient.)
 
-    A CPU makes the term first, and adds the large product to it, with the bits that this has by itself: a library adds up in y anyway, which
-    it then need not fill. Added to y afterwards, the term would fetch it from memory and send it back once more.
+    A CPU makes the term first and adds the large product to it, with the bits that this has by itself. That takes no longer than to store it, since
+    a library adds up in y anyway; added afterwards, the term would fetch y from memory and send it back once more.
     """
     if parts or not x.is_cpu or x.dtype != B_OR.dtype:
-        y = linear(x, W_OI, bias)
+        y = linear(x, W_OI, bias)  # with a bias perhaps a view, which nobody could write to afterwards
         return accumulated(y.detach() if y._is_view() else y, h_RM, B_OR, s, parts, own=y.is_contiguous())
     y = x.new_empty(*x.shape[:-1], len(W_OI))
     y_MO = y.view(-1, len(W_OI))
