@@ -48,17 +48,19 @@ def inputs(draw) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, dy
 
 
+@pytest.mark.parametrize("large", [term.LARGE, 1])  # with 1, all that is float32 goes some rows at a time
 @pytest.mark.parametrize("instructions", [True, False])
 @given(
     inputs(), st.integers(1, 5), st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]), st.booleans(), st.booleans()
 )
-def test_the_formula(instructions, xy, r, slices, own, views):
+def test_the_formula(large, instructions, xy, r, slices, own, views):
     """Output and every gradient, in each dtype, layout, size and slice, with and without half-precision instructions."""
     x, y, dy = xy
     a = low_rank(r, slices=slices, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(term, "_has_instructions", lambda half: instructions)
         patch.setattr(term, "CAST", 60)
+        patch.setattr(term, "LARGE", large)
         for t in (x, y):
             t.requires_grad_()
         made = (y.clone() if not views else y.clone().view(1, *y.shape)[0]) if own else y

@@ -18,6 +18,7 @@ from lorainject import accumulate, forward, term
 from lorainject.adapters import hosts
 
 I, O = 24, 20  # noqa: E741
+LARGE = [term.LARGE, 1]  # with 1, some tokens at a time are added to wherever they are float32
 
 
 def layer(target: str = "0", *, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = (I, O),
@@ -80,6 +81,7 @@ def test_the_formula(dtype, instructions, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(term, "_has_instructions", lambda half: instructions)
         patch.setattr(term, "CAST", 60)
+        patch.setattr(term, "LARGE", data.draw(st.sampled_from(LARGE)))
         y, grads = found(model, x, dy)
         other, others = apart(found, model, x, dy)
     assert is_together(y)
@@ -105,6 +107,7 @@ def test_the_formula_in_inference(dtype, instructions, data):
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode() if data.draw(st.booleans()) else torch.no_grad():
         patch.setattr(term, "_has_instructions", lambda half: instructions)
         patch.setattr(term, "CAST", 60)
+        patch.setattr(term, "LARGE", data.draw(st.sampled_from(LARGE)))
         y = model(x)
     want = exact(model, x, torch.zeros(*batch, O, dtype=dtype))[0]
     assert (y.shape, y.dtype) == (want.shape, dtype)
@@ -114,13 +117,14 @@ def test_the_formula_in_inference(dtype, instructions, data):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@given(st.integers(1, 700), st.one_of(st.integers(1, 300), st.sampled_from([768, 1376, 3000])), st.integers(1, 300), st.booleans())
-def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, width, out, bias):
+@given(st.integers(1, 700), st.one_of(st.integers(1, 300), st.sampled_from([768, 1376, 3000])), st.integers(1, 300), st.booleans(), st.sampled_from(LARGE))
+def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, width, out, bias, large):
     """A term of zeros leaves the layer's output as it is."""
     model = layer(bias=bias, dtype=dtype, sizes=(width, out))
     nn.init.zeros_(model[0].lora["default"].B)
     x = torch.randn(tokens, width, dtype=dtype)
-    with torch.set_grad_enabled(grad):
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(grad):
+        patch.setattr(term, "LARGE", large)
         y = model(x)
     assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
 
@@ -187,10 +191,12 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 
 @pytest.mark.parametrize("target", ["0", "0[2:9]"])
 @pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("large", LARGE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_many_gradients_at_once(target, tokens, dtype, monkeypatch):
+def test_many_gradients_at_once(target, tokens, large, dtype, monkeypatch):
     """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
     monkeypatch.setattr(term, "CAST", 60)
+    monkeypatch.setattr(term, "LARGE", large)
     monkeypatch.setattr(term, "_has_instructions", lambda half: False)
     model = layer(target, dtype=dtype)
     x, dys = torch.randn(tokens, I, dtype=dtype, requires_grad=True), torch.randn(4, tokens, O, dtype=dtype)

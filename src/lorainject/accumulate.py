@@ -2,7 +2,7 @@
 
 One product of width r, and one GEMM that adds (beta = 1), instead of a product of the output's size that is scaled, cast and added: nothing of
 the output's size is allocated, and 4 M O elements less are moved. Where both products are ours to make, a CPU adds the large one
-to the small one instead. (The products themselves, and those of the gradients, are in term.py.)
+to the small one instead, in full precision. (The products themselves, and those of the gradients, are in term.py.)
 
 Saved for the backward are x itself, which sibling projections share, h, A and B. With dropout the seed is saved, not the mask nor the dropped x.
 y passes its gradient on as it is.

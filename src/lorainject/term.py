@@ -18,7 +18,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, float32  # by their own names: torch's dictionary has left the cache since the last token
+from torch import Tensor, float32, is_grad_enabled  # by their own names: torch's dictionary has left the cache since the last token
 from torch.nn.functional import linear
 
 from .lowrank import Parts
@@ -27,23 +27,26 @@ FEW = 16  # tokens up to which a term of its own costs less than the calls that 
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
 CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
 LITTLE, SHARE = 1 << 13, 50  # and hardly take memory: of what is larger a fiftieth at most, or this many
+SOME, LARGE, THIN = 16, 1 << 20, range(2, 13)  # tokens that are added to at a time, of how many elements on, and for which ranks
 HALVES = (torch.bfloat16, torch.float16)
 
 
 def applied(x: Tensor, W_OI: Tensor, bias: Tensor | None, h_RM: Tensor, B_OR: Tensor, s: float, parts: Parts = ()) -> Tensor:
     """x W^T + bias + s h^T B^T (..., out), and no view. (The bias gets no gradient.)
 
-    A CPU makes the term first and adds the large product to it, with the bits that this has by itself. That takes no longer than to store it, since
-    a library adds up in y anyway; added afterwards, the term would fetch y from memory and send it back once more.
+    In full precision a CPU makes the term first and adds the large product to it, with the bits that this has by itself. That takes no longer than
+    to store it, since a library adds up in y anyway; added afterwards, the term would fetch y from memory and send it back once more. (In half
+    precision y is written once, from float32, and to add it to something takes longer.)
     """
-    if parts or not x.is_cpu or x.dtype != B_OR.dtype:
+    if parts or not x.is_cpu or x.dtype in HALVES:
         y = linear(x, W_OI, bias)  # with a bias perhaps a view, which nobody could write to afterwards
         return accumulated(y.detach() if y._is_view() else y, h_RM, B_OR, s, parts, own=y.is_contiguous())
     y = x.new_empty(*x.shape[:-1], len(W_OI))
     y_MO = y.view(-1, len(W_OI))
     if bias is not None:
         y_MO.copy_(bias)
-    y_MO.addmm_(h_RM.t(), B_OR.t(), beta=bias is not None, alpha=s).addmm_(x.reshape(-1, x.shape[-1]), W_OI.t())
+    add_product(y_MO, h_RM, B_OR, s, beta=int(bias is not None))
+    y_MO.addmm_(x.reshape(-1, x.shape[-1]), W_OI.t())
     return y
 
 
@@ -55,10 +58,24 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
     out = y if own else y.clone(memory_format=torch.contiguous_format)
     for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
         if same:
-            out_MO.addmm_(h_RM.t(), B_OR.t(), alpha=s)
+            add_product(out_MO, h_RM, B_OR, s)
         else:
             _add_cast(out_MO, h_RM, B_OR, s)
     return out
+
+
+def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float, beta: int = 1) -> None:
+    """y = beta y + s h^T B^T, in y's memory; for few ranks a CPU takes half as long for some tokens at a time, in one call, as for all at once."""
+    h_MR, B_RO, many = h_RM.t(), B_OR.t(), len(y_MO) // SOME
+    large = y_MO.numel() >= LARGE and y_MO.is_cpu and y_MO.is_contiguous()
+    if not (large and many and len(B_RO) in THIN and y_MO.dtype == float32) or is_grad_enabled():  # (autograd would not follow a part of a part)
+        y_MO.addmm_(h_MR, B_RO, beta=beta, alpha=s)
+        return
+    whole = many * SOME
+    y, h = (t.narrow(0, 0, whole).view(many, SOME, -1) for t in (y_MO, h_MR))
+    y.baddbmm_(h, B_RO.expand(many, *B_RO.shape), beta=beta, alpha=s)
+    if rest := len(y_MO) - whole:
+        add_product(y_MO.narrow(0, whole, rest), h_RM.narrow(1, whole, rest), B_OR, s, beta)
 
 
 def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
