@@ -153,7 +153,8 @@ SLOW = (
     "How much of it torch's own two products take, with nothing beside them, the column *at best* says: with 8 rows (`mm`, `addmm_`) they run at a"
     " fraction of a square product's rate, with 8 columns, as in PEFT, at half of that again (in fp32 a large y is added to 16 tokens at a time,"
     " `baddbmm_`, in half the time). x lies beyond the core's own cache. In bf16 A and B are cast, and a product costs 20 us whatever its size;"
-    " on a processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back. The rest is Python, most of which is to find in memory what the base's product has driven out of the cache."
+    " on a processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back. The rest is Python, most of"
+    " which is to find in memory what the base's product has driven out of the cache."
 )
 STEP = (
     "A third of it is the products with A and B, six in each library, here with 8 rows, in PEFT three of them with 8 columns, which take twice as"
