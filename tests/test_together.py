@@ -117,7 +117,13 @@ def test_the_formula_in_inference(dtype, instructions, data):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@given(st.integers(1, 700), st.one_of(st.integers(1, 300), st.sampled_from([768, 1376, 3000])), st.integers(1, 300), st.booleans(), st.sampled_from(LARGE))
+@given(
+    st.integers(1, 700),
+    st.one_of(st.integers(1, 300), st.sampled_from([768, 1376, 3000])),
+    st.integers(1, 300),
+    st.booleans(),
+    st.sampled_from(LARGE),
+)
 def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, width, out, bias, large):
     """A term of zeros leaves the layer's output as it is."""
     model = layer(bias=bias, dtype=dtype, sizes=(width, out))
