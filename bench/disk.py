@@ -153,7 +153,8 @@ ROWS = (
         goals={"T / PEFT's": Goal(0.35, 0.2), "T / PEFT's, experts": Goal(None, 0.35), "T / cp's": Goal(None, 2), "growth, MiB": Goal(100, 48)},
         measure=merge,
         bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every adapted tensor is read, folded"
-        " and written once, by two threads that wait for Python's lock a third of their time. The memory is the threads' tiles, and what torch"
-        " and transformers build the model's skeleton of: A and B lie in a temporary file, and are mapped while they are used.",
+        " and written once, by two threads that wait for Python's lock a third of their time. A disk that others write to as well may be four times"
+        " as slow from one minute to the next; the quartiles show where it was. The memory is the threads' tiles, and what torch and transformers"
+        " build the model's skeleton of: A and B lie in a temporary file, and are mapped while they are used.",
     ),
 )

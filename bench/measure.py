@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 WARM, MOST = 1, 201  # rounds that are not counted; rounds at most
 STEADY, PATIENCE = 0.1, 5  # a rho's quartiles shall be no more than this share of it away, if that takes no longer than so many times `seconds`
+MATRIX = dict.fromkeys(["aten::mm", "aten::addmm", "aten::addmm_"], "mm and addmm")  # the base's product may be one in the base and another in ours
 Call = Callable[[], object]
 
 
@@ -269,7 +270,10 @@ def excess(ours: Timed, base: Timed, on: Setup) -> str:
             with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.cuda else [])]) as p:
                 timed.call()
             timed.after()
-            found.append(Counter({e.key: (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / 1e3 for e in p.key_averages()}))
+            counted: Counter[str] = Counter()
+            for e in p.key_averages():
+                counted[MATRIX.get(e.key, e.key)] += (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / 1e3
+            found.append(counted)
     keys = set().union(*spent[0], *spent[1])
     more = {key: statistics.median(c[key] for c in spent[0]) - statistics.median(c[key] for c in spent[1]) for key in keys}
     whole, top = sum(more.values()), sorted(more.items(), key=lambda item: -item[1])[:5]

@@ -161,8 +161,8 @@ CALLS = (
     " cache."
 )
 MANY = (
-    "Up to 24 tokens an adapter: two batched products in which each row has its own A and B, which are copied once for the batch. More: two products"
-    " for each adapter, on a copy of its rows where they are not one after the other."
+    "Up to 24 tokens an adapter: two batched products in which each row, or some rows with the same adapter, have their own A and B, which are copied"
+    " once for the batch. More: two products for each adapter, on a copy of its rows where they are not one after the other."
 )
 
 ROWS = (

@@ -316,8 +316,9 @@ def test_rows_of_a_batch(dtype, grad, data):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", ["0", "0[3:10,20:40]"])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("names", "lanes"), [("c.abac", 6), ("abcabcabc", 3), ("aaabbbccc", 3), ("aaaab.aacaaa", 6)])  # the last not all full
+def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes, monkeypatch):
     """In two batched products: adapters of other ranks, scales and dtypes, on a whole weight and on two slices, and rows of the base."""
     torch.manual_seed(0)
     model, used = nn.Sequential(nn.Linear(64, 50, dtype=dtype)), []
@@ -329,7 +330,7 @@ def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, monkeypatch):
     low = next(m["a"] for m in model[0].children())
     if mixed:
         low.bfloat16()
-    names = ["c", None, "a", "b", "a", "c"]
+    names = [None if name == "." else name for name in names]
     x, want = torch.randn(len(names), tokens, 64, dtype=dtype), []
     monkeypatch.setattr(batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: used.append(self) or add(self, y, x))
     with torch.no_grad():
@@ -338,7 +339,7 @@ def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, monkeypatch):
             want.append(model(row[None])[0])
         with li.rows(model, names):
             got = model(x)
-    assert len(used) == len(list(model[0].children()))
+    assert [len(each.A_LRI) for each in used] == [lanes] * len(list(model[0].children()))
     eps = torch.finfo(dtype).eps
     assert torch.allclose(got, torch.stack(want), rtol=8 * eps, atol=30 * eps)
 

@@ -1,16 +1,19 @@
 """One adapter a row: the low-rank terms of a whole batch in two batched products, however many adapters there are.
 
-    y_NTO += (x_NTI A_NRI^T) (s B^T)_NRO
+    y_LTO += (x_LTI A_LRI^T) (s B^T)_LRO
 
-A and B of each row lie one behind the other, copied once for as long as the batch has these adapters; lower ranks are filled up with zeros, and so
-are the rows of the base. In few tokens a row that takes about as long as one product of them all, where a product for each row would be a call each.
+The batch goes in lanes: some rows with the same adapter, whose A and B lie one behind the other, copied once for as long as the batch has these
+adapters; lower ranks are filled up with zeros, and so are the rows of the base. In few tokens a row that takes about as long as one product of them
+all, where a product for each adapter would be a call each.
 
-Legend: N rows of the batch, T tokens a row, I in, O out, R the highest rank.
+Legend: N rows of the batch, L lanes, T tokens of a row or a lane, I in, O out, R the highest rank.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +26,33 @@ from .term import computed_in
 State = tuple[Tensor, Tensor, int, int, int, int]
 
 
+class Lanes(NamedTuple):
+    """A batch in lanes of equally many rows."""
+
+    of: tuple[int | None, ...]
+    """Which adapter each lane has; None: the base."""
+    order: Tensor | None
+    """The rows of all lanes, one behind the other; a lane that is not full has its first row again. None: as they are in the batch."""
+    back: Tensor | None
+    """Where among them each row of the batch is."""
+
+
+@functools.lru_cache(maxsize=64)
+def lanes(rows: tuple[int | None, ...], device: torch.device) -> Lanes:
+    """Of a batch whose row i has this adapter: a lane for each row, unless lanes of the mean length need half as many A and B or fewer."""
+    own: dict[int | None, list[int]] = {}
+    for n, i in enumerate(rows):
+        own.setdefault(i, []).append(n)
+    length = -(-len(rows) // len(own))
+    found = [(i, at[k : k + length]) for i, at in own.items() for k in range(0, len(at), length)]
+    if 2 * len(found) > len(rows):
+        return Lanes(rows, None, None)
+    of, order = tuple(i for i, _ in found), [n for _, lane in found for n in lane + lane[:1] * (length - len(lane))]
+    if order == list(range(len(rows))):
+        return Lanes(of, None, None)
+    return Lanes(of, *(torch.tensor(t, device=device) for t in (order, [order.index(n) for n in range(len(rows))])))
+
+
 class Batched:
     """The adapters of one layer, row by row."""
 
@@ -33,16 +63,17 @@ class Batched:
         ranks, scales = [low.r for low in used], [low.scale for low in used]
         if len(set(ranks)) > 1:
             A, B = ([pad(t, (0, 0, 0, max(ranks) - r)) for t, r in zip(factors, ranks, strict=True)] for factors in (A, B))
-        s = torch.tensor([0.0 if i is None else scales[i] for i in rows], dtype=torch.promote_types(dtype, torch.float32), device=y.device)
-        self.A_NRI = torch.stack([A[i or 0] for i in rows]).to(dtype)
-        self.B_NRO = (torch.stack([B[i or 0] for i in rows]) * s.view(-1, 1, 1)).to(dtype)
+        of, self.order, self.back = lanes(tuple(rows), y.device)
+        s = torch.tensor([0.0 if i is None else scales[i] for i in of], dtype=torch.promote_types(dtype, torch.float32), device=y.device)
+        self.A_LRI = torch.stack([A[i or 0] for i in of]).to(dtype)
+        self.B_LRO = (torch.stack([B[i or 0] for i in of]) * s.view(-1, 1, 1)).to(dtype)
         self.parts = used[0].parts or ((slice(None), slice(None)),)
 
     @staticmethod
     def can_hold(used: Sequence[LowRank], rows: Sequence[int | None], y: Tensor, x: Tensor) -> bool:
         """Whether these may be used so: all stand for the same outputs, and the copies are no larger than the base's own weight."""
         parts, ins, outs = used[0].parts, x.shape[-1], y.shape[-1]
-        fits = len(rows) * max(low.r for low in used) * (ins + outs) <= ins * outs
+        fits = len(lanes(tuple(rows), y.device).of) * max(low.r for low in used) * (ins + outs) <= ins * outs
         return fits and all(is_shareable(low, y.device) and low.parts == parts for low in used)
 
     def holds(self, used: Sequence[LowRank]) -> bool:
@@ -51,13 +82,19 @@ class Batched:
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (batch, ..., out), contiguous, with each row's term of x (batch, ..., in) added, in y's memory."""
-        h_NTR = torch.bmm(x.reshape(len(self.A_NRI), -1, x.shape[-1]).to(self.A_NRI.dtype), self.A_NRI.mT)
-        y_NTO = y.view(len(self.A_NRI), -1, y.shape[-1])
+        batch, (many, _, ins), outs = len(y), self.A_LRI.shape, y.shape[-1]
+        if self.order is not None:
+            x = x.reshape(batch, -1, ins).index_select(0, self.order)
+        h_LTR = torch.bmm(x.reshape(many, -1, ins).to(self.A_LRI.dtype), self.A_LRI.mT)
         for columns, rows in self.parts:
-            if y.dtype == h_NTR.dtype:
-                y_NTO[..., columns].baddbmm_(h_NTR, self.B_NRO[..., rows])
+            B_LRO = self.B_LRO[..., rows]
+            if self.back is not None:
+                term = torch.bmm(h_LTR, B_LRO).view(len(x), -1, B_LRO.shape[-1]).index_select(0, self.back)
+                y.view(batch, -1, outs)[..., columns].add_(term)
+            elif y.dtype == h_LTR.dtype:
+                y.view(many, -1, outs)[..., columns].baddbmm_(h_LTR, B_LRO)
             else:
-                y_NTO[..., columns].add_(torch.bmm(h_NTR, self.B_NRO[..., rows]))
+                y.view(many, -1, outs)[..., columns].add_(torch.bmm(h_LTR, B_LRO))
         return y
 
 

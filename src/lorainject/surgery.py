@@ -145,8 +145,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within this context row i of the batch (axis 0) uses the adapter names[i], or the base where that is None.
 
     Every module with adapters must see the batch on axis 0 of its input, before at least one axis more (the sequence); one
-    that does not, or may not, raises StateError. Run a backward within the context too. For short rows A and B are copied row by row,
-    as long as that is no larger than the weight itself; the copies go with the context.
+    that does not, or may not, raises StateError. Run a backward within the context too. For short rows A and B are copied for
+    each row, or once for several of the same adapter, as long as that is no larger than the weight itself; the copies go with the context.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out='rows(model, ["fr", None, "de"]) for a batch of three')
