@@ -317,8 +317,11 @@ def test_rows_of_a_batch(dtype, grad, data):
 @pytest.mark.parametrize("target", ["0", "0[3:10,20:40]"])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize(("names", "lanes"), [("c.abac", 6), ("abcabcabc", 3), ("aaabbbccc", 3), ("aaaab.aacaaa", 6)])  # the last not all full
-def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes, monkeypatch):
+@pytest.mark.parametrize(
+    ("names", "lanes", "moved"),
+    [("c.abac", 6, False), ("abcabcabc", 3, True), ("aaabbbccc", 3, False), ("aaaab.aacaaa", 6, True)],  # last not all full
+)
+def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes, moved, monkeypatch):
     """In two batched products: adapters of other ranks, scales and dtypes, on a whole weight and on two slices, and rows of the base."""
     torch.manual_seed(0)
     model, used = nn.Sequential(nn.Linear(64, 50, dtype=dtype)), []
@@ -339,7 +342,7 @@ def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes,
             want.append(model(row[None])[0])
         with li.rows(model, names):
             got = model(x)
-    assert [len(each.A_LRI) for each in used] == [lanes] * len(list(model[0].children()))
+    assert [(len(each.A_LRI), each.moves is not None) for each in used] == [(lanes, moved)] * len(list(model[0].children()))
     eps = torch.finfo(dtype).eps
     assert torch.allclose(got, torch.stack(want), rtol=8 * eps, atol=30 * eps)
 

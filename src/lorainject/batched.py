@@ -31,10 +31,9 @@ class Lanes(NamedTuple):
 
     of: tuple[int | None, ...]
     """Which adapter each lane has; None: the base."""
-    order: Tensor | None
-    """The rows of all lanes, one behind the other; a lane that is not full has its first row again. None: as they are in the batch."""
-    back: Tensor | None
-    """Where among them each row of the batch is."""
+    moves: tuple[Tensor, Tensor] | None = None
+    """The rows of all lanes, one behind the other (a lane that is not full has its first row again), and where among them each row of the batch
+    is. None: they are as in the batch."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -46,34 +45,35 @@ def lanes(rows: tuple[int | None, ...], device: torch.device) -> Lanes:
     length = -(-len(rows) // len(own))
     found = [(i, at[k : k + length]) for i, at in own.items() for k in range(0, len(at), length)]
     if 2 * len(found) > len(rows):
-        return Lanes(rows, None, None)
+        return Lanes(rows)
     of, order = tuple(i for i, _ in found), [n for _, lane in found for n in lane + lane[:1] * (length - len(lane))]
     if order == list(range(len(rows))):
-        return Lanes(of, None, None)
-    return Lanes(of, *(torch.tensor(t, device=device) for t in (order, [order.index(n) for n in range(len(rows))])))
+        return Lanes(of)
+    back = [order.index(n) for n in range(len(rows))]
+    return Lanes(of, (torch.tensor(order, device=device), torch.tensor(back, device=device)))
 
 
 class Batched:
     """The adapters of one layer, row by row."""
 
-    def __init__(self, used: Sequence[LowRank], rows: Sequence[int | None], y: Tensor) -> None:
+    def __init__(self, used: Sequence[LowRank], rows: tuple[int | None, ...], y: Tensor) -> None:
         """`used` are the adapters themselves, `rows` says which of them each row has, None the base."""
         self.made_of, dtype = [_state(low) for low in used], computed_in(y, 1)
         A, B = [A for A, *_ in self.made_of], [B.t() for _, B, *_ in self.made_of]
         ranks, scales = [low.r for low in used], [low.scale for low in used]
         if len(set(ranks)) > 1:
             A, B = ([pad(t, (0, 0, 0, max(ranks) - r)) for t, r in zip(factors, ranks, strict=True)] for factors in (A, B))
-        of, self.order, self.back = lanes(tuple(rows), y.device)
+        of, self.moves = lanes(rows, y.device)
         s = torch.tensor([0.0 if i is None else scales[i] for i in of], dtype=torch.promote_types(dtype, torch.float32), device=y.device)
         self.A_LRI = torch.stack([A[i or 0] for i in of]).to(dtype)
         self.B_LRO = (torch.stack([B[i or 0] for i in of]) * s.view(-1, 1, 1)).to(dtype)
         self.parts = used[0].parts or ((slice(None), slice(None)),)
 
     @staticmethod
-    def can_hold(used: Sequence[LowRank], rows: Sequence[int | None], y: Tensor, x: Tensor) -> bool:
+    def can_hold(used: Sequence[LowRank], rows: tuple[int | None, ...], y: Tensor, x: Tensor) -> bool:
         """Whether these may be used so: all stand for the same outputs, and the copies are no larger than the base's own weight."""
         parts, ins, outs = used[0].parts, x.shape[-1], y.shape[-1]
-        fits = len(lanes(tuple(rows), y.device).of) * max(low.r for low in used) * (ins + outs) <= ins * outs
+        fits = len(lanes(rows, y.device).of) * max(low.r for low in used) * (ins + outs) <= ins * outs
         return fits and all(is_shareable(low, y.device) and low.parts == parts for low in used)
 
     def holds(self, used: Sequence[LowRank]) -> bool:
@@ -83,13 +83,13 @@ class Batched:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (batch, ..., out), contiguous, with each row's term of x (batch, ..., in) added, in y's memory."""
         batch, (many, _, ins), outs = len(y), self.A_LRI.shape, y.shape[-1]
-        if self.order is not None:
-            x = x.reshape(batch, -1, ins).index_select(0, self.order)
+        if self.moves is not None:
+            x = x.reshape(batch, -1, ins).index_select(0, self.moves[0])
         h_LTR = torch.bmm(x.reshape(many, -1, ins).to(self.A_LRI.dtype), self.A_LRI.mT)
         for columns, rows in self.parts:
             B_LRO = self.B_LRO[..., rows]
-            if self.back is not None:
-                term = torch.bmm(h_LTR, B_LRO).view(len(x), -1, B_LRO.shape[-1]).index_select(0, self.back)
+            if self.moves is not None:
+                term = torch.bmm(h_LTR, B_LRO).view(len(x), -1, B_LRO.shape[-1]).index_select(0, self.moves[1])
                 y.view(batch, -1, outs)[..., columns].add_(term)
             elif y.dtype == h_LTR.dtype:
                 y.view(many, -1, outs)[..., columns].baddbmm_(h_LTR, B_LRO)

@@ -154,10 +154,10 @@ def _chained() -> bool:
     return all(found)
 
 
-def add(P: Tensor, Q: Tensor, s: float, out: Tensor) -> None:
-    """out += s P Q, of a multiple of `FEW` rows, so many at a time in one call: a library takes less for few ranks than for all rows at once."""
-    many = len(P) // FEW
-    out.view(many, FEW, -1).baddbmm_(P.view(many, FEW, -1), Q.expand(many, *Q.shape), alpha=s)
+def add(P: Tensor, Q: Tensor, s: float, out: Tensor, few: int = FEW, beta: int = 1) -> None:
+    """out = beta out + s P Q, of a multiple of `few` rows, so many at a time in one call: a library takes less for few ranks than for all at once."""
+    many = len(P) // few
+    out.view(many, few, -1).baddbmm_(P.view(many, few, -1), Q.expand(many, *Q.shape), beta=beta, alpha=s)
 
 
 @functools.cache

@@ -122,7 +122,7 @@ class Rows:
             return None
         used = [lows[name] for name in names]
         if (found := self.batched.get(id(lows))) is None or not found.holds(used):
-            rows = [names.index(name) if name in names else None for name in self.names]
+            rows = tuple(names.index(name) if name in names else None for name in self.names)
             if not Batched.can_hold(used, rows, y, x):
                 return None
             found = self.batched[id(lows)] = Batched(used, rows, y)

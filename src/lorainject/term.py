@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, float32, is_grad_enabled  # by their own names: torch's dictionary has left the cache since the last token
 from torch.nn.functional import linear
 
+from .blocks import add
 from .lowrank import Parts
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
@@ -65,15 +66,13 @@ def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own:
 
 
 def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float, beta: int = 1) -> None:
-    """y = beta y + s h^T B^T, in y's memory; for few ranks a CPU takes half as long for some tokens at a time, in one call, as for all at once."""
-    h_MR, B_RO, many = h_RM.t(), B_OR.t(), len(y_MO) // SOME
-    large = y_MO.numel() >= LARGE and y_MO.is_cpu and y_MO.is_contiguous()
-    if not (large and many and len(B_RO) in THIN and y_MO.dtype == float32) or is_grad_enabled():  # (autograd would not follow a part of a part)
+    """y = beta y + s h^T B^T, in y's memory: a large y, for few ranks, some tokens at a time in one call, half of what all at once takes a CPU."""
+    h_MR, B_RO, whole = h_RM.t(), B_OR.t(), len(y_MO) // SOME * SOME
+    is_large = y_MO.numel() >= LARGE and whole and y_MO.is_cpu and y_MO.dtype == float32 and y_MO.is_contiguous()
+    if not is_large or len(B_RO) not in THIN or is_grad_enabled():  # (autograd would not follow a part of a part)
         y_MO.addmm_(h_MR, B_RO, beta=beta, alpha=s)
         return
-    whole = many * SOME
-    y, h = (t.narrow(0, 0, whole).view(many, SOME, -1) for t in (y_MO, h_MR))
-    y.baddbmm_(h, B_RO.expand(many, *B_RO.shape), beta=beta, alpha=s)
+    add(h_MR.narrow(0, 0, whole), B_RO, s, y_MO.narrow(0, 0, whole), SOME, beta)
     if rest := len(y_MO) - whole:
         add_product(y_MO.narrow(0, whole, rest), h_RM.narrow(1, whole, rest), B_OR, s, beta)
 
