@@ -23,14 +23,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="scripts/bench", description="lorainject beside PEFT and loralib, row by row",
                                      epilog="rows: " + ", ".join(f"{row.name} ({row.what})" for row in TABLE))  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, under five minutes; docs/benchmarks.md is left as it is")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[row.name for row in TABLE], help="these rows alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes, under five minutes; docs/benchmarks.md is left as it is"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", choices=[row.name for row in TABLE], help="these rows alone"
+    )
     parser.add_argument("--cuda", action="store_true", help="the rows for a GPU: CUDA events, bf16, d 4096 and 14336")
     parser.add_argument("--rounds", type=int, help="at least so many rounds (11; --quick: 3)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown (of all rows in full: docs/benchmarks.md)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the raw results")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="an earlier --json: print what got worse, by ratios, and exit with 1")
-    parser.add_argument("--rest", type=Path, metavar="FILE", help="an earlier --json: its results stand for the rows that are not run now")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="an earlier --json: print what got worse, by ratios, and exit with 1",
+    )
+    parser.add_argument(
+        "--rest",
+        type=Path,
+        metavar="FILE",
+        help="an earlier --json: its results stand for the rows that are not run now",
+    )
     args = parser.parse_args(argv)
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda needs an NVIDIA GPU and a torch that is built for it; this one sees none")
@@ -45,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = run(rows, on, report.say)
     about = [*machine, f"`{command}`, {(time.perf_counter() - start) / 60:.0f} minutes"]
     if args.rest:
-        about = [*report.about(args.rest), f"{', '.join(row.name for row in rows)}: run again later, on {machine[-1]}, {about[-1]}"]
+        about = [
+            *report.about(args.rest),
+            f"{', '.join(row.name for row in rows)}: run again later, on {machine[-1]}, {about[-1]}",
+        ]
         earlier = [r for r in report.from_json(args.rest.read_text()) if r.row not in {row.name for row in rows}]
         rows = [row for row in TABLE if row.cuda or not args.cuda]
         results = [r for row in rows for r in (*earlier, *results) if r.row == row.name]

@@ -23,7 +23,14 @@ import peft
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 import lorainject as li
@@ -36,7 +43,13 @@ SHARD = 2 << 30  # bytes
 
 def checkpoint(folder: Path, gigabytes: float, experts: int = 0) -> None:
     """A random checkpoint in bf16, with the names that such models have on disk, and a rank-16 adapter for it."""
-    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000}
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    }
     kind = MixtralForCausalLM if experts else LlamaForCausalLM
     if experts:
         config = MixtralConfig(**sizes | {"intermediate_size": 1408}, num_local_experts=experts, num_hidden_layers=1)
@@ -62,10 +75,16 @@ def checkpoint(folder: Path, gigabytes: float, experts: int = 0) -> None:
     index = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({k: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for k, t in shard.items()}, folder / file, {"format": "pt"})
+        save_file(
+            {k: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for k, t in shard.items()},
+            folder / file,
+            {"format": "pt"},
+        )
         index |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in names.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
 
 
 def adapter(folder: Path, base: Path) -> None:
@@ -129,15 +148,26 @@ def merge(on: Setup) -> Iterator[Figure]:
             beside = ", ".join(f"{way} {times.ms(way) / 1e3:.3g}" for way in WAYS) + " s, wall time"
             copy = f"{times.ratio('cp', 'PEFT').value:.2g}: cp"
             metric = "T / PEFT's, experts" if experts else "T / PEFT's"
-            yield Figure(case=case, metric=metric, value=times.ratio("ours", "PEFT"), beside=beside, limit=copy, differ=differ)
+            yield Figure(
+                case=case, metric=metric, value=times.ratio("ours", "PEFT"), beside=beside, limit=copy, differ=differ
+            )
             yield Figure(case=case, metric="T / cp's", value=times.ratio("ours", "cp"), beside=beside, limit="1")
             most = {way: statistics.median(found) for way, found in mib.items()}
-            yield Figure(case=case, metric="growth, MiB", value=exactly(most["ours"]), beside=f"PEFT {most['PEFT']:.0f} MiB", limit="a tile: 1")
+            yield Figure(
+                case=case,
+                metric="growth, MiB",
+                value=exactly(most["ours"]),
+                beside=f"PEFT {most['PEFT']:.0f} MiB",
+                limit="a tile: 1",
+            )
 
 
 def agreed(ours: Path, theirs: Path) -> float:
     """The largest relative difference between tensors of the two results; the names must be the same."""
-    files = [{key: file for f in folder.glob("*.safetensors") for file in [safe_open(f, "pt")] for key in file.keys()} for folder in (ours, theirs)]  # noqa: SIM118
+    files = [
+        {key: file for f in folder.glob("*.safetensors") for file in [safe_open(f, "pt")] for key in file.keys()}
+        for folder in (ours, theirs)
+    ]  # noqa: SIM118
     assert files[0].keys() == files[1].keys(), "the same tensors"
     pairs = ((files[0][key].get_tensor(key).float(), files[1][key].get_tensor(key).float()) for key in files[0])
     differ = max(float((a - b).norm() / b.norm()) for a, b in pairs)
@@ -150,7 +180,12 @@ ROWS = (
         name="disk",
         what="merge a checkpoint on disk, all-linear",
         limit="one copy of the checkpoint, less with reflinks; memory: one tile",
-        goals={"T / PEFT's": Goal(0.35, 0.2), "T / PEFT's, experts": Goal(None, 0.35), "T / cp's": Goal(None, 2), "growth, MiB": Goal(100, 48)},
+        goals={
+            "T / PEFT's": Goal(0.35, 0.2),
+            "T / PEFT's, experts": Goal(None, 0.35),
+            "T / cp's": Goal(None, 2),
+            "growth, MiB": Goal(100, 48),
+        },
         measure=merge,
         bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every adapted tensor is read, folded"
         " and written once, by two threads that wait for Python's lock a third of their time. A disk that others write to as well may be four times"

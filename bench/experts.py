@@ -47,7 +47,9 @@ def three(implementation: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The base, ours and PEFT's with the same A and B; PEFT has those of all experts in one: A (E r, in), B (out, r E)."""
     base = Layer(implementation, dtype)
     ours = li.inject(copy.deepcopy(base), ["experts"], r=8)
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=8, lora_alpha=8, target_modules=[], target_parameters=PARAMETERS))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=8, lora_alpha=8, target_modules=[], target_parameters=PARAMETERS)
+    )
     wrapped = {m.parameter_name: m for m in theirs.modules() if hasattr(m, "parameter_name")}
     for parameter in ("gate_up_proj", "down_proj"):
         adapter = ours.mlp.experts.get_submodule(f"lora_{parameter}")["default"]
@@ -70,11 +72,18 @@ def token(on: Setup) -> Iterator[Figure]:
             most = {who: float(max(allocations(call.call))) for who, call in calls.items()}
             stack = min(models["base"].mlp.experts.get_parameter(p.rpartition(".")[2]).nbytes for p in PARAMETERS)
             share = exactly(most["ours"] / stack)
-            yield Figure(case=case, metric="largest allocation / the smaller stack", value=share, beside=mebibytes(most))
+            yield Figure(
+                case=case, metric="largest allocation / the smaller stack", value=share, beside=mebibytes(most)
+            )
     for dtype in on.dtypes:
         mib = {who: grown(step, who, dtype) for who in ("base", "ours", "PEFT")}
         beside = ", ".join(f"{who} {n:.3g}" for who, n in mib.items()) + " MiB"
-        yield Figure(case=f"{said(dtype)}, grouped_mm, training step of 64 tokens", metric="growth, MiB", value=exactly(mib["ours"]), beside=beside)
+        yield Figure(
+            case=f"{said(dtype)}, grouped_mm, training step of 64 tokens",
+            metric="growth, MiB",
+            value=exactly(mib["ours"]),
+            beside=beside,
+        )
 
 
 def step(who: str, dtype: torch.dtype) -> Callable[[], object]:

@@ -46,7 +46,12 @@ def with_loralib(model: Trio) -> nn.Module:
 
 def bare(model: Trio) -> dict[str, nn.Module]:
     """The blocks themselves: PEFT's without the PeftModel around it, which serves whole models; and loralib's."""
-    return {"base": model.base, "ours": model.ours, "PEFT": model.theirs.base_model.model, "loralib": with_loralib(model)}
+    return {
+        "base": model.base,
+        "ours": model.ours,
+        "PEFT": model.theirs.base_model.model,
+        "loralib": with_loralib(model),
+    }
 
 
 def outputs_agree(blocks: dict[str, nn.Module], x: Tensor) -> float:
@@ -65,7 +70,10 @@ def limit(k: int, n: int, part: float) -> str:
 
 def forward(on: Setup) -> Iterator[Figure]:
     for (m, k, n), dtype in [(shape, dtype) for shape in shapes(on) for dtype in on.dtypes]:
-        model, x = trio(Block(["q_proj"], k, n, dtype, on.device), ["q_proj"]), torch.randn(m, k, dtype=dtype, device=on.device)
+        model, x = (
+            trio(Block(["q_proj"], k, n, dtype, on.device), ["q_proj"]),
+            torch.randn(m, k, dtype=dtype, device=on.device),
+        )
         blocks = bare(model) | {TORCH: products(model)}
         differ = outputs_agree(blocks, x)
         calls = {who: Timed(torch.no_grad()(partial(block, x))) for who, block in blocks.items()}
@@ -74,7 +82,13 @@ def forward(on: Setup) -> Iterator[Figure]:
         yield Figure(case=case, metric="rho", value=times.rho(), beside=times.beside(), limit=f"{limit(k, n, 1)}; {least(times)}", differ=differ,
                      why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
         most = {who: peak(call, on) for who, call in calls.items()}
-        yield Figure(case=case, metric="peak / base's", value=exactly(most["ours"] / most["base"]), beside=mebibytes(most), limit="y alone")
+        yield Figure(
+            case=case,
+            metric="peak / base's",
+            value=exactly(most["ours"] / most["base"]),
+            beside=mebibytes(most),
+            limit="y alone",
+        )
 
 
 def step(x: Tensor, g: Tensor, block: nn.Module) -> None:
@@ -87,7 +101,9 @@ def step(x: Tensor, g: Tensor, block: nn.Module) -> None:
 def has_fast_way_back(dtype: torch.dtype) -> bool:
     """Whether the product for dx, dy W, takes about the time of x W^T."""
     x, w = (torch.randn(n, 512, dtype=dtype) for n in (64, 512))
-    times = interleaved({"y": Timed(lambda: x @ w.T, number=5), "dx": Timed(lambda: x @ w, number=5)}, Setup(rounds=3, seconds=0))
+    times = interleaved(
+        {"y": Timed(lambda: x @ w.T, number=5), "dx": Timed(lambda: x @ w, number=5)}, Setup(rounds=3, seconds=0)
+    )
     return times.ratio("dx", "y").value < 4
 
 
@@ -102,19 +118,26 @@ def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: t
     for who in ("ours", "PEFT"):
         x.grad = None
         step(x, g, blocks[who])
-        found[who] = [p.grad for p in (*([x] if inner else []), *(p for p in blocks[who].parameters() if p.requires_grad))]
+        found[who] = [
+            p.grad for p in (*([x] if inner else []), *(p for p in blocks[who].parameters() if p.requires_grad))
+        ]
     differ = max(outputs_agree(blocks, x), agree(found["ours"], found["PEFT"], dtype))
 
     def afresh(block: nn.Module) -> None:
         x.grad = None
         block.zero_grad()
 
-    calls = {who: Timed(lambda block=block: step(x * 1, g, block), before=partial(afresh, block)) for who, block in blocks.items()}
+    calls = {
+        who: Timed(lambda block=block: step(x * 1, g, block), before=partial(afresh, block))
+        for who, block in blocks.items()
+    }
     times, grouped = interleaved(calls, on, steady=True), ", q k v grouped" * (len(names) > 1)
     case = f"{said(dtype)}, M {m}, {k} x {n}{', x a leaf' * (not inner)}"
     yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.beside(), limit=limit(k, n, 1.5), differ=differ,
                  why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
-    most = {who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), on) for who, block in blocks.items()}
+    most = {
+        who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), on) for who, block in blocks.items()
+    }
     yield Figure(case=case, metric=f"peak / frozen linear's{grouped}", value=exactly(most["ours"] / most["base"]), beside=mebibytes(most),
                  limit="y, dx, x A^T and the gradients of A and B")  # fmt: skip
 
@@ -136,15 +159,29 @@ def backward(on: Setup) -> Iterator[Figure]:
             for dropout in (0.0, 0.1):
                 model = trio(Block(names, k, n, dtype, on.device).train(), names, dropout=dropout)
                 for who, block in (("base", model.base), ("ours", model.ours), ("PEFT", model.theirs.base_model.model)):
-                    kept[who, len(names), dropout] = saved(lambda block=block, x=x: block(x.view_as(x)), block) / x.nbytes
+                    kept[who, len(names), dropout] = (
+                        saved(lambda block=block, x=x: block(x.view_as(x)), block) / x.nbytes
+                    )
         for (who, many, dropout), ours in kept.items():
             if who == "ours":
                 case = f"{said(dtype)}, {'q k v' if many > 1 else 'one linear'}{', dropout' * bool(dropout)}"
                 theirs, base = kept["PEFT", many, dropout], kept["base", many, dropout]
                 beside = f"ours {ours:.3g}, PEFT {theirs:.3g}, frozen linear {base:.3g} x's"
-                yield Figure(case=case, metric="bytes / PEFT's", value=exactly(ours / theirs), beside=beside, limit="one x, and x A^T")
+                yield Figure(
+                    case=case,
+                    metric="bytes / PEFT's",
+                    value=exactly(ours / theirs),
+                    beside=beside,
+                    limit="one x, and x A^T",
+                )
         added = {who: kept[who, 1, 0.1] - kept[who, 1, 0.0] for who in ("ours", "PEFT")}
-        yield Figure(case=said(dtype), metric="dropout adds, in x's", value=exactly(added["ours"]), beside=f"PEFT {added['PEFT']:.3g}", limit="0")
+        yield Figure(
+            case=said(dtype),
+            metric="dropout adds, in x's",
+            value=exactly(added["ours"]),
+            beside=f"PEFT {added['PEFT']:.3g}",
+            limit="0",
+        )
         yield Figure(case=said(dtype), metric="q k v keep, in x's", value=exactly(kept["ours", 3, 0.0]), beside=f"PEFT {kept['PEFT', 3, 0.0]:.3g}",
                      limit="1, and x A^T")  # fmt: skip
 
@@ -189,7 +226,11 @@ ROWS = (
         name="saved",
         what="saved for backward",
         limit="one x per distinct input, and M r if x A^T is kept",
-        goals={"bytes / PEFT's": Goal(1.0), "dropout adds, in x's": Goal(None, 0.0), "q k v keep, in x's": Goal(None, 1.05)},
+        goals={
+            "bytes / PEFT's": Goal(1.0),
+            "dropout adds, in x's": Goal(None, 0.0),
+            "q k v keep, in x's": Goal(None, 1.05),
+        },
         measure=backward,
         bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask; here the seed. In bf16 q, k, v share x;"
         " the rest is x A^T, and where they share that too (not under the hooks that count here) A and B, cast to bf16 for each use.",

@@ -30,8 +30,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 WARM, MOST = 1, 201  # rounds that are not counted; rounds at most
-STEADY, PATIENCE = 0.1, 5  # a rho's quartiles shall be no more than this share of it away, if that takes no longer than so many times `seconds`
-MATRIX = dict.fromkeys(["aten::mm", "aten::addmm", "aten::addmm_"], "mm and addmm")  # the base's product may be one in the base and another in ours
+STEADY, PATIENCE = (
+    0.1,
+    5,
+)  # a rho's quartiles shall be no more than this share of it away, if that takes no longer than so many times `seconds`
+MATRIX = dict.fromkeys(
+    ["aten::mm", "aten::addmm", "aten::addmm_"], "mm and addmm"
+)  # the base's product may be one in the base and another in ours
 Call = Callable[[], object]
 
 
@@ -102,7 +107,10 @@ class Times:
     def rho(self, ours: str = "ours", theirs: str = "PEFT", base: str = "base") -> Spread:
         """overhead(ours) / overhead(theirs): each the median of the overheads round by round, since where these are small a quotient within
         a round is mostly noise. The quartiles are those of 500 draws of the rounds (bootstrap). Infinite where theirs shows no overhead."""
-        rounds = [(a / b - 1, p / b - 1) for a, p, b in zip(self.seconds[ours], self.seconds[theirs], self.seconds[base], strict=True)]
+        rounds = [
+            (a / b - 1, p / b - 1)
+            for a, p, b in zip(self.seconds[ours], self.seconds[theirs], self.seconds[base], strict=True)
+        ]
         draws, draw = [rounds], random.Random(0)
         draws += [draw.choices(rounds, k=len(rounds)) for _ in range(500)]
         a, p = ([statistics.median(x[i] for x in d) for d in draws] for i in (0, 1))
@@ -256,7 +264,9 @@ def trim() -> None:
 
 def _resident(field: str) -> int:
     """KiB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)
+    )
 
 
 def excess(ours: Timed, base: Timed, on: Setup) -> str:
@@ -272,14 +282,20 @@ def excess(ours: Timed, base: Timed, on: Setup) -> str:
             timed.after()
             counted: Counter[str] = Counter()
             for e in p.key_averages():
-                counted[MATRIX.get(e.key, e.key)] += (e.self_device_time_total if on.cuda else e.self_cpu_time_total) / 1e3
+                counted[MATRIX.get(e.key, e.key)] += (
+                    e.self_device_time_total if on.cuda else e.self_cpu_time_total
+                ) / 1e3
             found.append(counted)
     keys = set().union(*spent[0], *spent[1])
-    more = {key: statistics.median(c[key] for c in spent[0]) - statistics.median(c[key] for c in spent[1]) for key in keys}
+    more = {
+        key: statistics.median(c[key] for c in spent[0]) - statistics.median(c[key] for c in spent[1]) for key in keys
+    }
     whole, top = sum(more.values()), sorted(more.items(), key=lambda item: -item[1])[:5]
     if whole <= 0:
         return "the profiler saw nothing beyond the base in the noise of the machine"
-    return f"of {whole:.2g} ms in operators beyond the base: " + ", ".join(f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top)
+    return f"of {whole:.2g} ms in operators beyond the base: " + ", ".join(
+        f"{key.removeprefix('aten::')} {ms:+.2g} ms" for key, ms in top
+    )
 
 
 def hot(timed: Timed, times: int = 3) -> str:

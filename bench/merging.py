@@ -63,7 +63,14 @@ def copies(w0: list[Tensor]) -> Timed:
 def pair(case: str, times: Times, ours: str, theirs: str, metric: str, call: Timed | None = None) -> Figure:
     shown = ", ".join(f"{who} {times.ms(who):.3g}" for who in times.seconds) + " ms"
     floor = f"{times.ratio('copy', theirs).value:.2g}: W read and written once"
-    return Figure(case=case, metric=metric, value=times.ratio(ours, theirs), beside=shown, limit=floor, why=call and partial(hot, call))
+    return Figure(
+        case=case,
+        metric=metric,
+        value=times.ratio(ours, theirs),
+        beside=shown,
+        limit=floor,
+        why=call and partial(hot, call),
+    )
 
 
 def plain(on: Setup) -> Iterator[Figure]:
@@ -84,18 +91,34 @@ def one_plain(on: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]
     }
     li.merge(mine, reversible=False), model.theirs.merge_adapter()
     theirs = [m.base_layer.weight for m in each["PEFT"].children()]
-    step = 2.0 ** -(7 if dtype == torch.bfloat16 else 20)  # of each weight: PEFT rounds the delta first, and then the sum
-    assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(mine), theirs, strict=True)), "the merged weights agree"
+    step = 2.0 ** -(
+        7 if dtype == torch.bfloat16 else 20
+    )  # of each weight: PEFT rounds the delta first, and then the sum
+    assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(mine), theirs, strict=True)), (
+        "the merged weights agree"
+    )
     anew(mine, w0, factors), model.theirs.unmerge_adapter()
     case, times = f"{said(dtype)}, {k} x {n}", interleaved(calls, on, once=not on.cuda)
     yield pair(case, times, "ours", "PEFT", "T / PEFT's", calls["ours"])
     if not on.cuda:
         yield pair(case, interleaved(calls, on), "ours", "PEFT", "T / PEFT's, again and again")
     if on.cuda:
-        yield Figure(case=case, metric="T / bandwidth floor", value=times.ratio("ours", "copy"), beside=times.beside("copy"), limit="1")
+        yield Figure(
+            case=case,
+            metric="T / bandwidth floor",
+            value=times.ratio("ours", "copy"),
+            beside=times.beside("copy"),
+            limit="1",
+        )
     most = {who: float(peak(calls[who], on)) for who in ("ours", "PEFT", "loralib")}
     where = " on the GPU" * on.cuda
-    yield Figure(case=case, metric=f"peak{where}, MiB", value=exactly(most["ours"] / 2**20), beside=mebibytes(most), limit="a tile")
+    yield Figure(
+        case=case,
+        metric=f"peak{where}, MiB",
+        value=exactly(most["ours"] / 2**20),
+        beside=mebibytes(most),
+        limit="a tile",
+    )
 
 
 def exact(on: Setup) -> Iterator[Figure]:
@@ -139,7 +162,12 @@ def cycled(on: Setup) -> Figure:
             wrong += sum(not torch.equal(a, b) for a, b in zip(weights(model.ours), merged, strict=True))
             li.unmerge(model.ours)
             wrong += sum(not torch.equal(a, b) for a, b in zip(weights(model.ours), w0, strict=True))
-    return Figure(case=f"{cycles} cycles, " + ", ".join(map(said, on.dtypes)), metric="weights that differ", value=exactly(wrong), limit="0")
+    return Figure(
+        case=f"{cycles} cycles, " + ", ".join(map(said, on.dtypes)),
+        metric="weights that differ",
+        value=exactly(wrong),
+        limit="0",
+    )
 
 
 ROWS = (

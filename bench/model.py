@@ -58,7 +58,15 @@ def ways(model: Trio, names: list[str] | None = None) -> dict[str, Forward]:
     return {who: partial(call, who, m) for who, m in (*model, *([] if names else [(TORCH, products(model))]))}
 
 
-def measured(calls: dict[str, Timed], on: Setup, case: str, at_best: str, differ: float, *, tell: Callable[[Times], str] = Times.beside) -> Figure:
+def measured(
+    calls: dict[str, Timed],
+    on: Setup,
+    case: str,
+    at_best: str,
+    differ: float,
+    *,
+    tell: Callable[[Times], str] = Times.beside,
+) -> Figure:
     times = interleaved(calls, on, steady=True)
     if TORCH in calls:
         at_best = f"{at_best}; {least(times)}"
@@ -66,13 +74,17 @@ def measured(calls: dict[str, Timed], on: Setup, case: str, at_best: str, differ
                   why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
 
 
-def one_token(forwards: dict[str, Forward], on: Setup, rows: int = 1, prompt: int = 32) -> tuple[dict[str, Timed], float]:
+def one_token(
+    forwards: dict[str, Forward], on: Setup, rows: int = 1, prompt: int = 32
+) -> tuple[dict[str, Timed], float]:
     """One token after a prompt, again and again: what it adds to the cache is taken off untimed."""
     ids, calls, first = tokens(on, rows, prompt), {}, {}
     for who, forward in forwards.items():
         cache = DynamicCache()
         first[who] = forward(ids, past_key_values=cache, use_cache=True)
-        calls[who] = Timed(partial(forward, ids[:, :1], past_key_values=cache, use_cache=True), after=partial(cache.crop, -1))
+        calls[who] = Timed(
+            partial(forward, ids[:, :1], past_key_values=cache, use_cache=True), after=partial(cache.crop, -1)
+        )
     return calls, outputs_agree(first)
 
 
@@ -152,7 +164,9 @@ def generate(on: Setup) -> Iterator[Figure]:
                 return f"{times.beside()}; tokens/s: {each}"
 
             s = "s" * (adapters > 1)
-            yield measured(calls, on, f"{said(dtype)}, {size}, {rows} rows, {adapters} adapter{s}", limit(size), differ, tell=tell)
+            yield measured(
+                calls, on, f"{said(dtype)}, {size}, {rows} rows, {adapters} adapter{s}", limit(size), differ, tell=tell
+            )
 
 
 CALLS = (
@@ -175,8 +189,24 @@ ROWS = (
         bound=CALLS,
         cuda=True,
     ),
-    Row(name="prefill", what="a prompt, whole model", limit="as forward", goals={"rho": Goal(None, 0.3)}, measure=prefill, bound=SLOW, cuda=True),
-    Row(name="step", what="training step, whole model", limit="as train", goals={"rho": Goal(None, 0.5)}, measure=train, bound=STEP, cuda=True),
+    Row(
+        name="prefill",
+        what="a prompt, whole model",
+        limit="as forward",
+        goals={"rho": Goal(None, 0.3)},
+        measure=prefill,
+        bound=SLOW,
+        cuda=True,
+    ),
+    Row(
+        name="step",
+        what="training step, whole model",
+        limit="as train",
+        goals={"rho": Goal(None, 0.5)},
+        measure=train,
+        bound=STEP,
+        cuda=True,
+    ),
     Row(
         name="rows",
         what="8 rows with 8 adapters, decode and prefill",

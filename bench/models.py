@@ -68,7 +68,9 @@ def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[s
     they are read, which can make more of a difference than an adapter does.
     """
     base.requires_grad_(False)
-    ours, other = (copy.deepcopy(base, {id(p): p for p in base.parameters() if shared and p.ndim > 1}) for _ in range(2))
+    ours, other = (
+        copy.deepcopy(base, {id(p): p for p in base.parameters() if shared and p.ndim > 1}) for _ in range(2)
+    )
     config = config_of(targets, dropout)
     theirs = peft.get_peft_model(other, config, adapter_name=names[0])
     for name in names[1:]:
@@ -93,9 +95,15 @@ def draw(p: Tensor) -> None:
     p.normal_(std=p.shape[1] ** -0.5 if p.shape[0] == R else 0.02)
 
 
-def pairs(ours: nn.Module, theirs: nn.Module, name: str = "default") -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+def pairs(
+    ours: nn.Module, theirs: nn.Module, name: str = "default"
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """A and B of ours, and of PEFT's, site by site."""
-    other = {path.removeprefix("base_model.model."): module for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    other = {
+        path.removeprefix("base_model.model."): module
+        for path, module in theirs.named_modules()
+        if hasattr(module, "lora_A")
+    }
     mine = {path: module.lora[name] for path, module in ours.named_modules() if "lora" in module._modules}
     assert mine, "there are sites"
     assert mine.keys() == other.keys(), "the same sites"

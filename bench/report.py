@@ -50,14 +50,23 @@ the median over the rounds of a ratio taken within the round, with its quartiles
 
 def machine(on: Setup) -> list[str]:
     """Where and with what."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    memory = next((int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), math.nan)
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    memory = next(
+        (int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), math.nan
+    )
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "loralib"))
     where = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=where, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=where, check=False
+    ).stdout.strip()
     gpu = [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"] if on.cuda else []
     return [
-        ", ".join([cpu, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", f"load {os.getloadavg()[0]:.1f} at the start", *gpu]),
+        ", ".join(
+            [cpu, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", f"load {os.getloadavg()[0]:.1f} at the start", *gpu]
+        ),
         f"Python {platform.python_version()}, {versions}, lorainject {li.__version__}{f' ({commit})' * bool(commit)}",
     ]
 
@@ -86,7 +95,9 @@ def say(r: Result) -> None:
     if r.error:
         CONSOLE.print(f"{r.row}: [red]{escape(r.error)}[/]", soft_wrap=True)
     else:
-        CONSOLE.print(f"{r.row}, {r.case}: {r.metric} {cells(r)[5]} {r.verdict}  [{r.beside}]", markup=False, soft_wrap=True)
+        CONSOLE.print(
+            f"{r.row}, {r.case}: {r.metric} {cells(r)[5]} {r.verdict}  [{r.beside}]", markup=False, soft_wrap=True
+        )
 
 
 def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -> None:
@@ -122,12 +133,29 @@ def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
 
 def markdown(rows: Sequence[Row], results: Sequence[Result], on: Setup, about: Sequence[str]) -> str:
     """The whole document."""
-    clock = "measured by CUDA events" if on.cuda else "this process's CPU time with one intra-op thread, since the machine is shared"
-    lines = [HEAD.format(rounds=on.rounds, seconds=PATIENCE * on.seconds, clock=clock), *(f"- {line}" for line in about), ""]
-    counts = {v: sum(r.verdict == v for r in results) for v in ("met", "aim missed", "must MISSED", "not seen", "failed")}
-    lines += [f"Of {sum(counts.values())} figures with a goal: " + ", ".join(f"{n} {v}" for v, n in counts.items() if n) + ".", ""]
+    clock = (
+        "measured by CUDA events"
+        if on.cuda
+        else "this process's CPU time with one intra-op thread, since the machine is shared"
+    )
+    lines = [
+        HEAD.format(rounds=on.rounds, seconds=PATIENCE * on.seconds, clock=clock),
+        *(f"- {line}" for line in about),
+        "",
+    ]
+    counts = {
+        v: sum(r.verdict == v for r in results) for v in ("met", "aim missed", "must MISSED", "not seen", "failed")
+    }
+    lines += [
+        f"Of {sum(counts.values())} figures with a goal: "
+        + ", ".join(f"{n} {v}" for v, n in counts.items() if n)
+        + ".",
+        "",
+    ]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells(r)) + " |" for r in results]
+    lines += [
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells(r)) + " |" for r in results
+    ]
     lines += ["", "## Limits", "", *(f"- `{row.name}`, {row.what}: {row.limit}" for row in rows)]
     if why := paragraphs(rows, results):
         lines += ["", "## What misses its aim, and why", "", *(f"{p}\n" for p in why)]
@@ -151,7 +179,11 @@ def worse(now: Sequence[Result], before: Sequence[Result]) -> list[tuple[Result,
     """Figures (ratios and bytes, not times) that grew by more than a tenth, with quartiles that do not overlap, and rows that fail now."""
     was = {r.key: r for r in before if r.metric not in TIMES}
     fails = {r.row for r in before if r.error}
-    grown = [(r, was[r.key]) for r in now if not r.error and r.key in was and r.value > was[r.key].value * WORSE and r.low > was[r.key].high]
+    grown = [
+        (r, was[r.key])
+        for r in now
+        if not r.error and r.key in was and r.value > was[r.key].value * WORSE and r.low > was[r.key].high
+    ]
     ran = {b.row: b for b in before if b.row not in fails}
     return grown + [(r, ran[r.row]) for r in now if r.error and r.row in ran]
 
@@ -162,4 +194,8 @@ def show_worse(found: Sequence[tuple[Result, Result]], file: Path | None) -> Non
         CONSOLE.print(f"nothing is worse than in {file.name}", markup=False, soft_wrap=True)
     for now, before in found:
         change = f"{number(before.value)} -> {now.error or number(now.value)}"
-        CONSOLE.print(f"worse than in {file and file.name}: {now.row}, {now.case}, {now.metric}: {change}", markup=False, soft_wrap=True)
+        CONSOLE.print(
+            f"worse than in {file and file.name}: {now.row}, {now.case}, {now.metric}: {change}",
+            markup=False,
+            soft_wrap=True,
+        )

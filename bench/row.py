@@ -110,7 +110,15 @@ def result(row: Row, figure: Figure) -> Result:
 
 def failed(row: Row, error: BaseException) -> Result:
     """In place of a row's figures."""
-    return Result(row=row.name, case="", metric="", value=math.nan, low=math.nan, high=math.nan, error=f"{type(error).__name__}: {error}")
+    return Result(
+        row=row.name,
+        case="",
+        metric="",
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        error=f"{type(error).__name__}: {error}",
+    )
 
 
 def exactly(value: float) -> Spread:

@@ -23,7 +23,14 @@ from .row import Figure, Goal, Row
 def against(times: Times, case: str, calls: dict[str, Timed], at_best: str = "") -> Figure:
     """Ours beside PEFT's, as a plain ratio: there is no base to it."""
     beside = ", ".join(f"{who} {times.ms(who):.3g}" for who in times.seconds) + " ms"
-    return Figure(case=case, metric="T / PEFT's", value=times.ratio("ours", "PEFT"), beside=beside, limit=at_best, why=partial(hot, calls["ours"]))
+    return Figure(
+        case=case,
+        metric="T / PEFT's",
+        value=times.ratio("ours", "PEFT"),
+        beside=beside,
+        limit=at_best,
+        why=partial(hot, calls["ours"]),
+    )
 
 
 class Wrapped:
@@ -53,11 +60,15 @@ def inject(on: Setup) -> Iterator[Figure]:
 
         calls = {
             "ours": Timed(partial(li.inject, mine, TARGETS, r=R, alpha=ALPHA), after=partial(li.eject, mine)),
-            "PEFT": Timed(partial(theirs.wrap, lambda base: peft.get_peft_model(base, config_of())), after=theirs.unwrap),
+            "PEFT": Timed(
+                partial(theirs.wrap, lambda base: peft.get_peft_model(base, config_of())), after=theirs.unwrap
+            ),
             "A and B alone": Timed(draw),
         }
         times = interleaved(calls, on)
-        yield against(times, f"{said(dtype)}, {SMALL}", calls, f"{times.ratio('A and B alone', 'PEFT').value:.2g}: A and B alone")
+        yield against(
+            times, f"{said(dtype)}, {SMALL}", calls, f"{times.ratio('A and B alone', 'PEFT').value:.2g}: A and B alone"
+        )
 
 
 def merged(on: Setup) -> Iterator[Figure]:
@@ -72,7 +83,13 @@ def merged(on: Setup) -> Iterator[Figure]:
         calls = {who: Timed(torch.no_grad()(partial(m, ids, use_cache=False))) for who, m in models.items()}
         times = interleaved(calls, replace(on, rounds=max(on.rounds, 31)))
         case = f"{said(dtype)}, {SMALL}"
-        yield Figure(case=case, metric="T / T(base)", value=times.ratio("ours", "base"), beside=times.beside(), limit="1: the base itself")
+        yield Figure(
+            case=case,
+            metric="T / T(base)",
+            value=times.ratio("ours", "base"),
+            beside=times.beside(),
+            limit="1: the base itself",
+        )
 
 
 def switch(on: Setup) -> Iterator[Figure]:
@@ -86,7 +103,14 @@ def switch(on: Setup) -> Iterator[Figure]:
     times = interleaved(calls, on)
     found = [s * 1e6 for s in times.seconds["ours"]]
     case, beside = f"17 adapters, {SMALL}", f"PEFT {times.ms('PEFT') * 1e3:.3g}"
-    yield Figure(case=case, metric="microseconds", value=spread(found), beside=beside, limit="O(1)", why=partial(hot, calls["ours"]))
+    yield Figure(
+        case=case,
+        metric="microseconds",
+        value=spread(found),
+        beside=beside,
+        limit="O(1)",
+        why=partial(hot, calls["ours"]),
+    )
     yield Figure(case=case, metric="T / PEFT's", value=times.ratio("ours", "PEFT"))
 
 
@@ -117,10 +141,15 @@ def load(on: Setup) -> Iterator[Figure]:
         mine, theirs = llama(SMALL, torch.float32), Wrapped(llama(SMALL, torch.float32))
         calls = {
             "ours": Timed(partial(li.load, mine, folder / "ours"), after=partial(li.eject, mine)),
-            "PEFT": Timed(partial(theirs.wrap, lambda base: peft.PeftModel.from_pretrained(base, folder / "theirs")), after=theirs.unwrap),
+            "PEFT": Timed(
+                partial(theirs.wrap, lambda base: peft.PeftModel.from_pretrained(base, folder / "theirs")),
+                after=theirs.unwrap,
+            ),
         }
         li.load(mine, folder / "ours")
-        assert all(torch.equal(a, b) for a, b in zip(tensors(mine), tensors(model.ours), strict=True)), "what was loaded is what was saved"
+        assert all(torch.equal(a, b) for a, b in zip(tensors(mine), tensors(model.ours), strict=True)), (
+            "what was loaded is what was saved"
+        )
         li.eject(mine)
         yield against(interleaved(calls, on), SMALL, calls, "the bytes of A and B")
 

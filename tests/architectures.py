@@ -78,7 +78,10 @@ def apart(got: list[Tensor], want: list[Tensor]) -> float:
         if not torch.equal(a.nan_to_num(0, 1, -1)[~finite], b.nan_to_num(0, 1, -1)[~finite]):
             return math.inf
         if finite.any():
-            worst = max(worst, float((a.double() - b.double())[finite].abs().max()) / max(float(b.double()[finite].abs().max()), 1e-6))
+            worst = max(
+                worst,
+                float((a.double() - b.double())[finite].abs().max()) / max(float(b.double()[finite].abs().max()), 1e-6),
+            )
     return worst
 
 
@@ -146,7 +149,11 @@ class Products(TorchDispatchMode):
 
     def of(self, value: object) -> set[str]:
         """The parameters that a tensor consists of."""
-        return self.origin.get(value.untyped_storage()._cdata, set()) if isinstance(value, Tensor) and value.layout == torch.strided else set()
+        return (
+            self.origin.get(value.untyped_storage()._cdata, set())
+            if isinstance(value, Tensor) and value.layout == torch.strided
+            else set()
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -154,7 +161,13 @@ class Products(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in self.MATMUL:
             factors = [names for t in given[name in self.PLUS :] if (names := self.of(t))]
-            found = set().union(*factors) if "rnn" in name or "lstm" in name or "gru" in name else factors[-1] if factors else set()
+            found = (
+                set().union(*factors)
+                if "rnn" in name or "lstm" in name or "gru" in name
+                else factors[-1]
+                if factors
+                else set()
+            )
             self.matmul |= {n for n in found if self.shapes[n] >= 2}
         elif "convolution" in name:
             self.conv |= {n for n in self.of(given[1]) if self.shapes[n] >= 2}
@@ -203,7 +216,9 @@ def sites(model: nn.Module, name: str = "default") -> list[Site]:
                 found.append((path, getattr(child, "parameter", "weight"), child[name]))
     if len(found) != len(theirs):
         raise Wrong(f"li.deltas yields {len(theirs)} sites, but {len(found)} modules carry adapters")
-    return [Site(path, parameter, low.A, low.B, _delta(low, theirs[i])) for i, (path, parameter, low) in enumerate(found)]
+    return [
+        Site(path, parameter, low.A, low.B, _delta(low, theirs[i])) for i, (path, parameter, low) in enumerate(found)
+    ]
 
 
 def _delta(low: nn.Module, theirs: Tensor) -> Callable[[], Tensor]:
@@ -225,7 +240,9 @@ def oracle(base: nn.Module, deltas: list[tuple[str, str, Tensor]]) -> tuple[nn.M
     weights = []
     for path, parameter, delta in deltas:
         module = dense.get_submodule(path)
-        W = nn.Parameter(module._parameters[parameter].detach() + delta.detach().to(module._parameters[parameter].dtype))
+        W = nn.Parameter(
+            module._parameters[parameter].detach() + delta.detach().to(module._parameters[parameter].dtype)
+        )
         module._parameters[parameter] = W
         weights.append(W)
     return dense, weights
@@ -267,7 +284,9 @@ def inject(model: nn.Module, without: list[str] | None = None) -> dict[str, Any]
             li.inject(model, found["targets"], r=4, init="gaussian", exclude=found["excluded"])
             return found | {"left_out": list(plan.left_out)}
         except li.LoraError as e:
-            if found["targets"] == "all-linear" and any("matches nothing" in p or "leaves nothing" in p for p in e.problems):
+            if found["targets"] == "all-linear" and any(
+                "matches nothing" in p or "leaves nothing" in p for p in e.problems
+            ):
                 found |= {"targets": "all-conv", "excluded": []}
                 continue
             named = [p.split(": ", 1)[0] for p in e.problems if ": " in p]
@@ -338,21 +357,30 @@ def share(base: nn.Module, seen: Products, adapted: list[str], out: set[str]) ->
     size = {n: p.numel() for n, p in base.named_parameters()}
     every = list(base.named_parameters(remove_duplicate=False))
     ours = {canonical[id(p)] for n, p in every if n in set(adapted)}
-    design = {canonical[id(p)] for n, p in every if n.rpartition(".")[0] in out} - ours  # a tied head goes by the embedding's name
+    design = {
+        canonical[id(p)] for n, p in every if n.rpartition(".")[0] in out
+    } - ours  # a tied head goes by the embedding's name
 
     def part(of: set[str]) -> float | None:
         total = sum(size[n] for n in of)
         return round(sum(size[n] for n in of & ours) / total, 4) if total else None
 
     missed = sorted(seen.matmul - design - ours, key=lambda n: -size[n])
-    return {"share": part(seen.matmul - design), "share_all": part(seen.matmul), "share_conv": part(seen.conv), "missed": missed[:4]}
+    return {
+        "share": part(seen.matmul - design),
+        "share_all": part(seen.matmul),
+        "share_conv": part(seen.conv),
+        "missed": missed[:4],
+    }
 
 
 def doubled(inputs: Inputs) -> dict[str, Any]:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def against_oracle(base: nn.Module, model: nn.Module, sited: list[Site], inputs: Inputs, noise: float) -> dict[str, Any]:
+def against_oracle(
+    base: nn.Module, model: nn.Module, sited: list[Site], inputs: Inputs, noise: float
+) -> dict[str, Any]:
     """Outputs and gradients. Where it may be float32's rounding that is large (it moves a choice of experts), float64 decides."""
     try:
         return _against_oracle(base, model, sited, inputs, max(CLOSE, 3 * noise), 1e-3)
@@ -362,14 +390,18 @@ def against_oracle(base: nn.Module, model: nn.Module, sited: list[Site], inputs:
         first = e
     try:
         wide = clone(model).double()
-        return _against_oracle(clone(base).double(), wide, sites(wide), doubled(inputs), 1e-8, 1e-6) | {"float64": str(first)}
+        return _against_oracle(clone(base).double(), wide, sites(wide), doubled(inputs), 1e-8, 1e-6) | {
+            "float64": str(first)
+        }
     except Wrong as e:
         raise Wrong(f"{first} (float64: {e})") from None
     except Exception:  # many models hold on to float32 somewhere
         raise first from None
 
 
-def _against_oracle(base: nn.Module, model: nn.Module, sited: list[Site], inputs: Inputs, close: float, gradient_close: float) -> dict[str, Any]:
+def _against_oracle(
+    base: nn.Module, model: nn.Module, sited: list[Site], inputs: Inputs, close: float, gradient_close: float
+) -> dict[str, Any]:
     dense, weights = oracle(base, [(s.path, s.parameter, s.delta()) for s in sited])
     want, by_weight = gradients(dense, inputs, weights)
     got, by_factor = gradients(model, inputs, [t for s in sited for t in (s.A, s.B)])
@@ -390,7 +422,11 @@ def _against_oracle(base: nn.Module, model: nn.Module, sited: list[Site], inputs
             continue
         for letter, mine, theirs in zip("AB", (for_A, for_B), expected, strict=True):
             scale = max(float(theirs.abs().max()), 1e-4 * largest)
-            off = float(((mine if mine is not None else torch.zeros_like(theirs)) - theirs).abs().max()) / scale if scale else 0.0
+            off = (
+                float(((mine if mine is not None else torch.zeros_like(theirs)) - theirs).abs().max()) / scale
+                if scale
+                else 0.0
+            )
             if not off <= gradient_close:
                 wrong.append(f"{site.name}: dL/d{letter} is off by {off:.1g}")
     if unreached:
@@ -411,7 +447,9 @@ def check_probe(model: nn.Module, inputs: Inputs, row: Mapping[str, Any]) -> dic
     except li.UnreachedAdapter as e:
         bypassed = [p for p in e.problems if "without the layer being called" in p]
         if bypassed or len(e.problems) > row["dead"]:
-            raise Wrong(f"probe complains of {len(e.problems)} sites, the oracle of {row['dead']}: {e.problems[0][:120]}") from None
+            raise Wrong(
+                f"probe complains of {len(e.problems)} sites, the oracle of {row['dead']}: {e.problems[0][:120]}"
+            ) from None
         return {"probe": len(e.problems)}
 
 
@@ -432,7 +470,11 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
         return check_merge(base, rest, inputs, noise, [*excluded, *tied]) | {"tied": len(tied)}
     got = outputs(model, inputs)
     dense, _ = oracle(base, deltas)
-    if (d := apart(got, want)) > close and (d := apart(got, outputs(dense, inputs))) > close and not _merges_in_float64(model, inputs):
+    if (
+        (d := apart(got, want)) > close
+        and (d := apart(got, outputs(dense, inputs))) > close
+        and not _merges_in_float64(model, inputs)
+    ):
         raise Wrong(f"merged output differs by {d:.1g}")
     for path, parameter, _ in deltas:
         W, D = (m.get_submodule(path)._parameters[parameter].detach() for m in (model, dense))
@@ -521,7 +563,9 @@ def check_peft(base: nn.Module, inputs: Inputs, noise: float, left_out: set[str]
         dense, weights = oracle(base, [(*place, layer.get_delta_weight("default")) for place, layer in layers.items()])
         expected, by_weight = gradients(dense, inputs, weights)
         got, by_B = gradients(model, inputs, [layer.lora_B["default"].weight for layer in layers.values()])
-        unreached = [".".join(place) for place, w, b in zip(layers, by_weight, by_B, strict=True) if alive(w) and not alive(b)]
+        unreached = [
+            ".".join(place) for place, w, b in zip(layers, by_weight, by_B, strict=True) if alive(w) and not alive(b)
+        ]
         row["dead"] = sum(not alive(w) for w in by_weight)
         if unreached:
             raise Wrong(f"SILENTLY UNREACHED: {len(unreached)} sites, as {unreached[0]}")
@@ -535,7 +579,9 @@ def check_peft(base: nn.Module, inputs: Inputs, noise: float, left_out: set[str]
         model.merge_adapter()
         merged = apart(outputs(model, inputs), got)
         model.unmerge_adapter()
-        row["exact"] = all(torch.equal(first[place], getattr(layer.get_base_layer(), place[1])) for place, layer in layers.items())
+        row["exact"] = all(
+            torch.equal(first[place], getattr(layer.get_base_layer(), place[1])) for place, layer in layers.items()
+        )
         if merged > max(10 * CLOSE, 3 * noise):
             raise Wrong(f"merged output differs by {merged:.1g}")
     except Wrong as e:
@@ -560,7 +606,11 @@ def examine(model_type: str, peft: bool = True) -> dict[str, Any]:
     except zoo.NoModel as e:
         return row | {"verdict": "not built", "reason": str(e)}
     inputs = zoo.inputs(base)
-    row |= {"class": type(base).__name__, "parameters": sum(p.numel() for p in base.parameters()), "inputs": sorted(inputs)}
+    row |= {
+        "class": type(base).__name__,
+        "parameters": sum(p.numel() for p in base.parameters()),
+        "inputs": sorted(inputs),
+    }
     first = outputs(base, inputs)
     row["noise"] = noise = apart(outputs(base, inputs), first)
     row["ours"] = check_ours(base, inputs, noise)
@@ -586,14 +636,18 @@ def _child(model_type: str, out: Any, memory: int) -> None:
     try:
         out.send(examine(model_type))
     except BaseException as e:
-        out.send({"type": model_type, "verdict": "error", "reason": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"})
+        out.send(
+            {"type": model_type, "verdict": "error", "reason": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"}
+        )
 
 
 def examine_all(names: Iterable[str], jobs: int, seconds: float, record: Callable[[dict[str, Any]], None]) -> None:
     """Each type in a fresh process, so many at a time, each for at most so many seconds and with 12 GiB of addresses."""
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
-        context.set_forkserver_preload(["torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "lorainject"])
+        context.set_forkserver_preload(
+            ["torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "lorainject"]
+        )
     waiting, running = list(names), {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -727,7 +781,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="with --all: these types alone, separated by commas")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--seconds", type=float, default=180, help="time limit for one type")
-    parser.add_argument("--resume", type=Path, help="JSON lines: read what is done, append what is new (default: a temporary file)")
+    parser.add_argument(
+        "--resume", type=Path, help="JSON lines: read what is done, append what is new (default: a temporary file)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "architectures.md")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -743,11 +799,18 @@ def main() -> None:
 
     path = args.resume or Path(tempfile.gettempdir()) / "architectures.jsonl"
     lines = path.read_text().splitlines() if args.resume and path.exists() else []
-    done = {row["type"]: row for row in (json.loads(line) for line in lines if line.endswith("}"))}  # the last may be torn
+    done = {
+        row["type"]: row for row in (json.loads(line) for line in lines if line.endswith("}"))
+    }  # the last may be torn
     wanted = args.only.split(",") if args.only else zoo.types()
     with (
         path.open("a" if done else "w") as file,
-        Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[last]}")) as progress,
+        Progress(
+            *Progress.get_default_columns(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[last]}"),
+        ) as progress,
     ):
         task = progress.add_task("architectures", total=len(wanted), completed=sum(n in done for n in wanted), last="")
 
@@ -759,7 +822,9 @@ def main() -> None:
 
         examine_all([n for n in wanted if n not in done], args.jobs, args.seconds, record)
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(report([done[n] for n in wanted], "scripts/architectures" + (f" --only {args.only}" if args.only else "")))
+    args.out.write_text(
+        report([done[n] for n in wanted], "scripts/architectures" + (f" --only {args.only}" if args.only else ""))
+    )
     print(f"{args.out} written; one JSON object a type in {path}")
 
 

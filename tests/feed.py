@@ -18,7 +18,15 @@ VOCAB, IDS = 99, (10, 80)  # ordinary tokens are drawn from IDS; special ones ha
 # Arguments that make use of more of the model than text does.
 RICH = ("pixel_values", "input_features", "input_values", "image_grid_thw", "spatial_shapes", "pixel_position_ids", "image_position_ids",
         "pixel_attention_mask", "mm_token_type_ids", "image_grid_hws", "tgt_sizes", "target_sizes", "is_longer")  # fmt: skip
-IMAGES = ("pixel_values", "images", "image", "pixel_values_images", "prompt_pixel_values", "high_res_pixel_values", "pixel_values_local")
+IMAGES = (
+    "pixel_values",
+    "images",
+    "image",
+    "pixel_values_images",
+    "prompt_pixel_values",
+    "high_res_pixel_values",
+    "pixel_values_local",
+)
 GRIDS = ("image_grid_thw", "grid_thw", "video_grid_thw", "image_grid_hws", "grid_hws")
 
 
@@ -36,7 +44,9 @@ class Feed:
         self.accepts = [p.name for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.required = [p.name for p in signature if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         image = (
-            self.fact("image_size", "img_size", "input_size", among="vision|backbone") or self.fact("image_size", "img_size", "max_img_size") or 32
+            self.fact("image_size", "img_size", "input_size", among="vision|backbone")
+            or self.fact("image_size", "img_size", "max_img_size")
+            or 32
         )
         accepts = set(self.accepts)
         packed, patches = accepts & set(GRIDS), accepts & {"spatial_shapes", "pixel_position_ids", "image_position_ids"}
@@ -58,7 +68,10 @@ class Feed:
         hits = [
             (len(path), names.index(path[-1]), value)
             for path, value in self.facts
-            if path[-1] in names and value is not None and not isinstance(value, bool | str) and (not among or re.search(among, ".".join(path[:-1])))
+            if path[-1] in names
+            and value is not None
+            and not isinstance(value, bool | str)
+            and (not among or re.search(among, ".".join(path[:-1])))
         ]
         return min(hits, key=lambda hit: hit[:2])[2] if hits else None
 
@@ -78,12 +91,20 @@ class Feed:
     def make(self, name: str, g: torch.Generator) -> Any:
         """One argument, by its name; None if we don't know it."""
         k = self.knobs
-        B, L, (H, W), C, F, mel, steps = (k[n] for n in ("batch", "length", "image", "channels", "frames", "mel", "time"))
+        B, L, (H, W), C, F, mel, steps = (
+            k[n] for n in ("batch", "length", "image", "channels", "frames", "mel", "time")
+        )
         P = self.number(0, "patch_size", among="vision") or self.number(16, "patch_size", "spatial_patch_size")
         T, merge = self.number(1, "temporal_patch_size"), self.number(1, "spatial_merge_size", "merge_size")
         rows = 2 * merge * self.number(1, "pooling_kernel_size")  # of patches, in each image
-        vocab = min([v for path, v in self.facts if path[-1] == "vocab_size" and isinstance(v, int) and v > 2] or [VOCAB])
-        docs, context, future = self.number(2, "n_docs"), self.number(32, "context_length", "seq_length"), self.number(1, "prediction_length")
+        vocab = min(
+            [v for path, v in self.facts if path[-1] == "vocab_size" and isinstance(v, int) and v > 2] or [VOCAB]
+        )
+        docs, context, future = (
+            self.number(2, "n_docs"),
+            self.number(32, "context_length", "seq_length"),
+            self.number(1, "prediction_length"),
+        )
         past = context + max(self.fact("lags_sequence") or [0])
         series = self.number(0, "num_input_channels") or self.number(1, "input_size")
         channels = (series,) if series > 1 or self.fact("num_input_channels") else ()
@@ -112,7 +133,11 @@ class Feed:
             return noise(*shapes[k["pixels"]])
 
         def features() -> Tensor:
-            return noise(*{"mel, time": (B, mel, steps), "time, mel": (B, steps, mel), "1, time, mel": (B, 1, steps, mel)}[k["features"]])
+            return noise(
+                *{"mel, time": (B, mel, steps), "time, mel": (B, steps, mel), "1, time, mel": (B, 1, steps, mel)}[
+                    k["features"]
+                ]
+            )
 
         def kinds() -> Tensor:
             """Which token stands for what: 0 is text."""
@@ -120,7 +145,13 @@ class Feed:
             return sum(((ids == token).long() for token in k["fill"]), torch.zeros_like(ids))
 
         def pixel_mask() -> Tensor:
-            return ones(B, rows * rows) if k["pixels"] == "patches" else torch.ones(B, 1, dtype=torch.bool) if k["cameras"] else ones(B, H, W)
+            return (
+                ones(B, rows * rows)
+                if k["pixels"] == "patches"
+                else torch.ones(B, 1, dtype=torch.bool)
+                if k["cameras"]
+                else ones(B, H, W)
+            )
 
         def flattened() -> Tensor:
             """Patches with their row and column in front."""
@@ -180,7 +211,9 @@ def _walk(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 # --- learning from errors ----------------------------------------------------------------------------------------------
 
 Mend = Callable[[Feed, list[str], re.Match[str]], bool]
-MENDS: list[tuple[str, Mend]] = []  # what an error says, and what to do about it; the first that can do something does it
+MENDS: list[
+    tuple[str, Mend]
+] = []  # what an error says, and what to do about it; the first that can do something does it
 
 
 def _on(pattern: str) -> Callable[[Mend], Mend]:
@@ -243,7 +276,9 @@ def _width(feed: Feed, names: list[str], m: re.Match[str]) -> bool:
     for knob in ("hidden", "mel"):
         if k[knob] == got:
             return _set(feed, **{knob: want})
-    return got == k["time"] and _set(feed, features="time, mel" if k["features"] == "mel, time" else "mel, time", mel=want)
+    return got == k["time"] and _set(
+        feed, features="time, mel" if k["features"] == "mel, time" else "mel, time", mel=want
+    )
 
 
 @_on(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)")
@@ -285,7 +320,13 @@ def _no_cache(feed: Feed, names: list[str], m: re.Match[str]) -> bool:
 @_on(r"NoneType")
 def _not_optional(feed: Feed, names: list[str], m: re.Match[str]) -> bool:
     """Something optional is not: the first that may be meant."""
-    return _add(feed, names, lambda n: bool(re.search(r"mask$|lengths?$|visual_|_sizes$|bbox$|_thw$|^actions|^rewards|returns_to_go|timesteps", n)))
+    return _add(
+        feed,
+        names,
+        lambda n: bool(
+            re.search(r"mask$|lengths?$|visual_|_sizes$|bbox$|_thw$|^actions|^rewards|returns_to_go|timesteps", n)
+        ),
+    )
 
 
 @_on(r"")
@@ -339,7 +380,9 @@ def attempts(model: nn.Module) -> Iterator[tuple[Feed, list[str]]]:
         raise NoModel("its forward takes no argument by name")
     main = getattr(model, "main_input_name", "input_ids")
     main = main if main in first.accepts else (first.required or first.accepts)[0]
-    text, decoder, rich = ([n for n in names if n in first.accepts] for names in (["input_ids"], ["decoder_input_ids"], RICH))
+    text, decoder, rich = (
+        [n for n in names if n in first.accepts] for names in (["input_ids"], ["decoder_input_ids"], RICH)
+    )
     sets = [
         [*text, *rich, *decoder], [*text, *rich, "image_sizes", *decoder], [*text, *rich[:1], *decoder], [main, *decoder],
         *([r, *decoder] for r in rich), [main, *text], [main], text, ["inputs_embeds"], first.required,
@@ -353,7 +396,10 @@ def attempts(model: nn.Module) -> Iterator[tuple[Feed, list[str]]]:
 def _variants(names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Other settings of the knobs that matter to these arguments."""
     if set(IMAGES) & set(names):
-        yield from ({"pixels": kind} for kind in ("several", "video", "volume", "packed", "patches", "tiles", "boxed", "tiled", "one"))
+        yield from (
+            {"pixels": kind}
+            for kind in ("several", "video", "volume", "packed", "patches", "tiles", "boxed", "tiled", "one")
+        )
         yield from ({"image": (size, size)} for size in (32, 64, 128, 224, 256))
     if {"input_features", "input_values", "spectrogram"} & set(names):
         layouts = ("mel, time", "time, mel")

@@ -60,7 +60,9 @@ class Seed:
 
 
 def folder(at: Path, **told: Any) -> Seed:
-    return Seed({p.name: p.read_bytes() for p in sorted(at.iterdir()) if p.name in (*FILES, *CONFIGS)}, hints=li.Hints(**told))
+    return Seed(
+        {p.name: p.read_bytes() for p in sorted(at.iterdir()) if p.name in (*FILES, *CONFIGS)}, hints=li.Hints(**told)
+    )
 
 
 def single(at: Path, **told: Any) -> Seed:
@@ -69,7 +71,10 @@ def single(at: Path, **told: Any) -> Seed:
 
 def seeds() -> dict[str, list[Seed]]:
     """By reader, from the fixtures; of containers that no fixture has, one made of them."""
-    peft = [folder(FIXTURES / f"peft_{v}") for v in ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens", "params")]
+    peft = [
+        folder(FIXTURES / f"peft_{v}")
+        for v in ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens", "params")
+    ]
     peft += [folder(p) for p in sorted((FIXTURES / "peft_target_parameters").glob("*/*_ad"))]
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
     names = tree({key: tuple(t.shape) for key, t in base.items()})
@@ -176,7 +181,11 @@ def work(reader: str, of: list[Seed], numbers: Iterator[int], say: Any) -> None:
                 end = tried(place / seed.file, seed.hints, n)
             except Exception as e:
                 end = signature(e)
-        print(json.dumps({"end": end, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}), file=say, flush=True)
+        print(
+            json.dumps({"end": end, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}),
+            file=say,
+            flush=True,
+        )
 
 
 def _pages() -> int:
@@ -255,12 +264,19 @@ def main() -> None:
     spent = dict.fromkeys(readers, 0.0)
 
     def left() -> bool:
-        return (time.monotonic() - start < given.minutes * 60) if given.count is None else any(number[r] < given.first + given.count for r in readers)
+        return (
+            (time.monotonic() - start < given.minutes * 60)
+            if given.count is None
+            else any(number[r] < given.first + given.count for r in readers)
+        )
 
     for reader in itertools.cycle(readers):
         if not left():
             break
-        begun, count = time.monotonic(), BATCH if given.count is None else min(BATCH, given.first + given.count - number[reader])
+        begun, count = (
+            time.monotonic(),
+            BATCH if given.count is None else min(BATCH, given.first + given.count - number[reader]),
+        )
         for n, end, rss in batch(reader, known[reader], number[reader], count):
             kind = end if end in ("read", "refused") else "found"
             ends[reader][kind] += 1
@@ -272,10 +288,16 @@ def main() -> None:
             if given.count is None and time.monotonic() - begun > 20:
                 break
         spent[reader] += time.monotonic() - begun
-    print(f"{sum(c.total() for c in ends.values()):,} inputs in {(time.monotonic() - start) / 60:.1f} minutes, {len(found)} kinds of findings")
-    print("| reader | inputs | read | refused | found | seconds | MiB above the start, at most |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{sum(c.total() for c in ends.values()):,} inputs in {(time.monotonic() - start) / 60:.1f} minutes, {len(found)} kinds of findings"
+    )
+    print(
+        "| reader | inputs | read | refused | found | seconds | MiB above the start, at most |\n|---|---|---|---|---|---|---|"
+    )
     for reader, c in ends.items():
-        print(f"| {reader} | {c.total():,} | {c['read']:,} | {c['refused']:,} | {c['found']:,} | {spent[reader]:.0f} | {peak[reader] / 1024:.0f} |")
+        print(
+            f"| {reader} | {c.total():,} | {c['read']:,} | {c['refused']:,} | {c['found']:,} | {spent[reader]:.0f} | {peak[reader] / 1024:.0f} |"
+        )
     sys.exit(bool(found))
 
 

@@ -32,7 +32,9 @@ def record(weights: Mapping[str, tuple[int, ...]]) -> li.AdapterFile:
     for i, (path, (out, in_)) in enumerate(weights.items()):
         r = 2 + 2 * (i % 2)
         A, B = torch.randn(r, in_, generator=g), torch.randn(out, r, generator=g)
-        sites.append(li.StoredSite(path=path, A=A, B=B, alpha=3.0 + i % 3, scaling="rslora" if i % 4 == 3 else "standard"))
+        sites.append(
+            li.StoredSite(path=path, A=A, B=B, alpha=3.0 + i % 3, scaling="rslora" if i % 4 == 3 else "standard")
+        )
     return li.AdapterFile(path=Path("made"), format="lorainject", sites=tuple(sites))
 
 
@@ -47,7 +49,10 @@ def deltas(file: li.AdapterFile) -> dict[str, Tensor]:
 def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """The largest difference; a weight that only one of them has counts with all it is."""
     zero = torch.zeros(())
-    return max(float((found.get(k, zero).double() - wanted.get(k, zero).double()).abs().max()) for k in found.keys() | wanted.keys())
+    return max(
+        float((found.get(k, zero).double() - wanted.get(k, zero).double()).abs().max())
+        for k in found.keys() | wanted.keys()
+    )
 
 
 def emptied(model: nn.Module) -> nn.Module:
@@ -64,7 +69,14 @@ def changed(model: nn.Module) -> dict[str, Tensor]:
 def of_transformers() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return emptied(LlamaForCausalLM(config))
 
 
@@ -132,12 +144,16 @@ def diffusers(at: Path) -> tuple[float, float]:
                                             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")))  # fmt: skip
 
     model = unet()
-    file = record({n: tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith(("to_q", "to_v", "to_out.0"))})
+    file = record(
+        {n: tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith(("to_q", "to_v", "to_out.0"))}
+    )
     li.write(file, at / "ours", format="diffusers", hints=li.Hints(component="unet"))
     tensors, metadata = StableDiffusionPipeline.lora_state_dict(str(at / "ours"), return_lora_metadata=True)[::2]
     model.load_lora_adapter(tensors, prefix="unet", metadata=metadata, adapter_name="default")
     about = _collate_lora_metadata({"unet": model})
-    StableDiffusionPipeline.save_lora_weights(str(at / "theirs"), unet_lora_layers=get_peft_model_state_dict(model, adapter_name="default"), **about)
+    StableDiffusionPipeline.save_lora_weights(
+        str(at / "theirs"), unet_lora_layers=get_peft_model_state_dict(model, adapter_name="default"), **about
+    )
     back = li.read(at / "theirs", hints=li.Hints(component="unet"))
     model.fuse_lora()
     found = {k.replace(".base_layer", ""): t for k, t in changed(model).items() if ".lora_" not in k}
@@ -148,7 +164,11 @@ def tensors_of(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     """A kohya file of rank 2, with an adapter (out, in) under each name."""
     found = {}
     for name, (out, in_) in sizes.items():
-        found |= {f"{name}.lora_down.weight": torch.randn(2, in_), f"{name}.lora_up.weight": torch.randn(out, 2), f"{name}.alpha": torch.tensor(3.0)}
+        found |= {
+            f"{name}.lora_down.weight": torch.randn(2, in_),
+            f"{name}.lora_up.weight": torch.randn(out, 2),
+            f"{name}.alpha": torch.tensor(3.0),
+        }
     return found
 
 
@@ -161,8 +181,21 @@ def original_unet(at: Path) -> tuple[None, float]:
                                             attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                                             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")))  # fmt: skip
 
-    blocks = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "middle_block_1", "output_blocks_0_1", "output_blocks_4_1")
-    tensors = tensors_of({f"lora_unet_{block}_transformer_blocks_0_attn1_{leaf}": (16, 16) for block in blocks for leaf in ("to_q", "to_out_0")})
+    blocks = (
+        "input_blocks_4_1",
+        "input_blocks_5_1",
+        "input_blocks_7_1",
+        "middle_block_1",
+        "output_blocks_0_1",
+        "output_blocks_4_1",
+    )
+    tensors = tensors_of(
+        {
+            f"lora_unet_{block}_transformer_blocks_0_attn1_{leaf}": (16, 16)
+            for block in blocks
+            for leaf in ("to_q", "to_out_0")
+        }
+    )
     save_file(tensors, at / "sai.safetensors")
     model = unet()
     found, alphas = StableDiffusionXLPipeline.lora_state_dict(str(at / "sai.safetensors"), unet_config=model.config)
@@ -181,7 +214,10 @@ def original_flux(at: Path) -> tuple[None, float]:
     save_file(tensors_of({f"lora_unet_{name}": (n * d, 4) for name, n in names.items()}), at / "flux.safetensors")
     found = FluxPipeline.lora_state_dict(str(at / "flux.safetensors"))
     at_ = {key.removesuffix(".lora_A.weight") for key in found if key.endswith(".lora_A.weight")}
-    theirs = {k.removeprefix("transformer."): found[f"{k}.lora_B.weight"].double() @ found[f"{k}.lora_A.weight"].double() for k in at_}
+    theirs = {
+        k.removeprefix("transformer."): found[f"{k}.lora_B.weight"].double() @ found[f"{k}.lora_A.weight"].double()
+        for k in at_
+    }
     model = nn.Module()
     for path, delta in theirs.items():
         owner = model
@@ -212,7 +248,11 @@ def mlx(at: Path) -> tuple[float, float]:
         )
     )
     model = load_adapters(model, str(at / "ours"))
-    found = {name: torch.tensor((m.scale * (m.lora_b.T @ m.lora_a.T)).tolist()) for name, m in model.named_modules() if hasattr(m, "lora_a")}
+    found = {
+        name: torch.tensor((m.scale * (m.lora_b.T @ m.lora_a.T)).tolist())
+        for name, m in model.named_modules()
+        if hasattr(m, "lora_a")
+    }
     (at / "theirs").mkdir()
     mx.save_safetensors(str(at / "theirs" / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     (at / "theirs" / "adapter_config.json").write_bytes((at / "ours" / "adapter_config.json").read_bytes())
@@ -233,16 +273,26 @@ def litgpt(at: Path) -> tuple[float, float]:
     model = emptied(GPT(config))
     model.load_state_dict(torch.load(at / "ours" / "lit_model.pth.lora", weights_only=True)["model"], strict=False)
     (at / "theirs").mkdir()
-    torch.save({"model": {k: v for k, v in model.state_dict().items() if lora_filter(k, v)}}, at / "theirs" / "lit_model.pth.lora")
+    torch.save(
+        {"model": {k: v for k, v in model.state_dict().items() if lora_filter(k, v)}},
+        at / "theirs" / "lit_model.pth.lora",
+    )
     (at / "theirs" / "hyperparameters.yaml").write_bytes((at / "ours" / "hyperparameters.yaml").read_bytes())
     back = li.read(at / "theirs", allow_pickle=True, hints=li.Hints(heads=HEADS))
     merge_lora_weights(model)
-    names = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+    names = {
+        "attn.proj": "self_attn.o_proj",
+        "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj",
+        "mlp.proj": "mlp.down_proj",
+    }
     found = {}
     for i, block in enumerate(model.transformer.h):
         rows = dict(zip("qkv", block.attn.qkv.linear.weight.data.split([32, 16, 16]), strict=True))
         found |= {f"model.layers.{i}.self_attn.{part}_proj": w for part, w in rows.items()}
-        found |= {f"model.layers.{i}.{ours}": block.get_submodule(theirs).linear.weight.data for theirs, ours in names.items()}
+        found |= {
+            f"model.layers.{i}.{ours}": block.get_submodule(theirs).linear.weight.data for theirs, ours in names.items()
+        }
     return apart(found, deltas(file)), apart(deltas(back), deltas(file))
 
 
@@ -259,7 +309,9 @@ def torchtune(at: Path) -> tuple[float, None]:
     theirs = module.tune_to_peft_adapter_weights(tensors, num_heads=4, num_kv_heads=2, dim=32, head_dim=8)
     s, pre = done.file.sites[0], "base_model.model."
     found = {
-        k.removeprefix(pre).removesuffix(".lora_A.weight"): s.scale * theirs[k.replace("lora_A", "lora_B")].double() @ A.double()
+        k.removeprefix(pre).removesuffix(".lora_A.weight"): s.scale
+        * theirs[k.replace("lora_A", "lora_B")].double()
+        @ A.double()
         for k, A in theirs.items()
         if ".lora_A." in k
     }
@@ -273,9 +325,14 @@ def onnxruntime(at: Path) -> tuple[float, None]:
     li.write(file, at / "a.onnx_adapter", format="onnx")
     ort.LoraAdapter().Load(str(at / "a.onnx_adapter"))
     t = {
-        k: torch.from_numpy(v.numpy().copy()).double() for k, v in ort.AdapterFormat.read_adapter(str(at / "a.onnx_adapter")).get_parameters().items()
+        k: torch.from_numpy(v.numpy().copy()).double()
+        for k, v in ort.AdapterFormat.read_adapter(str(at / "a.onnx_adapter")).get_parameters().items()
     }
-    found = {k.removesuffix(".lora_A.weight"): (A @ t[k.replace("lora_A", "lora_B")]).T for k, A in t.items() if "lora_A" in k}
+    found = {
+        k.removesuffix(".lora_A.weight"): (A @ t[k.replace("lora_A", "lora_B")]).T
+        for k, A in t.items()
+        if "lora_A" in k
+    }
     return apart(found, deltas(file)), None
 
 

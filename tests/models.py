@@ -34,7 +34,14 @@ def _text() -> dict[str, Tensor]:
 def llama(**changes: object) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
 
 
@@ -48,13 +55,17 @@ def qwen3() -> nn.Module:
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    ).eval()
 
 
 def bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return BertModel(BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)).eval()
+    return BertModel(
+        BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    ).eval()
 
 
 def t5() -> nn.Module:
@@ -67,7 +78,16 @@ def t5() -> nn.Module:
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)).eval()
+    return ViTModel(
+        ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+        )
+    ).eval()
 
 
 def whisper() -> nn.Module:
@@ -85,10 +105,17 @@ TINY = {
     "gpt2": Tiny(gpt2, _text, ("c_attn", "c_proj", "wte")),
     "bert": Tiny(bert, _text, ("query", "value", "output.dense", "word_embeddings")),
     "t5": Tiny(t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(length=5)}, ("q", "v", "wi_0", "wo")),
-    "vit": Tiny(vit, lambda: {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}, ("q_proj", "v_proj", "fc1")),
+    "vit": Tiny(
+        vit,
+        lambda: {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))},
+        ("q_proj", "v_proj", "fc1"),
+    ),
     "whisper": Tiny(
         whisper,
-        lambda: {"input_features": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1)), "decoder_input_ids": ids(length=5)},
+        lambda: {
+            "input_features": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1)),
+            "decoder_input_ids": ids(length=5),
+        },
         ("q_proj", "v_proj", "fc1", "embed_tokens"),
     ),
 }
@@ -97,7 +124,10 @@ TINY = {
 def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The model's main output; floating inputs follow the model's dtype and device."""
     p = next((p for p in model.parameters() if not p.is_meta), torch.empty(0))  # all of it is meta when offloaded
-    inputs = {k: v.to(p.device, p.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    inputs = {
+        k: v.to(p.device, p.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
+        for k, v in inputs.items()
+    }
     out = model(**inputs)
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
@@ -141,4 +171,8 @@ def bits(t: Tensor) -> bytes | str:
 def weight_at(model: nn.Module, name: str) -> nn.Parameter:
     """The weight that a plan or a report names: of a layer, or a bare parameter."""
     path, _, last = name.rpartition(".")
-    return model.get_submodule(path)._parameters.get(last) if last in model.get_submodule(path)._parameters else model.get_submodule(name).weight
+    return (
+        model.get_submodule(path)._parameters.get(last)
+        if last in model.get_submodule(path)._parameters
+        else model.get_submodule(name).weight
+    )

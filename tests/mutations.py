@@ -24,7 +24,28 @@ from torch import Tensor
 
 from lorainject.files import container, native
 
-NUMBERS = (0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 JUNK: tuple[Any, ...] = (None, True, False, "", "x", "../../x", "a" * 5000, "\0", "\ud800", -1, 0, 1, 2**31, 2**63, 2**70, 1e-320, 1e308, float("nan"), float("inf"), [], {}, [[]],
                          {"": {}}, [None], ["(a|aa)+$"], {"(.*)*x": 3}, "float16", "LORA", "all-linear", [1, 2], {"a": [1]})  # fmt: skip
 SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_B", ".lora_a", ".lora_b", ".lora_a.weight", ".lora_b.weight", ".lora_down.weight", ".lora_up.weight",
@@ -32,7 +53,18 @@ SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_B", ".lora_a",
             ".token_adapter.trainable_tokens_delta", ".lora_A.default.weight", ".base_layer.lora_A.weight", ".diff", ".hada_w1_a", ".scale", ".loras.a.lora_A", "")  # fmt: skip
 PREFIXES = ("", "base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "transformer.h.0.attn.", "layers.0.attn.", "model.layers.0.mlp.experts.0.", "blk.0.",
             "model.layers.99999999999999999999.", "model.layers.0.mlp.switch_mlp.", "roberta.encoder.layer.0.", ".", "..", "a" * 2000)  # fmt: skip
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
 Rng = random.Random
 Way = Callable[[bytes, Rng], bytes]
 
@@ -169,7 +201,9 @@ def _renamed(key: str, other: str, rng: Rng) -> str:
     parts[rng.randrange(len(parts))] = rng.choice(
         (*other.split("."), "", "0", "-1", str(2**40), "experts", "base_layer", "\N{LATIN SMALL LETTER SHARP S}")
     )
-    return rng.choice((".".join(parts), rng.choice(PREFIXES) + key, key.partition(".")[2], key + rng.choice(SUFFIXES), ""))
+    return rng.choice(
+        (".".join(parts), rng.choice(PREFIXES) + key, key.partition(".")[2], key + rng.choice(SUFFIXES), "")
+    )
 
 
 def altered(t: Tensor, rng: Rng) -> Tensor:
@@ -221,7 +255,10 @@ def _table(data: bytes, rng: Rng) -> bytes:
     """safetensors: its tensors."""
     tensors, metadata = container.parse(data, Path("x"))
     new = table(tensors, rng)
-    known = {key: t if t.dtype in container.DTYPES else t.double() if t.dtype.is_complex else t.int() for key, t in new.items()}
+    known = {
+        key: t if t.dtype in container.DTYPES else t.double() if t.dtype.is_complex else t.int()
+        for key, t in new.items()
+    }
     return _signed(b"".join(container.dump(known, metadata)))
 
 
@@ -247,7 +284,9 @@ def _pickled(data: bytes, rng: Rng) -> bytes:
     if rng.random() < 0.3:
         new[rng.choice((key, key, 3, ("a", "b")))] = rng.choice(odd)
     whole: Any = {"model": new} if wrapped else new
-    whole = rng.choice((whole,) * 20 + ([*new.values()], {"state_dict": whole}, {"model": {"model": whole}}, None, new.get(key)))
+    whole = rng.choice(
+        (whole,) * 20 + ([*new.values()], {"state_dict": whole}, {"model": {"model": whole}}, None, new.get(key))
+    )
     out = io.BytesIO()
     torch.save(whole, out, _use_new_zipfile_serialization=rng.random() < 0.8)
     return out.getvalue()
@@ -263,7 +302,9 @@ def _members(data: bytes, rng: Rng) -> bytes:
         name = next((n for n in members if n.endswith("data.pkl")), name) if rng.random() < 0.6 else name
         members[name] = rng.choice(BYTES)(members[name], rng)
     elif what < 0.8:
-        members[rng.choice(("../../x", "/x", "x.npy", name + "2", "archive/version", "archive/byteorder"))] = members.pop(name)
+        members[rng.choice(("../../x", "/x", "x.npy", name + "2", "archive/version", "archive/byteorder"))] = (
+            members.pop(name)
+        )
     elif what < 0.9:
         del members[name]
     else:
@@ -292,7 +333,9 @@ def _gguf(data: bytes, rng: Rng) -> bytes:
         (Path(folder) / "a").write_bytes(data)
         reader = gguf.GGUFReader(Path(folder) / "a")
         new = table({str(t.name): torch.from_numpy(t.data.copy()) for t in reader.tensors}, rng)
-        writer = gguf.GGUFWriter(Path(folder) / "b", rng.choice(("llama", "llama", "llama", "qwen2", "gpt2", "x" * 300)))
+        writer = gguf.GGUFWriter(
+            Path(folder) / "b", rng.choice(("llama", "llama", "llama", "qwen2", "gpt2", "x" * 300))
+        )
         writer.add_type(rng.choice(("adapter", "adapter", "adapter", "model")))
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", rng.choice((8.0, 8.0, 0.0, -1.0, 3e38, float("nan"))))
@@ -300,7 +343,12 @@ def _gguf(data: bytes, rng: Rng) -> bytes:
             writer.add_array("adapter.x", rng.choice(([1, 2], ["a", "b"], [0.5])))
         for key, t in new.items():
             writer.add_tensor(
-                key, (t if t.dtype in (torch.float64, torch.float32, torch.float16, torch.int8, torch.int32, torch.int64) else t.float()).numpy()
+                key,
+                (
+                    t
+                    if t.dtype in (torch.float64, torch.float32, torch.float16, torch.int8, torch.int32, torch.int64)
+                    else t.float()
+                ).numpy(),
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -319,9 +367,20 @@ def _tar(data: bytes, rng: Rng) -> bytes:
     if what < 0.6:
         content = changed(content, rng)
     elif what < 0.8:
-        member.name = rng.choice(("../x", "/x", "model_config.yaml", "a/" * 40 + member.name, member.name + "x", "adapter_config.json"))
+        member.name = rng.choice(
+            ("../x", "/x", "model_config.yaml", "a/" * 40 + member.name, member.name + "x", "adapter_config.json")
+        )
     else:
-        member.type = rng.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE))
+        member.type = rng.choice(
+            (
+                tarfile.SYMTYPE,
+                tarfile.LNKTYPE,
+                tarfile.CHRTYPE,
+                tarfile.DIRTYPE,
+                tarfile.FIFOTYPE,
+                tarfile.GNUTYPE_SPARSE,
+            )
+        )
     members[n] = member, content
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=rng.choice(("w", "w", "w:gz"))) as tar:
@@ -334,7 +393,10 @@ def _tar(data: bytes, rng: Rng) -> bytes:
 def _yaml(data: bytes, rng: Rng) -> bytes:
     lines = data.decode().splitlines()
     n = rng.randrange(len(lines))
-    bomb = ["a: &a [x, x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))]
+    bomb = [
+        "a: &a [x, x]",
+        *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    ]
     new = (": ".join((lines[n].partition(":")[0], rng.choice(("", "-1", "1.5", "x", "[1]", "{}", "true", "2001-01-01", "!!python/name:os.system", "9" * 50, "*a", ".inf", "0x10")))),
            "", "- x", "? [a]", "\t", "[" * 3000)  # fmt: skip
     lines[n : n + 1] = bomb if rng.random() < 0.05 else [rng.choice((new[0],) * 8 + new)]

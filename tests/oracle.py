@@ -24,19 +24,25 @@ def deltas(file: li.AdapterFile) -> dict[str, Tensor]:
     for s in file.sites:
         d, name = delta(s), ".".join(filter(None, (s.path, s.parameter)))
         if s.rows is not None:
-            whole = torch.zeros(*d.shape[:-2], s.shape[-1] if s.kind == "linear^T" else s.shape[-2], d.shape[-1], dtype=d.dtype)
+            whole = torch.zeros(
+                *d.shape[:-2], s.shape[-1] if s.kind == "linear^T" else s.shape[-2], d.shape[-1], dtype=d.dtype
+            )
             whole[..., [i for part in s.rows for i in part], :] = d
             d = whole
         found[name] = found[name] + d if name in found else d
     return found
 
 
-def merged(file: li.AdapterFile, base: Mapping[str, Tensor], transposed: tuple[str, ...] = (), eps: float = 0.0) -> dict[str, Tensor]:
+def merged(
+    file: li.AdapterFile, base: Mapping[str, Tensor], transposed: tuple[str, ...] = (), eps: float = 0.0
+) -> dict[str, Tensor]:
     """The base's tensors with the whole record in them; `transposed` weights are stored (in, out)."""
     now = {name: t.double().clone() for name, t in base.items()}
     magnitudes = {f"{s.path}.weight": s for s in file.sites if s.magnitude is not None}
     for name, d in deltas(file).items():
-        turned = name in transposed or tuple(d.shape[-2:]) == tuple(now[name].shape[-2:])[::-1] != tuple(d.shape[-2:])[::-1]
+        turned = (
+            name in transposed or tuple(d.shape[-2:]) == tuple(now[name].shape[-2:])[::-1] != tuple(d.shape[-2:])[::-1]
+        )
         w = now[name].mT if turned else now[name]
         v = w + d.reshape(w.shape)
         if (s := magnitudes.get(name)) is not None:
@@ -61,7 +67,9 @@ def tree(weights: Mapping[str, tuple[int, ...]]) -> nn.Module:
         *parents, leaf = name.removesuffix(".weight").split(".")
         at = root
         for part in parents:
-            at = at._modules[part] if part in at._modules else at.register_module(part, nn.Module()) or at._modules[part]
+            at = (
+                at._modules[part] if part in at._modules else at.register_module(part, nn.Module()) or at._modules[part]
+            )
         at.add_module(leaf, nn.Conv2d(in_, out, kernel) if kernel else nn.Linear(in_, out))
     return root
 
@@ -75,13 +83,30 @@ def alike(file: li.AdapterFile, other: li.AdapterFile) -> bool:
     """Whether two records are the same to the bit, whatever formats they come from."""
 
     def bits(t: Tensor | None) -> object:
-        return None if t is None else (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return (
+            None
+            if t is None
+            else (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        )
 
     def said(f: li.AdapterFile) -> object:
         sites = {
-            s.name: (s.parameter, s.kind, bits(s.A), bits(s.B), round(s.scale, 12), bits(s.magnitude), s.magnitude_axis, bits(s.bias))
+            s.name: (
+                s.parameter,
+                s.kind,
+                bits(s.A),
+                bits(s.B),
+                round(s.scale, 12),
+                bits(s.magnitude),
+                s.magnitude_axis,
+                bits(s.bias),
+            )
             for s in f.sites
         }
-        return sites, {n: bits(t) for n, t in f.replaced.items()}, {n: (t.ids, bits(t.rows)) for n, t in f.tokens.items()}
+        return (
+            sites,
+            {n: bits(t) for n, t in f.replaced.items()},
+            {n: (t.ids, bits(t.rows)) for n, t in f.tokens.items()},
+        )
 
     return said(file) == said(other)

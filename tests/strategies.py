@@ -66,7 +66,12 @@ class Experts(nn.Module):
         self.proj = nn.Parameter(torch.randn(2, d, out) if transposed else torch.randn(2, out, d))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [torch.matmul(x[:, i::2], self.proj[i]) if self.is_transposed else nn.functional.linear(x[:, i::2], self.proj[i]) for i in range(2)]
+        parts = [
+            torch.matmul(x[:, i::2], self.proj[i])
+            if self.is_transposed
+            else nn.functional.linear(x[:, i::2], self.proj[i])
+            for i in range(2)
+        ]
         return torch.stack(parts, 2).flatten(1, 2)
 
 

@@ -19,7 +19,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 I, O = 24, 20  # noqa: E741
 
 
-def low_rank(r: int = 3, *, slices: tuple[range, ...] | None = None, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LowRank:
+def low_rank(
+    r: int = 3, *, slices: tuple[range, ...] | None = None, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> LowRank:
     g = torch.Generator().manual_seed(1)
     rows = O if slices is None else sum(map(len, slices))
     A, B = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((r, I), (rows, r)))
@@ -44,14 +46,20 @@ def inputs(draw) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     x, y, dy = (torch.randn(*batch, n, generator=g, dtype=torch.float64).to(dtype) for n in (I, O, O))
     if draw(st.booleans()):
-        x, dy = (t.mT.contiguous().mT for t in (x, dy)) if len(batch) > 1 else (x.expand(x.shape), dy.t().contiguous().t())
+        x, dy = (
+            (t.mT.contiguous().mT for t in (x, dy)) if len(batch) > 1 else (x.expand(x.shape), dy.t().contiguous().t())
+        )
     return x, y, dy
 
 
 @pytest.mark.parametrize("large", [term.LARGE, 1])  # with 1, all that is float32 goes some rows at a time
 @pytest.mark.parametrize("instructions", [True, False])
 @given(
-    inputs(), st.integers(1, 5), st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]), st.booleans(), st.booleans()
+    inputs(),
+    st.integers(1, 5),
+    st.sampled_from([None, (range(4, 9),), (range(3), range(10, 20)), (range(0, 20, 3),)]),
+    st.booleans(),
+    st.booleans(),
 )
 def test_the_formula(large, instructions, xy, r, slices, own, views):
     """Output and every gradient, in each dtype, layout, size and slice, with and without half-precision instructions."""
@@ -71,9 +79,17 @@ def test_the_formula(large, instructions, xy, r, slices, own, views):
     eps = torch.finfo(x.dtype).eps
     for got, want in zip(found, exact(a, y, x, dy), strict=True):
         assert got.shape == want.shape
-        assert torch.allclose(got.double(), want, rtol=20 * eps, atol=20 * eps * max(1.0, float(want.abs().max()) if want.numel() else 1.0))
+        assert torch.allclose(
+            got.double(),
+            want,
+            rtol=20 * eps,
+            atol=20 * eps * max(1.0, float(want.abs().max()) if want.numel() else 1.0),
+        )
     assert torch.allclose(
-        silent.double(), found[0].double(), rtol=4 * eps, atol=8 * eps * max(1.0, float(silent.abs().max()) if silent.numel() else 1.0)
+        silent.double(),
+        found[0].double(),
+        rtol=4 * eps,
+        atol=8 * eps * max(1.0, float(silent.abs().max()) if silent.numel() else 1.0),
     )
 
 
@@ -103,7 +119,10 @@ def test_gradients_of_first_and_second_order(dropout, slices, own):
         torch.manual_seed(3)
         return torch.func.functional_call(a, {"A": A, "B": B}, (accumulate, y * 1, x, own))
 
-    args = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 1, 5), (2, 1, 4))] + [a.A, a.B]
+    args = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 1, 5), (2, 1, 4))] + [
+        a.A,
+        a.B,
+    ]
     assert torch.autograd.gradcheck(f, args)
     assert torch.autograd.gradgradcheck(f, args)
 
@@ -199,11 +218,17 @@ def test_a_base_whose_output_is_of_another_dtype(of_x, of_y, slices, instruction
     """Output and every gradient, each in its own dtype, cast some rows at a time."""
     monkeypatch.setattr(term, "CAST", 60)
     monkeypatch.setattr(term, "_has_instructions", lambda half: instructions)
-    a, x, y = low_rank(slices=slices), torch.randn(131, I, dtype=of_x, requires_grad=True), torch.randn(131, O, dtype=of_y, requires_grad=True)
+    a, x, y = (
+        low_rank(slices=slices),
+        torch.randn(131, I, dtype=of_x, requires_grad=True),
+        torch.randn(131, O, dtype=of_y, requires_grad=True),
+    )
     out, dy = a(accumulate, y.clone(), x, True), torch.randn(131, O, dtype=of_y)
     found = [out.detach(), *torch.autograd.grad(out, (y, x, a.A, a.B), dy)]
     assert [t.dtype for t in found] == [of_y, of_y, of_x, torch.float32, torch.float32]
-    most = torch.finfo(torch.bfloat16).eps * (2 if instructions else 1)  # A, B, x, h and dy are rounded, or the output alone
+    most = torch.finfo(torch.bfloat16).eps * (
+        2 if instructions else 1
+    )  # A, B, x, h and dy are rounded, or the output alone
     for got, want in zip(found, exact(a, y, x, dy), strict=True):
         assert float((got.double() - want).norm() / want.norm()) < most
 
@@ -244,7 +269,11 @@ def test_selective_checkpointing_keeps_what_it_kept():
     model, x = layers(), torch.randn(4, 64, requires_grad=True)
 
     def policy(ctx, op, *args, **kwargs):
-        return checkpoint.CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.mm.default else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            checkpoint.CheckpointPolicy.MUST_SAVE
+            if op is torch.ops.aten.mm.default
+            else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     def context():
         return checkpoint.create_selective_checkpoint_contexts(policy)
@@ -319,7 +348,12 @@ def test_rows_of_a_batch(dtype, grad, data):
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize(
     ("names", "lanes", "moved"),
-    [("c.abac", 6, False), ("abcabcabc", 3, True), ("aaabbbccc", 3, False), ("aaaab.aacaaa", 6, True)],  # last not all full
+    [
+        ("c.abac", 6, False),
+        ("abcabcabc", 3, True),
+        ("aaabbbccc", 3, False),
+        ("aaaab.aacaaa", 6, True),
+    ],  # last not all full
 )
 def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes, moved, monkeypatch):
     """In two batched products: adapters of other ranks, scales and dtypes, on a whole weight and on two slices, and rows of the base."""
@@ -335,14 +369,18 @@ def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes,
         low.bfloat16()
     names = [None if name == "." else name for name in names]
     x, want = torch.randn(len(names), tokens, 64, dtype=dtype), []
-    monkeypatch.setattr(batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: used.append(self) or add(self, y, x))
+    monkeypatch.setattr(
+        batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: used.append(self) or add(self, y, x)
+    )
     with torch.no_grad():
         for name, row in zip(names, x, strict=True):
             li.activate(model, *([name] if name else []))
             want.append(model(row[None])[0])
         with li.rows(model, names):
             got = model(x)
-    assert [(len(each.A_LRI), each.moves is not None) for each in used] == [(lanes, moved)] * len(list(model[0].children()))
+    assert [(len(each.A_LRI), each.moves is not None) for each in used] == [(lanes, moved)] * len(
+        list(model[0].children())
+    )
     eps = torch.finfo(dtype).eps
     assert torch.allclose(got, torch.stack(want), rtol=8 * eps, atol=30 * eps)
 
@@ -360,7 +398,9 @@ CHANGES = {
     "replaced": _replace,
     "exchanged": _exchange,
     "hooked": lambda low: low.register_forward_hook(lambda m, args, y: y - 2 * (y - args[1])),
-    "patched": lambda low: setattr(low, "forward", lambda term, y, x, *more: 2 * y - type(low).forward(low, term, y.clone(), x, *more)),
+    "patched": lambda low: setattr(
+        low, "forward", lambda term, y, x, *more: 2 * y - type(low).forward(low, term, y.clone(), x, *more)
+    ),
 }
 
 
@@ -374,7 +414,9 @@ def test_rows_see_adapters_that_change(change, monkeypatch):
         for p in li.parameters(model):
             p.normal_(std=0.3)
     made = []
-    monkeypatch.setattr(batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: made.append(self) or add(self, y, x))
+    monkeypatch.setattr(
+        batched.Batched, "add", lambda self, y, x, add=batched.Batched.add: made.append(self) or add(self, y, x)
+    )
     with torch.no_grad(), li.rows(model, [*names, None]):
         first = model(x)
         again = model(x)

@@ -43,7 +43,9 @@ KNOWN = {
 
 def every_type() -> list[object]:
     """All that transformers knows; those in KNOWN must fail."""
-    return [pytest.param(t, marks=pytest.mark.xfail(reason=KNOWN[t], strict=True)) if t in KNOWN else t for t in zoo.types()]
+    return [
+        pytest.param(t, marks=pytest.mark.xfail(reason=KNOWN[t], strict=True)) if t in KNOWN else t for t in zoo.types()
+    ]
 
 
 @pytest.mark.long
@@ -61,7 +63,12 @@ def test_the_zoo_repeats_itself():
     """build gives the same weights and inputs each time; no matrix is zero."""
     first, again = (zoo.build("llama") for _ in range(2))
     assert not architectures.same_bits(architectures.flat(first), architectures.flat(again))
-    assert architectures.apart(architectures.outputs(first, zoo.inputs(first)), architectures.outputs(again, zoo.inputs(again))) == 0
+    assert (
+        architectures.apart(
+            architectures.outputs(first, zoo.inputs(first)), architectures.outputs(again, zoo.inputs(again))
+        )
+        == 0
+    )
     assert all(bool(p.any()) for p in first.parameters() if p.ndim >= 2)
 
 
@@ -90,4 +97,7 @@ def test_products_are_told_from_look_ups():
         def forward(self, ids):
             return self.table(ids) @ self.tied.weight.T + nn.functional.linear(self.queries, self.copied.weight.clone())
 
-    assert architectures.observe(Net(), {"ids": architectures.torch.arange(3)}).matmul == {"tied.weight", "copied.weight"}
+    assert architectures.observe(Net(), {"ids": architectures.torch.arange(3)}).matmul == {
+        "tied.weight",
+        "copied.weight",
+    }

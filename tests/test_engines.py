@@ -27,7 +27,10 @@ def record(*sites: li.StoredSite, **more: object) -> li.AdapterFile:
 
 def plain_peft(folder: Path) -> dict[str, torch.Tensor]:
     """The updates as an engine reads them that knows nothing but r and lora_alpha: independent of our reader."""
-    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    config, tensors = (
+        json.loads((folder / "adapter_config.json").read_text()),
+        load_file(folder / "adapter_model.safetensors"),
+    )
     assert not any(config[field] for field in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"))
     assert config["bias"] == "none"
     assert config["init_lora_weights"] is True
@@ -35,7 +38,9 @@ def plain_peft(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for key, A in tensors.items():
         if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+            path = (
+                key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+            )
             B = tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
             assert A.ndim == 2
             assert len(A) == config["r"]
@@ -48,7 +53,10 @@ def plain_gguf(path: Path) -> dict[str, torch.Tensor]:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    alpha, tensors = reader.fields["adapter.lora.alpha"].contents(), {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    alpha, tensors = (
+        reader.fields["adapter.lora.alpha"].contents(),
+        {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors},
+    )
     if any(t.dtype == torch.uint8 for t in tensors.values()):
         tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -89,11 +97,15 @@ def test_what_was_changed_is_said(tmp_path):
     """Line by line, and nothing where nothing was."""
     a, b = site("m.q_proj", r=2, alpha=4), site("m.v_proj", r=4, alpha=4, scaling="rslora")
     done = li.write(record(a, b, site("m.o_proj", r=4, alpha=8)), tmp_path / "a", engine="vllm")
-    assert done.changed == ("rank 4 at 1 sites, which had 2: filled up with zeros", "rank-stabilised scales are written as plain alpha: 8")
+    assert done.changed == (
+        "rank 4 at 1 sites, which had 2: filled up with zeros",
+        "rank-stabilised scales are written as plain alpha: 8",
+    )
     assert done.asks == "start vLLM with --enable-lora --max-lora-rank 8"
     done = li.write(record(replace(a, alpha=3), b), tmp_path / "b", engine="vllm")
     assert (
-        "scale 1.5 at 1 sites, which had 2: the rest is in B" in done.changed or "scale 2 at 1 sites, which had 1.5: the rest is in B" in done.changed
+        "scale 1.5 at 1 sites, which had 2: the rest is in B" in done.changed
+        or "scale 2 at 1 sites, which had 1.5: the rest is in B" in done.changed
     )
     assert li.write(record(site("m.v_proj", r=4)), tmp_path / "c", engine="vllm").changed == ()
 
@@ -105,7 +117,10 @@ def test_experts_and_slices(tmp_path):
                           B=torch.randn(E, out, r), alpha=4)  # fmt: skip
     part = replace(site("m.qkv", out=3), label="k", rows=(range(3, 6),), shape=(9, 6))
     done = li.write(record(stack, part), tmp_path / "a", engine="sglang")
-    assert done.changed[:2] == ("1 stacks of experts are their experts' own linears", "1 slices are padded with zeros to the whole weight")
+    assert done.changed[:2] == (
+        "1 stacks of experts are their experts' own linears",
+        "1 slices are padded with zeros to the whole weight",
+    )
     found, d = plain_peft(tmp_path / "a"), delta(stack)
     for e in range(E):
         assert torch.allclose(found[f"m.experts.{e}.gate_proj.weight"], d[e, : out // 2], atol=1e-6)
@@ -118,7 +133,9 @@ def test_experts_and_slices(tmp_path):
 def test_sglang_gets_a_value_beside_each_query(tmp_path):
     """Of zeros, with the model's own size."""
     done = li.write(record(site("model.layers.0.self_attn.q_proj", 16, 8)), tmp_path / "a", engine="sglang", hints=TOLD)
-    assert done.changed == ("1 sites of zeros are added, without which SGLang refuses it: model.layers.0.self_attn.v_proj",)
+    assert done.changed == (
+        "1 sites of zeros are added, without which SGLang refuses it: model.layers.0.self_attn.v_proj",
+    )
     value = plain_peft(tmp_path / "a")["model.layers.0.self_attn.v_proj.weight"]
     assert value.shape == (8, 8)
     assert not value.any()
@@ -155,7 +172,12 @@ REFUSED = {
 def test_refused(engine, file, message, tmp_path):
     """With the reason, the way out, and nothing written."""
     with pytest.raises(li.FileError, match=message):
-        li.write(file, tmp_path / ("a.gguf" if engine == "llama.cpp" else "a"), engine=engine, hints=li.Hints(architecture="llama", heads=(1, 1)))
+        li.write(
+            file,
+            tmp_path / ("a.gguf" if engine == "llama.cpp" else "a"),
+            engine=engine,
+            hints=li.Hints(architecture="llama", heads=(1, 1)),
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -175,7 +197,9 @@ def test_lossy(tmp_path):
 
 def test_names_of_engines():
     """Misspelt, or beside a format: before anything is read."""
-    with pytest.raises(li.SpecError, match=r"there is no engine 'vlm'\n=> choose one of vllm, sglang, llama\.cpp, transformers"):
+    with pytest.raises(
+        li.SpecError, match=r"there is no engine 'vlm'\n=> choose one of vllm, sglang, llama\.cpp, transformers"
+    ):
         li.convert("x", "y", engine="vlm")
     with pytest.raises(li.SpecError, match="one of the two"):
         li.write(record(site("a")), "y", engine="vllm", format="peft")
@@ -201,7 +225,10 @@ def test_transformers_itself(variant, tmp_path):
     tuned = get_peft_model(
         deepcopy(base),
         LoraConfig(
-            r=4, lora_alpha=16, task_type="SEQ_CLS" if variant == "head" else "CAUSAL_LM", **({"target_modules": ["q_proj", "v_proj"]} | options)
+            r=4,
+            lora_alpha=16,
+            task_type="SEQ_CLS" if variant == "head" else "CAUSAL_LM",
+            **({"target_modules": ["q_proj", "v_proj"]} | options),
         ),
     )
     for p in tuned.parameters():

@@ -48,9 +48,16 @@ class Bomb:
 @pytest.mark.parametrize("allow", [False, True])
 def test_a_pickle_runs_nothing(allow, legacy, tmp_path):
     """With or without the switch, in torch's zip or in the old form."""
-    torch.save({"a.lora_A": torch.ones(2, 3), "a.lora_B": Bomb(tmp_path / "ran")}, tmp_path / "x.bin", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"a.lora_A": torch.ones(2, 3), "a.lora_B": Bomb(tmp_path / "ran")},
+        tmp_path / "x.bin",
+        _use_new_zipfile_serialization=not legacy,
+    )
     with pytest.raises(
-        li.FileError, match="no pickle of tensors alone" if allow else r"could run code when it is opened(.*\n)*=> .*allow_pickle=True"
+        li.FileError,
+        match="no pickle of tensors alone"
+        if allow
+        else r"could run code when it is opened(.*\n)*=> .*allow_pickle=True",
     ):
         li.read(tmp_path / "x.bin", allow_pickle=allow, hints=li.Hints(alpha=1))
     assert not (tmp_path / "ran").exists()
@@ -183,7 +190,10 @@ def test_gguf_headers(data, tmp_path):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("fixture", ["gguf/lora.gguf", "onnx_adapter/a.onnx_adapter", "kohya_lycoris/lora.safetensors", "litgpt/lit_model.pth.lora"])
+@pytest.mark.parametrize(
+    "fixture",
+    ["gguf/lora.gguf", "onnx_adapter/a.onnx_adapter", "kohya_lycoris/lora.safetensors", "litgpt/lit_model.pth.lora"],
+)
 def test_cut_short(fixture, tmp_path):
     """Half a file of any container is an error of ours, never a crash or half an adapter."""
     data, hints = (FIXTURES / fixture).read_bytes(), li.Hints(alpha=1, heads=(4, 2))
@@ -223,7 +233,15 @@ def test_sizes_that_a_conversion_would_make(tmp_path):
 
 
 JUNK = (None, "x", -1, 0, 1e400, [], {}, [[1]], {"a": {"b": 2}}, True, "../../x")
-CONFIGS = ("peft_plain", "peft_params", "peft_tokens", "peft_dora", "mlx_lora", "adapterhub_gpt2", "peft_target_parameters/0.18.1/gptoss_ad")
+CONFIGS = (
+    "peft_plain",
+    "peft_params",
+    "peft_tokens",
+    "peft_dora",
+    "mlx_lora",
+    "adapterhub_gpt2",
+    "peft_target_parameters/0.18.1/gptoss_ad",
+)
 
 
 @pytest.mark.parametrize("fixture", CONFIGS)
@@ -266,7 +284,9 @@ def test_tensors_of_any_nonsense(folder, name, tmp_path):
     else:
         tensors = torch.load(source / name, weights_only=True)
         tensors = tensors.get("model", tensors)
-    hints = li.Hints(alpha=6, heads=(4, 2), groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]})
+    hints = li.Hints(
+        alpha=6, heads=(4, 2), groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}
+    )
     for key, t in list(tensors.items())[:6]:
         for odd in (*ODD, None):
             table = {k: v for k, v in tensors.items() if k != key} | ({} if odd is None else {key: odd})
@@ -294,7 +314,11 @@ def test_names_without_end(tmp_path):
 
 def test_configs_are_data(tmp_path):
     """An import path in a config is never followed, deep and long JSON never parsed to its end, YAML never builds objects."""
-    folder = peft(tmp_path / "a", auto_mapping={"base_model_class": "system", "parent_library": "os"}, runtime_config={"x": "os.mkdir"})
+    folder = peft(
+        tmp_path / "a",
+        auto_mapping={"base_model_class": "system", "parent_library": "os"},
+        runtime_config={"x": "os.mkdir"},
+    )
     assert li.read(folder).sites
     (folder / "adapter_config.json").write_text("[" * 10**5)
     with pytest.raises(li.FileError, match="can't be read as JSON"):
@@ -332,7 +356,9 @@ def test_names_lead_nowhere(name, tmp_path):
 
 def test_forged_record_of_a_huge_slice(tmp_path):
     """A slice whose whole would be absurd is not padded to it."""
-    s = li.StoredSite(path="a", label="0:4", rows=(range(4),), shape=(2**40, 3), A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2)
+    s = li.StoredSite(
+        path="a", label="0:4", rows=(range(4),), shape=(2**40, 3), A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2
+    )
     file = li.AdapterFile(path=tmp_path, format="lorainject", sites=(s,))
     with pytest.raises(li.FileError, match="would need a tensor"):
         li.write(file, tmp_path / "a", format="peft")

@@ -40,7 +40,9 @@ def base() -> nn.Module:
 
 @pytest.fixture
 def model(base) -> nn.Module:
-    model = li.inject(copy.deepcopy(base), TARGETS, r=4, alpha=8, dropout=0.1, overrides={"layers.1.*": {"r": 2, "alpha": 6}})
+    model = li.inject(
+        copy.deepcopy(base), TARGETS, r=4, alpha=8, dropout=0.1, overrides={"layers.1.*": {"r": 2, "alpha": 6}}
+    )
     randomise(model)
     return model
 
@@ -63,7 +65,9 @@ def test_only_a_and_b(model, tmp_path):
     path = li.save(model, tmp_path / "a.safetensors")
     tensors = load_file(path)
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in li.parameters(model))
-    assert all(key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")) for key in tensors)
+    assert all(
+        key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")) for key in tensors
+    )
     assert path.stat().st_size < sum(t.nbytes for t in tensors.values()) + 4096
 
 
@@ -170,7 +174,8 @@ def test_a_file_for_another_model(model, tmp_path):
     with pytest.raises(li.FileError) as e:
         li.load(wide, path)
     assert (
-        "model.layers.0.self_attn.q_proj: the file has A (4, 32) and B (32, 4), this model's weight needs A (4, 64) and B (64, 4)" in e.value.problems
+        "model.layers.0.self_attn.q_proj: the file has A (4, 32) and B (32, 4), this model's weight needs A (4, 64) and B (64, 4)"
+        in e.value.problems
     )
     assert "model.layers.1.self_attn.q_proj: is not in this model" in e.value.problems
     assert len(e.value.problems) == 5
@@ -183,7 +188,9 @@ def test_loading_twice_under_one_name(base, model, tmp_path):
     """The second needs another name; then both are there, and the last is on."""
     path = li.save(model, tmp_path / "a")
     li.load(base, path)
-    with pytest.raises(li.StateError, match=r"already carries an adapter named 'default': eject it, or pass another name="):
+    with pytest.raises(
+        li.StateError, match=r"already carries an adapter named 'default': eject it, or pass another name="
+    ):
         li.load(base, path)
     li.load(base, path, name="again")
     assert base.model.embed_tokens.lora.routing.active == ("again",)
@@ -214,7 +221,10 @@ DAMAGE = {
     "an lfs pointer": (lambda d: bytearray(b"version https://git-lfs.github.com/spec/v1\n"), r"git-lfs pointer"),
     "a header of 2 GB": (lambda d: bytearray(struct.pack("<Q", 2**31)) + d[8:], r"is not a whole safetensors file"),
     "a bit of a tensor": (flip(-5), r"its digest does not match: bits were changed"),
-    "a bit of the header": (flip(400), r"digest does not match|not a whole safetensors file|record is damaged|holds no record|missing"),
+    "a bit of the header": (
+        flip(400),
+        r"digest does not match|not a whole safetensors file|record is damaged|holds no record|missing",
+    ),
 }
 
 
@@ -246,11 +256,21 @@ def test_loaded_tensors_are_apart(base, model, tmp_path):
 
 
 @pytest.mark.parametrize("read", [container.read, container.spool])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint16]
+)
 def test_the_container_holds_any_shape(dtype, read, tmp_path):
     """Single numbers, nothing at all, and what is no contiguous memory: as the safetensors package reads it, in the order of the names."""
     whole = torch.arange(24).view(4, 6).to(dtype)
-    tensors = {"z": whole, "a": whole[:, ::2], "column": whole[:, 1], "row": whole.t(), "one": whole[1, 2], "none": whole[:0], "grad": whole}
+    tensors = {
+        "z": whole,
+        "a": whole[:, ::2],
+        "column": whole[:, 1],
+        "row": whole.t(),
+        "one": whole[1, 2],
+        "none": whole[:0],
+        "grad": whole,
+    }
     if dtype.is_floating_point:
         tensors["grad"] = whole.clone().requires_grad_()
     (tmp_path / "x").write_bytes(b"".join(container.dump(tensors, {"key": "value"})))
@@ -267,7 +287,13 @@ def test_the_container_holds_any_shape(dtype, read, tmp_path):
 def test_every_type_of_a_header_is_read(read, tmp_path):
     """Those that no adapter has too, in any order of the bytes: what they hold is then refused by name."""
     dtypes = [d for d in container.READ.values() if d not in container.DTYPES]
-    save_file({str(d): torch.ones(3, dtype=torch.uint8 if d.itemsize == 1 else d).to(d) for d in [*container.DTYPES, *dtypes]}, tmp_path / "x")
+    save_file(
+        {
+            str(d): torch.ones(3, dtype=torch.uint8 if d.itemsize == 1 else d).to(d)
+            for d in [*container.DTYPES, *dtypes]
+        },
+        tmp_path / "x",
+    )
     found, _ = read(tmp_path / "x")
     assert {key: (t.dtype, bits(t.view(torch.uint8))) for key, t in found.items()} == {
         key: (t.dtype, bits(t.view(torch.uint8))) for key, t in load_file(tmp_path / "x").items()
@@ -300,7 +326,9 @@ class OneByOne(Mapping):
         self.tensors, self.given = tensors, []
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        assert all(t() is None for t in self.given[:-1]), f"others than the last are still there when {key} is asked for"
+        assert all(t() is None for t in self.given[:-1]), (
+            f"others than the last are still there when {key} is asked for"
+        )
         t = self.tensors[key].clone()
         self.given.append(weakref.ref(t))
         return t
@@ -357,7 +385,10 @@ def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
     path, other = li.save(model, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     randomise(model, seed=1)
     li.save(model, other)
-    opened, changes = container.safe_open, [lambda: os.replace(other, path), lambda: None, lambda: os.truncate(path, path.stat().st_size - 8)]
+    opened, changes = (
+        container.safe_open,
+        [lambda: os.replace(other, path), lambda: None, lambda: os.truncate(path, path.stat().st_size - 8)],
+    )
 
     def then_changed(*args, **settings):
         header = opened(*args, **settings)
@@ -401,7 +432,10 @@ def test_any_flipped_bit_is_seen(model, tmp_path):
 def rewritten(model, folder, change):
     """A PEFT-like directory (no record of ours) whose tensors and config were changed."""
     path = li.save(model, folder)
-    tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+    tensors, config = (
+        load_file(path / "adapter_model.safetensors"),
+        json.loads((path / "adapter_config.json").read_text()),
+    )
     change(tensors, config)
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     (path / "adapter_config.json").write_text(json.dumps(config))
@@ -476,7 +510,10 @@ def test_a_config_edited_by_hand_is_not_passed_over(base, model, tmp_path):
         (lambda p: p / "nothing", r"can't be read: No such file"),
         (lambda p: p, r"holds no adapter_model\.safetensors(.*\n)*.*it holds nothing"),
         (
-            lambda p: save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, p / "b.safetensors") or p / "b.safetensors",
+            lambda p: (
+                save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, p / "b.safetensors")
+                or p / "b.safetensors"
+            ),
             r"no record of alpha",
         ),
     ],
@@ -541,7 +578,12 @@ def test_names_in_the_header(model, tmp_path):
         keys = list(f.keys())
         record = json.loads(f.metadata()["lorainject"])
     assert len(keys) == 10
-    assert record["sites"]["model.layers.1.self_attn.v_proj"] == {"alpha": 6.0, "scaling": "standard", "dropout": 0.1, "aliases": []}
+    assert record["sites"]["model.layers.1.self_attn.v_proj"] == {
+        "alpha": 6.0,
+        "scaling": "standard",
+        "dropout": 0.1,
+        "aliases": [],
+    }
     assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
 
 
@@ -570,7 +612,10 @@ class Pair(nn.Module):
 
 def test_shared_and_unshared_modules(tmp_path):
     """An adapter of one shared module does not fit two, nor two one: either would lose half of it in silence."""
-    for shared, message in ((True, "a: was one module with b when the adapter was saved"), (False, "b: is the same module as a in this model")):
+    for shared, message in (
+        (True, "a: was one module with b when the adapter was saved"),
+        (False, "b: is the same module as a in this model"),
+    ):
         model = li.inject(Pair(shared), ["a", "b"], r=2)
         randomise(model)
         path = li.save(model, tmp_path / f"{shared}.safetensors")
@@ -636,7 +681,9 @@ def test_mixed_and_narrow_dtypes(base, model, tmp_path):
         t[Q + "B.weight"] *= 1e6
 
     path = rewritten(model, tmp_path / "a", change)
-    with pytest.raises(li.FileError, match=r"layers\.0\.self_attn\.q_proj: its A or B does not fit into torch\.float16"):
+    with pytest.raises(
+        li.FileError, match=r"layers\.0\.self_attn\.q_proj: its A or B does not fit into torch\.float16"
+    ):
         li.load(base, path, dtype=torch.float16)
     li.load(base, path)
     assert base.model.layers[0].self_attn.q_proj.lora["default"].A.dtype is torch.float32
@@ -650,7 +697,14 @@ def test_a_named_peft_folder_is_pointed_at(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [{"target_modules": 5}, {"alpha_pattern": [1]}, {"lora_alpha": "8"}, {"lora_dropout": 7}, {"lora_alpha": float("nan")}]
+    "config",
+    [
+        {"target_modules": 5},
+        {"alpha_pattern": [1]},
+        {"lora_alpha": "8"},
+        {"lora_dropout": 7},
+        {"lora_alpha": float("nan")},
+    ],
 )
 def test_configs_that_make_no_sense(base, model, tmp_path, config):
     """A config of the wrong types is our error, not Python's."""
@@ -664,9 +718,15 @@ FORGED = {
     "negative rows": (lambda site: site | {"rows": [[-3, 0, 1]]}, r"rows that are not all within 0:9"),
     "a row twice": (lambda site: site | {"rows": [[0, 1, 1]] * 3}, r"names a row twice"),
     "more rows than memory": (lambda site: site | {"rows": [[0, 10**30, 1]]}, r"is damaged|not all within"),
-    "another kind": (lambda site: site | {"kind": "linear^T", "shape": [4, 9]}, r"a weight of the kind linear\^T, this model has a linear there"),
+    "another kind": (
+        lambda site: site | {"kind": "linear^T", "shape": [4, 9]},
+        r"a weight of the kind linear\^T, this model has a linear there",
+    ),
     "another shape": (lambda site: site | {"shape": [12, 4]}, r"on a weight \(12, 4\), this model's is \(9, 4\)"),
-    "a shape that A and B are not for": (lambda site: site | {"shape": [9, 9]}, r"does not go with a weight \(9, 9\) of the kind linear"),
+    "a shape that A and B are not for": (
+        lambda site: site | {"shape": [9, 9]},
+        r"does not go with a weight \(9, 9\) of the kind linear",
+    ),
     "a path that is no text": (lambda site: site | {"path": 3}, r"is damaged: ValueError: .*: 3 is no name"),
     "a scaling that is none": (lambda site: site | {"scaling": "foo"}, r"a scaling is none that there is"),
 }

@@ -72,7 +72,9 @@ def test_layers_and_exclude(model):
     """layers is by the first number in the path; exclude speaks the language of targets."""
     assert paths(model, ["q_proj"], layers=[1]) == ["model.layers.1.self_attn.q_proj"]
     assert len(paths(model, "all-linear", layers=range(1))) == 7
-    assert paths(model, "all-linear", exclude=["mlp", "layers.0"]) == [f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"]  # with all inside
+    assert paths(model, "all-linear", exclude=["mlp", "layers.0"]) == [
+        f"model.layers.1.self_attn.{x}_proj" for x in "qkvo"
+    ]  # with all inside
     assert paths(model, ["?_proj"], exclude=["layers.0.*", "re:.*[kvo]_proj"]) == ["model.layers.1.self_attn.q_proj"]
 
 
@@ -88,7 +90,14 @@ def test_plan(model):
     """What a plan knows of its sites, and how it looks."""
     plan = li.find(model, ["v_proj", "embed_tokens"], r=4, alpha=8, scaling="rslora")
     v = plan.sites[1]
-    assert (v.kind, v.parameter, v.shape, v.rows, v.in_features, v.out_features) == ("linear", "weight", (16, 32), None, 32, 16)
+    assert (v.kind, v.parameter, v.shape, v.rows, v.in_features, v.out_features) == (
+        "linear",
+        "weight",
+        (16, 32),
+        None,
+        32,
+        16,
+    )
     assert v.scale == 8 / 4**0.5
     assert v.trainable == 4 * (32 + 16)
     assert plan.sites[0].kind == "embedding"
@@ -120,7 +129,11 @@ def test_a_known_model_in_full():
 
 WRONG = {
     "a typo among good targets": (["q_proj", "v_porj"], {}, r"'v_porj' matches nothing \(did you mean 'v_proj'"),
-    "a typo in a dotted name": (["self_atn.q_proj"], {}, r"'self_atn.q_proj' matches nothing \(did you mean 'self_attn.q_proj'"),
+    "a typo in a dotted name": (
+        ["self_atn.q_proj"],
+        {},
+        r"'self_atn.q_proj' matches nothing \(did you mean 'self_attn.q_proj'",
+    ),
     "nothing like it": (["xyzzy"], {}, r"'xyzzy' matches nothing \(this model has 'down_proj', 'embed_tokens'"),
     "a container": (
         ["self_attn"],
@@ -131,10 +144,18 @@ WRONG = {
     "a glob over such": (["*layernorm"], {}, r"'\*layernorm' matches nothing"),
     "a regex that matches a part": ([r"re:.*q_pro"], {}, r"'re:\.\*q_pro' matches nothing"),
     "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),
-    "exclude that matches nothing": (["q_proj"], {"exclude": ["k_porj"]}, r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'"),
+    "exclude that matches nothing": (
+        ["q_proj"],
+        {"exclude": ["k_porj"]},
+        r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'",
+    ),
     "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj': exclude leaves nothing of it"),
     "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target lies in layer 7; they lie in 0 to 1"),
-    "an override for nothing": (["q_proj"], {"overrides": {"v_proj": {"r": 2}}}, r"override 'v_proj' matches none of the targets"),
+    "an override for nothing": (
+        ["q_proj"],
+        {"overrides": {"v_proj": {"r": 2}}},
+        r"override 'v_proj' matches none of the targets",
+    ),
     "a bad adapter name": (["q_proj"], {"name": "../up"}, r"the adapter name '\.\./up' must be 1 to 64 letters"),
     "a dotted adapter name": (["q_proj"], {"name": "a.b"}, r"the adapter name 'a\.b' must be"),
 }
@@ -159,17 +180,27 @@ MEANT = {
     "a list of classes": ([nn.Identity], {}, r"each entry must be a non-empty string or a function"),
     "a spec that is none": (None, {"spec": {"r": 4}}, r"spec must be a LoraSpec, not {'r': 4}"),
     "alpha beyond float32": (["q_proj"], {"alpha": 1e300}, r"alpha must be"),
-    "a nameless override": (["q_proj"], {"overrides": [li.Override(target=None)]}, r"override None: its target must be a name"),
+    "a nameless override": (
+        ["q_proj"],
+        {"overrides": [li.Override(target=None)]},
+        r"override None: its target must be a name",
+    ),
     "layers negative": (["q_proj"], {"layers": [-1]}, r"layers must be a list of layer numbers from 0"),
     "scaling": (["q_proj"], {"scaling": "rs"}, r"scaling must be one of \('standard', 'rslora'\)"),
     "init": (["q_proj"], {"init": "pissa"}, r"init must be one of \('kaiming', 'gaussian'\)"),
     "dtype": (["q_proj"], {"dtype": torch.int8}, r"dtype must be a floating-point torch.dtype"),
-    "a typo in an override": (["q_proj"], {"overrides": {"q_proj": {"rank": 4}}}, r"overrides must look like .* these do not: .*q_proj"),
+    "a typo in an override": (
+        ["q_proj"],
+        {"overrides": {"q_proj": {"rank": 4}}},
+        r"overrides must look like .* these do not: .*q_proj",
+    ),
     "a bad override": (["q_proj"], {"overrides": {"q_proj": {"r": 0}}}, r"r must be .* not 0 \(override 'q_proj'\)"),
 }
 
 
-@pytest.mark.parametrize(("targets", "settings", "message"), [pytest.param(*w, id=name) for name, w in (WRONG | MEANT).items()])
+@pytest.mark.parametrize(
+    ("targets", "settings", "message"), [pytest.param(*w, id=name) for name, w in (WRONG | MEANT).items()]
+)
 def test_mistakes(model, targets, settings, message):
     """One clear error with the next step; inject changes nothing."""
     before = state(model)
@@ -223,7 +254,9 @@ def test_injecting_twice_under_one_name():
     """The second inject under a name is refused; under another it is fine."""
     model = li.inject(llama(), ["q_proj"])
     before = state(model)
-    with pytest.raises(li.TargetError, match=r"the model already carries an adapter named 'default': eject it, or pass another name="):
+    with pytest.raises(
+        li.TargetError, match=r"the model already carries an adapter named 'default': eject it, or pass another name="
+    ):
         li.inject(model, ["q_proj"])
     assert state(model) == before
     li.inject(model, ["q_proj"], name="other")
@@ -291,8 +324,17 @@ def test_another_librarys_adapter_is_seen():
 
 def test_all_linear_is_every_matmul_weight():
     """Layers, attention's and recurrent weights, bare parameters that multiply, layers whose weight a parent reads; no tables."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), nn.Embedding(3, 4), nn.Bilinear(4, 4, 2))
-    assert paths(model, "all-linear") == ["0", "1.in_proj_weight", "1.out_proj", "2.weight_ih_l0", "2.weight_hh_l0", "4"]
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4), nn.Embedding(3, 4), nn.Bilinear(4, 4, 2)
+    )
+    assert paths(model, "all-linear") == [
+        "0",
+        "1.in_proj_weight",
+        "1.out_proj",
+        "2.weight_ih_l0",
+        "2.weight_hh_l0",
+        "4",
+    ]
     assert paths(model, "all-linear", exclude=["1", "2", "4"]) == ["0"]
     assert paths(Attention(), "all-linear") == ["read", "called"]
 
@@ -305,7 +347,9 @@ def test_parameters_counts_of_the_paper():
         gpt3 = OPTModel(OPTConfig(vocab_size=50257, hidden_size=12288, word_embed_proj_dim=12288, num_hidden_layers=96,
                                   num_attention_heads=96, ffn_dim=4 * 12288))  # fmt: skip
         base = RobertaModel(RobertaConfig())
-        large = RobertaModel(RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096))
+        large = RobertaModel(
+            RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+        )
     for r, wanted in ((1, 4_718_592), (4, 18_874_368), (8, 37_748_736)):
         assert li.find(gpt3, ["q_proj", "v_proj"], r=r).trainable == wanted
     li.inject(gpt3, ["q_proj", "v_proj"], r=4)
@@ -338,7 +382,9 @@ def test_weights_that_are_read_around_are_known():
     wavlm = WavLMModel(WavLMConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(8,), conv_kernel=(2,),
                                    conv_stride=(2,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2))  # fmt: skip
     assert li.find(wavlm, ["q_proj"]).sites[0].readers[0] == "encoder.layers.0.attention"
-    assert not any(site.readers for site in li.find(t5(), ["wo"]))  # it asks isinstance(self.wo.weight, Tensor), and for its dtype
+    assert not any(
+        site.readers for site in li.find(t5(), ["wo"])
+    )  # it asks isinstance(self.wo.weight, Tensor), and for its dtype
 
 
 def test_heads_are_shown_and_only_heads(model):

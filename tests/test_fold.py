@@ -63,7 +63,11 @@ def of(P: torch.Tensor, Q: torch.Tensor, s: float = 1.0, dtype: torch.dtype = to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_part_that_is_measured_stands_for_all(dtype):
     """Survival and error of a large matrix, as measured on a part, beside those of all its elements in float64."""
-    w0, P, Q = weight((256, 2048), dtype) * 0.02, weight((256, 4), torch.float32, 1) * 0.002, weight((4, 2048), torch.float32, 2) * 0.05
+    w0, P, Q = (
+        weight((256, 2048), dtype) * 0.02,
+        weight((256, 4), torch.float32, 1) * 0.002,
+        weight((4, 2048), torch.float32, 2) * 0.05,
+    )
     m, measured = Desk().sum(w0, of(P, Q))
     d = P.double() @ Q.double()
     error = m.double() - w0.double() - d
@@ -114,7 +118,9 @@ def test_add_is_sum_in_place(dtype):
     assert torch.equal(there, m)
     assert tally.measured == measured
     exact, also, _ = Desk().fold(w0, double([Factors(P, Q, torch.tensor(1.7))]))
-    step = torch.finfo(dtype).eps * (w0.abs().double() + 1.7 * 4 * P.double().abs() @ Q.double().abs())  # for each of the four ranks
+    step = torch.finfo(dtype).eps * (
+        w0.abs().double() + 1.7 * 4 * P.double().abs() @ Q.double().abs()
+    )  # for each of the four ranks
     assert ((m.double() - exact.double()).abs() <= step).all()
     assert measured.asked == pytest.approx(also.asked, rel=1e-5)
 
@@ -122,7 +128,11 @@ def test_add_is_sum_in_place(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_m_must_be_what_it_was(dtype):
     """Even where what was kept of W0 would cover the change."""
-    desk, w0, d = Desk(), weight((96, 1100), dtype), double([Factors(weight((96, 4), dtype, 1), weight((4, 1100), dtype, 2), torch.tensor(0.02))])
+    desk, w0, d = (
+        Desk(),
+        weight((96, 1100), dtype),
+        double([Factors(weight((96, 4), dtype, 1), weight((4, 1100), dtype, 2), torch.tensor(0.02))]),
+    )
     m, _, kept = desk.fold(w0, d)
     m = m.clone()
     assert torch.equal(desk.unfold(m, d, kept), w0)
@@ -134,16 +144,25 @@ def test_m_must_be_what_it_was(dtype):
 @given(data=st.data())
 def test_a_sum_is_the_same_however_the_matrix_is_cut(data):
     """By its definition, which says nothing of the tile: so a checkpoint whose tensors lie split, fused or transposed has memory's bits."""
-    rows, width, r = data.draw(st.tuples(st.integers(1, 200), st.integers(1, 2600), st.sampled_from([1, 2, 3, 8, 16, 20, 64, 128])))
+    rows, width, r = data.draw(
+        st.tuples(st.integers(1, 200), st.integers(1, 2600), st.sampled_from([1, 2, 3, 8, 16, 20, 64, 128]))
+    )
     dtype, s = data.draw(
-        st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([1.0, 2.0, float(torch.tensor(1.7))]))
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+            st.sampled_from([1.0, 2.0, float(torch.tensor(1.7))]),
+        )
     )
     w0, P, Q = weight((rows, width), dtype), weight((rows, r), torch.float32, 1), weight((r, width), torch.float32, 2)
     d = of(P, Q, s, dtype)
     m, _ = Desk().sum(w0, d)
     turned, _ = Desk().sum(w0.T.contiguous(), of(Q.T, P.T, s, dtype))
     narrow = d.P.dtype == torch.float32
-    exact = (w0.double() + (s * chain(P, Q).double() if narrow else (d.P @ d.Q).to(wide(dtype)).double())).to(wide(dtype)).to(dtype)
+    exact = (
+        (w0.double() + (s * chain(P, Q).double() if narrow else (d.P @ d.Q).to(wide(dtype)).double()))
+        .to(wide(dtype))
+        .to(dtype)
+    )
     off = 0.0 if narrow else torch.finfo(dtype).eps  # where float64 is taken, d may be on the edge between two numbers
     allowed = off * (w0.abs().double() + d.whole().abs().double())
     assert ((m.double() - exact.double()).abs() <= allowed).all()
@@ -155,11 +174,16 @@ def test_a_sum_for_good_has_the_bits_of_its_definition(data):
     """Wherever the weight lies, in place or not."""
     some = st.one_of(st.integers(1, 300), st.integers(1, 40).map(lambda n: blocks.FEW * n))
     rows, width, r = data.draw(st.tuples(some, st.integers(1, 5000), st.sampled_from([1, 3, 8, 16, 64, 128])))
-    dtype, s = data.draw(st.tuples(st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1.0, 2.0, -4.0, 0.5, 1.7, 128.0])))
+    dtype, s = data.draw(
+        st.tuples(st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1.0, 2.0, -4.0, 0.5, 1.7, 128.0]))
+    )
     left, in_place = data.draw(st.tuples(st.sampled_from([0, 16]), st.booleans()))
     w0 = weight((rows, width + left), dtype)[:, left:]
     d = of(weight((rows, r), torch.float32, 1), weight((r, width), torch.float32, 2), s)
-    out, exact = w0 if in_place else torch.empty_like(w0), torch.add(w0.float(), blocks.chain(d.P, d.Q), alpha=s).to(dtype)
+    out, exact = (
+        w0 if in_place else torch.empty_like(w0),
+        torch.add(w0.float(), blocks.chain(d.P, d.Q), alpha=s).to(dtype),
+    )
     Desk().add(w0, d, out)
     assert not blocks.chained() or torch.equal(out, exact)
 
@@ -175,7 +199,10 @@ def test_where_the_library_adds_up_in_another_order_float64_is_taken(monkeypatch
 def test_where_product_and_sum_may_be_one_call_they_are(dtype, monkeypatch):
     monkeypatch.setattr(blocks, "_adds", lambda r, width, s: True)
     monkeypatch.setattr(Desk, "_strips", None)
-    w0, d = weight((4 * blocks.FEW, 100), dtype), Product(weight((4 * blocks.FEW, 8), torch.float32, 1), weight((8, 100), torch.float32, 2), 2.0)
+    w0, d = (
+        weight((4 * blocks.FEW, 100), dtype),
+        Product(weight((4 * blocks.FEW, 8), torch.float32, 1), weight((8, 100), torch.float32, 2), 2.0),
+    )
     exact, out = w0.double() + 2 * d.P.double() @ d.Q.double(), torch.empty_like(w0)
     Desk().add(w0, d, out)
     assert torch.allclose(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
@@ -206,21 +233,32 @@ def fewer_bits():
 
 def test_a_sum_has_all_bits_whatever_torch_is_told(fewer_bits):
     """On processors with bfloat16 units, "medium" makes torch round the factors of a product to bfloat16."""
-    w0, P, Q = weight((96, 512), torch.float32), weight((96, 128), torch.float32, 1), weight((128, 512), torch.float32, 2)
+    w0, P, Q = (
+        weight((96, 512), torch.float32),
+        weight((96, 128), torch.float32, 1),
+        weight((128, 512), torch.float32, 2),
+    )
     m, _ = Desk().sum(w0, of(P, Q))
     assert torch.allclose(m.double(), w0.double() + P.double() @ Q.double(), rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_factors_that_float32_does_not_hold_are_multiplied_in_float64(size):
-    w0, P, Q = weight((8, 64), torch.float32), weight((8, 4), torch.float32, 1) * size**2, weight((4, 64), torch.float32, 2) / size**2
+    w0, P, Q = (
+        weight((8, 64), torch.float32),
+        weight((8, 4), torch.float32, 1) * size**2,
+        weight((4, 64), torch.float32, 2) / size**2,
+    )
     m, _ = Desk().sum(w0, of(P, Q))
     assert torch.allclose(m.double(), w0.double() + P.double() @ Q.double(), rtol=1e-6, atol=1e-6)
 
 
 def test_several_adapters_are_one_product():
     """Each with its scale; the first one's B is taken as it is."""
-    parts = [Factors(weight((8, 4), torch.float32, i), weight((4, 64), torch.float32, i + 9), torch.tensor(s)) for i, s in enumerate((0.3, 2.0))]
+    parts = [
+        Factors(weight((8, 4), torch.float32, i), weight((4, 64), torch.float32, i + 9), torch.tensor(s))
+        for i, s in enumerate((0.3, 2.0))
+    ]
     d = quick(parts, torch.float32)
     assert not blocks.chained() or torch.equal(d.P[:, :4], parts[0].P)
     expected = sum(float(f.s) * f.P.double() @ f.Q.double() for f in parts)

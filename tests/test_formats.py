@@ -45,7 +45,9 @@ def kohya() -> li.Hints:
     return li.Hints(component="unet", model=tree({key: tuple(t.shape) for key, t in base.items()}))
 
 
-LORALIB = li.Hints(alpha=6, groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}, model=Loralib())
+LORALIB = li.Hints(
+    alpha=6, groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}, model=Loralib()
+)
 FOUND = {
     "torchtune": Fixture("torchtune", "expected_peft_adapter_model.safetensors", hints=li.Hints(alpha=6, heads=(4, 2))),
     "mlx": Fixture("mlx_lora", "expected_merged.safetensors", "base.safetensors"),
@@ -82,7 +84,11 @@ def test_what_the_library_computes(name, fixture):
         wanted = {key.replace("conv.conv", "conv"): t for key, t in wanted.items()}
         assert error(merged(file, base, fixture.transposed, fixture.eps), wanted) < 1e-5
     elif name == "torchtune":
-        assert all(torch.equal(wanted[f"base_model.model.{s.path}.lora_{h}.weight"], getattr(s, h)) for s in file.sites for h in "AB")
+        assert all(
+            torch.equal(wanted[f"base_model.model.{s.path}.lora_{h}.weight"], getattr(s, h))
+            for s in file.sites
+            for h in "AB"
+        )
         assert len(wanted) == 2 * len(file.sites)
     else:
         found = {f"{key.removesuffix('.weight')}.weight": d for key, d in deltas(file).items()}
@@ -110,7 +116,10 @@ def test_litgpt_in_transformers_names():
     qkv = torch.zeros(32, 16, dtype=torch.float64)
     qkv[:16], qkv[24:] = found.pop(layer + "self_attn.q_proj.weight"), found.pop(layer + "self_attn.v_proj.weight")
     theirs = {"attn.qkv": qkv, "attn.proj": found.pop(layer + "self_attn.o_proj.weight")}
-    theirs |= {f"mlp.{a}": found.pop(f"{layer}mlp.{b}_proj.weight") for a, b in (("fc_1", "gate"), ("fc_2", "up"), ("proj", "down"))}
+    theirs |= {
+        f"mlp.{a}": found.pop(f"{layer}mlp.{b}_proj.weight")
+        for a, b in (("fc_1", "gate"), ("fc_2", "up"), ("proj", "down"))
+    }
     now = {f"transformer.h.0.{key}.weight": d + base[f"transformer.h.0.{key}.weight"] for key, d in theirs.items()}
     now["lm_head.weight"] = found.pop("lm_head.weight") + base["lm_head.weight"]
     assert not found
@@ -118,7 +127,9 @@ def test_litgpt_in_transformers_names():
     assert all(torch.equal(t, base[key]) for key, t in wanted.items() if key not in now)
 
 
-ROUND = {name: fixture for name, fixture in FOUND.items() if name != "loralib"} | {"litgpt": Fixture("litgpt", "", hints=li.Hints(heads=(4, 2)))}
+ROUND = {name: fixture for name, fixture in FOUND.items() if name != "loralib"} | {
+    "litgpt": Fixture("litgpt", "", hints=li.Hints(heads=(4, 2)))
+}
 
 
 @pytest.mark.parametrize(("name", "fixture"), ROUND.items(), ids=ROUND)
@@ -145,14 +156,20 @@ TOLD = li.Hints(heads=HEADS, architecture="llama", component="unet", model=MODEL
 def records(draw: st.DrawFn) -> li.AdapterFile:
     """Linears of a small Llama, with ranks, scales and dtypes of their own."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    chosen = draw(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(sorted(LEAVES))), min_size=1, max_size=6, unique=True))
+    chosen = draw(
+        st.lists(st.tuples(st.integers(0, 2), st.sampled_from(sorted(LEAVES))), min_size=1, max_size=6, unique=True)
+    )
     dtype, sites = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])), []
     even = draw(st.booleans())
     r, alpha, scaling = 2, 6.0, "standard"
     for layer, leaf in chosen:
         out, in_ = LEAVES[leaf]
         if not even:
-            r, alpha, scaling = draw(st.integers(1, 4)), draw(st.sampled_from([1.0, 3.0, 16.0])), draw(st.sampled_from(["standard", "rslora"]))
+            r, alpha, scaling = (
+                draw(st.integers(1, 4)),
+                draw(st.sampled_from([1.0, 3.0, 16.0])),
+                draw(st.sampled_from(["standard", "rslora"])),
+            )
         A, B = (torch.randn(shape, generator=g).to(dtype) for shape in ((r, in_), (out, r)))
         sites.append(li.StoredSite(path=f"model.layers.{layer}.{leaf}", A=A, B=B, alpha=alpha, scaling=scaling))
     return li.AdapterFile(path=Path("drawn"), format="lorainject", sites=tuple(sites))
@@ -170,7 +187,9 @@ def through(file: li.AdapterFile, format: str, folder: Path) -> li.AdapterFile:
 
 def same(file: li.AdapterFile, other: li.AdapterFile) -> bool:
     mine, theirs = ({key: d for key, d in deltas(f).items() if d.any()} for f in (file, other))
-    return mine.keys() == theirs.keys() and all(torch.allclose(d, theirs[key], rtol=1e-5, atol=1e-5) for key, d in mine.items())
+    return mine.keys() == theirs.keys() and all(
+        torch.allclose(d, theirs[key], rtol=1e-5, atol=1e-5) for key, d in mine.items()
+    )
 
 
 # AdapterHub names the base's class in its config, and gives only some weights a LoRA.
@@ -205,7 +224,9 @@ def test_a_second_time_changes_nothing(format, tmp_path_factory):
     check()
 
 
-@pytest.mark.parametrize(("factor", "dtype"), [(2.0, torch.bfloat16), (0.125, torch.bfloat16), (3.0, torch.float32), (1 / 3, torch.float32)])
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(2.0, torch.bfloat16), (0.125, torch.bfloat16), (3.0, torch.float32), (1 / 3, torch.float32)]
+)
 def test_folding_is_exact_in_every_dtype(factor, dtype):
     """A scale goes into bfloat16 factors where that loses nothing, and else makes them float32."""
     from lorainject.files.exact import folded
@@ -263,7 +284,9 @@ def test_stacks_become_experts_and_back(tmp_path):
     stack = replace(file, sites=tuple(replace(s, path="mlp.experts") for s in file.sites if s.path == "experts"))
     done = li.write(stack, tmp_path / "a", format="mlx")
     assert "mlp.experts.3.up_proj" in {s.path for s in done.file.sites}
-    assert {key for key in load_file(tmp_path / "a" / "adapters.safetensors") if "up" in key} == {f"mlp.switch_mlp.up_proj.lora_{h}" for h in "ab"}
+    assert {key for key in load_file(tmp_path / "a" / "adapters.safetensors") if "up" in key} == {
+        f"mlp.switch_mlp.up_proj.lora_{h}" for h in "ab"
+    }
 
 
 def bare(tensors: dict[str, Tensor], folder: Path) -> Path:

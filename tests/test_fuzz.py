@@ -15,7 +15,9 @@ import lorainject as li
 from lorainject.files.source import FILES
 
 CORPUS = sorted((FIXTURES.parent / "fuzz").iterdir())
-TOLD = li.Hints(alpha=6, heads=(4, 2), groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]})
+TOLD = li.Hints(
+    alpha=6, heads=(4, 2), groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}
+)
 
 
 @pytest.mark.parametrize("found", CORPUS, ids=lambda p: p.name)
@@ -42,7 +44,12 @@ def test_each_reader_a_little(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     ("does", "end"),
-    [("hang", "hang: more than 1 s"), ("die", "death: signal 9"), ("fill", "MemoryError in outside: "), ("raise", "KeyError in outside: 'x'")],
+    [
+        ("hang", "hang: more than 1 s"),
+        ("die", "death: signal 9"),
+        ("fill", "MemoryError in outside: "),
+        ("raise", "KeyError in outside: 'x'"),
+    ],
 )
 def test_fuzzing_sees(does, end, monkeypatch):
     """A reader that hangs, dies, takes too much or raises what is not ours is a finding."""

@@ -69,7 +69,9 @@ def test_inject_and_find_take_the_specs_fields():
     for verb in (li.inject, li.find):
         parameters = {k: p.default for k, p in inspect.signature(verb).parameters.items()}
         assert set(fields) == set(parameters) - {"model", "name", "spec"}
-        assert {k: v for k, v in parameters.items() if k in fields and k != "targets"} == {k: v for k, v in fields.items() if k != "targets"}
+        assert {k: v for k, v in parameters.items() if k in fields and k != "targets"} == {
+            k: v for k, v in fields.items() if k != "targets"
+        }
 
 
 def test_import_is_light():
@@ -79,4 +81,7 @@ import sys, lorainject
 heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing"} & set(sys.modules)
 print(sorted(heavy))
 """
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+        == "[]\n"
+    )

@@ -29,8 +29,12 @@ def part(component: str) -> nn.Module:
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_one_component_onto_its_model(component):
     """A pipeline's file goes onto one of its models, named by hand; the rest of the file is somebody else's."""
-    model = li.load(part(component), DIFFUSERS / "pytorch_lora_weights.safetensors", hints=li.Hints(component=component))
-    wanted = {key: t for key, t in load_file(DIFFUSERS / "expected_delta.safetensors").items() if key.startswith(component)}
+    model = li.load(
+        part(component), DIFFUSERS / "pytorch_lora_weights.safetensors", hints=li.Hints(component=component)
+    )
+    wanted = {
+        key: t for key, t in load_file(DIFFUSERS / "expected_delta.safetensors").items() if key.startswith(component)
+    }
     found = {f"{component}.{path}.weight": d for path, _, d in li.deltas(model)}
     assert found.keys() == wanted.keys()
     assert all((found[key] - t).abs().max() < 1e-5 for key, t in wanted.items())
@@ -38,13 +42,20 @@ def test_one_component_onto_its_model(component):
 
 def test_a_whole_pipelines_file_is_too_much_for_one_model():
     """Without a word on which component, what does not belong to the model is refused, not dropped."""
-    with pytest.raises(li.FileError, match=r"text_encoder\.encoder\.layers\.0\.self_attn\.q_proj: is not in this model"):
-        li.load(tree({key: shape for key, shape in WEIGHTS.items() if key.startswith("unet.")}), DIFFUSERS / "pytorch_lora_weights.safetensors")
+    with pytest.raises(
+        li.FileError, match=r"text_encoder\.encoder\.layers\.0\.self_attn\.q_proj: is not in this model"
+    ):
+        li.load(
+            tree({key: shape for key, shape in WEIGHTS.items() if key.startswith("unet.")}),
+            DIFFUSERS / "pytorch_lora_weights.safetensors",
+        )
 
 
 def test_without_the_header_the_scale_is_one():
     """As diffusers reads it, and with a note; the header makes the difference of alpha / r."""
-    with_, without = (li.read(DIFFUSERS / name) for name in ("pytorch_lora_weights.safetensors", "no_header.safetensors"))
+    with_, without = (
+        li.read(DIFFUSERS / name) for name in ("pytorch_lora_weights.safetensors", "no_header.safetensors")
+    )
     assert {s.scale for s in without.sites} == {1}
     assert {s.scale for s in with_.sites if s.path.startswith("unet.")} == {2}
     assert {s.scale for s in with_.sites if s.path.startswith("text_encoder.")} == {3}
@@ -92,7 +103,9 @@ def test_a_component_is_a_peft_directory(component, tmp_path):
     for path, weight, d in li.deltas(li.load(copy.deepcopy(base), tmp_path / "a")):
         assert torch.allclose(theirs.get_submodule(path).weight, weight + d, atol=1e-5)
     li.convert(tmp_path / "a", tmp_path / "b", format="diffusers", hints=hints)
-    assert alike(li.read(tmp_path / "b", hints=hints), li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints))
+    assert alike(
+        li.read(tmp_path / "b", hints=hints), li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints)
+    )
 
 
 def test_a_model_without_text_model(tmp_path):
@@ -100,7 +113,8 @@ def test_a_model_without_text_model(tmp_path):
     for name in ("lora_te_text_model_encoder_fc1", "text_encoder.text_model.encoder.fc1"):
         ends = (".lora_down.weight", ".lora_up.weight") if "lora_te" in name else (".lora_A.weight", ".lora_B.weight")
         save_file(
-            {name + ends[0]: torch.ones(2, 3), name + ends[1]: torch.ones(4, 2), f"{name}.alpha": torch.tensor(2.0)}, tmp_path / "x.safetensors"
+            {name + ends[0]: torch.ones(2, 3), name + ends[1]: torch.ones(4, 2), f"{name}.alpha": torch.tensor(2.0)},
+            tmp_path / "x.safetensors",
         )
         for prefix in ("", "text_model."):
             model = li.load(tree({f"{prefix}encoder.fc1.weight": (4, 3)}), tmp_path / "x.safetensors")
@@ -127,7 +141,10 @@ def test_names_of_every_generation(key, path, tmp_path):
 def test_gpt2_is_no_pipeline(tmp_path):
     """transformer.h.0 is a language model's, whatever it begins with."""
     save_file(
-        {"transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(2, 3), "transformer.h.0.attn.c_attn.lora_B.weight": torch.ones(9, 2)},
+        {
+            "transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(2, 3),
+            "transformer.h.0.attn.c_attn.lora_B.weight": torch.ones(9, 2),
+        },
         tmp_path / "x.safetensors",
     )
     assert li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=2)).format == "peft"
@@ -136,8 +153,15 @@ def test_gpt2_is_no_pipeline(tmp_path):
 def test_kohya_scales(tmp_path):
     """alpha / r, 1 without alpha, and A1111's scale before both."""
     tensors = {}
-    for name, more in {"a": {}, "b": {"alpha": torch.tensor(6)}, "c": {"alpha": torch.tensor(6.0), "scale": torch.tensor(0.25)}}.items():
-        tensors |= {f"lora_unet_{name}.lora_down.weight": torch.ones(2, 3), f"lora_unet_{name}.lora_up.weight": torch.ones(4, 2)}
+    for name, more in {
+        "a": {},
+        "b": {"alpha": torch.tensor(6)},
+        "c": {"alpha": torch.tensor(6.0), "scale": torch.tensor(0.25)},
+    }.items():
+        tensors |= {
+            f"lora_unet_{name}.lora_down.weight": torch.ones(2, 3),
+            f"lora_unet_{name}.lora_up.weight": torch.ones(4, 2),
+        }
         tensors |= {f"lora_unet_{name}.{key}": t for key, t in more.items()}
     save_file(tensors, tmp_path / "x.safetensors")
     assert {s.path[-1]: s.scale for s in li.read(tmp_path / "x.safetensors").sites} == {"a": 1, "b": 3, "c": 0.25}
@@ -145,15 +169,21 @@ def test_kohya_scales(tmp_path):
 
 def test_names_that_collide_without_dots(tmp_path):
     """Two paths that differ in a dot alone have no two names there; and in a model, a flat name may mean two modules."""
-    sites = tuple(li.StoredSite(path=path, A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2) for path in ("a.b_c", "a_b.c"))
+    sites = tuple(
+        li.StoredSite(path=path, A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2) for path in ("a.b_c", "a_b.c")
+    )
     file = li.AdapterFile(path=Path("drawn"), format="lorainject", sites=sites)
     with pytest.raises(li.FileError, match=r"a_b\.c and a\.b_c are both lora_unet_a_b_c"):
         li.write(file, tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet"))
     with pytest.raises(li.FileError, match="kohya has no prefix for None"):
         li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya")
-    li.write(replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet"))
+    li.write(
+        replace(file, sites=sites[:1]), tmp_path / "x.safetensors", format="kohya", hints=li.Hints(component="unet")
+    )
     with pytest.raises(li.FileError, match=r"may mean a\.b_c or a_b\.c"):
-        li.read(tmp_path / "x.safetensors", hints=li.Hints(model=tree({"a.b_c.weight": (4, 3), "a_b.c.weight": (4, 3)})))
+        li.read(
+            tmp_path / "x.safetensors", hints=li.Hints(model=tree({"a.b_c.weight": (4, 3), "a_b.c.weight": (4, 3)}))
+        )
 
 
 def test_flat_names_are_not_written_as_paths(tmp_path):
@@ -234,12 +264,18 @@ def test_names_of_the_original_unet(tmp_path):
 
 
 FLUX = {
-    "double_blocks_0_img_attn_qkv": ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"],
+    "double_blocks_0_img_attn_qkv": [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.attn.to_k",
+        "transformer_blocks.0.attn.to_v",
+    ],
     "double_blocks_11_txt_attn_qkv": [f"transformer_blocks.11.attn.add_{x}_proj" for x in "qkv"],
     "double_blocks_0_img_attn_proj": ["transformer_blocks.0.attn.to_out.0"],
     "double_blocks_0_txt_mlp_2": ["transformer_blocks.0.ff_context.net.2"],
     "double_blocks_0_img_mod_lin": ["transformer_blocks.0.norm1.linear"],
-    "single_blocks_3_linear1": [f"single_transformer_blocks.3.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")],
+    "single_blocks_3_linear1": [
+        f"single_transformer_blocks.3.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ],
     "single_blocks_3_linear2": ["single_transformer_blocks.3.proj_out"],
 }
 
@@ -265,8 +301,15 @@ def test_names_of_the_original_flux(tmp_path):
 def test_comfyui_s_names(onto, tmp_path):
     """The original code's paths behind `diffusion_model.`: onto diffusers' modules, or onto the original model."""
     path, A, B = "double_blocks.0.img_attn.qkv", torch.randn(2, 3), torch.randn(12, 2)
-    save_file({f"diffusion_model.{path}.lora_A.weight": A, f"diffusion_model.{path}.lora_B.weight": B}, tmp_path / "x.safetensors")
-    there = {f"{path}.weight": (12, 3)} if onto == "original" else {f"{p}.weight": (4, 3) for p in FLUX["double_blocks_0_img_attn_qkv"]}
+    save_file(
+        {f"diffusion_model.{path}.lora_A.weight": A, f"diffusion_model.{path}.lora_B.weight": B},
+        tmp_path / "x.safetensors",
+    )
+    there = (
+        {f"{path}.weight": (12, 3)}
+        if onto == "original"
+        else {f"{p}.weight": (4, 3) for p in FLUX["double_blocks_0_img_attn_qkv"]}
+    )
     with pytest.warns(UserWarning, match="the scale was taken for 1"):
         model = li.load(tree(there), tmp_path / "x.safetensors")
     assert torch.allclose(torch.cat([d for _, _, d in li.deltas(model)]), B @ A, atol=1e-6)

@@ -19,7 +19,10 @@ import lorainject as li
 def test_rows_in_rotary_pairs(format, tmp_path):
     """Pair i's part p is row 2 i + p of a head there, and row p d/2 + i in transformers; v is left alone."""
     d, B = 8, torch.arange(16.0)[:, None]
-    sites = tuple(li.StoredSite(path=f"model.layers.0.self_attn.{leaf}", A=torch.ones(1, 3), B=B, alpha=1) for leaf in ("q_proj", "k_proj", "v_proj"))
+    sites = tuple(
+        li.StoredSite(path=f"model.layers.0.self_attn.{leaf}", A=torch.ones(1, 3), B=B, alpha=1)
+        for leaf in ("q_proj", "k_proj", "v_proj")
+    )
     done = li.write(li.AdapterFile(path=tmp_path, format="peft", sites=sites), tmp_path / f"a{li.FORMATS[format].suffix}", format=format,
                     hints=li.Hints(heads=(2, 1), architecture="llama"))  # fmt: skip
     if format == "torchtune":
@@ -28,9 +31,18 @@ def test_rows_in_rotary_pairs(format, tmp_path):
         from gguf import GGUFReader
 
         names = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj"}
-        found = {names[t.name.split(".")[2]]: torch.from_numpy(t.data.copy()) for t in GGUFReader(done.path).tensors if t.name.endswith("lora_b")}
+        found = {
+            names[t.name.split(".")[2]]: torch.from_numpy(t.data.copy())
+            for t in GGUFReader(done.path).tensors
+            if t.name.endswith("lora_b")
+        }
     for leaf, size in (("q_proj", d), ("k_proj", 2 * d)):
-        wanted = [float(head * size + p * size // 2 + i) for head in range(16 // size) for i in range(size // 2) for p in range(2)]
+        wanted = [
+            float(head * size + p * size // 2 + i)
+            for head in range(16 // size)
+            for i in range(size // 2)
+            for p in range(2)
+        ]
         assert found[leaf].flatten().tolist() == wanted
     assert torch.equal(found["v_proj"], B)
 
@@ -56,22 +68,38 @@ def test_gguf_without_alpha(tmp_path):
 def test_gguf_of_another_architecture(tmp_path):
     """Names by llama.cpp's own table for the base, both ways, with its embedding turned, in bfloat16 and half; q and k as they are."""
     sites = (
-        li.StoredSite(path="transformer.h.1.attn.c_attn", A=torch.randn(2, 6).half(), B=torch.randn(18, 2).half(), alpha=4),
-        li.StoredSite(path="transformer.wte", kind="embedding", A=torch.randn(2, 9).bfloat16(), B=torch.randn(6, 2).bfloat16(), alpha=4),
+        li.StoredSite(
+            path="transformer.h.1.attn.c_attn", A=torch.randn(2, 6).half(), B=torch.randn(18, 2).half(), alpha=4
+        ),
+        li.StoredSite(
+            path="transformer.wte",
+            kind="embedding",
+            A=torch.randn(2, 9).bfloat16(),
+            B=torch.randn(6, 2).bfloat16(),
+            alpha=4,
+        ),
     )
     file = li.AdapterFile(path=tmp_path, format="peft", sites=sites)
     model = tree({"transformer.h.1.attn.c_attn.weight": (18, 6), "transformer.wte.weight": (9, 6)})
     done = li.write(file, tmp_path / "a.gguf", format="gguf", hints=li.Hints(architecture="gpt2"))
     assert alike(li.read(done.path, hints=li.Hints(model=model)), file)
-    with pytest.raises(li.FileError, match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, no weight that is known here; read it with the model"):
+    with pytest.raises(
+        li.FileError,
+        match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, no weight that is known here; read it with the model",
+    ):
         li.read(done.path)
 
 
 def test_mlx_of_old(tmp_path):
     """With an alpha beside the scale: scale * alpha / rank; experts' lora_a as one matrix."""
-    tensors = {"m.layers.0.mlp.switch_mlp.up_proj.lora_a": torch.randn(6, 4), "m.layers.0.mlp.switch_mlp.up_proj.lora_b": torch.randn(3, 5, 2)}
+    tensors = {
+        "m.layers.0.mlp.switch_mlp.up_proj.lora_a": torch.randn(6, 4),
+        "m.layers.0.mlp.switch_mlp.up_proj.lora_b": torch.randn(3, 5, 2),
+    }
     save_file(tensors, tmp_path / "adapters.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 2, "alpha": 16, "scale": 10.0, "dropout": 0.0}}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"lora_parameters": {"rank": 2, "alpha": 16, "scale": 10.0, "dropout": 0.0}})
+    )
     file = li.read(tmp_path)
     assert [s.path for s in file.sites] == [f"m.layers.0.mlp.experts.{e}.up_proj" for e in range(3)]
     assert {s.scale for s in file.sites} == {80}
@@ -79,7 +107,10 @@ def test_mlx_of_old(tmp_path):
     assert "scale * alpha / rank" in file.notes[0]
 
 
-@pytest.mark.parametrize(("version", "scale"), [("adapters.1.0.1", 1), ("adapters.0.2.0", 1), ("adapters.1.1.0", 3), ("adapter-transformers.3.2", 3)])
+@pytest.mark.parametrize(
+    ("version", "scale"),
+    [("adapters.1.0.1", 1), ("adapters.0.2.0", 1), ("adapters.1.1.0", 3), ("adapter-transformers.3.2", 3)],
+)
 def test_adapterhub_before_it_scaled(version, scale, tmp_path):
     """Until 1.1.0 alpha was passed over in training."""
     config = json.loads((FIXTURES / "adapterhub_bert" / "adapter_config.json").read_text()) | {"version": version}
@@ -91,7 +122,9 @@ def test_adapterhub_before_it_scaled(version, scale, tmp_path):
 def test_loralib_onto_a_model():
     """MergedLinear's groups, an embedding, a convolution: loaded, and merged as loralib does."""
     model, at = Loralib(), FIXTURES / "loralib"
-    model.load_state_dict({key.replace("conv.conv", "conv"): t for key, t in load_file(at / "base.safetensors").items()})
+    model.load_state_dict(
+        {key.replace("conv.conv", "conv"): t for key, t in load_file(at / "base.safetensors").items()}
+    )
     li.merge(li.load(model, at / "lora.pt", allow_pickle=True, hints=LORALIB), reversible=False)
     wanted = {key.replace("conv.conv", "conv"): t for key, t in load_file(at / "expected_merged.safetensors").items()}
     assert error(li.eject(model).state_dict(), wanted) < 1e-5
@@ -133,7 +166,9 @@ def test_loralib_reads_what_we_write(tmp_path):
 def test_loralib_whole_checkpoints(tmp_path):
     """Saved in eval mode the weights hold the update already: A and B are read, the weights passed over, and it says so."""
     at = FIXTURES / "loralib"
-    whole, alone = (li.read(at / n, allow_pickle=True, hints=LORALIB) for n in ("full_eval_mode_already_merged.pt", "lora.pt"))
+    whole, alone = (
+        li.read(at / n, allow_pickle=True, hints=LORALIB) for n in ("full_eval_mode_already_merged.pt", "lora.pt")
+    )
     assert all(torch.equal(a.A, b.A) and torch.equal(a.B, b.B) for a, b in zip(whole.sites, alone.sites, strict=True))
     assert "may hold them already" in whole.notes[0]
     assert "head" in whole.replaced
@@ -144,8 +179,16 @@ def test_loralib_whole_checkpoints(tmp_path):
     ("fixture", "hints", "message"),
     [
         ("loralib/lora.pt", li.Hints(), r"does not store alpha: say it, as in Hints\(alpha=32\)"),
-        ("loralib/lora.pt", li.Hints(alpha=6), r'm101: .* are 2 enabled groups of a MergedLinear: say which, as in Hints\(groups=\{"m101"'),
-        ("loralib/lora.pt", li.Hints(alpha=6, groups={"m101": [True] * 2, "m111": [True], "mf": [True]}), r"m111: .* are no 1 of 1 groups"),
+        (
+            "loralib/lora.pt",
+            li.Hints(alpha=6),
+            r'm101: .* are 2 enabled groups of a MergedLinear: say which, as in Hints\(groups=\{"m101"',
+        ),
+        (
+            "loralib/lora.pt",
+            li.Hints(alpha=6, groups={"m101": [True] * 2, "m111": [True], "mf": [True]}),
+            r"m111: .* are no 1 of 1 groups",
+        ),
         ("torchtune/adapter_model.pt", li.Hints(alpha=6), r"give the heads, as in Hints\(heads="),
         ("torchtune/adapter_model.pt", li.Hints(alpha=6, heads=(5, 2)), r"16 rows are not those of 5 heads"),
         ("torchtune/adapter_model.pt", li.Hints(heads=(4, 2)), r"it holds no alpha: give the directory"),

@@ -22,10 +22,16 @@ from lorainject.graft import Graft
 from models import TINY, bits, randomise, run, state, weight_at
 from strategies import DTYPES, Case, cases
 
-laws = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+laws = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-REAL = [pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}") for name, tiny in TINY.items() for dtype in tiny.dtypes]
+REAL = [
+    pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    for name, tiny in TINY.items()
+    for dtype in tiny.dtypes
+]
 real = pytest.mark.parametrize(("name", "dtype"), REAL)
 
 
@@ -91,7 +97,9 @@ def check_laws_5_6_7_10(case: Case) -> None:
         assert w.dtype is torch.float32 or off < 0.02 or merged.numel() < 60
     # Either way rounding takes its toll, in half precision on T5 a heavy one: merging must not add to it.
     toll, merged = float((y.float() - exact).abs().max()), float((case.output().float() - exact).abs().max())
-    finite = bool(y.isfinite().all() & exact.isfinite().all())  # in float16 an attention's products can overflow, either way
+    finite = bool(
+        y.isfinite().all() & exact.isfinite().all()
+    )  # in float16 an attention's products can overflow, either way
     assert finite or y.dtype is torch.float16
     assert not finite or merged <= max(4 * toll, ROUNDING[y.dtype] * max(1.0, float(exact.abs().max())))
     assert report.weight_bytes == sum(w.nbytes for w in pristine.values())
@@ -109,7 +117,11 @@ def check_law_8(case: Case, folder: Path) -> None:
     li.load(fresh, first)
     assert torch.equal(case.output(fresh.eval()), case.output(case.model.eval()))
     a, b = (
-        [(p, w.r, w.alpha, w.scaling, bits(w.A), bits(w.B)) for p, host in hosts(m).items() for w in [host.adapters["default"]]]
+        [
+            (p, w.r, w.alpha, w.scaling, bits(w.A), bits(w.B))
+            for p, host in hosts(m).items()
+            for w in [host.adapters["default"]]
+        ]
         for m in (case.model, fresh)
     )
     assert a == b
@@ -178,7 +190,9 @@ def test_all_or_nothing(case, data):
     randomise(case.model)
     victim = data.draw(st.sampled_from(sorted(hosts(case.model))))
     with torch.no_grad():
-        hosts(case.model)[victim].adapters["default"].B.flatten()[0] = data.draw(st.sampled_from([float("nan"), float("inf")]))
+        hosts(case.model)[victim].adapters["default"].B.flatten()[0] = data.draw(
+            st.sampled_from([float("nan"), float("inf")])
+        )
     before = state(case.model)
     with pytest.raises(li.MergeError, match="A or B holds NaN or infinity"):
         li.merge(case.model)
@@ -197,7 +211,9 @@ def test_a_thousand_cycles(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 8)).to(dtype)
     with torch.no_grad():
-        model[0].weight.view(-1)[:4] = torch.tensor([-0.0, 0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal / 4], dtype=dtype)
+        model[0].weight.view(-1)[:4] = torch.tensor(
+            [-0.0, 0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).smallest_normal / 4], dtype=dtype
+        )
     wanted = state(model)
     li.inject(model, ["0", "1"], r=3)
     for cycle in range(1000):
@@ -284,7 +300,9 @@ def interrupted(where: str, when: int):
     """Within it, the call of a function of ours after so many calls is an interrupt; inside the clean-up there are no more."""
     module, name = where.split(".")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[f"lorainject.{module}"], name, bomb(getattr(sys.modules[f"lorainject.{module}"], name), when))
+        patch.setattr(
+            sys.modules[f"lorainject.{module}"], name, bomb(getattr(sys.modules[f"lorainject.{module}"], name), when)
+        )
         yield
 
 

@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from lorainject.layouts import TABLE, Layout, name_of, parts
 
 transformers = pytest.importorskip("transformers")
-TOKENS, WIDTH, MOVED = 5, 16, 1  # the middle token sees an earlier one and is seen by a later one, where attention is causal
+TOKENS, WIDTH, MOVED = (
+    5,
+    16,
+    1,
+)  # the middle token sees an earlier one and is seen by a later one, where attention is causal
 OUTPUTS = ("c_proj", "dense", "out_proj", "o_proj", "proj", "projection", "to_out", "Wo")
 
 
@@ -92,10 +96,23 @@ def experts(owner: nn.Module, x: Tensor) -> Tensor:
     return owner(x, index, torch.ones(TOKENS, 1, dtype=x.dtype))
 
 
-SMALL = {"hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 20, "intermediate_size": 6}
+SMALL = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 20,
+    "intermediate_size": 6,
+}
 GQA = SMALL | {"num_key_value_heads": 2}
 GPT2 = {"n_embd": WIDTH, "n_head": 2, "n_layer": 2}
-MLA = SMALL | {"num_key_value_heads": 4, "q_lora_rank": 6, "kv_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
+MLA = SMALL | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 4,
+}
 VISION = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 6}
 QWEN_VL = {"embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "depth": 1}
 DELTA = SMALL | {
@@ -106,7 +123,13 @@ DELTA = SMALL | {
     "head_dim": 4,
     "num_key_value_heads": 2,
 }
-MOE = SMALL | {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "n_routed_experts": 2, "moe_intermediate_size": 6}
+MOE = SMALL | {
+    "num_local_experts": 2,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_routed_experts": 2,
+    "moe_intermediate_size": 6,
+}
 MAMBA = {
     "hidden_size": WIDTH,
     "intermediate_size": WIDTH,
@@ -170,9 +193,21 @@ CASES = (
     Case("imagegpt.ImageGPTAttention", "c_attn", GPT2, make=indexed),
     Case("imagegpt.ImageGPTAttention", "c_attn", GPT2, make=cross, call=crossing, note="cross"),
     Case("openai.Attention", "c_attn", GPT2, "OpenAIGPTConfig", make=lambda cls, c: cls(WIDTH, TOKENS, c, scale=True)),
-    Case("gpt_bigcode.GPTBigCodeAttention", "c_attn", GPT2 | {"multi_query": True}, make=indexed, shared=2, note="multi-query"),
+    Case(
+        "gpt_bigcode.GPTBigCodeAttention",
+        "c_attn",
+        GPT2 | {"multi_query": True},
+        make=indexed,
+        shared=2,
+        note="multi-query",
+    ),
     Case("gpt_bigcode.GPTBigCodeAttention", "c_attn", GPT2 | {"multi_query": False}, make=indexed, note="multi-head"),
-    Case("bark.BarkSelfAttention", "att_proj", {"hidden_size": WIDTH, "num_heads": 2, "block_size": TOKENS}, "BarkSemanticConfig"),
+    Case(
+        "bark.BarkSelfAttention",
+        "att_proj",
+        {"hidden_size": WIDTH, "num_heads": 2, "block_size": TOKENS},
+        "BarkSemanticConfig",
+    ),
     Case("gpt_neox.GPTNeoXAttention", "query_key_value", SMALL | {"rotary_pct": 1.0}, make=indexed),
     Case("gpt_neox_japanese.GPTNeoXJapaneseAttention", "query_key_value", SMALL, make=indexed),
     Case(
@@ -180,7 +215,9 @@ CASES = (
         "query_key_value",
         SMALL | {"n_head": 4},
         make=indexed,
-        call=lambda o, x: call(o, x, alibi=torch.zeros(4, 1, TOKENS).double(), attention_mask=torch.zeros(1, 1, TOKENS, TOKENS).double()),
+        call=lambda o, x: call(
+            o, x, alibi=torch.zeros(4, 1, TOKENS).double(), attention_mask=torch.zeros(1, 1, TOKENS, TOKENS).double()
+        ),
     ),
     Case("persimmon.PersimmonAttention", "query_key_value", SMALL, make=indexed),
     Case(
@@ -209,10 +246,21 @@ CASES = (
         call=falcon,
         note="RW",
     ),
-    Case("codegen.CodeGenAttention", "qkv_proj", {"n_embd": WIDTH, "n_head": 8, "rotary_dim": 2, "n_positions": TOKENS}, make=indexed),
+    Case(
+        "codegen.CodeGenAttention",
+        "qkv_proj",
+        {"n_embd": WIDTH, "n_head": 8, "rotary_dim": 2, "n_positions": TOKENS},
+        make=indexed,
+    ),
     Case("phi3.Phi3Attention", "qkv_proj", GQA | {"pad_token_id": 0}, make=indexed, shared=2),
     Case("phi4_multimodal.Phi4MultimodalAttention", "qkv_proj", GQA | {"pad_token_id": 0}, make=indexed, shared=2),
-    Case("minimax.MiniMaxLightningAttention", "qkv_proj", SMALL | {"head_dim": 4, "block_size": 8}, make=indexed, prepare=passes),
+    Case(
+        "minimax.MiniMaxLightningAttention",
+        "qkv_proj",
+        SMALL | {"head_dim": 4, "block_size": 8},
+        make=indexed,
+        prepare=passes,
+    ),
     Case(
         "mpt.MptAttention",
         "Wqkv",
@@ -241,18 +289,42 @@ CASES = (
         call=lambda o, x: o(x[None], torch.zeros(1, 1, TOKENS, TOKENS)),
         dtype=torch.float32,
     ),
-    Case("torch.nn.modules.activation.MultiheadAttention", "in_proj_weight", make=lambda cls, c: cls(WIDTH, 2), call=lambda o, x: o(x, x, x)),
+    Case(
+        "torch.nn.modules.activation.MultiheadAttention",
+        "in_proj_weight",
+        make=lambda cls, c: cls(WIDTH, 2),
+        call=lambda o, x: o(x, x, x),
+    ),
     Case("blip.BlipAttention", "qkv", VISION, "BlipVisionConfig"),
     Case("blip_2.Blip2Attention", "qkv", VISION, "Blip2VisionConfig"),
     Case("qwen2_vl.VisionAttention", "qkv", QWEN_VL, "Qwen2VLVisionConfig"),
     Case("qwen2_5_vl.Qwen2_5_VLVisionAttention", "qkv", QWEN_VL, "Qwen2_5_VLVisionConfig"),
     Case("qwen3_vl.Qwen3VLVisionAttention", "qkv", QWEN_VL, "Qwen3VLVisionConfig"),
     Case("glm4v.Glm4vVisionAttention", "qkv", QWEN_VL, "Glm4vVisionConfig"),
-    Case("sam.SamVisionAttention", "qkv", VISION | {"use_rel_pos": False}, "SamVisionConfig", make=windowed, call=square),
-    Case("sam.SamVisionSdpaAttention", "qkv", VISION | {"use_rel_pos": False}, "SamVisionConfig", make=windowed, call=square),
-    Case("got_ocr2.GotOcr2VisionAttention", "qkv", VISION | {"use_rel_pos": False}, "GotOcr2VisionConfig", make=windowed, call=square),
     Case(
-        "seggpt.SegGptAttention", "qkv", VISION | {"use_relative_position_embeddings": False, "image_size": [32, 32], "patch_size": 16}, call=square
+        "sam.SamVisionAttention", "qkv", VISION | {"use_rel_pos": False}, "SamVisionConfig", make=windowed, call=square
+    ),
+    Case(
+        "sam.SamVisionSdpaAttention",
+        "qkv",
+        VISION | {"use_rel_pos": False},
+        "SamVisionConfig",
+        make=windowed,
+        call=square,
+    ),
+    Case(
+        "got_ocr2.GotOcr2VisionAttention",
+        "qkv",
+        VISION | {"use_rel_pos": False},
+        "GotOcr2VisionConfig",
+        make=windowed,
+        call=square,
+    ),
+    Case(
+        "seggpt.SegGptAttention",
+        "qkv",
+        VISION | {"use_relative_position_embeddings": False, "image_size": [32, 32], "patch_size": 16},
+        call=square,
     ),
     Case(
         "sam2.Sam2MultiScaleAttention",
@@ -284,7 +356,13 @@ CASES = (
         call=lambda o, x: o(x[None])[0].T,
     ),
     Case("pp_ocrv5_server_rec.PPOCRV5ServerRecAttention", "qkv", {"hidden_size": WIDTH, "num_attention_heads": 2}),
-    Case("exaone4_5.Exaone4_5_VisionAttention", "qkv", QWEN_VL | {"num_heads": 4, "num_key_value_heads": 2}, "Exaone4_5_VisionConfig", shared=2),
+    Case(
+        "exaone4_5.Exaone4_5_VisionAttention",
+        "qkv",
+        QWEN_VL | {"num_heads": 4, "num_key_value_heads": 2},
+        "Exaone4_5_VisionConfig",
+        shared=2,
+    ),
     Case("qwen3_5.Qwen3_5GatedDeltaNet", "in_proj_qkv", DELTA, "Qwen3_5TextConfig", make=indexed, prepare=conv_off),
     Case("qwen3_next.Qwen3NextGatedDeltaNet", "in_proj_qkvz", DELTA, make=indexed, prepare=conv_off),
     Case("qwen3_next.Qwen3NextAttention", "q_proj", DELTA, make=indexed),
@@ -324,7 +402,11 @@ CASES = (
         MLA,
         make=indexed,
         call=lambda o, x: call(
-            o, x, position_embeddings=torch.polar(torch.ones(1, TOKENS, 1).double(), torch.linspace(0, 1, TOKENS).double().view(1, -1, 1))
+            o,
+            x,
+            position_embeddings=torch.polar(
+                torch.ones(1, TOKENS, 1).double(), torch.linspace(0, 1, TOKENS).double().view(1, -1, 1)
+            ),
         ),
     ),
     Case("deepseek_v3.DeepseekV3Attention", "kv_b_proj", MLA, make=indexed),
@@ -352,8 +434,17 @@ CASES = (
     Case("llama4.Llama4TextExperts", "gate_up_proj", MOE, "Llama4TextConfig", call=lambda o, x: o(x[:4])),
     Case("gpt_oss.GptOssExperts", "gate_up_proj", MOE, call=experts),
     Case("granitemoeshared.GraniteMoeSharedMLP", "input_linear", SMALL | {"shared_intermediate_size": 6}),
-    Case("granitemoehybrid.GraniteMoeHybridMLP", "input_linear", SMALL | {"shared_intermediate_size": 6, "mamba_n_heads": 4}),
-    Case("jetmoe.JetMoeMoE", "input_linear", SMALL | {"num_local_experts": 2, "num_experts_per_tok": 2}, call=lambda o, x: o(x[None])),
+    Case(
+        "granitemoehybrid.GraniteMoeHybridMLP",
+        "input_linear",
+        SMALL | {"shared_intermediate_size": 6, "mamba_n_heads": 4},
+    ),
+    Case(
+        "jetmoe.JetMoeMoE",
+        "input_linear",
+        SMALL | {"num_local_experts": 2, "num_experts_per_tok": 2},
+        call=lambda o, x: o(x[None]),
+    ),
     Case("modernbert.ModernBertMLP", "Wi", SMALL | {"pad_token_id": 0}),
     Case("moonshine.MoonshineDecoderMLP", "fc1", SMALL, make=lambda cls, c: cls(c, "silu")),
     Case("moshi.MoshiGatingMLP", "fc1", {"hidden_size": WIDTH, "ffn_dim": 12}, call=lambda o, x: o(x[None])),
@@ -370,9 +461,16 @@ CASES = (
         call=lambda o, x: o(x[None, :4]),
     ),
     Case("mamba.MambaMixer", "in_proj", MAMBA, make=indexed),
-    Case("falcon_mamba.FalconMambaMixer", "in_proj", MAMBA, make=lambda cls, c: cls(c, 0, initialize_mixer_weights=False)),
+    Case(
+        "falcon_mamba.FalconMambaMixer", "in_proj", MAMBA, make=lambda cls, c: cls(c, 0, initialize_mixer_weights=False)
+    ),
     Case("jamba.JambaMambaMixer", "in_proj", MAMBA, make=indexed),
-    Case("zamba.ZambaMambaMixer", "in_proj", {k: v for k, v in MAMBA.items() if k != "num_hidden_layers"} | {"n_mamba_heads": 2}, make=indexed),
+    Case(
+        "zamba.ZambaMambaMixer",
+        "in_proj",
+        {k: v for k, v in MAMBA.items() if k != "num_hidden_layers"} | {"n_mamba_heads": 2},
+        make=indexed,
+    ),
 )
 
 
@@ -432,7 +530,9 @@ def stored(case: Case) -> str:
     return "transposed" if case.owner.split(".")[0] in ("aria", "llama4", "openai_privacy_filter", "gpt_oss") else ""
 
 
-def _moved(case: Case, owner: nn.Module, x: Tensor, base: Tensor, row: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+def _moved(
+    case: Case, owner: nn.Module, x: Tensor, base: Tensor, row: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor]:
     """By how much the output moves, and by how much more than twice this when the row moves twice as far."""
     kept = row.clone()
     row += direction
@@ -485,7 +585,9 @@ def source_of(name: str) -> Path:
     """The modeling file that defines the class."""
     package, cls = name.split(".")
     home = Path(transformers.__file__).parent / "models" / package
-    found = [f for f in sorted(home.glob("modeling_*.py")) if re.search(rf"^class {cls}\(", f.read_text(), re.MULTILINE)]
+    found = [
+        f for f in sorted(home.glob("modeling_*.py")) if re.search(rf"^class {cls}\(", f.read_text(), re.MULTILINE)
+    ]
     assert len(found) == 1, f"{name} is not there"
     return found[0]
 
@@ -521,7 +623,11 @@ def test_every_class_in_the_table_exists_and_has_the_leaf(row: Any) -> None:
 
 def test_each_row_is_asked_of_a_model() -> None:
     asked = {(c.leaf, c.owner) for c in CASES}
-    left = [f"{row.leaf}: {row.classes}" for row in TABLE if not any((row.leaf, name) in asked for name in row.classes.split())]
+    left = [
+        f"{row.leaf}: {row.classes}"
+        for row in TABLE
+        if not any((row.leaf, name) in asked for name in row.classes.split())
+    ]
     assert left == []
 
 
@@ -561,7 +667,11 @@ def test_a_subclass_counts_unless_its_forward_is_its_own() -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    assert parts(None, Same(WIDTH, 2), "in_proj_weight", 48) == {"q": (range(16),), "k": (range(16, 32),), "v": (range(32, 48),)}
+    assert parts(None, Same(WIDTH, 2), "in_proj_weight", 48) == {
+        "q": (range(16),),
+        "k": (range(16, 32),),
+        "v": (range(32, 48),),
+    }
     assert parts(None, Other(WIDTH, 2), "in_proj_weight", 48) is None
 
 

@@ -97,7 +97,12 @@ def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
         li.merge(plain, reversible=False)
         assert not kept
         li.merge(reversible)
-        torch.testing.assert_close(plain[0].weight, reversible[0].weight, rtol=0, atol=torch.finfo(dtype).eps * float(plain[0].weight.abs().max()))
+        torch.testing.assert_close(
+            plain[0].weight,
+            reversible[0].weight,
+            rtol=0,
+            atol=torch.finfo(dtype).eps * float(plain[0].weight.abs().max()),
+        )
         with torch.no_grad():
             large[0].weight[0, 0] = torch.finfo(dtype).max
         before = state(large)
@@ -144,7 +149,9 @@ def test_survival_is_the_share_that_rounding_left():
     """In bfloat16 a small delta drowns and the report says how much of it; in float32 all of it survives."""
     assert li.merge(one(std=0.1)).survival == pytest.approx(1, abs=1e-5)
     large = li.merge(one(torch.bfloat16, std=0.3))
-    with pytest.warns(li.SurvivalWarning, match=r"(?s)less than 0\.9 of a delta survives.*- 0: 0\.4. of its delta, error 8.%\n=> keep") as caught:
+    with pytest.warns(
+        li.SurvivalWarning, match=r"(?s)less than 0\.9 of a delta survives.*- 0: 0\.4. of its delta, error 8.%\n=> keep"
+    ) as caught:
         small = li.merge(one(torch.bfloat16, std=0.005))
     assert caught[0].filename == __file__
     assert large.sites[0].error < 0.05 < 0.5 < small.sites[0].error
@@ -159,7 +166,9 @@ def test_survival_is_the_share_that_rounding_left():
     assert report.weight_bytes == w0.numel() * 2
     factors = 4 * 4 * (64 + 64)
     assert factors < report.journal_bytes < 1.1 * factors  # the delta is so small that hardly a guess misses
-    assert str(report).startswith(f"merged default into 1 weights (8,192 bytes, {report.journal_bytes:,} kept for unmerge); 0.4")
+    assert str(report).startswith(
+        f"merged default into 1 weights (8,192 bytes, {report.journal_bytes:,} kept for unmerge); 0.4"
+    )
 
 
 def test_strict_refuses_before_anything_is_written():
@@ -170,7 +179,9 @@ def test_strict_refuses_before_anything_is_written():
     with torch.no_grad():
         model[1].lora["default"].B *= 3e-4
     before, versions = state(model), [p._version for p in model.parameters()]
-    with pytest.raises(li.MergeError, match=r"(?s)nothing was merged: less than 0\.9.*- 1: 0\.4. of its delta, error 8.%\n=> keep") as e:
+    with pytest.raises(
+        li.MergeError, match=r"(?s)nothing was merged: less than 0\.9.*- 1: 0\.4. of its delta, error 8.%\n=> keep"
+    ) as e:
         li.merge(model, strict=True)
     assert len(e.value.problems) == 1
     assert (state(model), [p._version for p in model.parameters()]) == (before, versions)
@@ -223,9 +234,11 @@ def test_stacking(dtype):
         li.merge(model, list(names))
         direct[names] = bits(model[0].weight), bits(model[1].weight)
         exact = w0.double() + sum(d[n] for n in names)
-        assert (model[0].weight != exact.to(dtype)).float().mean() < {torch.float32: 0.25, torch.bfloat16: 2e-4, torch.float16: 1e-3}[
-            dtype
-        ]  # d is rounded to float32 first
+        assert (model[0].weight != exact.to(dtype)).float().mean() < {
+            torch.float32: 0.25,
+            torch.bfloat16: 2e-4,
+            torch.float16: 1e-3,
+        }[dtype]  # d is rounded to float32 first
         li.unmerge(model)
     li.activate(model, "a", "b", "c")
     li.merge(model)
@@ -438,7 +451,9 @@ def test_rounded_once(dtype):
     d = (a.scale * a.B.double() @ a.A.double()).detach()
     li.merge(model)
     merged = model[0].weight.detach()
-    float32_error = torch.finfo(torch.float32).eps * (w0.abs() + d.abs() + 4 * 0.2**2)  # of the sum, and of r = 4 products
+    float32_error = torch.finfo(torch.float32).eps * (
+        w0.abs() + d.abs() + 4 * 0.2**2
+    )  # of the sum, and of r = 4 products
     half_a_step = torch.finfo(dtype).eps / 2 * (w0 + d).abs() * (dtype is not torch.float32)
     assert bool(((merged.double() - (w0 + d)).abs() <= half_a_step + float32_error + 2.0**-25).all())
     if dtype is not torch.float32:
@@ -470,7 +485,8 @@ def test_overflow_refuses_the_whole_merge(model):
         last.B.fill_(8)
     before = state(model)
     with pytest.raises(
-        li.MergeError, match=r"layers\.1\.mlp\.down_proj: W0 \+ s B A is not finite in torch\.float16; nothing was merged\n=> lower alpha"
+        li.MergeError,
+        match=r"layers\.1\.mlp\.down_proj: W0 \+ s B A is not finite in torch\.float16; nothing was merged\n=> lower alpha",
     ):
         li.merge(model)
     assert state(model) == before
@@ -671,7 +687,9 @@ def test_a_weight_resized_since_is_refused(tmp_path):
     model = llama(tie_word_embeddings=False)
     li.inject(model, ["embed_tokens"])
     model.resize_token_embeddings(120, mean_resizing=False)
-    with pytest.raises(li.MergeError, match=r"embed_tokens: its weight is \(120, 32\) now, for which A and B were not made"):
+    with pytest.raises(
+        li.MergeError, match=r"embed_tokens: its weight is \(120, 32\) now, for which A and B were not made"
+    ):
         li.merge(model)
     with pytest.raises(li.FileError, match=r"embed_tokens: its weight is \(120, 32\) now"):
         li.save(model, tmp_path / "a")
@@ -683,7 +701,9 @@ def test_a_weight_resized_since_is_refused(tmp_path):
 def test_on_cuda(dtype):
     """On a GPU: the merged output is the unmerged one, W0 comes back to the bit, also if the model moved in between."""
     torch.manual_seed(0)
-    model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to("cuda", dtype)
+    model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to(
+        "cuda", dtype
+    )
     randomise(model, std=0.05)
     before, y = state(model), run(model, X)
     for _ in range(100):

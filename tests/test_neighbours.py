@@ -114,7 +114,9 @@ def test_foreign_forward_on_the_instance_is_refused(base):
     q = base.model.layers[0].self_attn.q_proj
     q.forward = lambda x: nn.functional.linear(x, q.weight)
     before = state(base)
-    with pytest.raises(li.TargetError, match=r"layers\.0\.self_attn\.q_proj: its forward is replaced on the instance by .*lambda"):
+    with pytest.raises(
+        li.TargetError, match=r"layers\.0\.self_attn\.q_proj: its forward is replaced on the instance by .*lambda"
+    ):
         li.inject(base, ["q_proj"])
     assert state(base) == before
     del q.forward
@@ -157,7 +159,9 @@ def test_compile_inductor(base, wanted):
     grads = [p.grad.clone() for p in block.lora.parameters()]
     model.zero_grad()
     block(x).square().sum().backward()
-    assert all(torch.allclose(g, p.grad, rtol=1e-4, atol=1e-5) for g, p in zip(grads, block.lora.parameters(), strict=True))
+    assert all(
+        torch.allclose(g, p.grad, rtol=1e-4, atol=1e-5) for g, p in zip(grads, block.lora.parameters(), strict=True)
+    )
 
 
 def test_twelve_blocks_compile_like_the_base():
@@ -233,7 +237,9 @@ def test_gradient_checkpointing(base):
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run(model, X).square().sum().backward()
-    assert all(torch.allclose(g, p.grad, rtol=1e-5, atol=1e-6) for g, p in zip(grads, li.parameters(model), strict=True))
+    assert all(
+        torch.allclose(g, p.grad, rtol=1e-5, atol=1e-6) for g, p in zip(grads, li.parameters(model), strict=True)
+    )
 
 
 def test_hugging_faces_trainer(base, tmp_path):
@@ -380,7 +386,9 @@ def test_data_parallel_wrappers(base, wanted):
     with pytest.raises(li.TargetError, match=r"the model is already wrapped by DDP"):
         li.inject(DistributedDataParallel(copy.deepcopy(base)), ["q_proj"])
     sharded = fully_shard(copy.deepcopy(base), mesh=mesh)
-    with pytest.raises(li.TargetError, match=r"wrapped by fully_shard.*\n(.*\n)*.*q_proj: its weight is already sharded"):
+    with pytest.raises(
+        li.TargetError, match=r"wrapped by fully_shard.*\n(.*\n)*.*q_proj: its weight is already sharded"
+    ):
         li.inject(sharded, ["q_proj"])
 
     model = adapted(copy.deepcopy(base))

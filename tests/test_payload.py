@@ -29,7 +29,9 @@ from models import bits, ids, llama, state
 
 VARIANTS = ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens")
 BASE = load_file(FIXTURES / "peft_base.safetensors")
-laws = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+laws = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
@@ -48,8 +50,19 @@ class Net(nn.Module):
         super().__init__()
         from transformers.pytorch_utils import Conv1D
 
-        self.emb, self.lin, self.lin2, self.c1, self.norm = (nn.Embedding(11, 8), nn.Linear(8, 6), nn.Linear(8, 8), Conv1D(6, 8), nn.LayerNorm(6))
-        self.head, self.conv2, self.conv1, self.mha = nn.Linear(6, 2), nn.Conv2d(3, 5, (3, 2)), nn.Conv1d(3, 5, 3), nn.MultiheadAttention(8, 2)
+        self.emb, self.lin, self.lin2, self.c1, self.norm = (
+            nn.Embedding(11, 8),
+            nn.Linear(8, 6),
+            nn.Linear(8, 8),
+            Conv1D(6, 8),
+            nn.LayerNorm(6),
+        )
+        self.head, self.conv2, self.conv1, self.mha = (
+            nn.Linear(6, 2),
+            nn.Conv2d(3, 5, (3, 2)),
+            nn.Conv1d(3, 5, 3),
+            nn.MultiheadAttention(8, 2),
+        )
         self.lin3 = nn.Linear(8, 8, bias=False)
 
     def forward(self, ids: Tensor, image: Tensor) -> Tensor:
@@ -161,7 +174,9 @@ def test_tokens_of_a_tied_head(tmp_path):
     """Trained tokens count in the head too, where it is the embedding; merged they need memory of their own."""
     torch.manual_seed(0)
     base = llama(tie_word_embeddings=True)
-    theirs = peft_of({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5, 98]}}, base, tmp_path)
+    theirs = peft_of(
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 5, 98]}}, base, tmp_path
+    )
     ours, y, before = li.load(base, tmp_path), theirs(ids()).logits, None
     assert torch.allclose(ours(ids()).logits, y, atol=1e-5)
     with pytest.raises(li.MergeError, match=r"tied to .*embed_tokens"):
@@ -210,7 +225,15 @@ def put(model: nn.Module, folder: Path, *sites: li.StoredSite, name: str = "defa
 def records(draw: st.DrawFn) -> Callable[[], tuple[tuple[li.StoredSite, ...], dict[str, object]]]:
     """A record for Net with payloads of any kind, and what it is made of."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    shapes = {"lin": (6, 8), "lin3": (8, 8), "c1": (6, 8), "emb": (8, 11), "head": (2, 6), "conv2": (5, 18), "conv1": (5, 9)}
+    shapes = {
+        "lin": (6, 8),
+        "lin3": (8, 8),
+        "c1": (6, 8),
+        "emb": (8, 11),
+        "head": (2, 6),
+        "conv2": (5, 18),
+        "conv1": (5, 9),
+    }
     kernels = {"conv2": (5, 3, 3, 2), "conv1": (5, 3, 3)}
     sites = []
     for path in draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, unique=True)):
@@ -224,10 +247,22 @@ def records(draw: st.DrawFn) -> Callable[[], tuple[tuple[li.StoredSite, ...], di
         sites.append(li.StoredSite(path=path, kind=kind, shape=shape, rows=rows, label="" if rows is None else "1:3,4:6", alpha=2.0 * r,
                                    A=torch.randn(r, i, generator=g) * 0.3, B=torch.randn(out_, r, generator=g) * 0.3, magnitude=m, bias=b))  # fmt: skip
     taken, free = {s.path for s in sites}, {s.path for s in sites if s.bias is None}
-    whole = {"head.bias": (2,), "norm": (6,), "norm.bias": (6,), "conv1.bias": (5,), "lin.bias": (6,), "mha.out_proj.bias": (8,), "head": (2, 6)}
+    whole = {
+        "head.bias": (2,),
+        "norm": (6,),
+        "norm.bias": (6,),
+        "conv1.bias": (5,),
+        "lin.bias": (6,),
+        "mha.out_proj.bias": (8,),
+        "head": (2, 6),
+    }
     wanted = [n for n in draw(st.lists(st.sampled_from(sorted(whole)), unique=True)) if n not in taken
               and (n.removesuffix(".bias") not in taken or n.removesuffix(".bias") in free)]  # fmt: skip
-    tokens = {"emb": li.TokenRows(ids=(2, 7), rows=torch.randn(2, 8, generator=g))} if "emb" not in taken and draw(st.booleans()) else {}
+    tokens = (
+        {"emb": li.TokenRows(ids=(2, 7), rows=torch.randn(2, 8, generator=g))}
+        if "emb" not in taken and draw(st.booleans())
+        else {}
+    )
     return tuple(sites), {"replaced": {n: torch.randn(whole[n], generator=g) for n in wanted}, "tokens": tokens}
 
 
@@ -265,7 +300,9 @@ def test_the_laws(record, dtype, seed):
             assert torch.equal(out(model), y)
         assert alike(li.read(li.save(model, Path(folder) / "again.safetensors")), file)
         li.merge(model, strict=False)
-        assert [type(m) for m in model.modules() if type(m).__name__ in ("LoraLinear", "LoraConv2d", "LoraLayerNorm")] == []
+        assert [
+            type(m) for m in model.modules() if type(m).__name__ in ("LoraLinear", "LoraConv2d", "LoraLayerNorm")
+        ] == []
         assert list(model.state_dict()) == keys
         assert (out(model) - exact).abs().max() < tolerance
         assert alike(li.read(li.save(model, Path(folder) / "merged.safetensors")), file)
@@ -361,7 +398,9 @@ def test_inject_after_a_bias_was_replaced(tmp_path):
         a = hosts(model)["lin"].adapters["after"]
         a.B.normal_()
         li.activate(model, "default", "after")
-        assert torch.allclose(model.lin(x), F.linear(x, model.lin._parameters["weight"] + a.B @ a.A, torch.ones(6)), atol=1e-5)
+        assert torch.allclose(
+            model.lin(x), F.linear(x, model.lin._parameters["weight"] + a.B @ a.A, torch.ones(6)), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -399,7 +438,13 @@ WHERE = ("change.flat", "change.mark", "change.checksum", "merge.set_grafts", "c
 def test_interrupted(where, verb, tmp_path):
     """A merge that is interrupted anywhere leaves all as it was; an unmerge too, or is finished by the next."""
     model = net()
-    put(model, tmp_path, dora(), replace(dora("c1"), bias=torch.ones(6)), replaced={"head": torch.randn(2, 6), "norm.bias": torch.ones(6)})
+    put(
+        model,
+        tmp_path,
+        dora(),
+        replace(dora("c1"), bias=torch.ones(6)),
+        replaced={"head": torch.randn(2, 6), "norm.bias": torch.ones(6)},
+    )
     before = state(model)
     for when in range(8):
         if verb is li.unmerge:
@@ -418,7 +463,13 @@ def test_interrupted(where, verb, tmp_path):
 def test_training_moves_magnitudes_and_heads(tmp_path):
     """parameters() has A, B, m, b and what is replaced, all reached; the base's gets no gradient; merged nothing trains."""
     model = net()
-    put(model, tmp_path, dora(), replaced={"head": torch.randn(2, 6)}, tokens={"emb": li.TokenRows(ids=(3,), rows=torch.randn(1, 8))})
+    put(
+        model,
+        tmp_path,
+        dora(),
+        replaced={"head": torch.randn(2, 6)},
+        tokens={"emb": li.TokenRows(ids=(3,), rows=torch.randn(1, 8))},
+    )
     trained = list(li.parameters(model))
     assert len(trained) == 5
     optimizer, before = torch.optim.SGD(trained, lr=0.1), [bits(p) for p in trained]

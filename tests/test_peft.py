@@ -53,7 +53,10 @@ def test_same_logits_and_gradients(name, use_rslora):
     base = build()
     theirs = peft_model(base, target_modules=targets, use_rslora=use_rslora)
     ours = li.inject(base, targets, r=4, alpha=8, scaling="rslora" if use_rslora else "standard")
-    adapters = {path: c.lora["default"] for path, c in ((p, base.get_submodule(p)) for p in [s.path for s in li.find(build(), targets)])}
+    adapters = {
+        path: c.lora["default"]
+        for path, c in ((p, base.get_submodule(p)) for p in [s.path for s in li.find(build(), targets)])
+    }
     pairs = []
     for path, adapter in adapters.items():
         m = theirs.get_submodule(f"base_model.model.{path}")
@@ -151,7 +154,10 @@ def test_training_step_by_step(base, shares, dtype, exact, monkeypatch):
                 m.lora["default"].A.copy_(peer.lora_A["default"].weight)
                 m.lora["default"].B.copy_(peer.lora_B["default"].weight)
     losses = []
-    for model, params in ((base, list(li.parameters(base))), (theirs, [p for p in theirs.parameters() if p.requires_grad])):
+    for model, params in (
+        (base, list(li.parameters(base))),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ):
         optimizer = torch.optim.AdamW(params, lr=1e-2)
         losses.append([])
         for step in range(50):

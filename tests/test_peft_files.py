@@ -45,7 +45,9 @@ def test_round_trip(variant, format, tmp_path):
     assert done.lost == ()
     assert alike(li.read(tmp_path / "a"), file)
     if format == "peft":
-        theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (FIXTURES / f"peft_{variant}", tmp_path / "a"))
+        theirs, ours = (
+            load_file(p / "adapter_model.safetensors") for p in (FIXTURES / f"peft_{variant}", tmp_path / "a")
+        )
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(t, ours[key]) for key, t in theirs.items())
 
@@ -83,7 +85,10 @@ class Square(nn.Module):
 def test_square_stacks_go_by_the_version(version, transposed, turned, tmp_path):
     """Where both readings fit, PEFT's history decides."""
     A, B = torch.randn(4, 4), torch.randn(4, 4)
-    save_file({"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B},
+        tmp_path / "adapter_model.safetensors",
+    )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.gate_up_proj"]} | (
         {"peft_version": version} if version else {}
     )
@@ -100,7 +105,10 @@ def test_with_the_model_the_shapes_decide(turned, version, tmp_path):
     model = Square(False)
     model.experts.gate_up_proj = nn.Parameter(torch.zeros(2, 5, 3))
     A, B = (torch.randn(4, 5), torch.randn(3, 4)) if turned else (torch.randn(4, 3), torch.randn(5, 4))
-    save_file({"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B},
+        tmp_path / "adapter_model.safetensors",
+    )
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.gate_up_proj"]} | (
         {"peft_version": version} if version else {}
     )
@@ -116,18 +124,49 @@ def test_with_the_model_the_shapes_decide(turned, version, tmp_path):
     [
         ({}, {}, False),
         ({"lora_B_layout": "grouped_by_expert"}, {}, True),
-        ({"unsloth_fused_expert_lora": {"parameters": {"experts.gate_up_proj": {"lora_B_layout": "grouped_by_expert"}}}}, {}, True),
+        (
+            {
+                "unsloth_fused_expert_lora": {
+                    "parameters": {"experts.gate_up_proj": {"lora_B_layout": "grouped_by_expert"}}
+                }
+            },
+            {},
+            True,
+        ),
         ({"auto_mapping": {"unsloth_fixed": True, "base_model_class": "Qwen3MoeForCausalLM"}}, {}, True),
-        ({"auto_mapping": {"unsloth_fixed": True, "base_model_class": "Qwen3MoeForCausalLM", "lora_B_layout": "rank_major"}}, {}, False),
-        ({"auto_mapping": {"unsloth_fixed": True, "base_model_class": "Qwen3MoeForCausalLM"}}, {"expert_order": "rank_major"}, False),
+        (
+            {
+                "auto_mapping": {
+                    "unsloth_fixed": True,
+                    "base_model_class": "Qwen3MoeForCausalLM",
+                    "lora_B_layout": "rank_major",
+                }
+            },
+            {},
+            False,
+        ),
+        (
+            {"auto_mapping": {"unsloth_fixed": True, "base_model_class": "Qwen3MoeForCausalLM"}},
+            {"expert_order": "rank_major"},
+            False,
+        ),
         ({}, {"expert_order": "grouped_by_expert"}, True),
     ],
 )
 def test_unsloths_order(config, hints, grouped, tmp_path):
     """B's columns by rank, or by expert: as the caller says, else the file, else what unsloth did before it said so."""
     A, B = torch.randn(6, 4), torch.randn(5, 6)
-    save_file({"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B}, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.gate_up_proj"], "peft_version": "0.21.2"} | config
+    save_file(
+        {"base_model.model.experts.lora_A.weight": A, "base_model.model.experts.lora_B.weight": B},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_parameters": ["experts.gate_up_proj"],
+        "peft_version": "0.21.2",
+    } | config
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     file = li.read(tmp_path, hints=li.Hints(**hints))
     wanted = torch.stack([B[:, 2 * e : 2 * e + 2] if grouped else B[:, e::3] for e in range(3)])
@@ -148,7 +187,11 @@ def _moe(name: str) -> tuple[nn.Module, tuple[str, str, str], str]:
     }
     torch.manual_seed(0)
     if name == "mixtral":
-        return t.MixtralForCausalLM(t.MixtralConfig(**sizes, intermediate_size=12, num_local_experts=4)), ("w1", "w3", "w2"), "block_sparse_moe"
+        return (
+            t.MixtralForCausalLM(t.MixtralConfig(**sizes, intermediate_size=12, num_local_experts=4)),
+            ("w1", "w3", "w2"),
+            "block_sparse_moe",
+        )
     config = t.Qwen3MoeConfig(**sizes, moe_intermediate_size=12, intermediate_size=24, head_dim=8, num_experts=4)
     return t.Qwen3MoeForCausalLM(config), ("gate_proj", "up_proj", "down_proj"), "mlp"
 
@@ -167,10 +210,14 @@ def test_adapters_of_transformers_4s_experts(name, tmp_path):
         weight = experts.down_proj if leaf == down else experts.gate_up_proj
         weight.data[expert, slice(12 if leaf == up else 0, None if leaf == up else out)] += 6 / r * B @ A
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": "never"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": "never"})
+    )
     with torch.no_grad():
         before, wanted = model(ids()).logits, dense(ids()).logits
-        assert (li.load(model, tmp_path)(ids()).logits - wanted).abs().max() < 1e-5 < 1e-3 < (before - wanted).abs().max()
+        assert (
+            (li.load(model, tmp_path)(ids()).logits - wanted).abs().max() < 1e-5 < 1e-3 < (before - wanted).abs().max()
+        )
 
 
 def test_attention_whose_update_counts_twice(tmp_path):
@@ -204,7 +251,9 @@ def test_attention_whose_update_counts_twice(tmp_path):
     with torch.no_grad():
         li.write(once, tmp_path / "once", format="peft")
         again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "once").eval()
-        assert torch.allclose(again(x), li.load(copy.deepcopy(base), tmp_path, hints=li.Hints(out_proj_factor=1))(x), atol=1e-5)
+        assert torch.allclose(
+            again(x), li.load(copy.deepcopy(base), tmp_path, hints=li.Hints(out_proj_factor=1))(x), atol=1e-5
+        )
     assert alike(li.read(li.write(file, tmp_path / "native").path), file)
     assert not (tmp_path / "native" / "adapter_config.json").exists()  # in which PEFT's out_proj would do nothing
 
@@ -217,10 +266,17 @@ def test_tinkers_experts(tmp_path):
         A, B = torch.randn(a, 2, in_), torch.randn(b, out, 2)
         tensors |= {f"{at}.{leaf}.lora_A.weight": A, f"{at}.{leaf}.lora_B.weight": B}
         experts = dense.model.layers[1].mlp.experts
-        weight, rows = (experts.down_proj, slice(None)) if leaf == "w2" else (experts.gate_up_proj, slice(12) if leaf == "w1" else slice(12, None))
+        weight, rows = (
+            (experts.down_proj, slice(None))
+            if leaf == "w2"
+            else (experts.gate_up_proj, slice(12) if leaf == "w1" else slice(12, None))
+        )
         weight.data[:, rows] += 2 * B @ A
     A, B = torch.randn(2, 16), torch.randn(99, 2)
-    tensors |= {"base_model.model.model.unembed_tokens.lora_A.weight": A, "base_model.model.model.unembed_tokens.lora_B.weight": B}
+    tensors |= {
+        "base_model.model.model.unembed_tokens.lora_A.weight": A,
+        "base_model.model.model.unembed_tokens.lora_B.weight": B,
+    }
     dense.lm_head.weight.data += 2 * B @ A
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
@@ -242,7 +298,10 @@ def test_transformers_4s_experts_into_a_checkpoint(tmp_path):
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
     li.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    merged_, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), li.load(model.eval(), tmp_path / "a")
+    merged_, loaded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(),
+        li.load(model.eval(), tmp_path / "a"),
+    )
     with torch.no_grad():
         assert torch.allclose(merged_(ids()).logits, loaded(ids()).logits, atol=1e-5)
     with pytest.raises(li.FileError, match=r"lin: a magnitude \(DoRA\); merging does not put it on yet"):
@@ -263,17 +322,27 @@ def test_tensors_in_a_pickle(tmp_path):
 def raw(tensors):
     """As a trainer dumps them: the adapter's name in the keys, wrappers in front, a head and its original beside each other."""
     named = {
-        key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t for key, t in tensors.items() if "head" not in key
+        key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): t
+        for key, t in tensors.items()
+        if "head" not in key
     }
-    named = {key.replace("embedding_A", "embedding_A.default").replace("embedding_B", "embedding_B.default"): t for key, t in named.items()}
+    named = {
+        key.replace("embedding_A", "embedding_A.default").replace("embedding_B", "embedding_B.default"): t
+        for key, t in named.items()
+    }
     heads = {key.replace("head.", "head.modules_to_save.default."): t for key, t in tensors.items() if "head" in key}
-    return {f"module.{key}": t for key, t in (named | heads | {"base_model.model.head.original_module.weight": torch.zeros(2, 6)}).items()}
+    return {
+        f"module.{key}": t
+        for key, t in (named | heads | {"base_model.model.head.original_module.weight": torch.zeros(2, 6)}).items()
+    }
 
 
 DIALECTS = {
     "raw": raw,
     "no prefix": lambda tensors: {key.removeprefix("base_model.model."): t for key, t in tensors.items()},
-    "fsdp": lambda tensors: {key.replace("base_model.model.", "base_model.model._fsdp_wrapped_module."): t for key, t in tensors.items()},
+    "fsdp": lambda tensors: {
+        key.replace("base_model.model.", "base_model.model._fsdp_wrapped_module."): t for key, t in tensors.items()
+    },
 }
 
 
@@ -281,7 +350,9 @@ DIALECTS = {
 def test_dialects_of_the_keys(dialect, tmp_path):
     """Trainers' dumps, transformers' own keys and wrappers' names are the same adapter."""
     folder = FIXTURES / "peft_plain"
-    save_file(DIALECTS[dialect](load_file(folder / "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors")
+    save_file(
+        DIALECTS[dialect](load_file(folder / "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors"
+    )
     (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
     assert alike(li.read(tmp_path), li.read(folder))
 
@@ -292,7 +363,9 @@ def test_tensors_alone_need_their_alpha(tmp_path):
     with pytest.raises(li.FileError, match=r"no record of alpha.*Hints\(alpha="):
         li.read(tmp_path / "x.safetensors")
     assert li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=6)).sites[0].scale == 3
-    assert li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=6, scaling="rslora")).sites[0].scale == pytest.approx(6 / 2**0.5)
+    assert li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=6, scaling="rslora")).sites[
+        0
+    ].scale == pytest.approx(6 / 2**0.5)
 
 
 @pytest.mark.parametrize("variant", ["plain", "params"])

@@ -111,7 +111,9 @@ CASES: list[tuple[str, str, dict[str, Any], str, int, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "model_type", "changes", "parameter", "pieces", "key"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("name", "model_type", "changes", "parameter", "pieces", "key"), CASES, ids=[case[0] for case in CASES]
+)
 def test_every_element(tmp_path, name, model_type, changes, parameter, pieces, key):
     """All of an architecture's parameters are found as from_pretrained loads them; one of them is where its files have it."""
     model = build(name, model_type, **changes)
@@ -131,7 +133,10 @@ def test_transposed():
         model = build("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", **changes)
     name = TEXT + "mlp.experts.down_proj"
     experts, rows, columns = model.get_parameter(name).shape
-    for shape, strides in {(experts, columns, rows): (rows * columns, 1, rows), (experts, rows, columns): (rows * columns, columns, 1)}.items():
+    for shape, strides in {
+        (experts, columns, rows): (rows * columns, 1, rows),
+        (experts, rows, columns): (rows * columns, columns, 1),
+    }.items():
         (place,) = places(model, {name: shape})[0][name]
         assert place.disk == View(0, (experts, rows, columns), strides)
 
@@ -173,14 +178,21 @@ def test_prefix_is_taken_off(tmp_path):
     assert_found(found, on_disk(tmp_path), loaded(tmp_path, transformers.BertModel))
     assert not reasons
     assert {p.split(".")[0] for p in problems if p.endswith("leads nowhere in the model")} == {"cls"}
-    assert {p for p in problems if p.endswith("not on disk")} == {"pooler.dense.weight: not on disk", "pooler.dense.bias: not on disk"}
+    assert {p for p in problems if p.endswith("not on disk")} == {
+        "pooler.dense.weight: not on disk",
+        "pooler.dense.bias: not on disk",
+    }
     assert found["encoder.layer.0.output.dense.weight"][0].key == "bert.encoder.layer.0.output.dense.weight"
 
 
 @pytest.mark.parametrize(
     ("name", "model_type", "old"),
     [
-        ("BertForMaskedLM", "bert", lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")),
+        (
+            "BertForMaskedLM",
+            "bert",
+            lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+        ),
         ("CLIPTextModel", "clip_text_model", lambda key: f"text_model.{key}"),
     ],
     ids=["gamma", "clip"],
@@ -229,11 +241,16 @@ def test_missing_experts():
     with torch.device("meta"):
         model = build("MixtralForCausalLM", "mixtral", num_local_experts=3)
     part = "model.layers.0.block_sparse_moe.experts."
-    for keys in ([f"{part}{i}.w{j}.weight" for i in range(2) for j in (1, 3)], [f"{part}{i}.w1.weight" for i in range(3)]):
+    for keys in (
+        [f"{part}{i}.w{j}.weight" for i in range(2) for j in (1, 3)],
+        [f"{part}{i}.w1.weight" for i in range(3)],
+    ):
         found, reasons, _ = places(model, dict.fromkeys(keys, (32, 32)))
         assert not found
         assert list(reasons) == ["model.layers.0.mlp.experts.gate_up_proj"]
-        assert reasons["model.layers.0.mlp.experts.gate_up_proj"].startswith(f"MergeModulelist, Concatenate of {part}0.w1.weight: ")
+        assert reasons["model.layers.0.mlp.experts.gate_up_proj"].startswith(
+            f"MergeModulelist, Concatenate of {part}0.w1.weight: "
+        )
     uneven = {f"{part}{i}.w2.weight": (32 - i, 32) for i in range(3)}
     assert "MergeModulelist of" in places(model, uneven)[1]["model.layers.0.mlp.experts.down_proj"]
 
@@ -252,7 +269,9 @@ def test_names_that_collide(tmp_path, monkeypatch):
     from transformers import conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_: [WeightRenaming("embeddings", "nowhere")])
+    monkeypatch.setattr(
+        conversion_mapping, "get_model_conversion_mapping", lambda *_: [WeightRenaming("embeddings", "nowhere")]
+    )
     assert mapped(tmp_path)[0][f"{name}weight"][0].key == f"{name}weight"
 
 
@@ -266,11 +285,18 @@ def test_computed(monkeypatch):
     assert len(places(model, fused)[0]) == 6
     plain = Chunk.convert
     for change in (lambda t: t * 2, lambda t: t.clone().mul_(2)):
-        monkeypatch.setattr(Chunk, "convert", lambda *args, change=change, **more: {k: change(t) for k, t in plain(*args, **more).items()})
+        monkeypatch.setattr(
+            Chunk,
+            "convert",
+            lambda *args, change=change, **more: {k: change(t) for k, t in plain(*args, **more).items()},
+        )
         found, reasons, _ = places(model, fused)
         assert not found
         assert set(reasons) == {f"layers.{i}.self_attn.{x}_proj.weight" for i in range(2) for x in "qkv"}
-        assert all(reason.startswith("Chunk of encoder.layers.") and "computes new values" in reason for reason in reasons.values())
+        assert all(
+            reason.startswith("Chunk of encoder.layers.") and "computes new values" in reason
+            for reason in reasons.values()
+        )
     monkeypatch.setattr(Chunk, "convert", lambda *args, **more: 1 / 0)
     assert all("division by zero" in reason for reason in places(model, fused)[1].values())
 
@@ -278,16 +304,23 @@ def test_computed(monkeypatch):
 def test_without_the_rules(monkeypatch):
     """Modules that are not transformers', and versions of it with other internals: names on disk are names in memory."""
     own = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    found, reasons, problems = places(own, {"0.weight": (2, 3), "0.bias": (3,), "1.running_mean": (2,), "1.weight": (2,), "x": (1,)})
+    found, reasons, problems = places(
+        own, {"0.weight": (2, 3), "0.bias": (3,), "1.running_mean": (2,), "1.weight": (2,), "x": (1,)}
+    )
     plain = View(0, (2, 3), (3, 1))
-    assert found == {"0.weight": (Place("0.weight", plain, plain),), "1.weight": (Place("1.weight", View(0, (2,), (1,)), View(0, (2,), (1,))),)}
+    assert found == {
+        "0.weight": (Place("0.weight", plain, plain),),
+        "1.weight": (Place("1.weight", View(0, (2,), (1,)), View(0, (2,), (1,))),),
+    }
     assert reasons == {"0.bias": "0.bias: gives (3,), the model has (2,)"}
     assert problems == ["x: leads nowhere in the model", "1.bias: not on disk"]
 
     with torch.device("meta"):
         model = build("MixtralForCausalLM", "mixtral")
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
-    found, reasons, problems = places(model, {"model.norm.weight": (32,), "model.layers.0.block_sparse_moe.experts.0.w1.weight": (32, 32)})
+    found, reasons, problems = places(
+        model, {"model.norm.weight": (32,), "model.layers.0.block_sparse_moe.experts.0.w1.weight": (32, 32)}
+    )
     assert list(found) == ["model.norm.weight"]
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight: leads nowhere in the model" in problems
 
@@ -295,7 +328,9 @@ def test_without_the_rules(monkeypatch):
 def test_meta_model(tmp_path):
     """The class that the config names, or its type's bare model; None where transformers has none. Code in the folder is never run."""
     assert meta_model(tmp_path) is None
-    config = transformers.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48).to_dict()
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    ).to_dict()
 
     def model(**changes: Any) -> nn.Module | None:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
@@ -308,7 +343,13 @@ def test_meta_model(tmp_path):
     assert type(model()) is transformers.BertModel
     assert type(model(architectures=["MyBert"], **code)) is transformers.BertModel
     assert all(t.is_meta for t in model().parameters())
-    audio = {"conv_dim": [8], "conv_kernel": [3], "conv_stride": [2], "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    audio = {
+        "conv_dim": [8],
+        "conv_kernel": [3],
+        "conv_stride": [2],
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    }
     assert type(model(model_type="wav2vec2", **audio)) is transformers.Wav2Vec2Model  # it draws numbers in real memory
     assert model(model_type="mine", **code) is None
     assert model(model_type="mine") is None
@@ -331,8 +372,12 @@ MOVES: dict[str, Any] = {
     "stacks side by side": lambda a, b, c: torch.cat([torch.stack([a, b]), torch.stack([b, c])], 1),
     "other halves": lambda a, b, c: torch.cat([a.chunk(2, 1)[1].T, c.chunk(2)[1].T.reshape(3, 4)]),
     "a slice of a copy": lambda a, b, c: a.T.contiguous().chunk(2)[1].contiguous().T.contiguous(),
-    "halves interleaved, then chunked": lambda a, b, c: b.reshape(2, 2, 6).transpose(0, 1).reshape(4, 6).chunk(2)[1].contiguous(),
-    "rows that cross rows": lambda a, b, c: a.reshape(2, 2, 6).transpose(0, 1).contiguous().view(-1).view(2, 12).T.contiguous(),
+    "halves interleaved, then chunked": lambda a, b, c: (
+        b.reshape(2, 2, 6).transpose(0, 1).reshape(4, 6).chunk(2)[1].contiguous()
+    ),
+    "rows that cross rows": lambda a, b, c: (
+        a.reshape(2, 2, 6).transpose(0, 1).contiguous().view(-1).view(2, 12).T.contiguous()
+    ),
     "one stacked alone": lambda a, b, c: torch.stack([c.T]).transpose(1, 2).contiguous(),
     "a copy in the old order": lambda a, b, c: a.T.clone(),
     "flat": lambda a, b, c: torch.cat([a.T.reshape(-1), b.reshape(-1)]).view(2, 24).T.contiguous(),
@@ -377,7 +422,9 @@ def test_any_moves(data):
     watch = module._Watch()
     shape = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3).map(tuple))
     count = data.draw(st.integers(1, 3))
-    pairs = [(watch.on_disk(str(i), shape), torch.arange(math.prod(shape)).view(shape) + 1000 * i) for i in range(count)]
+    pairs = [
+        (watch.on_disk(str(i), shape), torch.arange(math.prod(shape)).view(shape) + 1000 * i) for i in range(count)
+    ]
     for _ in range(data.draw(st.integers(0, 2))):
         pairs = move(data, watch, pairs)
     if count > 1:

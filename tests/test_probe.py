@@ -36,7 +36,10 @@ class Odd(nn.Module):
         weight = getattr(self, "re" + "ad").weight  # in a way that no look at the source finds
         with torch.no_grad():
             cut = self.cut(x)
-        return {"out": [nn.functional.linear(self.acts(x), weight) + cut + self.experts[1](x)], "ids": torch.ones(3, dtype=torch.long)}
+        return {
+            "out": [nn.functional.linear(self.acts(x), weight) + cut + self.experts[1](x)],
+            "ids": torch.ones(3, dtype=torch.long),
+        }
 
 
 def test_what_is_not_reached_is_named():
@@ -58,7 +61,9 @@ def test_t5s_shared_embedding():
     """T5 has an embedding that it never calls; an adapter on it is a silent no-op everywhere else."""
     tiny = TINY["t5"]
     model = li.inject(tiny.build(), ["shared", "q"], r=2)
-    with pytest.raises(li.UnreachedAdapter, match=r"shared: its weight acts without the layer being called: .* or through a tie"):
+    with pytest.raises(
+        li.UnreachedAdapter, match=r"shared: its weight acts without the layer being called: .* or through a tie"
+    ):
         li.probe(model, **tiny.inputs())
 
 
@@ -78,7 +83,9 @@ def test_nothing_is_left_behind():
     li.probe(model, input=torch.ones(8, 4))
     assert torch.equal(torch.get_rng_state(), rng)
     assert state(model) == before
-    assert all(p.grad is None if g is None else torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert all(
+        p.grad is None if g is None else torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True)
+    )
 
 
 def test_only_what_is_on_is_probed():
@@ -98,7 +105,9 @@ def test_inputs_that_the_model_can_not_take():
     model = li.inject(llama(), ["q_proj"])
     before = state(model)
     small = li.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
-    with pytest.raises(li.StateError, match=r"got an unexpected keyword argument 'pixels'\n=> Sequential\.forward takes input"):
+    with pytest.raises(
+        li.StateError, match=r"got an unexpected keyword argument 'pixels'\n=> Sequential\.forward takes input"
+    ):
         li.probe(small, torch.ones(2), pixels=ids())
     with pytest.raises(li.StateError, match="missing a required argument: 'input'"):
         li.probe(small)

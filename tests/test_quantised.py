@@ -25,7 +25,9 @@ def bitsandbytes(model: nn.Sequential, bits: int) -> nn.Sequential:
     for i in (0, 2):
         n, m = model[i].in_features, model[i].out_features
         layer = (
-            bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4") if bits == 4 else bnb.nn.Linear8bitLt(n, m, has_fp16_weights=False)
+            bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4")
+            if bits == 4
+            else bnb.nn.Linear8bitLt(n, m, has_fp16_weights=False)
         )
         layer.load_state_dict(model[i].state_dict())
         model[i] = layer.to("cpu")
@@ -45,7 +47,10 @@ def quanto(model: nn.Sequential, bits: int) -> nn.Sequential:
     return model
 
 
-@pytest.fixture(params=[(bitsandbytes, 4), (bitsandbytes, 8), (torchao, 8), (quanto, 8), (quanto, 4)], ids=lambda p: f"{p[0].__name__}-{p[1]}bit")
+@pytest.fixture(
+    params=[(bitsandbytes, 4), (bitsandbytes, 8), (torchao, 8), (quanto, 8), (quanto, 4)],
+    ids=lambda p: f"{p[0].__name__}-{p[1]}bit",
+)
 def model(request: pytest.FixtureRequest) -> nn.Sequential:
     torch.manual_seed(0)
     quantise: Callable[[nn.Sequential, int], nn.Sequential]
@@ -97,7 +102,9 @@ def test_merging(model, how, tmp_path):
     with torch.no_grad():
         adapted = model(x)
         if how == "dequantised" and "QLinear" in str(classes):
-            with pytest.raises(li.MergeError, match=r"0: a QLinear can't become an nn.Linear: merge without dequantise=True"):
+            with pytest.raises(
+                li.MergeError, match=r"0: a QLinear can't become an nn.Linear: merge without dequantise=True"
+            ):
                 li.merge(model, dequantise=True)
             return
         report = li.merge(model, dequantise=how == "dequantised", strict=False)
@@ -123,7 +130,10 @@ def test_merging_what_does_not_survive_is_refused(model):
     with torch.no_grad():
         y = model(x)
         before = [m.weight for m in (model[0], model[2])]
-        with pytest.raises(li.MergeError, match=r"(?s)nothing was merged: less than 0\.9 of a delta survives.*0: 0\.\d\d of its delta.*strict=False"):
+        with pytest.raises(
+            li.MergeError,
+            match=r"(?s)nothing was merged: less than 0\.9 of a delta survives.*0: 0\.\d\d of its delta.*strict=False",
+        ):
             li.merge(model)
         assert all(m.weight is w for m, w in zip((model[0], model[2]), before, strict=True))
         assert torch.equal(model(x), y)
@@ -244,7 +254,9 @@ def test_dequantised_is_what_the_forward_multiplies_by(name, dtype):
     W = s.dequantise(layer)
     assert (W.shape, W.dtype, W.requires_grad) == ((layer.out_features, layer.in_features), torch.float32, False)
     y = x.float() @ W.T + layer.bias.float()
-    assert (layer(x).float() - y).norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype] * y.norm()
+    assert (layer(x).float() - y).norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[
+        dtype
+    ] * y.norm()
     assert torch.equal(s.dequantise(layer), W)  # bitsandbytes' int8 has put its scales elsewhere by now
 
 
@@ -264,7 +276,12 @@ def test_requantising_is_idempotent(name, dtype):
     assert (state(layer), set(vars(layer))) == (before, settings)
     assert torch.equal(layer(x), y)
     assert type(new) is type(old)
-    assert (new.dtype, new.shape, new.device, new.requires_grad) == (old.dtype, old.shape, old.device, old.requires_grad)
+    assert (new.dtype, new.shape, new.device, new.requires_grad) == (
+        old.dtype,
+        old.shape,
+        old.device,
+        old.requires_grad,
+    )
     assert s.codes_changed(old, new) == 0
     s.install(layer, new)
     assert state(layer).keys() == before.keys()
@@ -292,7 +309,9 @@ def test_rows_that_do_not_move_keep_their_codes(name):
 def test_requantising_is_as_good_as_quantising(name):
     """W0 + d comes out as near to what was asked for as the library's own layer, made from W0 + d, is."""
     if "hqq" in name:
-        pytest.skip("a search for better scales, which the tensor doesn't tell of: requantising takes the ordinary ones")
+        pytest.skip(
+            "a search for better scales, which the tensor doesn't tell of: requantising takes the ordinary ones"
+        )
     layer = quantised(name)
     s = scheme(layer)
     target = moved(s.dequantise(layer))
@@ -317,7 +336,10 @@ def pickled(module: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-UNCOPYABLE = {("quanto", copy.deepcopy): "its tensors have no clone()", ("torchao", pickled): "its layers' extra_repr is a functools.partial"}
+UNCOPYABLE = {
+    ("quanto", copy.deepcopy): "its tensors have no clone()",
+    ("torchao", pickled): "its layers' extra_repr is a functools.partial",
+}
 
 
 @pytest.mark.parametrize("copied", [None, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
@@ -375,7 +397,9 @@ def test_repacked_for_the_cpu():
     s = scheme(layer)
     W, F = s.dequantise(layer), pytest.importorskip("bitsandbytes.functional")
     plain = copy.deepcopy(layer.weight)
-    layer.weight.data, layer.weight.quant_state = F._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = F._convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
     assert layer.weight.quant_state.packing_format_for_cpu
     assert torch.allclose(s.dequantise(layer), W, rtol=2**-8, atol=0)
     assert s.codes_changed(plain, layer.weight) == 0

@@ -34,7 +34,14 @@ from lorainject.graft import Graft
 
 from models import randomise, state
 
-SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def mixtral() -> nn.Module:
@@ -157,10 +164,14 @@ def test_aria_experts_are_transposed():
 def test_multihead_attention(batch_first, apart, training):
     """in_proj or separate projections, and out_proj, in train and eval mode, where torch has a fused path that must not run."""
     torch.manual_seed(0)
-    mha = nn.MultiheadAttention(8, 2, batch_first=batch_first, kdim=6 if apart else None, vdim=7 if apart else None).train(training)
+    mha = nn.MultiheadAttention(
+        8, 2, batch_first=batch_first, kdim=6 if apart else None, vdim=7 if apart else None
+    ).train(training)
     q, k, v = torch.randn(3, 5, 8), torch.randn(3, 5, 6 if apart else 8), torch.randn(3, 5, 7 if apart else 8)
     li.inject(mha, "all-linear", r=2)
-    assert set(hosts(mha)) == ({"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if apart else {"in_proj_weight", "out_proj"})
+    assert set(hosts(mha)) == (
+        {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if apart else {"in_proj_weight", "out_proj"}
+    )
     randomise(mha)
     dense = copy.deepcopy(mha)
     li.merge(dense)
@@ -176,7 +187,9 @@ def test_multihead_attention(batch_first, apart, training):
 def test_encoder_layers(targets, training):
     """torch's encoder reads its layers' weights in eval mode, two levels up: whatever is adapted, the fused kernel does not hide it."""
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0), 2).train(training)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0), 2).train(
+        training
+    )
     x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     li.inject(encoder, targets, r=2)
     randomise(encoder)
@@ -188,7 +201,9 @@ def test_encoder_layers(targets, training):
         assert close(encoder(x, src_key_padding_mask=padding)[kept], dense(x, src_key_padding_mask=padding)[kept], 1e-5)
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM(5, 4, 2, bidirectional=True), nn.GRU(5, 4), nn.RNN(5, 4), nn.LSTM(5, 4, proj_size=3)])
+@pytest.mark.parametrize(
+    "layer", [nn.LSTM(5, 4, 2, bidirectional=True), nn.GRU(5, 4), nn.RNN(5, 4), nn.LSTM(5, 4, proj_size=3)]
+)
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_recurrent_layers(layer):
     """Their weights are found, act, train, and are known to need the dense sum."""
@@ -206,7 +221,9 @@ def test_recurrent_layers(layer):
 
 
 def _detr() -> nn.Module:
-    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=[f"stage{i}" for i in range(1, 5)])
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=[f"stage{i}" for i in range(1, 5)]
+    )
     return DetrForSegmentation(DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
                                           encoder_layers=1, decoder_layers=1, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=16,
                                           decoder_ffn_dim=16, num_queries=4))  # fmt: skip
@@ -224,7 +241,9 @@ READ = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("build", "targets", "inputs", "dense"), [pytest.param(*w, id=name) for name, w in READ.items()])
+@pytest.mark.parametrize(
+    ("build", "targets", "inputs", "dense"), [pytest.param(*w, id=name) for name, w in READ.items()]
+)
 def test_weights_that_models_read(build, targets, inputs, dense):
     """Found by the source of the class that reads them; adapted they do what merged ones do."""
     torch.manual_seed(0)
@@ -322,7 +341,8 @@ def test_a_read_that_no_source_shows_is_named_and_can_be_mended():
     li.inject(model, ["hidden"], r=2)
     x = torch.randn(2, 4)
     with pytest.raises(
-        li.UnreachedAdapter, match=r"0\.hidden: its weight acts without .*\n=> eject, and inject naming .*targets=\['0\.hidden\.weight'\]"
+        li.UnreachedAdapter,
+        match=r"0\.hidden: its weight acts without .*\n=> eject, and inject naming .*targets=\['0\.hidden\.weight'\]",
     ):
         li.probe(model, x)
     li.eject(model)
@@ -485,7 +505,10 @@ def test_rows_are_refused_where_the_batch_can_not_be_seen():
     model = built(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
     experts = model.layers[0].mlp.experts
-    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match=r"a MixtralExperts with adapters got inputs of the shapes \(5, 32\)"):
+    with (
+        li.rows(model, ["a", None]),
+        pytest.raises(li.StateError, match=r"a MixtralExperts with adapters got inputs of the shapes \(5, 32\)"),
+    ):
         experts(torch.randn(5, 32), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2))
     with li.rows(model, ["a", None]), pytest.raises(li.StateError, match="not for certain these rows' tokens"):
         experts(torch.randn(4, 32))
@@ -494,7 +517,10 @@ def test_rows_are_refused_where_the_batch_can_not_be_seen():
         output(model)
     conv = nn.Sequential(nn.Conv1d(4, 4, 3))
     li.inject(conv, ["0"], r=2, name="a")
-    with li.rows(conv, ["a", None]), pytest.raises(li.StateError, match=r"the weight 'weight' of a Conv1d is read by the model's own code"):
+    with (
+        li.rows(conv, ["a", None]),
+        pytest.raises(li.StateError, match=r"the weight 'weight' of a Conv1d is read by the model's own code"),
+    ):
         conv(torch.randn(2, 4, 8))
 
 
@@ -732,7 +758,9 @@ def test_comparisons_and_hash():
     model = Parent()
     li.inject(model, ["read"], r=2)
     seen = []
-    model.called.register_forward_hook(lambda *_: seen.append((model.read.weight != 0).sum() + (abs(model.read.weight) > 0).sum()))
+    model.called.register_forward_hook(
+        lambda *_: seen.append((model.read.weight != 0).sum() + (abs(model.read.weight) > 0).sum())
+    )
     model(torch.randn(2, 4))
     assert int(seen[0]) == 32
     assert hash(model.read.weight)

@@ -98,7 +98,12 @@ NAMES = """
 """
 OTHERS = NAMES.split()
 
-RESNET = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": {"model_type": "resnet"}}
+RESNET = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": {"model_type": "resnet"},
+}
 NEEDS: dict[str, dict[str, Any]] = {
     "conditional_detr": RESNET,
     "dab-detr": RESNET,
@@ -109,7 +114,16 @@ NEEDS: dict[str, dict[str, Any]] = {
     "funnel": {"architectures": ["FunnelModel"]},
     "time_series_transformer": {"prediction_length": 4},
 }
-FEW = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+FEW = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 AS_THEY_ARE = {"funnel", "jamba", "prophetnet"}  # their layers can't be cut without more ado
 
@@ -120,7 +134,10 @@ def model(kind: str) -> nn.Module:
     torch.set_num_threads(1)
     default = transformers.CONFIG_MAPPING[kind](**NEEDS.get(kind, {}))
     for config in [default, *(c for c in vars(default).values() if isinstance(c, transformers.PreTrainedConfig))]:
-        cut = [*((name, 4) for name in FEW if kind not in AS_THEY_ARE and consistent(config)), *((name, 2) for name in EXPERTS)]
+        cut = [
+            *((name, 4) for name in FEW if kind not in AS_THEY_ARE and consistent(config)),
+            *((name, 2) for name in EXPERTS),
+        ]
         for name, to in cut:
             if isinstance(value := getattr(config, name, None), int) and value > to:
                 setattr(config, name, to)
@@ -130,7 +147,10 @@ def model(kind: str) -> nn.Module:
 
 def consistent(config: Any) -> bool:
     """Whether fewer layers leave no list of one entry a layer behind."""
-    return not any(isinstance(v, list | tuple) and len(v) == getattr(config, "num_hidden_layers", -1) for v in vars(config).values())
+    return not any(
+        isinstance(v, list | tuple) and len(v) == getattr(config, "num_hidden_layers", -1)
+        for v in vars(config).values()
+    )
 
 
 def weights(kind: str) -> Iterator[tuple[str, list[nn.Module], str, nn.Parameter]]:
@@ -146,7 +166,9 @@ def weights(kind: str) -> Iterator[tuple[str, list[nn.Module], str, nn.Parameter
             ):
                 continue
             whole = (
-                path if name == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") else f"{path}.{name}".lstrip(".")
+                path
+                if name == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+                else f"{path}.{name}".lstrip(".")
             )
             names = whole.split(".")
             yield whole, [modules[".".join(names[:i])] for i in range(len(names))], names[-1], p
@@ -183,7 +205,9 @@ def test_what_holds_of_any_model(kind: str) -> None:
             assert not roles & {"query", "key", "value"}, path
         if "attention" in roles:
             fused = parts(model(kind).config, owners[-1], leaf, rows(owners[-1], leaf, p)) or {}
-            by_attention[attention_of(path, owners)] |= roles | {PART_ROLES[part] for part in fused if part in PART_ROLES}
+            by_attention[attention_of(path, owners)] |= roles | {
+                PART_ROLES[part] for part in fused if part in PART_ROLES
+            }
     for path, roles in by_attention.items():
         if "query" in roles:
             assert {"key", "value", "output"} <= roles, f"{path}: {sorted(roles)}"
@@ -228,7 +252,9 @@ def test_a_name_alone_decides_nothing() -> None:
     assert role_names("ff.key", [nn.Module(), FeedForward()], "key") == {"mlp"}
     assert role_names("a.key", [nn.Module(), Attention()], "key") == {"attention", "key"}
     assert role_names("a.to_out.0", [nn.Module(), Attention(), nn.Sequential()], "0") == {"attention", "output"}
-    assert role_names("ff.experts.0.up", [nn.Module(), FeedForward(), nn.ModuleList(), FeedForward()], "up") == {"experts"}
+    assert role_names("ff.experts.0.up", [nn.Module(), FeedForward(), nn.ModuleList(), FeedForward()], "up") == {
+        "experts"
+    }
 
 
 def test_torch_s_own_attention() -> None:

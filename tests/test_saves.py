@@ -31,12 +31,22 @@ def adapter(k: int, mixed: bool) -> li.AdapterFile:
     """Number k: it stands in every tensor and in the scale, so in both files, and the ranks follow from it."""
     r = 1 + k % 3
     sites = [
-        li.StoredSite(path=f"model.layers.{i}.mlp.up_proj", A=torch.full((r, 3), float(k)), B=torch.full((2000, r), float(k)), alpha=k * r)
+        li.StoredSite(
+            path=f"model.layers.{i}.mlp.up_proj",
+            A=torch.full((r, 3), float(k)),
+            B=torch.full((2000, r), float(k)),
+            alpha=k * r,
+        )
         for i in range(SITES)
     ]
     if mixed and k % 5 == 0:  # of which PEFT has nothing, so that our own directory has no config
         sites[0] = li.StoredSite(
-            path="a", kind="conv^T", shape=(3, 2, 1), A=torch.full((r, 3), float(k)), B=torch.full((2, r), float(k)), alpha=k * r
+            path="a",
+            kind="conv^T",
+            shape=(3, 2, 1),
+            A=torch.full((r, 3), float(k)),
+            B=torch.full((2, r), float(k)),
+            alpha=k * r,
         )
     return li.AdapterFile(path=Path("made"), format="lorainject", sites=tuple(sites))
 
@@ -194,13 +204,20 @@ def test_an_error_leaves_the_old(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(li.FileError, match=r"can't be written: No space left on device\n  - what was there before is untouched"):
+    with pytest.raises(
+        li.FileError, match=r"can't be written: No space left on device\n  - what was there before is untouched"
+    ):
         put(2, folder, "peft")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(pieces=st.lists(st.binary(max_size=20), max_size=12), most=st.lists(st.integers(1, 30), min_size=1), many=st.integers(1, 5), one=st.booleans())
+@given(
+    pieces=st.lists(st.binary(max_size=20), max_size=12),
+    most=st.lists(st.integers(1, 30), min_size=1),
+    many=st.integers(1, 5),
+    one=st.booleans(),
+)
 def test_a_system_that_writes_less_than_it_was_given(tmp_path, pieces, most, many, one):
     """Every piece is in the file, whole and in its order; also where there is no call for several at once."""
     written, limits = os.write, itertools.cycle(most)
@@ -217,7 +234,15 @@ def test_a_system_that_writes_less_than_it_was_given(tmp_path, pieces, most, man
 
 
 @pytest.mark.parametrize(
-    "text", ['{"adapter_config.json": "../../x"}', '{"../x": ".../x.0123456789abcdef.tmp"}', "[]", "{", '{"adapter_config.json": 3}', "[" * 10**5]
+    "text",
+    [
+        '{"adapter_config.json": "../../x"}',
+        '{"../x": ".../x.0123456789abcdef.tmp"}',
+        "[]",
+        "{",
+        '{"adapter_config.json": 3}',
+        "[" * 10**5,
+    ],
 )
 def test_a_journal_that_a_stranger_made(text, tmp_path):
     """Its names become paths: anything but our own names beside it is refused, by readers and writers."""

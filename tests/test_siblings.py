@@ -113,7 +113,12 @@ def test_the_same_as_each_by_itself(dtype, batch, ranks, bias, names, trains):
         assert torch.allclose(one, two, rtol=20 * eps, atol=20 * eps * max(1.0, most))
     with torch.no_grad():
         for one, true in zip(model(x), want, strict=False):
-            assert torch.allclose(one.double(), true, rtol=20 * eps, atol=20 * eps * max(1.0, float(true.abs().max()) if true.numel() else 1.0))
+            assert torch.allclose(
+                one.double(),
+                true,
+                rtol=20 * eps,
+                atol=20 * eps * max(1.0, float(true.abs().max()) if true.numel() else 1.0),
+            )
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -146,7 +151,9 @@ def written(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "between", [lambda x: x.clone(), lambda x: x * 2, lambda x: x.view(x.shape), written], ids=["copy", "other", "view", "write"]
+    "between",
+    [lambda x: x.clone(), lambda x: x * 2, lambda x: x.view(x.shape), written],
+    ids=["copy", "other", "view", "write"],
 )
 def test_another_input_is_another(between, products):
     """Whatever happens to x on the way, each gets the term of its own; and the next time nobody computes for others in vain."""
@@ -211,7 +218,9 @@ def test_factors_that_are_not_there_yet(products):
     other = apart(model)
     given = {"k_proj.lora.default.A": torch.randn(2, D)}
     with torch.no_grad():
-        for one, two in zip(torch.func.functional_call(model, given, x), torch.func.functional_call(other, given, x), strict=True):
+        for one, two in zip(
+            torch.func.functional_call(model, given, x), torch.func.functional_call(other, given, x), strict=True
+        ):
             assert torch.allclose(one, two, atol=1e-5)
         assert products == [7]  # q and v
         model.v_proj.lora["default"].A.data = torch.empty(0)  # as FSDP leaves it
@@ -226,8 +235,12 @@ def test_gradient_checkpointing(reentrant, products):
     leaf = x.clone().requires_grad_()
     ys = checkpoint.checkpoint(model, leaf * 1, use_reentrant=reentrant)
     torch.autograd.backward(ys, dys)
-    assert len(products) == reentrant  # the forward without gradients; then x is a leaf, or what is saved is packed away
-    for got, want in zip([leaf.grad, *(p.grad for p in li.parameters(model))], found(apart(model), x, dys)[3:], strict=True):
+    assert (
+        len(products) == reentrant
+    )  # the forward without gradients; then x is a leaf, or what is saved is packed away
+    for got, want in zip(
+        [leaf.grad, *(p.grad for p in li.parameters(model))], found(apart(model), x, dys)[3:], strict=True
+    ):
         assert torch.allclose(got, want, atol=1e-4)
 
 
@@ -264,7 +277,9 @@ def test_copies_know_their_own():
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             mine = other.q_proj.lora.siblings
             assert mine.made is None
-            assert all(m is n.lora for m, n in zip(mine.members, (other.q_proj, other.k_proj, other.v_proj), strict=True))
+            assert all(
+                m is n.lora for m, n in zip(mine.members, (other.q_proj, other.k_proj, other.v_proj), strict=True)
+            )
             assert all(torch.equal(a, b) for a, b in zip(want, other(x), strict=True))
 
 

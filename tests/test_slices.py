@@ -12,7 +12,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXModel, GptOssConfig, GptOssModel, LlavaConfig, LlavaModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    GptOssConfig,
+    GptOssModel,
+    LlavaConfig,
+    LlavaModel,
+)
 
 import lorainject as li
 from lorainject.adapters import hosts
@@ -145,7 +154,9 @@ def merged_after_a_file(model: nn.Module, targets: list[str], weight: nn.Paramet
 def test_interleaved_heads(tmp_path):
     """GPT-NeoX keeps q, k, v of each head together: the slice q is every head's first third, and no row of k or v changes."""
     torch.manual_seed(0)
-    model = GPTNeoXModel(GPTNeoXConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).eval()
+    model = GPTNeoXModel(
+        GPTNeoXConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).eval()
     site = li.find(model, ["query_key_value[q]"], r=2).sites[0]
     assert site.rows == (range(8), range(24, 32))
     weight = model.layers[0].attention.query_key_value.weight
@@ -192,7 +203,14 @@ def test_head_on_request():
 
 def test_towers():
     """A keyword, role or glob confined to one part of a multimodal model; the plan says which parts are touched."""
-    text = {"model_type": "llama", "vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 99,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 8, "patch_size": 4}  # fmt: skip
     model = LlavaModel(LlavaConfig(text_config=text, vision_config=vision))
@@ -207,12 +225,18 @@ def test_towers():
 
 WRONG = {
     "a part that is not there": (["c_attn[x]"], r"h\.\*\.attn\.c_attn has no part 'x': it has q, k, v; rows work too"),
-    "an unknown layout": (["mlp.c_fc[q]"], r"h\.\*\.mlp\.c_fc has no part 'q': how it is laid out is not known; rows work too"),
+    "an unknown layout": (
+        ["mlp.c_fc[q]"],
+        r"h\.\*\.mlp\.c_fc has no part 'q': how it is laid out is not known; rows work too",
+    ),
     "rows out of range": (["c_attn[0:9999]"], r"c_attn\[0:9999\]: it has the rows 0:96"),
     "no rows": (["c_attn[5:5]"], r"c_attn\[5:5\]: it has the rows 0:96"),
     "rows that overlap": (["c_attn[0:9]", "c_attn[8:12]"], r"c_attn\[8:12\] and .*c_attn\[0:9\] overlap"),
     "a part and the whole": (["c_attn[q]", "attn.c_attn"], r"c_attn and .*c_attn\[q\] overlap"),
-    "a role that is not there": (["experts"], r"'experts' is a role that this model has not; it has attention, head, key, mlp, output, query, value"),
+    "a role that is not there": (
+        ["experts"],
+        r"'experts' is a role that this model has not; it has attention, head, key, mlp, output, query, value",
+    ),
     "no convolutions": ("all-conv", r"'all-conv' matches nothing: this model has no such weight"),
     "a tower that is not there": (["vision_tower.query"], r"'vision_tower\.query' is a role that this model has not"),
     "a slice of nothing": (["c_atn[q]"], r"'c_atn\[q\]' matches nothing \(did you mean 'c_attn'"),

@@ -38,7 +38,11 @@ def alone(base: nn.Module, name: str, targets: list[str], seed: int) -> torch.Te
 @pytest.fixture
 def two(base):
     """A model with adapters on overlapping sites, and what base, fr, de compute."""
-    wanted = {None: run(base, X).detach(), "fr": alone(base, "fr", ["q_proj", "v_proj"], 1), "de": alone(base, "de", ["v_proj", "up_proj"], 2)}
+    wanted = {
+        None: run(base, X).detach(),
+        "fr": alone(base, "fr", ["q_proj", "v_proj"], 1),
+        "de": alone(base, "de", ["v_proj", "up_proj"], 2),
+    }
     add(base, "fr", ["q_proj", "v_proj"], 1)
     add(base, "de", ["v_proj", "up_proj"], 2)
     return base, wanted
@@ -109,9 +113,15 @@ def test_rows_in_generate(two):
 def test_rows_mistakes_leave_nothing_behind(two):
     """Too few names, an unknown name, a bare string: a clear error, and the next forward is as before."""
     model, wanted = two
-    with pytest.raises(li.StateError, match=r"rows\(\.\.\.\) names 2 rows, but .* got an input of shape \(3, 7, 32\)"), li.rows(model, ["fr", "de"]):
+    with (
+        pytest.raises(li.StateError, match=r"rows\(\.\.\.\) names 2 rows, but .* got an input of shape \(3, 7, 32\)"),
+        li.rows(model, ["fr", "de"]),
+    ):
         run(model, X)
-    with pytest.raises(li.StateError, match=r"no adapter named 'es'\n=> this model has 'fr', 'de'"), li.rows(model, ["es", "de", None]):
+    with (
+        pytest.raises(li.StateError, match=r"no adapter named 'es'\n=> this model has 'fr', 'de'"),
+        li.rows(model, ["es", "de", None]),
+    ):
         pass
     with pytest.raises(li.StateError, match=r"a list with one name per row, not 'fr'"), li.rows(model, "fr"):
         pass
@@ -225,7 +235,12 @@ def test_init(init, deviation):
 
 @pytest.mark.parametrize(
     ("dtype", "wanted"),
-    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
 )
 def test_dtypes(dtype, wanted):
     """A and B are float32 on half-precision bases, and the output keeps the base's dtype."""
@@ -277,7 +292,9 @@ def test_parts_and_wholes(base):
 @pytest.mark.parametrize("verb", [li.merge, li.unmerge, li.eject, li.activate, li.parameters, li.deltas])
 def test_verbs_on_a_model_without_adapters(base, verb):
     """One clear error."""
-    with pytest.raises(li.StateError, match=r"this model carries no adapter\n=> inject\(model, targets\) or load\(model, path\) first"):
+    with pytest.raises(
+        li.StateError, match=r"this model carries no adapter\n=> inject\(model, targets\) or load\(model, path\) first"
+    ):
         list(verb(base) or ())
 
 
@@ -290,13 +307,24 @@ def test_unknown_names(two):
 
 
 @pytest.mark.parametrize(
-    "verb", [li.merge, li.unmerge, li.eject, li.activate, lambda m: li.disabled(m).__enter__(), lambda m: li.inject(m, ["o_proj"], name="x")]
+    "verb",
+    [
+        li.merge,
+        li.unmerge,
+        li.eject,
+        li.activate,
+        lambda m: li.disabled(m).__enter__(),
+        lambda m: li.inject(m, ["o_proj"], name="x"),
+    ],
 )
 def test_a_part_of_the_whole_is_refused(two, verb):
     """Adapters injected as a whole share their routing: a verb on a part would switch off, or fold, what lies outside it."""
     model, wanted = two
     before = state(model)
-    with pytest.raises(li.StateError, match=r"this is a part of a model that was injected as a whole\n=> call it on the whole LlamaForCausalLM"):
+    with pytest.raises(
+        li.StateError,
+        match=r"this is a part of a model that was injected as a whole\n=> call it on the whole LlamaForCausalLM",
+    ):
         verb(model.model)
     assert state(model) == before
     assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
@@ -320,7 +348,9 @@ def test_no_surgery_inside_a_context(two, verb, context):
     model, wanted = two
     with context(model):
         before = state(model)
-        with pytest.raises(li.StateError, match=r"can't .* inside (disabled|rows)\(\.\.\.\)\n=> leave the context first"):
+        with pytest.raises(
+            li.StateError, match=r"can't .* inside (disabled|rows)\(\.\.\.\)\n=> leave the context first"
+        ):
             verb(model)
         assert state(model) == before
     assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)

@@ -73,7 +73,9 @@ def test_long_and_short_inputs_compile_once():
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4)})
     li.inject(model, ["q_proj", "k_proj"], r=2)
     counter = CompileCounter()
-    compiled = torch.compile(lambda x: model["q_proj"](x) + model["k_proj"](x), backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x: model["q_proj"](x) + model["k_proj"](x), backend=counter, fullgraph=True, dynamic=True
+    )
     with torch.no_grad():
         for n in (siblings.WORTH // 8, siblings.WORTH // 2):
             compiled(torch.randn(n, 4))
@@ -129,7 +131,11 @@ def test_refusals_list_all_and_change_nothing(fresh, files, tmp_path):
     before = state(model)
     with pytest.raises(li.FileError) as e:
         li.hotswap(model, files[1][0])
-    for found in (r"self_attn\.q_proj: rank 8, and there is room for 4", r"v_proj: rank 8", r"up_proj: carries no such adapter"):
+    for found in (
+        r"self_attn\.q_proj: rank 8, and there is room for 4",
+        r"v_proj: rank 8",
+        r"up_proj: carries no such adapter",
+    ):
         assert re.search(found, str(e.value))
     with pytest.raises(li.StateError, match="no adapter named 'fr'"):
         li.hotswap(model, files[3][0], "fr")

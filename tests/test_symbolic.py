@@ -29,7 +29,10 @@ def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LowRankS
         return torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True)
 
     scale = torch.tensor(0.5)
-    factors = tuple(Factors(randn(*shape[: stack + 1], R), randn(*shape[:stack], R, *shape[stack + 1 :]), scale) for _ in range(count))
+    factors = tuple(
+        Factors(randn(*shape[: stack + 1], R), randn(*shape[:stack], R, *shape[stack + 1 :]), scale)
+        for _ in range(count)
+    )
     return LowRankSum(randn(*shape), factors, stack, Counter())
 
 
@@ -108,7 +111,9 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize(("shape", "stack", "function"), [pytest.param(*case, id=name) for name, case in PRODUCTS.items()])
+@pytest.mark.parametrize(
+    ("shape", "stack", "function"), [pytest.param(*case, id=name) for name, case in PRODUCTS.items()]
+)
 def test_products_and_views(shape, stack, function, count):
     """Every function that is answered, through the views that models take, with one adapter and with two."""
     check(make(*shape, stack=stack, count=count), function)
@@ -167,7 +172,15 @@ def test_the_dense_fallback_is_exact_and_counted(function):
 def test_metadata_is_the_weights():
     """Shape, dtype, device and the like are asked for without a fallback; what no tensor has is no attribute."""
     w = make(6, 4)
-    assert (w.shape, w.size(0), w.ndim, w.dim(), w.dtype, w.device, len(w)) == (w.W0.shape, 6, 2, 2, torch.float64, torch.device("cpu"), 6)
+    assert (w.shape, w.size(0), w.ndim, w.dim(), w.dtype, w.device, len(w)) == (
+        w.W0.shape,
+        6,
+        2,
+        2,
+        torch.float64,
+        torch.device("cpu"),
+        6,
+    )
     assert w.numel() == 24
     assert w.is_floating_point()
     assert w.stride() == (4, 1)
@@ -184,7 +197,12 @@ def test_dropout_drops_the_input():
     w = LowRankSum(w.W0, tuple(f._replace(dropout=0.5) for f in w.factors), 0, Counter())
     plain = LowRankSum(w.W0, tuple(f._replace(dropout=0.0) for f in w.factors), 0, Counter())
     many = x(1, 4).expand(20000, 4)
-    for product in (lambda v: F.linear(many, v), lambda v: many @ v.T, lambda v: (v @ many.T).T, lambda v: torch.einsum("bi,oi->bo", many, v)):
+    for product in (
+        lambda v: F.linear(many, v),
+        lambda v: many @ v.T,
+        lambda v: (v @ many.T).T,
+        lambda v: torch.einsum("bi,oi->bo", many, v),
+    ):
         got = product(w)
         assert got.std(0).min() > 0.1  # masks differ from row to row
         assert torch.allclose(got.mean(0), product(plain)[0], atol=0.1)
@@ -197,7 +215,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        }
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.most = max(self.most, t.numel())
@@ -237,5 +259,9 @@ def test_every_answer_is_tested():
             function(make(*shape, stack=stack))
     aliases = {operator.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.mv, torch.addmv, Tensor.__rmatmul__, Tensor.__matmul__,
                F.grouped_mm, F.conv_transpose3d}  # fmt: skip
-    views = {function for function, answer in ANSWERS.items() if isinstance(answer, types.LambdaType) and answer.__name__ == "<lambda>"}
+    views = {
+        function
+        for function, answer in ANSWERS.items()
+        if isinstance(answer, types.LambdaType) and answer.__name__ == "<lambda>"
+    }
     assert not set(ANSWERS) - seen - aliases - views

@@ -71,7 +71,9 @@ def test_the_formula(dtype, instructions, data):
     """Output and gradients, for each dtype, layout and size, a slice too, and whoever of x and B needs none; with dropout as by the other route."""
     batch = data.draw(st.sampled_from([(), (1,), (17,), (131,), (2, 9), (3, 1, 4), (0,), (2, 0)]))
     dropout = data.draw(st.sampled_from([0.0, 0.4]))
-    model = layer(data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=dropout, dtype=dtype)
+    model = layer(
+        data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=dropout, dtype=dtype
+    )
     x, dy = torch.randn(*batch, I).to(dtype), torch.randn(*batch, O).to(dtype)
     if len(batch) > 1 and data.draw(st.booleans()):
         x, dy = (t.mT.contiguous().mT for t in (x, dy))
@@ -100,7 +102,9 @@ def test_the_formula(dtype, instructions, data):
 def test_the_formula_in_inference(dtype, instructions, data):
     """The output, for each dtype, layout, size and slice, to within two roundings of it."""
     batch = data.draw(st.sampled_from([(), (1,), (16,), (17,), (131,), (2, 40), (3, 1, 9), (0,), (2, 0)]))
-    model = layer(data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=0.4, dtype=dtype).eval()
+    model = layer(
+        data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=0.4, dtype=dtype
+    ).eval()
     x = torch.randn(*batch, I).to(dtype)
     if len(batch) > 1 and data.draw(st.booleans()):
         x = x.mT.contiguous().mT
@@ -140,7 +144,10 @@ def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, wid
 @pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
 def test_a_step_takes_the_memory_of_a_frozen_linear_layers(dtype, bias, shape):
     """An output and a gradient of x; the gradients of A and B and what is r wide are small beside them. And by the other route it is more."""
-    model, x, dy = layer(bias=bias, dtype=dtype, sizes=(1024, 1024), r=4), *(torch.randn(*shape, 1024, dtype=dtype) for _ in range(2))
+    model, x, dy = (
+        layer(bias=bias, dtype=dtype, sizes=(1024, 1024), r=4),
+        *(torch.randn(*shape, 1024, dtype=dtype) for _ in range(2)),
+    )
     x.requires_grad_()
 
     def step(model: nn.Module) -> None:
@@ -160,7 +167,10 @@ def test_a_step_takes_the_memory_of_a_frozen_linear_layers(dtype, bias, shape):
 @pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
 def test_what_several_layers_give_x_is_summed_in_place(shape):
     """As with frozen linear layers, of whose gradients two are there at a time; with more axes, three."""
-    model, x, dy = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(4)), *(torch.randn(*shape, 1024) for _ in range(2))
+    model, x, dy = (
+        nn.ModuleList(nn.Linear(1024, 1024) for _ in range(4)),
+        *(torch.randn(*shape, 1024) for _ in range(2)),
+    )
     x.requires_grad_()
 
     def step() -> None:
@@ -417,7 +427,13 @@ def test_another_forward_put_in_torchs_place_is_called(monkeypatch):
 @pytest.mark.parametrize("grad", [True, False])
 def test_wrong_arguments_are_the_bases_to_refuse(grad):
     model, base = layer(), nn.Linear(I, O)
-    wrong = [torch.randn(40, I).double(), torch.randn(40, I + 1), torch.randn(2, 20, I - 1), torch.randn(()), torch.ones(40, I, dtype=torch.int64)]
+    wrong = [
+        torch.randn(40, I).double(),
+        torch.randn(40, I + 1),
+        torch.randn(2, 20, I - 1),
+        torch.randn(()),
+        torch.ones(40, I, dtype=torch.int64),
+    ]
     with torch.set_grad_enabled(grad):
         for args, kwargs in [((torch.randn(2, I),) * 2, {}), ((), {"nothing": torch.randn(2, I)})]:
             with pytest.raises(TypeError):

@@ -51,8 +51,12 @@ FIXED = re.compile(
     r"|state_size|_d_conv|_d_state|time_|temporal|window|kernel|chunk_size|block_size|codebook_size|^mask_|model_in_dim|bridge|rotary_dim"
     r"|rope_dim|num_pos_feats|partial"
 )
-LAYERS = re.compile(r"(^|_)(num|n)_.*(layers?|blocks?)$|^(encoder|decoder|e|d|n|num)_layers?$|^depth$|_depth$|^layers$|_layers$")
-NOT_LAYERS = re.compile(r"window_layers|feat_extract|tap|residual|kv_shared|mlp_only|no_rope|upscale|feature_layers?|res_blocks|encoder_blocks")
+LAYERS = re.compile(
+    r"(^|_)(num|n)_.*(layers?|blocks?)$|^(encoder|decoder|e|d|n|num)_layers?$|^depth$|_depth$|^layers$|_layers$"
+)
+NOT_LAYERS = re.compile(
+    r"window_layers|feat_extract|tap|residual|kv_shared|mlp_only|no_rope|upscale|feature_layers?|res_blocks|encoder_blocks"
+)
 HEADS = re.compile(r"(heads|^n_head|_n_head|num_head)$")
 SPECIAL = re.compile(
     r"(token|tok)_?(id|index|ids)s?$|_token_id|_start_id$|_end_id$|(eo|bo)[a-z]_index$"
@@ -126,7 +130,11 @@ class Shrink:
         if HEADS.search(key):  # of a hierarchy, whose widths double
             return [min(v, 2) if self.heads <= 4 else v for v in value]
         if re.search(r"out_indices$|_layers_out$", key):
-            return list(range(depth - len(value) + 1, depth + 1)) if value and max(value) > depth >= len(value) and layers else value
+            return (
+                list(range(depth - len(value) + 1, depth + 1))
+                if value and max(value) > depth >= len(value) and layers
+                else value
+            )
         if re.search(r"indexes$|_indices$|feature_layers?$|layer_ids$", key):
             return [v if v < 0 else min(v, depth - 1) for v in value]
         if re.search(r"^depths$|_depths$|num_blocks$|blocks_per_stage|numb_of_layers", key):
@@ -151,13 +159,17 @@ class Shrink:
                 out["head_dim"] = hidden // heads
         if heads and "num_key_value_heads" in out and not isinstance(out["num_key_value_heads"], list):
             kv = old["num_key_value_heads"]
-            out["num_key_value_heads"] = heads if kv in (None, old["num_attention_heads"]) else 1 if kv == 1 else max(1, heads // 2)
+            out["num_key_value_heads"] = (
+                heads if kv in (None, old["num_attention_heads"]) else 1 if kv == 1 else max(1, heads // 2)
+            )
         if number("head_dim") and number("decoder_attention_heads") and number("d_model"):
             out["head_dim"] = out["d_model"] // out["decoder_attention_heads"]
         nope, rope = number("qk_nope_head_dim"), number("qk_rope_head_dim")
         if nope and rope:
             whole = old.get("head_dim") == old["qk_nope_head_dim"] + old["qk_rope_head_dim"]
-            out |= {k: nope + rope for k in ("qk_head_dim", "swa_head_dim", *(["head_dim"] if whole else [])) if k in out}
+            out |= {
+                k: nope + rope for k in ("qk_head_dim", "swa_head_dim", *(["head_dim"] if whole else [])) if k in out
+            }
         elif nope and number("head_dim"):
             out["qk_nope_head_dim"] = out["head_dim"] // 2
         for count, size, expand in STATES:
@@ -168,12 +180,21 @@ class Shrink:
             out["image_embedding_size"] = out["image_size"] // out["patch_size"]
         ropes = [out.get("rope_parameters"), out.get("rope_scaling"), *(out.get("rope_parameters") or {}).values()]
         for each in ropes:
-            if isinstance(each, dict) and hidden and heads and ("mrope_section" in each or (self.mrope and "rope_theta" in each)):
+            if (
+                isinstance(each, dict)
+                and hidden
+                and heads
+                and ("mrope_section" in each or (self.mrope and "rope_theta" in each))
+            ):
                 partial = each.get("partial_rotary_factor") or out.get("partial_rotary_factor") or 1
                 half = int((out.get("head_dim") or hidden // heads) * partial) // 2
                 each["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
         if out.get("use_timm_backbone"):
-            out |= {"use_timm_backbone": False, "backbone": None, "backbone_config": out.get("backbone_config") or dict(BACKBONE)}
+            out |= {
+                "use_timm_backbone": False,
+                "backbone": None,
+                "backbone_config": out.get("backbone_config") or dict(BACKBONE),
+            }
 
 
 STATES = (  # heads x size of a head = expand x hidden_size
@@ -187,7 +208,17 @@ AT_MOST = {
     r"max_(target_|2d_)?position|n_positions|max_seq_len|^n_ctx$|seq_length$|max_sequence_length": 128, r"max_source_positions": 40,
     r"^(image|img|input|max_image|pretrain_image)_size$": 64, r"^num_(queries|query_tokens|latents)$": 8,
 }  # fmt: skip
-DERIVED = ("out_features", "stage_names", "_out_features", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
+DERIVED = (
+    "out_features",
+    "stage_names",
+    "_out_features",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+)
 BACKBONE = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic",
             "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
 
@@ -213,24 +244,50 @@ def model_class(model_type: str) -> type[nn.Module]:
     config = CONFIG_MAPPING[model_type]
     if model_type in CLASSES:
         return getattr(transformers, CLASSES[model_type])
-    for mapping in ["MODEL_MAPPING_NAMES", *sorted(m for m in vars(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING_NAMES"))]:
+    for mapping in [
+        "MODEL_MAPPING_NAMES",
+        *sorted(m for m in vars(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING_NAMES")),
+    ]:
         name = vars(modeling_auto)[mapping].get(model_type)
-        if name is not None and (cls := getattr(transformers, name if isinstance(name, str) else name[-1], None)) is not None:
+        if (
+            name is not None
+            and (cls := getattr(transformers, name if isinstance(name, str) else name[-1], None)) is not None
+        ):
             return cls
     package = importlib.import_module(config.__module__.rpartition(".")[0])
     found = []
     for path in sorted(os.listdir(os.path.dirname(str(package.__file__)))):
         if path.startswith("modeling_") and path.endswith(".py"):
             module = importlib.import_module(f"{package.__name__}.{path[:-3]}")
-            found += [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, nn.Module) and c.__module__ == module.__name__]
+            found += [
+                c
+                for c in vars(module).values()
+                if inspect.isclass(c) and issubclass(c, nn.Module) and c.__module__ == module.__name__
+            ]
     ours = [
-        c for c in found if issubclass(c, transformers.PreTrainedModel) and c.config_class is config and not c.__name__.endswith("PreTrainedModel")
+        c
+        for c in found
+        if issubclass(c, transformers.PreTrainedModel)
+        and c.config_class is config
+        and not c.__name__.endswith("PreTrainedModel")
     ]
-    ours = ours or [c for c in found if "config" in (p := inspect.signature(c.__init__).parameters) and _annotation(p["config"]) == config.__name__]
+    ours = ours or [
+        c
+        for c in found
+        if "config" in (p := inspect.signature(c.__init__).parameters) and _annotation(p["config"]) == config.__name__
+    ]
     if not ours:
         raise NoModel("no class of transformers takes this config")
     stem = config.__name__.removesuffix("Config")
-    return min(ours, key=lambda c: (c.__name__ not in (f"{stem}Model", stem), "For" in c.__name__, not c.__name__.startswith(stem), len(c.__name__)))
+    return min(
+        ours,
+        key=lambda c: (
+            c.__name__ not in (f"{stem}Model", stem),
+            "For" in c.__name__,
+            not c.__name__.startswith(stem),
+            len(c.__name__),
+        ),
+    )
 
 
 def _annotation(parameter: inspect.Parameter) -> str:
@@ -254,7 +311,10 @@ def configs(model_type: str) -> Iterator[tuple[str, type[nn.Module], Any]]:
 
 def _laid_over(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the changes, which may reach into configs inside: {"text_config": {"head_dim": 8}}."""
-    return {**values, **{k: _laid_over(values.get(k) or {}, v) if isinstance(v, Mapping) else v for k, v in changes.items()}}
+    return {
+        **values,
+        **{k: _laid_over(values.get(k) or {}, v) if isinstance(v, Mapping) else v for k, v in changes.items()},
+    }
 
 
 @functools.cache
@@ -265,7 +325,10 @@ def TINY_CONFIGS() -> dict[str, Any]:
 
 def _parts(**names: str) -> dict[str, Any]:
     """Configs of two types, for a model made of two models; `decoder` is one that looks at the other's output."""
-    return {key: CONFIG_MAPPING[name](**{"is_decoder": True, "add_cross_attention": True} if key == "decoder" else {}) for key, name in names.items()}
+    return {
+        key: CONFIG_MAPPING[name](**{"is_decoder": True, "add_cross_attention": True} if key == "decoder" else {})
+        for key, name in names.items()
+    }
 
 
 COMPOSITES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -284,7 +347,12 @@ _SERIES = {"prediction_length": 4, "context_length": 16}
 _NARROW = {"width_coefficient": 0.25, "depth_coefficient": 0.25}
 _CLAP = {"spec_size": 64, "num_mel_bins": 16, "patch_size": 2, "patch_stride": 2, "depths": [2, 2], "num_attention_heads": [2, 2],
          "patch_embeds_hidden_size": 16, "hidden_size": 32, "freq_ratio": 2, "window_size": 4}  # fmt: skip
-_HIERA = {"hidden_size": 12, "image_size": [128, 128], "embed_dim_per_stage": [12, 24, 48, 96], "blocks_per_stage": [1, 2, 7, 2]}
+_HIERA = {
+    "hidden_size": 12,
+    "image_size": [128, 128],
+    "embed_dim_per_stage": [12, 24, 48, 96],
+    "blocks_per_stage": [1, 2, 7, 2],
+}
 _SAM2 = {
     "backbone_config": _HIERA,
     "backbone_channel_list": [96, 48, 24, 12],
@@ -298,7 +366,10 @@ _EXPERTS = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
 _TWO_ROPES = {
     "layer_types": ["full_attention", "sliding_attention"],
     "head_dim": 8,
-    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000, "mrope_section": [1, 1, 2]}, "sliding_attention": None},
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000, "mrope_section": [1, 1, 2]},
+        "sliding_attention": None,
+    },
 }
 _ZAMBA = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -391,7 +462,11 @@ def within_another(model_type: str) -> Recipe:
     """A part that does not run on inputs that we know: cut out of a model that has it, with the inputs that it gets there."""
     config, package = CONFIG_MAPPING[model_type], model_type_to_module_name(model_type)
     for other in types():
-        if other == model_type or model_type_to_module_name(other) != package or config not in _inner(CONFIG_MAPPING[other]):
+        if (
+            other == model_type
+            or model_type_to_module_name(other) != package
+            or config not in _inner(CONFIG_MAPPING[other])
+        ):
             continue
         try:
             model = build(other)
@@ -400,8 +475,12 @@ def within_another(model_type: str) -> Recipe:
         caught: list[tuple[str, dict[str, Any]]] = []
         handles = []
         for path, module in model.named_modules():
-            if (path and type(getattr(module, "config", None)) is config) or type(module).__name__ == config.__name__.removesuffix("Config"):
-                handles.append(module.register_forward_pre_hook(functools.partial(_catch, caught, path), with_kwargs=True))
+            if (path and type(getattr(module, "config", None)) is config) or type(
+                module
+            ).__name__ == config.__name__.removesuffix("Config"):
+                handles.append(
+                    module.register_forward_pre_hook(functools.partial(_catch, caught, path), with_kwargs=True)
+                )
         with torch.no_grad():
             model(**inputs(model))
         for handle in handles:
@@ -469,6 +548,8 @@ def _make(cls: type[nn.Module], config: Any) -> nn.Module:
     with torch.no_grad():
         g = torch.Generator().manual_seed(0)
         for name, p in model.named_parameters():
-            if not name.endswith("bias") and p.numel() and not p.any():  # a zero weight, or gate, would hide the gradients of all that lies before it
+            if (
+                not name.endswith("bias") and p.numel() and not p.any()
+            ):  # a zero weight, or gate, would hide the gradients of all that lies before it
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02)
     return model

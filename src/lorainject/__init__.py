@@ -8,7 +8,17 @@ In short:
     li.merge(model); li.unmerge(model)                      # W0 + s B A, and back to the bit
 """
 
-from .errors import FileError, GraftError, LoraError, MergeError, SpecError, StateError, SurvivalWarning, TargetError, UnreachedAdapter
+from .errors import (
+    FileError,
+    GraftError,
+    LoraError,
+    MergeError,
+    SpecError,
+    StateError,
+    SurvivalWarning,
+    TargetError,
+    UnreachedAdapter,
+)
 from .files.adapter import load, save
 from .files.checkpoint import merge_checkpoint
 from .files.convert import FORMATS, Conversion, convert, read, write

@@ -22,7 +22,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, float32, is_grad_enabled, mv, nn  # by their own names: torch's dictionary has left the cache since the last token
+from torch import (
+    Tensor,
+    float32,
+    is_grad_enabled,
+    mv,
+    nn,
+)  # by their own names: torch's dictionary has left the cache since the last token
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
@@ -48,8 +54,12 @@ def accumulate_eagerly(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: 
     if h_RM is None:
         A: Tensor = factors["A"]
         p = of["dropout"] if of["training"] else 0.0
-        bare = own and not (parts or p or is_grad_enabled())  # in inference, as it mostly is, the same as below in fewer calls
-        if bare and y.numel() == of["out"] and A.dtype == B.dtype == float32 == computed_in(y, 1):  # one token: every line counts beside its products
+        bare = own and not (
+            parts or p or is_grad_enabled()
+        )  # in inference, as it mostly is, the same as below in fewer calls
+        if (
+            bare and y.numel() == of["out"] and A.dtype == B.dtype == float32 == computed_in(y, 1)
+        ):  # one token: every line counts beside its products
             h_R = mv(A, x.reshape(-1).float())
             if y.dtype != float32 or not y.is_contiguous():  # a term that small may take memory
                 return y.add_(mv(B, h_R), alpha=s)
@@ -63,7 +73,9 @@ def accumulate_eagerly(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: 
     if B.dtype != h_RM.dtype:
         B = B.to(h_RM.dtype)
     grad = is_grad_enabled() and (h_RM.requires_grad or y.requires_grad or B.requires_grad)
-    own = own and y.is_contiguous() and not (grad and y._is_view())  # autograd would copy the gradient of a view that is written to
+    own = (
+        own and y.is_contiguous() and not (grad and y._is_view())
+    )  # autograd would copy the gradient of a view that is written to
     return Accumulate.apply(y, h_RM, B, s, parts, own) if grad else accumulated(y, h_RM, B, s, parts, own)
 
 
@@ -76,7 +88,11 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
 
 def in_inference(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
     """x W0^T + bias + s (x A^T) B^T of many tokens in inference, of a linear layer of torch's own with this adapter alone."""
-    if adapter.parts is not None and _takes(W0, x) and not (_dropout(adapter) or is_watched(x) or torch.is_autocast_enabled(x.device.type)):
+    if (
+        adapter.parts is not None
+        and _takes(W0, x)
+        and not (_dropout(adapter) or is_watched(x) or torch.is_autocast_enabled(x.device.type))
+    ):
         factors, dtype = adapter.__dict__["_parameters"], computed_in(x, x.numel() // x.shape[-1])
         if dtype == x.dtype:
             h_RM = projected(x.reshape(-1, x.shape[-1]), factors["A"].to(dtype))
@@ -154,7 +170,9 @@ class Project(Function):
     def backward(ctx: Any, dh_RM: Tensor) -> Any:
         x_MI, A = ctx.saved_tensors
         wants_x, wants_A, *_ = ctx.needs_input_grad
-        dx = dh_RM.new_zeros(x_MI.shape, dtype=x_MI.dtype) if wants_x else None  # of dh: there may be many at once (is_grads_batched)
+        dx = (
+            dh_RM.new_zeros(x_MI.shape, dtype=x_MI.dtype) if wants_x else None
+        )  # of dh: there may be many at once (is_grads_batched)
         return dx, to_x_and_A(dx, dh_RM, x_MI, A, ctx.p, ctx.seed, wants_A), None, None
 
 
@@ -162,7 +180,18 @@ class Together(Function):
     """x W0^T + bias + s (m * x) A^T B^T for a frozen linear layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W0: Tensor, bias: Tensor | None, s: float, p: float, seed: int, parts: Parts) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        W0: Tensor,
+        bias: Tensor | None,
+        s: float,
+        p: float,
+        seed: int,
+        parts: Parts,
+    ) -> Tensor:
         x_MI = x.reshape(-1, x.shape[-1])
         dtype = computed_in(x, x_MI.shape[0])
         h_RM = projected(x_MI, A.to(dtype), p, seed)
@@ -186,7 +215,17 @@ class Together(Function):
             dx = applied(dy, W0.t(), None, dh, A_RI.t(), 1.0) if wants_x else None
             dA = to_x_and_A(None, dh, x_MI, A_RI, p, seed, wants_A)
         dB = to_B(dy_MO, h_RM, s, parts) if wants_B else None
-        return dx, dA if dA is None else dA.to(A.dtype), dB if dB is None else dB.to(B.dtype), None, None, None, None, None, None
+        return (
+            dx,
+            dA if dA is None else dA.to(A.dtype),
+            dB if dB is None else dB.to(B.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def is_plain(adapter: LowRank, device: torch.device) -> bool:

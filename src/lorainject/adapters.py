@@ -58,7 +58,11 @@ class Folded:
     def nbytes(self) -> int:
         """Kept for unmerge, in all. (The original of a tied weight is somebody else's, too.)"""
         kept = 0 if self.journal is None else self.journal.nbytes
-        own = 0 if self.original is None or self.how == "Untied" else self.original.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        own = (
+            0
+            if self.original is None or self.how == "Untied"
+            else self.original.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        )
         return kept + own + sum(f.P.nbytes + f.Q.nbytes for term in self.terms.values() for f in term)
 
     @property
@@ -70,7 +74,9 @@ class Folded:
 class Adapters(Asked):
     """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y (see Term)."""
 
-    def __init__(self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False) -> None:
+    def __init__(
+        self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
+    ) -> None:
         super().__init__()
         vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
             routing=routing, kind=kind, parameter=parameter, label=label, named=named, read=False, folded=None, fallbacks=Counter(), siblings=None,
@@ -221,7 +227,11 @@ def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every path of every module of the base, a shared module under each of its paths; the parts that torch.compile and, on top,
     DDP add to the paths are left out."""
-    hidden = ("module", "_orig_mod") if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else ("_orig_mod",)
+    hidden = (
+        ("module", "_orig_mod")
+        if type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+        else ("_orig_mod",)
+    )
     found = [("", model)]
     while found:
         path, module = found.pop()
@@ -244,12 +254,16 @@ def hosts(model: nn.Module) -> dict[str, Host]:
 
 def routings(model: nn.Module, on: Mapping[str, Host] | None = None) -> list[Routing]:
     """The routings of a model (with these hosts): one, unless its parts were injected one by one."""
-    return list({id(h.adapters.routing): h.adapters.routing for h in (hosts(model) if on is None else on).values()}.values())
+    return list(
+        {id(h.adapters.routing): h.adapters.routing for h in (hosts(model) if on is None else on).values()}.values()
+    )
 
 
 def names_of(model: nn.Module, on: Mapping[str, Host] | None = None) -> tuple[str, ...]:
     """The adapters on the model (with these hosts), in the order they came."""
-    return tuple(dict.fromkeys(name for host in (hosts(model) if on is None else on).values() for name in host.adapters))
+    return tuple(
+        dict.fromkeys(name for host in (hosts(model) if on is None else on).values() for name in host.adapters)
+    )
 
 
 def merged_names(model: nn.Module) -> list[str]:
@@ -257,7 +271,9 @@ def merged_names(model: nn.Module) -> list[str]:
     return sorted({name for routing in routings(model) for name in routing.merged})
 
 
-def ready(model: nn.Module, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False) -> dict[str, Host]:
+def ready(
+    model: nn.Module, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False
+) -> dict[str, Host]:
     """The modules that carry adapters, if `verb` may act on the model now; raises StateError if not.
 
     It may not while adapters are folded into the weights, when it would act on W0 + s B A instead of W0; nor inside `disabled`
@@ -269,7 +285,8 @@ def ready(model: nn.Module, verb: str, *, merged: bool = False, nested: bool = F
         root = routing.root and routing.root()
         if root is not None and not part and root is not model and root not in set(model.modules()):
             raise StateError(
-                f"can't {verb}: this is a part of a model that was injected as a whole", way_out=f"call it on the whole {type(root).__name__}"
+                f"can't {verb}: this is a part of a model that was injected as a whole",
+                way_out=f"call it on the whole {type(root).__name__}",
             )
         if routing.context and not nested:
             raise StateError(f"can't {verb} inside {routing.context}(...)", way_out="leave the context first")
@@ -285,14 +302,22 @@ def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[s
         raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
     known = names_of(model, found)
     if unknown := [name for name in names if name not in known]:
-        raise StateError(f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}")
+        raise StateError(
+            f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}"
+        )
     return found
 
 
 def switches(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[Routing]:
     """The routings by which these adapters are switched: at once for a model that was injected as a whole, however many layers it has."""
     routing = ROOTS.get(model)
-    if routing is not None and routing.before and not routing.merged and (nested or not routing.context) and routing.before.keys() >= set(names):
+    if (
+        routing is not None
+        and routing.before
+        and not routing.merged
+        and (nested or not routing.context)
+        and routing.before.keys() >= set(names)
+    ):
         return [routing]
     return routings(model, mounted(model, verb, *names, nested=nested))
 

@@ -81,7 +81,9 @@ def weights(model: nn.Module, walked: Iterable[tuple[str, nn.Module]] | None = N
             linear = kind.name in ("linear", "linear^T") or found_to or (not is_layer and _is_experts(module))
             if isinstance(module, nn.ParameterList | nn.ParameterDict):  # it has no forward
                 readers = owners[-2:-1]
-            found.append(Weight(tuple(paths[key]), module, name, kind, linear, readers, (key, name) in bypassed, owners=owners))
+            found.append(
+                Weight(tuple(paths[key]), module, name, kind, linear, readers, (key, name) in bypassed, owners=owners)
+            )
     return found
 
 
@@ -93,11 +95,17 @@ def heads(model: nn.Module) -> set[int]:
         if isinstance(part, torch.jit.ScriptModule):
             continue
         get = getattr(part, "get_output_embeddings", None)
-        with contextlib.suppress(NotImplementedError, AttributeError):  # the DETR family has none, and says so by raising
+        with contextlib.suppress(
+            NotImplementedError, AttributeError
+        ):  # the DETR family has none, and says so by raising
             found.append(get() if callable(get) else None)
         if (base := part._modules.get(getattr(part, "base_model_prefix", None) or "")) is not None:
             beside = [child for child in part.children() if child is not base]
-            found += [child for child in beside if kind_of(child) is not None or (type(child).__name__.endswith("Head") and not _is_decoder(child))]
+            found += [
+                child
+                for child in beside
+                if kind_of(child) is not None or (type(child).__name__.endswith("Head") and not _is_decoder(child))
+            ]
     return {id(m) for head in found if head is not None for m in head.modules()}
 
 
@@ -108,7 +116,9 @@ def _is_decoder(head: nn.Module) -> bool:
 
 def towers(model: nn.Module) -> tuple[str, ...]:
     """The paths of the models that a model is made of (vision_tower, language_model; encoder, decoder); none if it is made of one."""
-    parts = [(path, m) for path, m in walk(model) if path and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")]
+    parts = [
+        (path, m) for path, m in walk(model) if path and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")
+    ]
     inner = [path for path, _ in parts if not any(other.startswith(f"{path}.") for other, _ in parts)]
     return tuple(dict.fromkeys(inner)) if len(inner) > 1 else ()
 
@@ -121,8 +131,12 @@ def _kinds(module: nn.Module) -> Iterator[tuple[str, Kind]]:
     if type(module).__name__ == "ParametrizationList":
         return
     for name, p in module._parameters.items():
-        if p is not None and p.ndim >= 2 and "bias" not in name and "position" not in name:  # SAM's positional_embedding multiplies, but is fixed
-            transposed = bool(getattr(module, "is_transposed", False))  # transformers' mark on experts stored (E, in, out)
+        if (
+            p is not None and p.ndim >= 2 and "bias" not in name and "position" not in name
+        ):  # SAM's positional_embedding multiplies, but is fixed
+            transposed = bool(
+                getattr(module, "is_transposed", False)
+            )  # transformers' mark on experts stored (E, in, out)
             yield name, STACKS[transposed] if p.ndim == 3 and not _sums_over(module, name) else MATRIX
 
 
@@ -162,7 +176,11 @@ def _resolve(reader: nn.Module, parts: list[str]) -> Iterator[tuple[nn.Module, s
     """The weights that `self.<parts>` means in this reader; `*` stands for any child (self.layers[i].weight)."""
     name, *more = parts
     if not more:
-        yield from ((reader, n) for n in (reader._parameters if name == "*" else [name]) if reader._parameters.get(n) is not None)
+        yield from (
+            (reader, n)
+            for n in (reader._parameters if name == "*" else [name])
+            if reader._parameters.get(n) is not None
+        )
         return
     for child in reader._modules.values() if name == "*" else [reader._modules.get(name)]:
         if child is not None and not isinstance(child, torch.jit.ScriptModule):

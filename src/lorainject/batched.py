@@ -62,9 +62,15 @@ class Batched:
         A, B = [A for A, *_ in self.made_of], [B.t() for _, B, *_ in self.made_of]
         ranks, scales = [low.r for low in used], [low.scale for low in used]
         if len(set(ranks)) > 1:
-            A, B = ([pad(t, (0, 0, 0, max(ranks) - r)) for t, r in zip(factors, ranks, strict=True)] for factors in (A, B))
+            A, B = (
+                [pad(t, (0, 0, 0, max(ranks) - r)) for t, r in zip(factors, ranks, strict=True)] for factors in (A, B)
+            )
         of, self.moves = lanes(rows, y.device)
-        s = torch.tensor([0.0 if i is None else scales[i] for i in of], dtype=torch.promote_types(dtype, torch.float32), device=y.device)
+        s = torch.tensor(
+            [0.0 if i is None else scales[i] for i in of],
+            dtype=torch.promote_types(dtype, torch.float32),
+            device=y.device,
+        )
         self.A_LRI = torch.stack([A[i or 0] for i in of]).to(dtype)
         self.B_LRO = (torch.stack([B[i or 0] for i in of]) * s.view(-1, 1, 1)).to(dtype)
         self.parts = used[0].parts or ((slice(None), slice(None)),)

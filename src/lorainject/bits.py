@@ -25,7 +25,9 @@ def differing(a: Tensor, b: Tensor) -> np.ndarray:
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype have the same bits."""
     a, b = a.view(BITS[a.itemsize]), b.view(BITS[b.itemsize])
-    return bool(np.array_equal(a.numpy(), b.numpy()) if a.device.type == "cpu" else torch.equal(a, b))  # torch takes four times as long
+    return bool(
+        np.array_equal(a.numpy(), b.numpy()) if a.device.type == "cpu" else torch.equal(a, b)
+    )  # torch takes four times as long
 
 
 def checksum(tile: Tensor) -> int:

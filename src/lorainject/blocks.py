@@ -23,7 +23,10 @@ from .workers import workers
 
 TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
-TALL, BROAD = 48, (1024, 2048, 4096)  # a product has so many columns, and a multiple of so many rows: of what a library's innermost loops do at once
+TALL, BROAD = (
+    48,
+    (1024, 2048, 4096),
+)  # a product has so many columns, and a multiple of so many rows: of what a library's innermost loops do at once
 LARGEST = TALL * BROAD[-1]  # elements of a product: what is at work on it lies in a core's own cache
 FEW, THIN = 8, 16  # rows that are added to at a time, and for how many ranks at most: from 24 on strips take less
 BETWEEN = 16  # elements from the end of one row of it to the next
@@ -83,7 +86,13 @@ class Product(NamedTuple):
     def adds(self, s: float) -> bool:
         """Whether s P Q may be added in one call (`add`): fast, and with the bits of the product and the sum."""
         (rows, r), width = self.P.shape, self.Q.shape[1]
-        return r <= THIN and rows % FEW == 0 and self.P.dtype == torch.float32 and self.P.device.type == "cpu" and _adds(r, width, s)
+        return (
+            r <= THIN
+            and rows % FEW == 0
+            and self.P.dtype == torch.float32
+            and self.P.device.type == "cpu"
+            and _adds(r, width, s)
+        )
 
     def strips(self, *tiles: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
         """All of one tile, each with those of these matrices of its shape. (To split them at once takes less than a slice of each.)"""
@@ -93,7 +102,9 @@ class Product(NamedTuple):
             Q = self.Q[:, left : left + broad[-1]]
             n, Q = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
             step = LARGEST // Q.shape[1] if on_cpu else rows
-            for P, *parts in zip(*(t.split(step) for t in (self.P, *(tile[:, left : left + n] for tile in tiles))), strict=True):
+            for P, *parts in zip(
+                *(t.split(step) for t in (self.P, *(tile[:, left : left + n] for tile in tiles))), strict=True
+            ):
                 edge = (P.shape[0], n) if P.shape[0] % tall or n != Q.shape[1] else None
                 yield Strip(padded(P, 0, tall) if edge else P, Q, edge), parts
 
@@ -121,7 +132,9 @@ def _in_range(parts: Sequence[Factors], s: float) -> bool:
     """Whether float32 does for the factors, and a CPU is to multiply them."""
     if parts[0].P.device.type != "cpu" or sum(f.P.shape[-1] for f in parts) > DEEPEST:
         return False
-    sizes = [float(f.s) for f in parts] + [float(t.abs().amax()) * abs(float(f.s) / s) for f in parts for t in (f.P, f.Q) if s and t.numel()]
+    sizes = [float(f.s) for f in parts] + [
+        float(t.abs().amax()) * abs(float(f.s) / s) for f in parts for t in (f.P, f.Q) if s and t.numel()
+    ]
     return s != 0 and all(x == 0 or 1e-18 < abs(x) < 1e18 for x in sizes)
 
 
@@ -140,7 +153,9 @@ def chained() -> bool:
 @functools.cache
 def _chained() -> bool:
     """By products of all sizes, in some columns: at every place of a library's blocks, and the last ones."""
-    sizes = [(rows, r, broad) for broad in BROAD for rows in range(TALL, LARGEST // broad + 1, TALL) for r in (4, 8, 17)]
+    sizes = [
+        (rows, r, broad) for broad in BROAD for rows in range(TALL, LARGEST // broad + 1, TALL) for r in (4, 8, 17)
+    ]
     found: list[bool] = []
 
     def one(rows: int, r: int, broad: int) -> None:

@@ -89,7 +89,10 @@ class Whole:
         """The same of what is merged in place, each with what was kept of it."""
         assert folded.journal is not None
         found = list(self.tiles(self.weight, summed(folded.terms)))
-        return ((*tile, kept) for tile, kept in zip(found, folded.journal.kept(view.numel() for view, _ in found), strict=True))
+        return (
+            (*tile, kept)
+            for tile, kept in zip(found, folded.journal.kept(view.numel() for view, _ in found), strict=True)
+        )
 
 
 def wholes(on: Mapping[str, Host]) -> list[Whole]:
@@ -151,7 +154,10 @@ class InPlace:
                 out.copy_(m.view(out.shape))
 
         outs = itertools.repeat(None) if target is None else (out for out, _ in self.w.tiles(target, of))
-        each(fold, ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, of), outs, strict=False))))
+        each(
+            fold,
+            ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, of), outs, strict=False))),
+        )
 
     def finish(self) -> None:
         """What has to wait until the grafts are off."""
@@ -212,7 +218,11 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
         if stuck:
             problems = [f"{name}: was changed since it was merged (trained, loaded or edited), or s B A comes out otherwise here"
                         " (another machine or BLAS library)" for name in dict.fromkeys(stuck)]  # fmt: skip
-            raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
+            raise MergeError(
+                "nothing was unmerged:",
+                problems,
+                "load the base anew; an adapter's A and B are still there to be saved",
+            )
     except BaseException:
         for view, w0, d, M in done:
             if checksum(flat(view)) == w0:

@@ -67,7 +67,11 @@ def extract_pairs(source: str, module: str) -> list[Pair]:
             if not isinstance(node, ast.ClassDef) and not all(isinstance(s, ast.Pass | ast.Raise) for s in node.body):
                 documented.append((node, " ".join(re.split(r"\n\s*\n", doc.strip())[0].split())))
     # Only now are the docstrings of inner functions gone as well.
-    return [Pair(module, doc, re.sub(rf"\b{node.name}\b", "f", ast.unparse(node))) for node, doc in documented if doc.count(" ") > 1]
+    return [
+        Pair(module, doc, re.sub(rf"\b{node.name}\b", "f", ast.unparse(node)))
+        for node, doc in documented
+        if doc.count(" ") > 1
+    ]
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -93,7 +97,9 @@ def stdlib_pairs(root: Path | None = None) -> list[Pair]:
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a JSONL file, each line its own module; raises FileError with every line that is no pair."""
     pairs, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # splitlines would split inside strings, at U+2028
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").split("\n"), 1
+    ):  # splitlines would split inside strings, at U+2028
         if line.strip():
             try:
                 row = json.loads(line)
@@ -104,7 +110,9 @@ def read_pairs(path: Path) -> list[Pair]:
             except (ValueError, LookupError, TypeError, AttributeError):
                 problems.append(f"line {number}: {line[:60]!r}")
     if problems:
-        raise li.FileError(f'{path}: lines that are not {{"query": "...", "positive": "..."}}:', problems, "correct or remove them")
+        raise li.FileError(
+            f'{path}: lines that are not {{"query": "...", "positive": "..."}}:', problems, "correct or remove them"
+        )
     return pairs
 
 
@@ -119,7 +127,9 @@ def distinct(pairs: Iterable[Pair]) -> list[Pair]:
     return kept
 
 
-def split_by_module(pairs: Iterable[Pair], size: int, seed: int, most: int = PER_MODULE) -> tuple[list[Pair], list[Pair]]:
+def split_by_module(
+    pairs: Iterable[Pair], size: int, seed: int, most: int = PER_MODULE
+) -> tuple[list[Pair], list[Pair]]:
     """(training, held out): modules in random order are held out until they give `size` pairs, at most `most` from each.
 
     What such a module has beyond that is used nowhere, so that no big module fills the pool.
@@ -147,7 +157,9 @@ def load_tokenizer(source: str | Path) -> Callable[[Sequence[Pair]], tuple[Ids, 
 
     def tokenize(pairs: Sequence[Pair]) -> tuple[Ids, Ids]:
         queries = tokenizer([p.query for p in pairs], truncation=True, max_length=QUERY)
-        return queries["input_ids"], tokenizer([p.positive for p in pairs], truncation=True, max_length=POSITIVE)["input_ids"]
+        return queries["input_ids"], tokenizer([p.positive for p in pairs], truncation=True, max_length=POSITIVE)[
+            "input_ids"
+        ]
 
     return tokenize
 
@@ -161,7 +173,9 @@ def pretrained(auto: str, source: str | Path, **options: Any) -> Any:
     try:
         return getattr(transformers, auto).from_pretrained(source, **options)
     except (OSError, ValueError) as e:
-        raise li.LoraError(f"{source} does not load with {auto}: {e}", way_out="give a folder with model and tokenizer, or a hub name") from e
+        raise li.LoraError(
+            f"{source} does not load with {auto}: {e}", way_out="give a folder with model and tokenizer, or a hub name"
+        ) from e
 
 
 def embed(model: nn.Module, texts: Ids) -> Tensor:
@@ -179,7 +193,9 @@ def embed_all(model: nn.Module, texts: tuple[Ids, Ids]) -> Tensor:
     """Queries and positives, N each -> (2, N, D); in batches of like length, so that little is padded, and back in order."""
     both = texts[0] + texts[1]
     order = sorted(range(len(both)), key=lambda i: len(both[i]))
-    e_MD = torch.cat([embed(model, [both[i] for i in order[start : start + BATCH]]) for start in range(0, len(both), BATCH)])
+    e_MD = torch.cat(
+        [embed(model, [both[i] for i in order[start : start + BATCH]]) for start in range(0, len(both), BATCH)]
+    )
     return e_MD[torch.tensor(order).argsort().to(e_MD.device)].unflatten(0, (2, -1))
 
 

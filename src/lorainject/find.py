@@ -35,7 +35,9 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     adapter; SpecError for settings that can't be meant.
     """
     if not isinstance(model, nn.Module):
-        raise TargetError(f"the model must be an nn.Module, not {model!r}", way_out="load it first, as with AutoModel.from_pretrained")
+        raise TargetError(
+            f"the model must be an nn.Module, not {model!r}", way_out="load it first, as with AutoModel.from_pretrained"
+        )
     spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
     matcher = Matcher(model)
@@ -46,7 +48,11 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     problems += _overlaps(chosen)
     problems += [f"{p.name}: {reason}" for p in chosen if (reason := unfit(p.weight, p.label))]
     if problems:
-        raise TargetError("this can't be injected; nothing was changed:", problems, "correct these and call again; exclude=[...] leaves modules out")
+        raise TargetError(
+            "this can't be injected; nothing was changed:",
+            problems,
+            "correct these and call again; exclude=[...] leaves modules out",
+        )
     sites = tuple(
         site(p, matcher.paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
         for p, s in zip(chosen, settings, strict=True)
@@ -64,7 +70,9 @@ def _excluded(spec: LoraSpec, matcher: Matcher, problems: list[str]) -> set[tupl
             problems.append(f"exclude {entry!r}: a slice can't be left out; name the slices that are wanted in targets")
             continue
         inside = {id(inner) for module in matcher.modules(entry) for inner in module.modules()}
-        matched = {p.weight.key for p in matcher(entry, problems)} | {w.key for w in matcher.weights if id(w.module) in inside}
+        matched = {p.weight.key for p in matcher(entry, problems)} | {
+            w.key for w in matcher.weights if id(w.module) in inside
+        }
         excluded |= matched
         if not matched and not inside:
             problems.append(f"exclude {_show(entry)} matches nothing{matcher.nearest(entry)}")
@@ -82,10 +90,18 @@ def _targeted(spec: LoraSpec, matcher: Matcher, excluded: set[tuple[int, str]], 
             # Beside layers that fit, a container of the same name (BERT's `output`) is no mistake; another layer is.
             known = {id(w.module) for w in matcher.weights}
             for path, module in matcher.modules_by_path(entry):
-                if id(module) not in known and (not matched or next(module.parameters(recurse=False), None) is not None):
-                    problems.append(f"{path} is a {type(module).__name__}, which can't carry an adapter{matcher.inside(path)}")
+                if id(module) not in known and (
+                    not matched or next(module.parameters(recurse=False), None) is not None
+                ):
+                    problems.append(
+                        f"{path} is a {type(module).__name__}, which can't carry an adapter{matcher.inside(path)}"
+                    )
         if not kept and len(problems) == wrong:
-            problems.append(f"{_show(entry)}: exclude leaves nothing of it" if matched else f"{_show(entry)} {matcher.why_nothing(entry)}")
+            problems.append(
+                f"{_show(entry)}: exclude leaves nothing of it"
+                if matched
+                else f"{_show(entry)} {matcher.why_nothing(entry)}"
+            )
         chosen |= {(p.weight.key, p.label): p for p in kept}
     order = {w.key: n for n, w in enumerate(matcher.weights)}
     return sorted(chosen.values(), key=lambda p: (order[p.weight.key], p.rows[0].start if p.rows else 0))
@@ -126,7 +142,9 @@ def _settings(spec: LoraSpec, matcher: Matcher, chosen: Sequence[Pick], problems
         hit = [bool({(p.weight.key, p.label), (p.weight.key, "")} & matched) for p in chosen]
         settings = [spec.with_override(override) if h else s for h, s in zip(hit, settings, strict=True)]
         if not any(hit):
-            problems.append(f"override {override.target!r} matches none of the targets{matcher.nearest(override.target)}")
+            problems.append(
+                f"override {override.target!r} matches none of the targets{matcher.nearest(override.target)}"
+            )
     return settings
 
 
@@ -137,11 +155,23 @@ def unfit(weight: Weight, label: str = "") -> str | None:
         return f"has an attribute `{child}` of its own (another library's adapter?)"
     if (reason := refusal(weight.module, weight.parameter)) is not None:
         return reason
-    if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in (bare(type(m)).forward for m in weight.readers)):
-        return "it is read by a forward that is a generator or a coroutine, which would run after the adapter is off again"
+    if any(
+        inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f)
+        for f in (bare(type(m)).forward for m in weight.readers)
+    ):
+        return (
+            "it is read by a forward that is a generator or a coroutine, which would run after the adapter is off again"
+        )
     if weight.readers and is_quantised(weight.module):
         return f"{bare(type(weight.readers[0])).__name__} reads its weight itself, which is quantised"
-    return next((f"{bare(type(m)).__name__} reads it, and {reason}" for m in weight.readers if (reason := objection(m)) is not None), None)
+    return next(
+        (
+            f"{bare(type(m)).__name__} reads it, and {reason}"
+            for m in weight.readers
+            if (reason := objection(m)) is not None
+        ),
+        None,
+    )
 
 
 def wrapped(model: nn.Module) -> list[str]:

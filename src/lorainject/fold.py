@@ -24,7 +24,11 @@ from .bits import BITS, checksum, differing
 from .blocks import Product, add, tiles
 from .errors import MergeError
 
-ENOUGH, LEAST, EVERY = 1 << 13, 1 << 10, 7  # so many elements are measured, of each 1,024 one at least, of some rows in every seventh column
+ENOUGH, LEAST, EVERY = (
+    1 << 13,
+    1 << 10,
+    7,
+)  # so many elements are measured, of each 1,024 one at least, of some rows in every seventh column
 CAST = 3 << 17  # elements that are cast at a time
 WHOLE = -1
 CPU = torch.device("cpu")
@@ -242,12 +246,20 @@ class Journal:
         before, after, gaps, bits = zip(*(fold.kept[i] for i in sorted(fold.kept)), strict=True)
         counts = [WHOLE if g is None else len(g) for g in gaps]
         some = [g for g in gaps if g is not None] or [torch.empty(0, dtype=GAP)]
-        return cls(torch.tensor(before), torch.tensor(after), torch.tensor(counts, dtype=torch.int32), torch.cat(some), torch.cat(bits))
+        return cls(
+            torch.tensor(before),
+            torch.tensor(after),
+            torch.tensor(counts, dtype=torch.int32),
+            torch.cat(some),
+            torch.cat(bits),
+        )
 
     def kept(self, sizes: Iterable[int]) -> Iterator[Kept]:
         """Tile by tile; `sizes` are their elements."""
         place = bit = 0
-        for before, after, count, size in zip(self.before.tolist(), self.after.tolist(), self.counts.tolist(), sizes, strict=True):
+        for before, after, count, size in zip(
+            self.before.tolist(), self.after.tolist(), self.counts.tolist(), sizes, strict=True
+        ):
             if count == WHOLE:
                 yield Kept(before, after, None, self.bits[bit : bit + size])
                 bit += size
@@ -264,7 +276,9 @@ class Journal:
 def measured(w0: Tensor, of: Product) -> Measured:
     """By some of a matrix's elements; by all, in float64, where d vanishes on those that would stand for them."""
     step = min(w0.numel() // ENOUGH, LEAST)  # odd ones, so that no pattern of heads or blocks is met again and again
-    rows, columns = (slice(None, None, step // EVERY | 1), slice(None, None, EVERY)) if step else (slice(None), slice(None))
+    rows, columns = (
+        (slice(None, None, step // EVERY | 1), slice(None, None, EVERY)) if step else (slice(None), slice(None))
+    )
     w, d = w0[rows, columns].flatten(), torch.mm(of.P[rows], of.Q[:, columns]).flatten().mul_(of.s)
     if not (asked := float(torch.dot(d, d))):
         if not of.P.any():

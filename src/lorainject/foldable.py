@@ -18,7 +18,9 @@ from .quantised import scheme
 from .replaced import Replaced
 
 
-def unfoldable(w: Whole, names: Sequence[str], ties: Mapping[tuple[int, str], list[str]], dequantise: bool) -> str | None:
+def unfoldable(
+    w: Whole, names: Sequence[str], ties: Mapping[tuple[int, str], list[str]], dequantise: bool
+) -> str | None:
     """Why nothing can be folded into this weight; None if it can."""
     host = w.hosts[0]
     weight = host.module._parameters.get(host.adapters.parameter)
@@ -58,7 +60,11 @@ def stuck(w: Whole) -> str | None:
         return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
     if folded.original is not None and folded.original.device != w.weight.device:
         return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
-    if folded.original is not None and w.weight is not folded.original and mark(w, folded.bias is not None) != folded.mark:
+    if (
+        folded.original is not None
+        and w.weight is not folded.original
+        and mark(w, folded.bias is not None) != folded.mark
+    ):
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 
@@ -68,7 +74,13 @@ def tied(model: nn.Module) -> dict[tuple[int, str], list[str]]:
     spans: dict[int, list[tuple[int, int, tuple[int, str], str]]] = {}
     for path, module in walk(model):
         for name, t in (module._parameters | module._buffers).items():
-            if t is not None and not is_sharded(t) and not is_traceable_wrapper_subclass(t) and not t.is_meta and t.numel():
+            if (
+                t is not None
+                and not is_sharded(t)
+                and not is_traceable_wrapper_subclass(t)
+                and not t.is_meta
+                and t.numel()
+            ):
                 extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
                 spans.setdefault(t.untyped_storage().data_ptr(), []).append(
                     (t.data_ptr(), t.data_ptr() + extent * t.itemsize, (id(module), name), f"{path}.{name}")

@@ -30,7 +30,13 @@ class LoraForward(Graft):
         base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = type(weight) is nn.Parameter and not is_compiling()
-        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self, args[0])) is not None:
+        if (
+            own
+            and base.forward is LINEAR
+            and len(args) == 1
+            and not kwargs
+            and (low := _only(self, args[0])) is not None
+        ):
             if not is_grad_enabled():
                 if args[0].numel() > FEW * weight.shape[1]:  # few tokens are not asked what many are
                     return in_inference(low, args[0], weight, self._parameters["bias"])

@@ -53,8 +53,15 @@ def grafted(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
     methods therefore stand in the new class itself.
     """
     if (mixin, base) not in _CLASSES:
-        body = {"__module__": base.__module__, "_lora_base": base, "forward": mixin.forward, "__reduce_ex__": Graft.__reduce_ex__}
-        _CLASSES[mixin, base] = types.new_class(f"Lora{base.__name__}", (base, mixin), exec_body=lambda namespace: namespace.update(body))
+        body = {
+            "__module__": base.__module__,
+            "_lora_base": base,
+            "forward": mixin.forward,
+            "__reduce_ex__": Graft.__reduce_ex__,
+        }
+        _CLASSES[mixin, base] = types.new_class(
+            f"Lora{base.__name__}", (base, mixin), exec_body=lambda namespace: namespace.update(body)
+        )
     return _CLASSES[mixin, base]
 
 
@@ -76,7 +83,9 @@ def objection(module: nn.Module) -> str | None:
     if isinstance(module, Graft) and not is_grafted(cls):
         return f"{cls.__module__}.{cls.__qualname__} was derived from the grafted class (by fully_shard or parametrize): undo that first"
     own = module.__dict__.get("forward")
-    wrapped = module.__dict__.get("_old_forward") if "_hf_hook" in module.__dict__ else own  # accelerate's wrapper calls _old_forward
+    wrapped = (
+        module.__dict__.get("_old_forward") if "_hf_hook" in module.__dict__ else own
+    )  # accelerate's wrapper calls _old_forward
     if own is not None and not _is_forward(module, wrapped):
         whose = getattr(own, "__qualname__", None) or type(own).__qualname__
         return f"its forward is replaced on the instance by {whose}, which would bypass an adapter: remove that patch first"
@@ -85,7 +94,11 @@ def objection(module: nn.Module) -> str | None:
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give `module` the class `cls`; the caller has asked `objection` before."""
-    stored = [key for key, value in module.__dict__.items() if isinstance(value, types.MethodType) and _is_forward(module, value)]
+    stored = [
+        key
+        for key, value in module.__dict__.items()
+        if isinstance(value, types.MethodType) and _is_forward(module, value)
+    ]
     module.__class__ = cls
     for key in stored:
         module.__dict__[key] = types.MethodType(_forward_of(cls), module)
@@ -93,7 +106,9 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _is_forward(module: nn.Module, value: object) -> bool:
     """Whether `value` is the class's own forward, bound to `module` and stored on the instance."""
-    return isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is _forward_of(type(module))
+    return (
+        isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is _forward_of(type(module))
+    )
 
 
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:

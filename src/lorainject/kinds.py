@@ -22,7 +22,11 @@ from .graft import bare, objection
 from .lowrank import Term, add_looked_up
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-QUANTISED = ("bitsandbytes.", "optimum.quanto.", "torchao.")  # whose layers or tensors hold a weight that can't be read as numbers
+QUANTISED = (
+    "bitsandbytes.",
+    "optimum.quanto.",
+    "torchao.",
+)  # whose layers or tensors hold a weight that can't be read as numbers
 
 
 @dataclass(frozen=True, kw_only=True)

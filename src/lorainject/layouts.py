@@ -67,7 +67,11 @@ class Layout:
         for name, size in self.parts.items():
             size *= unit
             single = (range(start, out, step),)  # every so-manieth row: one range with a step, not thousands of rows
-            found[name] = single if size == 1 and blocks > 1 else tuple(range(b * step + start, b * step + start + size) for b in range(blocks))
+            found[name] = (
+                single
+                if size == 1 and blocks > 1
+                else tuple(range(b * step + start, b * step + start + size) for b in range(blocks))
+            )
             start += size
         return found
 
@@ -119,7 +123,11 @@ def gpt_bigcode(of: Facts) -> Layout | None:
     if of("is_cross_attention"):
         return None
     dim, heads = of("head_dim"), of("num_heads")
-    return Layout(1, {"q": heads * dim, "k": dim, "v": dim}) if of("multi_query") else Layout(heads, {"q": dim, "k": dim, "v": dim})
+    return (
+        Layout(1, {"q": heads * dim, "k": dim, "v": dim})
+        if of("multi_query")
+        else Layout(heads, {"q": dim, "k": dim, "v": dim})
+    )
 
 
 def falcon(of: Facts) -> Layout:
@@ -127,7 +135,11 @@ def falcon(of: Facts) -> Layout:
     heads, dim = of("num_heads"), of("head_dim")
     if of("new_decoder_architecture"):
         return Layout(of("num_kv_heads"), {"q": heads // of("num_kv_heads") * dim, "k": dim, "v": dim})
-    return Layout(1, {"q": heads * dim, "k": dim, "v": dim}) if of("multi_query") else Layout(heads, {"q": dim, "k": dim, "v": dim})
+    return (
+        Layout(1, {"q": heads * dim, "k": dim, "v": dim})
+        if of("multi_query")
+        else Layout(heads, {"q": dim, "k": dim, "v": dim})
+    )
 
 
 def mla(of: Facts) -> Layout:
@@ -166,7 +178,11 @@ class Row:
 TABLE = (
     # gpt2/modeling_gpt2.py GPT2Attention: self.c_attn(hidden_states).split(self.split_size, dim=2), or key, value = self.c_attn(encoder_...)
     # imagegpt/modeling_imagegpt.py ImageGPTAttention: the same, in both cases
-    Row("c_attn", "gpt2.GPT2Attention decision_transformer.DecisionTransformerGPT2Attention imagegpt.ImageGPTAttention", gpt2),
+    Row(
+        "c_attn",
+        "gpt2.GPT2Attention decision_transformer.DecisionTransformerGPT2Attention imagegpt.ImageGPTAttention",
+        gpt2,
+    ),
     # openai/modeling_openai.py Attention: query, key, value = x.split(self.split_size, dim=2)
     Row("c_attn", "openai.Attention", equal("q", "k", "v")),
     # gpt_bigcode/modeling_gpt_bigcode.py GPTBigCodeAttention: .split((self.embed_dim, self.kv_dim, self.kv_dim)), or
@@ -227,7 +243,11 @@ TABLE = (
     # exaone4_5/modeling_exaone4_5.py Exaone4_5_VisionAttention: .split([self.q_dim, self.kv_dim, self.kv_dim], dim=-1)
     Row("qkv", "exaone4_5.Exaone4_5_VisionAttention", grouped),
     # qwen3_5/modeling_qwen3_5.py Qwen3_5GatedDeltaNet: torch.split(mixed_qkv, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
-    Row("in_proj_qkv", "qwen3_5.Qwen3_5GatedDeltaNet qwen3_5_moe.Qwen3_5MoeGatedDeltaNet qwen4_exp.Qwen4ExpTextGatedDeltaNet", delta_net),
+    Row(
+        "in_proj_qkv",
+        "qwen3_5.Qwen3_5GatedDeltaNet qwen3_5_moe.Qwen3_5MoeGatedDeltaNet qwen4_exp.Qwen4ExpTextGatedDeltaNet",
+        delta_net,
+    ),
     # qwen3_next/modeling_qwen3_next.py Qwen3NextGatedDeltaNet.fix_query_key_value_ordering: .view(..., self.num_k_heads, ...), then split
     Row("in_proj_qkvz", "qwen3_next.Qwen3NextGatedDeltaNet", delta_net_z),
     # qwen3_next/modeling_qwen3_next.py Qwen3NextAttention: torch.chunk(self.q_proj(...).view(*input_shape, -1, self.head_dim * 2), 2, dim=-1)
@@ -237,7 +257,11 @@ TABLE = (
         lambda of: Layout(None, {"q": of("head_dim"), "g": of("head_dim")}),
     ),
     # axk2/modeling_axk2.py AXK2Attention: .view(..., -1, self.qk_head_dim + self.v_head_dim), torch.split(..., [self.qk_head_dim, self.v_head_dim])
-    Row("q_gate_proj", "axk2.AXK2Attention", lambda of: Layout(of("num_heads"), {"q": of("qk_head_dim"), "g": of("v_head_dim")})),
+    Row(
+        "q_gate_proj",
+        "axk2.AXK2Attention",
+        lambda of: Layout(of("num_heads"), {"q": of("qk_head_dim"), "g": of("v_head_dim")}),
+    ),
     # jetmoe/modeling_jetmoe.py JetMoeAttention: self.kv_proj(hidden_states).chunk(2, dim=-1)
     Row("kv_proj", "jetmoe.JetMoeAttention", equal("k", "v")),
     # granite_speech/modeling_granite_speech.py GraniteSpeechConformerAttention: self.to_kv(hidden_states).chunk(2, dim=-1)
@@ -306,7 +330,11 @@ TABLE = (
     # clvp/modeling_clvp.py ClvpGatedLinearUnit: hidden_states, gate = self.proj(x).chunk(2, dim=-1); hidden_states * act(gate)
     Row("proj", "clvp.ClvpGatedLinearUnit", equal("up", "gate")),
     # aya_vision/modeling_aya_vision.py AyaVisionMultiModalProjector, cohere2_vision: x, gate = hidden_states.chunk(2, dim=-1); act(gate) * x
-    Row("linear_1", "aya_vision.AyaVisionMultiModalProjector cohere2_vision.Cohere2VisionMultiModalProjector", equal("up", "gate")),
+    Row(
+        "linear_1",
+        "aya_vision.AyaVisionMultiModalProjector cohere2_vision.Cohere2VisionMultiModalProjector",
+        equal("up", "gate"),
+    ),
     # mamba/modeling_mamba.py MambaMixer, falcon_mamba, jamba: hidden_states_B_C, gate = projected_states.chunk(2, dim=1)
     Row("in_proj", "mamba.MambaMixer falcon_mamba.FalconMambaMixer jamba.JambaMambaMixer", equal("x", "z")),
     # zamba/modeling_zamba.py ZambaMambaMixer: projected_states.view(batch_size, -1, 2, seq_len).chunk(2, dim=2): row by row, not halves

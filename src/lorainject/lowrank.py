@@ -158,7 +158,9 @@ class LowRank(Asked):
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):  # else it may be the base's own checkpoint: Adapters decides
+        if any(
+            key.startswith(prefix) for key in state_dict
+        ):  # else it may be the base's own checkpoint: Adapters decides
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._rebuild()  # assign=True may have brought A to another device
 
@@ -180,7 +182,10 @@ def _parts(slices: tuple[range, ...] | None) -> Parts | None:
     if any(part.step != 1 for part in slices or ()):
         return None
     ends = list(itertools.accumulate(map(len, slices or ())))
-    return tuple((slice(part.start, part.stop), slice(end - len(part), end)) for part, end in zip(slices or (), ends, strict=True))
+    return tuple(
+        (slice(part.start, part.stop), slice(end - len(part), end))
+        for part, end in zip(slices or (), ends, strict=True)
+    )
 
 
 def add(adapter: LowRank, y: Tensor, term: Callable[[LowRank, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -240,7 +245,9 @@ def copied(f: Factors) -> Factors:
     gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
     value = None if f.value is None else (f.value[0].detach().clone(), f.value[1])
     P, Q, s, *_ = flattened(f)
-    return Factors(P.clone(memory_format=torch.contiguous_format), Q.clone(), s.clone(), gain=gain, update=update, value=value)
+    return Factors(
+        P.clone(memory_format=torch.contiguous_format), Q.clone(), s.clone(), gain=gain, update=update, value=value
+    )
 
 
 def norm(P: Tensor, Q: Tensor) -> float:

@@ -95,8 +95,14 @@ class Matcher:
         if _is_glob(name):
             return [w for w in self._visible() if any(_globs(n, name) for n in w.names)]
         found = [w for w in self.weights if any(_ends(n, name) for n in w.names)]
-        if not found and name.endswith(".weight"):  # a layer's weight by its own name: whoever reads it within the model shall be adapted
-            layers = [w for w in self.weights if w.parameter == "weight" and any(_ends(n, name.removesuffix(".weight")) for n in w.names)]
+        if not found and name.endswith(
+            ".weight"
+        ):  # a layer's weight by its own name: whoever reads it within the model shall be adapted
+            layers = [
+                w
+                for w in self.weights
+                if w.parameter == "weight" and any(_ends(n, name.removesuffix(".weight")) for n in w.names)
+            ]
             found = [replace(w, readers=w.owners, named=True) for w in layers]
         return found
 
@@ -110,7 +116,9 @@ class Matcher:
             return [Pick(w) for w in among if not self.roles[w.key] & {"head", "router"}]
         whole = [Pick(w) for w in among if word in self.roles[w.key]]
         part = next((label for label, role in PART_ROLES.items() if role == word), None)
-        return whole + [Pick(w, part, rows[part]) for w in among if word not in self.roles[w.key] and part in (rows := parts_of(w))]
+        return whole + [
+            Pick(w, part, rows[part]) for w in among if word not in self.roles[w.key] and part in (rows := parts_of(w))
+        ]
 
     def _slice(self, w: Weight, label: str, problems: list[str]) -> Pick | None:
         out = out_of(w)
@@ -134,7 +142,9 @@ class Matcher:
                 raise TimeoutError
             return regex.fullmatch(pattern, path, timeout=left) is not None
         except regex.error as e:
-            raise SpecError(f"re:{pattern} is not a regular expression: {e}", way_out="correct it; nothing was changed") from None
+            raise SpecError(
+                f"re:{pattern} is not a regular expression: {e}", way_out="correct it; nothing was changed"
+            ) from None
         except TimeoutError:
             raise SpecError(f"re:{pattern} took more than {REGEX_SECONDS:g} s on the names of this model",
                             way_out="simplify it (nested repetition, such as (a+)+, never ends); nothing was changed") from None  # fmt: skip
@@ -145,7 +155,9 @@ class Matcher:
             word = entry.rsplit(".", 1)[-1]
             if word in KEYWORDS:
                 return "matches nothing: this model has no such weight" + (" there" if "." in entry else "")
-            of_parts = {PART_ROLES[label] for w in self.weights if w.multiplies for label in parts_of(w) if label in PART_ROLES}
+            of_parts = {
+                PART_ROLES[label] for w in self.weights if w.multiplies for label in parts_of(w) if label in PART_ROLES
+            }
             there = sorted(of_parts.union(*self.roles.values()))
             return f"is a role that this model has not; it has {', '.join(there) or 'none'}"
         return f"matches nothing{self.nearest(entry)}"
@@ -167,7 +179,9 @@ class Matcher:
 
     def inside(self, path: str) -> str:
         """The layers inside a container that was named where a layer was meant."""
-        inside = sorted({name.rsplit(".", 1)[-1] for w in self._visible() for name in w.names if name.startswith(f"{path}.")})
+        inside = sorted(
+            {name.rsplit(".", 1)[-1] for w in self._visible() for name in w.names if name.startswith(f"{path}.")}
+        )
         return f": name the layers inside it ({', '.join(map(repr, inside[:8]))})" if inside else ""
 
 

@@ -112,7 +112,9 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     weights = wholes(on)
     ties = tied(model)
     asked_of = [w for w in weights if w.adapters(chosen)]
-    problems = objections(model) + [f"{w.name}: {reason}" for w in asked_of if (reason := unfoldable(w, chosen, {} if untie else ties, dequantise))]
+    problems = objections(model) + [
+        f"{w.name}: {reason}" for w in asked_of if (reason := unfoldable(w, chosen, {} if untie else ties, dequantise))
+    ]
     problems += [f"{w.name}: {reason}" for w in weights if (reason := stuck(w))]  # the sum is formed from W0
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
@@ -123,7 +125,11 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
             was = before[w.name].folded if w.name in before else None
             found = (was.terms if was else {}) | w.terms(chosen, copy=reversible)
             if terms := {n: found[n] for n in order if n in found}:  # whatever came first
-                jobs.append(WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in ties, dequantise)](w, terms))
+                jobs.append(
+                    WAYS[
+                        was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in ties, dequantise)
+                    ](w, terms)
+                )
         return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)
 
 
@@ -142,10 +148,14 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     merged = merged_names(model)
     gone = merged if names is None else [names] if isinstance(names, str) else list(names)
     if unknown := [n for n in gone if n not in merged]:
-        raise StateError(f"{', '.join(map(repr, unknown))} is not merged", way_out=f"merged are {', '.join(map(repr, merged))}")
+        raise StateError(
+            f"{', '.join(map(repr, unknown))} is not merged", way_out=f"merged are {', '.join(map(repr, merged))}"
+        )
     weights = wholes(on)
     if problems := objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := stuck(w))]:
-        raise MergeError("nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved")
+        raise MergeError(
+            "nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved"
+        )
     before = _unfold(weights)
     if left := tuple(n for n in merged if n not in gone):
         with _else_again(model, weights, before, merged):
@@ -180,7 +190,11 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
     on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
     for w in wholes(on):
         asked = w.hosts[0].adapters.routing.active if name is None else (name,)
-        terms = w.terms(asked) if w.folded is None or not _beside(w.folded.terms) else {n: t for n, t in w.folded.terms.items() if n in asked}
+        terms = (
+            w.terms(asked)
+            if w.folded is None or not _beside(w.folded.terms)
+            else {n: t for n, t in w.folded.terms.items() if n in asked}
+        )
         if terms:
             d = summed(terms).whole().reshape(w.hosts[0].shape)
             if _beside(terms):
@@ -212,9 +226,13 @@ def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace]
     try:
         for write in (False, True) if strict else (True,):
             with _workers([job.w for job in jobs]) as each:
-                problems = [problem for job in jobs if (problem := job.fold(write, write and keep, each, desk)) is not None]
+                problems = [
+                    problem for job in jobs if (problem := job.fold(write, write and keep, each, desk)) is not None
+                ]
             if problems:
-                raise MergeError("nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype")
+                raise MergeError(
+                    "nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype"
+                )
             sites = [merged_site(j.w.name, j.norm, j.tally.measured, j.w.weight.nbytes, j.codes_changed) for j in jobs]
             if keep:
                 judge(sites, strict, stacklevel=6)
@@ -225,7 +243,9 @@ def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace]
             job.finish()
         _set_merged(on, names)
         kept = [job.w.folded.nbytes if job.w.folded else 0 for job in jobs]
-        return MergeReport(names=names, sites=tuple(replace(site, journal_bytes=n) for site, n in zip(sites, kept, strict=True)))
+        return MergeReport(
+            names=names, sites=tuple(replace(site, journal_bytes=n) for site, n in zip(sites, kept, strict=True))
+        )
     except BaseException:
         for job in jobs:
             job.undo()
@@ -244,7 +264,9 @@ def _workers(weights: Sequence[Whole]) -> AbstractContextManager[Each]:
     return workers("cpu" if all(w.weight.device.type == "cpu" for w in weights) else "cuda")
 
 
-def merged_site(path: str, norm: float, measured: Measured, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
+def merged_site(
+    path: str, norm: float, measured: Measured, weight_bytes: int, codes_changed: float | None = None
+) -> MergedSite:
     """A site of which nothing is kept yet."""
     error = measured.lost**0.5 / norm if norm else 0.0
     return MergedSite(path=path, norm=norm, survival=measured.survival, error=error, weight_bytes=weight_bytes, journal_bytes=0,
@@ -253,12 +275,20 @@ def merged_site(path: str, norm: float, measured: Measured, weight_bytes: int, c
 
 def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> None:
     """Warn of what does not survive, or refuse it: with `strict`, or where it is None quantised weights alone."""
-    drowned = {s: f"{s.path}: {max(s.survival, 0.0):.2f} of its delta, error {s.error:.0%}" for s in sites if s.survival < SURVIVAL}
+    drowned = {
+        s: f"{s.path}: {max(s.survival, 0.0):.2f} of its delta, error {s.error:.0%}"
+        for s in sites
+        if s.survival < SURVIVAL
+    }
     refused = [line for s, line in drowned.items() if strict or (strict is None and s.codes_changed is not None)]
     what = f"less than {SURVIVAL} of a delta survives the rounding to the stored weight"
     wider = "merge in a wider dtype (a copy of the model in float32)"
     if refused:
-        raise MergeError(f"nothing was merged: {what}:", refused, f"keep the adapter unmerged, {wider}, or accept the loss: strict=False")
+        raise MergeError(
+            f"nothing was merged: {what}:",
+            refused,
+            f"keep the adapter unmerged, {wider}, or accept the loss: strict=False",
+        )
     if drowned:
         warning = MergeError(f"{what}:", drowned.values(), f"keep the adapter unmerged, or {wider}")
         warnings.warn(str(warning), SurvivalWarning, stacklevel=stacklevel)
@@ -276,7 +306,9 @@ def _beside(terms: Terms) -> bool:
 
 
 @contextmanager
-def _else_again(model: nn.Module, weights: Sequence[Whole], before: Mapping[str, Before], merged: Sequence[str]) -> Iterator[None]:
+def _else_again(
+    model: nn.Module, weights: Sequence[Whole], before: Mapping[str, Before], merged: Sequence[str]
+) -> Iterator[None]:
     """If this fails, what was unfolded for it is folded once more."""
     try:
         yield
@@ -290,8 +322,15 @@ def _else_again(model: nn.Module, weights: Sequence[Whole], before: Mapping[str,
 
 def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """An optimiser that steps over merged A and B would train nothing, in silence."""
-    if any(p._lora_routing.merged for group in optimizer.param_groups for p in group["params"] if hasattr(p, "_lora_routing")):
-        raise StateError("can't train while merged: A and B are in the weights, and out of the graph", way_out="unmerge(model) first")
+    if any(
+        p._lora_routing.merged
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if hasattr(p, "_lora_routing")
+    ):
+        raise StateError(
+            "can't train while merged: A and B are in the weights, and out of the graph", way_out="unmerge(model) first"
+        )
 
 
 register_optimizer_step_pre_hook(_refuse_to_train)

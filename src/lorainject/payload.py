@@ -32,7 +32,16 @@ class Payload(LowRank):
     It knows the layer that it sits on, since the norm is W0's too.
     """
 
-    def __init__(self, layer: nn.Module, transposed: bool, m: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, **settings: Any) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        transposed: bool,
+        m: Tensor | None,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        **settings: Any,
+    ) -> None:
         super().__init__(A, B, **settings)
         self.__dict__["layer"] = layer  # not as a child, which it is not
         self.transposed = transposed
@@ -97,5 +106,7 @@ def norm_by_output(W0: Tensor, A: Tensor, B: Tensor, s: float, transposed: bool)
         w = W[rows].to(dtype)
         norms.append(torch.linalg.vector_norm(w, dim=0 if transposed else 1))
         WA.append(w.mT @ A[:, rows].mT if transposed else w @ A.mT)
-    norm, WA_OR = (torch.stack(norms).norm(dim=0), torch.stack(WA).sum(0)) if transposed else (torch.cat(norms), torch.cat(WA))
+    norm, WA_OR = (
+        (torch.stack(norms).norm(dim=0), torch.stack(WA).sum(0)) if transposed else (torch.cat(norms), torch.cat(WA))
+    )
     return (norm.square() + (B * (2 * s * WA_OR + s * s * (B @ (A @ A.mT)))).sum(1)).clamp(min=0).sqrt()

@@ -34,7 +34,9 @@ class Reach:
     """Sites for which the sum W0 + s B A had to be formed, and the torch functions that asked for it: exact, but no faster than a merge."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.reached)} sites reached" + (f"; {len(self.idle)} experts got no token" if self.idle else "")]
+        lines = [
+            f"{len(self.reached)} sites reached" + (f"; {len(self.idle)} experts got no token" if self.idle else "")
+        ]
         lines += [f"{name}: the dense sum was formed for {', '.join(by)}" for name, by in self.dense.items()]
         return "\n".join(lines)
 
@@ -49,21 +51,35 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
     on = {name: host for name, host in mounted(model, "probe").items() if host.adapters.on}
     if not on:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
-    if offloaded := [name for name, host in on.items() if host.weight.is_meta or any(p.is_meta for p in host.adapters.parameters())]:
-        raise StateError(f"{offloaded[0]} lies on the meta device (offloaded), where it gets no gradient", way_out="probe before it is offloaded")
+    if offloaded := [
+        name for name, host in on.items() if host.weight.is_meta or any(p.is_meta for p in host.adapters.parameters())
+    ]:
+        raise StateError(
+            f"{offloaded[0]} lies on the meta device (offloaded), where it gets no gradient",
+            way_out="probe before it is offloaded",
+        )
     try:
         inspect.signature(model.forward).bind(*args, **inputs)
     except TypeError as e:
         takes = ", ".join(inspect.signature(model.forward).parameters)
-        raise StateError(f"the model can't be called with these inputs: {e}", way_out=f"{bare(type(model)).__name__}.forward takes {takes}") from None
+        raise StateError(
+            f"the model can't be called with these inputs: {e}",
+            way_out=f"{bare(type(model)).__name__}.forward takes {takes}",
+        ) from None
     asked = {name: Counter(host.adapters.fallbacks) for name, host in on.items()}
     used, acting, idle = _gradients(model, on, args, inputs)
     unreached = [name for name in on if name not in acting]
     idle += [name for name in unreached if name not in used and "experts" in name.split(".")]
     if problems := [f"{name}: {_why(name in used)}" for name in unreached if name not in idle]:
-        raise UnreachedAdapter("these adapters do nothing in this forward:", problems, _way_out(on, used & set(unreached)))
+        raise UnreachedAdapter(
+            "these adapters do nothing in this forward:", problems, _way_out(on, used & set(unreached))
+        )
     dense = {name: tuple(host.adapters.fallbacks - asked[name]) for name, host in on.items()}
-    return Reach(reached=tuple(name for name in on if name in acting), idle=tuple(idle), dense={name: by for name, by in dense.items() if by})
+    return Reach(
+        reached=tuple(name for name in on if name in acting),
+        idle=tuple(idle),
+        dense={name: by for name, by in dense.items() if by},
+    )
 
 
 def _why(used: bool) -> str:
@@ -79,15 +95,23 @@ def _way_out(on: Mapping[str, Host], read: set[str]) -> str:
     return f"eject, and inject naming the weight itself, as in targets=[{around + '.weight'!r}], or without them: exclude=[...]"
 
 
-def _gradients(model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]) -> tuple[set[str], set[str], list[str]]:
+def _gradients(
+    model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]
+) -> tuple[set[str], set[str], list[str]]:
     """The names whose weight has a gradient, those whose adapter has one (in B, or in A where B is trained), and idle experts."""
-    weights = {name: host.weight for name, host in on.items() if host.weight.is_floating_point()}  # a quantised weight has no gradient
+    weights = {
+        name: host.weight for name, host in on.items() if host.weight.is_floating_point()
+    }  # a quantised weight has no gradient
     factors = {name: [t for a in host.adapters.on for t in a.parameters()] for name, host in on.items()}
-    wanted = list({id(t): t for name in on for t in (*([weights[name]] if name in weights else []), *factors[name])}.values())
+    wanted = list(
+        {id(t): t for name in on for t in (*([weights[name]] if name in weights else []), *factors[name])}.values()
+    )
     with _undisturbed(model), _requiring_grad(wanted), torch.enable_grad():
         outputs = [t for t in _tensors(model(*args, **inputs)) if t.requires_grad]
         g = torch.Generator().manual_seed(0)
-        loss = sum(((t.float() * torch.randn(t.shape, generator=g).to(t.device)).sum() for t in outputs), torch.zeros(()))
+        loss = sum(
+            ((t.float() * torch.randn(t.shape, generator=g).to(t.device)).sum() for t in outputs), torch.zeros(())
+        )
         grads = torch.autograd.grad(loss, wanted, allow_unused=True) if outputs else [None] * len(wanted)
     by = {id(t): grad for t, grad in zip(wanted, grads, strict=True) if grad is not None and bool(grad.any())}
     idle = []
@@ -126,7 +150,12 @@ def _requiring_grad(tensors: list[Tensor]) -> Iterator[None]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Random state and buffers are put back: a training forward draws dropout masks and moves batch statistics."""
-    buffers = [(module, name, b, b.clone()) for _, module in walk(model) for name, b in module._buffers.items() if b is not None]
+    buffers = [
+        (module, name, b, b.clone())
+        for _, module in walk(model)
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:

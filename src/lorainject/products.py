@@ -33,7 +33,17 @@ def _linear(function: Any, input: Any, weight: Any, bias: Tensor | None = None) 
     return y
 
 
-@answers(torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, operator.matmul)
+@answers(
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.__matmul__,
+    operator.matmul,
+)
 def _matmul(function: Any, input: Any, other: Any) -> Any:
     a, b = input, other
     w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
@@ -63,7 +73,11 @@ def _product(y: Tensor, w: LowRankSum, x: Tensor, *, right: bool, alpha: Any = 1
     for P, Q, s, p, *_ in w.factors:
         dropped = F.dropout(x, p, p > 0)
         P, Q = P.to(x.dtype), Q.to(x.dtype)
-        term = torch.matmul(torch.matmul(dropped, P) * (s * alpha), Q) if right else torch.matmul(P, torch.matmul(Q, dropped) * (s * alpha))
+        term = (
+            torch.matmul(torch.matmul(dropped, P) * (s * alpha), Q)
+            if right
+            else torch.matmul(P, torch.matmul(Q, dropped) * (s * alpha))
+        )
         y = y + term.to(y.dtype)
     return y
 
@@ -77,7 +91,9 @@ def _grouped_mm(function: Any, x: Any, w: Any, offs: Any = None, **kwargs: Any) 
     for P, Q, s, p, *_ in w.factors:
         dropped = F.dropout(x, p, p > 0)
         if len(x) < len(P):  # fewer tokens than experts: their experts' factors alone, instead of a cast of all
-            expert = torch.searchsorted(offs, torch.arange(len(x), dtype=offs.dtype, device=offs.device), right=True).clamp(max=len(P) - 1)
+            expert = torch.searchsorted(
+                offs, torch.arange(len(x), dtype=offs.dtype, device=offs.device), right=True
+            ).clamp(max=len(P) - 1)
             h_R = torch.bmm(dropped.unsqueeze(1), P[expert].to(x.dtype)) * s
             y = y + torch.bmm(h_R, Q[expert].to(x.dtype)).squeeze(1)
         else:
@@ -157,12 +173,29 @@ def _conv_transpose(function: Any, input: Any, weight: Any, bias: Any = None, st
         rows, r = P.shape
         P = P.to(x.dtype).reshape(groups, rows // groups, r).mT.reshape(groups * r, rows // groups, *[1] * (Q.ndim - 2))
         h = CONVOLUTIONS[Q.ndim](F.dropout(x, p, p > 0), P, groups=groups) * s
-        y = y + function(h, Q.to(h.dtype).repeat(groups, *[1] * (Q.ndim - 1)), None, stride, padding, output_padding, groups, dilation)
+        y = y + function(
+            h,
+            Q.to(h.dtype).repeat(groups, *[1] * (Q.ndim - 1)),
+            None,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            dilation,
+        )
     return y
 
 
 @answers(F.embedding)
-def _embedding(function: Any, input: Any, weight: Any, padding_idx: int | None = None, max_norm: Any = None, *rest: Any, **options: Any) -> Any:
+def _embedding(
+    function: Any,
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: Any = None,
+    *rest: Any,
+    **options: Any,
+) -> Any:
     """W (V, D). Options that concern W0's own gradient (scale_grad_by_freq, sparse) do not apply to the factors."""
     ids, w = input, weight
     if not isinstance(w, LowRankSum) or not w.is_matrix or max_norm is not None:

@@ -62,7 +62,11 @@ def scheme(module: nn.Module) -> Scheme | None:
     """The row for this layer, with the type in its name; None if there is none, or the weight is not (yet) stored quantised."""
     weight = module._parameters.get("weight")
     for row in SCHEMES:
-        if _dotted(type(weight)) in row.weights and _computes_as(bare(type(module)), row.layer) and (kind := row.kind(module)) is not None:
+        if (
+            _dotted(type(weight)) in row.weights
+            and _computes_as(bare(type(module)), row.layer)
+            and (kind := row.kind(module)) is not None
+        ):
             return dataclasses.replace(row, name=f"{row.name} {kind}")
     return None
 
@@ -81,7 +85,10 @@ def _computes_as(cls: type[nn.Module], layer: str) -> bool:
 
 def _kind_4bit(module: Any) -> str | None:
     state = getattr(module.weight, "quant_state", None)
-    if state is None or tuple(state.shape) != (module.out_features, module.in_features):  # not quantised yet, or made from (in, out)
+    if state is None or tuple(state.shape) != (
+        module.out_features,
+        module.in_features,
+    ):  # not quantised yet, or made from (in, out)
         return None
     return str(state.quant_type)
 
@@ -110,8 +117,15 @@ def _dequantise_4bit(module: Any) -> Tensor:
 @torch.no_grad()
 def _requantise_4bit(module: Any, W: Tensor) -> nn.Parameter:
     old = module.weight
-    _, state, nested, dtype = _stored_4bit(old)  # and not the parameter's own settings: from FSDP it comes back with the defaults
-    how = {"blocksize": state.blocksize, "quant_type": state.quant_type, "compress_statistics": nested, "quant_storage": old.quant_storage}
+    _, state, nested, dtype = _stored_4bit(
+        old
+    )  # and not the parameter's own settings: from FSDP it comes back with the defaults
+    how = {
+        "blocksize": state.blocksize,
+        "quant_type": state.quant_type,
+        "compress_statistics": nested,
+        "quant_storage": old.quant_storage,
+    }
     codes, state = import_module("bitsandbytes.functional").quantize_4bit(W.to(old.device).contiguous(), **how)
     state.dtype = dtype
     new: nn.Parameter = import_module("bitsandbytes.nn").Params4bit(
@@ -164,7 +178,9 @@ def _requantise_8bit(module: Any, W: Tensor) -> nn.Parameter:
 
 
 def _install_8bit(module: Any, parameter: Any) -> None:
-    module.weight.CB, module.weight.SCB = _stored_8bit(module)  # else the weight that leaves would leave its scales behind
+    module.weight.CB, module.weight.SCB = _stored_8bit(
+        module
+    )  # else the weight that leaves would leave its scales behind
     module.state.reset_grads()
     module.weight = parameter
 
@@ -179,7 +195,9 @@ def _codes_8bit(weight: Any) -> Tensor:
 def _rebuilt(tensor: Any, part: Callable[[str], Tensor], **attributes: Any) -> Any:
     """The same class and attributes, but for these, with other parts (codes, scales ...)."""
     names, meta = tensor.__tensor_flatten__()
-    return type(tensor).__tensor_unflatten__({n: part(n) for n in names}, {**meta, **attributes}, tensor.shape, tensor.stride())
+    return type(tensor).__tensor_unflatten__(
+        {n: part(n) for n in names}, {**meta, **attributes}, tensor.shape, tensor.stride()
+    )
 
 
 @torch.no_grad()
@@ -191,7 +209,9 @@ def _dequantise_subclass(module: Any) -> Tensor:
         value: Tensor = getattr(w, name)
         return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
-    W: Tensor = _rebuilt(w, part, **({"dtype": torch.float32} if "dtype" in w.__tensor_flatten__()[1] else {})).dequantize()
+    W: Tensor = _rebuilt(
+        w, part, **({"dtype": torch.float32} if "dtype" in w.__tensor_flatten__()[1] else {})
+    ).dequantize()
     return W
 
 
@@ -211,7 +231,9 @@ def _kept(old: Tensor, new: Tensor, least: Tensor, top: float) -> Tensor:
 def _kind_torchao(module: Any) -> str | None:
     w = module.weight
     kind = str(getattr(w, "target_dtype", w.qdata.dtype)).removeprefix("torch.")
-    zero_point = getattr(w, "zero_point", None)  # only asymmetric mappings have one; Int8Tensor's own forward ignores it
+    zero_point = getattr(
+        w, "zero_point", None
+    )  # only asymmetric mappings have one; Int8Tensor's own forward ignores it
     on_inputs = [getattr(w, name, None) for name in ("act_quant_kwargs", "act_pre_scale", "activation_quantization")]
     if kind == "int1" or any(a is not None for a in on_inputs) or (zero_point is not None and bool(zero_point.any())):
         return None
@@ -226,7 +248,9 @@ def _requantise_torchao(module: Any, W: Tensor) -> nn.Parameter:
         new = {"qdata": q.qdata, "scale": q.scale}
     else:
         ao = import_module("torchao.quantization.quant_primitives")
-        bits = int(str(getattr(w, "target_dtype", torch.int8)).removeprefix("torch.int")) - bool(getattr(w, "reduce_range", False))
+        bits = int(str(getattr(w, "target_dtype", torch.int8)).removeprefix("torch.int")) - bool(
+            getattr(w, "reduce_range", False)
+        )
         low, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         how = {"block_size": block, "target_dtype": torch.int8, "quant_min": low, "quant_max": top, "keepdim": True}
         least, zero = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, **how)

@@ -89,7 +89,9 @@ def _by_rows(experts: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs
         for name, run in rows.runs:
             tokens = slice(run.start * n // batch, run.stop * n // batch)
             routing.active = () if name is None else (name,)
-            found.append(experts.forward(*(part(a, tokens) for a in args), **{key: part(v, tokens) for key, v in kwargs.items()}))
+            found.append(
+                experts.forward(*(part(a, tokens) for a in args), **{key: part(v, tokens) for key, v in kwargs.items()})
+            )
     finally:
         routing.rows, routing.active = rows, before
     return torch.cat(found)
@@ -161,7 +163,9 @@ class Hidden(LowRankSum):
         return tuple(low(factors, self.kind.transposed, rest) for low in self.on if not isinstance(low, Replaced))
 
 
-def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]) -> None:
+def mount(
+    paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]
+) -> None:
     """Give a module (under all its paths) the child that holds a weight's adapters, and graft it, or the weight's readers, each with a path.
 
     A weight that has adapters already may get further readers.
@@ -171,7 +175,9 @@ def mount(paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: 
     if child_name(adapters.parameter, adapters.label) not in module._modules:
         vars(adapters)["training"] = module.training  # not by train(), which takes 5 us
         module._modules[child_name(adapters.parameter, adapters.label)] = adapters
-    if READS in module.__dict__ or any(reader is module for _, reader in readers):  # a module that reads a weight of its own reads all
+    if READS in module.__dict__ or any(
+        reader is module for _, reader in readers
+    ):  # a module that reads a weight of its own reads all
         readers = list(dict.fromkeys([*readers, (paths[0], module)]))
         adapters.read = True
         for other in module._modules.values():
@@ -201,7 +207,9 @@ def unmount(model: nn.Module, gone: Sequence[Host]) -> None:
 
     for module in grafts(model).values():
         if READS in module.__dict__:
-            kept = [(path, name) for path, name in module.__dict__[READS] if stay(_siblings(_owner(module, path), name))]
+            kept = [
+                (path, name) for path, name in module.__dict__[READS] if stay(_siblings(_owner(module, path), name))
+            ]
             if not kept:
                 change_class(module, bare(type(module)))
                 del module.__dict__[READS]
@@ -293,7 +301,9 @@ def _show(owner: nn.Module, name: str, hidden: Hidden) -> None:
 def _tell_kernel(owner: nn.Module) -> None:
     """A recurrent layer's forward uses its own list of the parameters."""
     if isinstance(owner, nn.RNNBase):
-        owner.__dict__["_flat_weights"] = [owner.__dict__.get(n, owner._parameters.get(n)) for n in owner._flat_weights_names]
+        owner.__dict__["_flat_weights"] = [
+            owner.__dict__.get(n, owner._parameters.get(n)) for n in owner._flat_weights_names
+        ]
 
 
 def _forget(owner: nn.Module) -> None:

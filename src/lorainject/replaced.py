@@ -20,7 +20,9 @@ from .lowrank import Factors, LowRank, factors
 class Replaced(LowRank):
     """An adapter without A and B: `value` (*shape), or with `ids` the rows (len(ids), *shape[1:]) alone. In the dtype of the file."""
 
-    def __init__(self, value: nn.Parameter, shape: tuple[int, ...], ids: tuple[int, ...] | None = None, twin: bool = False) -> None:
+    def __init__(
+        self, value: nn.Parameter, shape: tuple[int, ...], ids: tuple[int, ...] | None = None, twin: bool = False
+    ) -> None:
         nn.Module.__init__(self)
         self.value, self.shape, self.ids, self.twin = value, shape, ids, twin
         self.register_buffer("index", None, persistent=False)
@@ -49,7 +51,9 @@ class Replaced(LowRank):
         """There is nothing to draw: it comes from a file."""
 
     def extra_repr(self) -> str:
-        return f"value={tuple(self.value.shape)}" + (f", rows={len(self.ids)} of {self.shape[0]}" if self.ids is not None else "")
+        return f"value={tuple(self.value.shape)}" + (
+            f", rows={len(self.ids)} of {self.shape[0]}" if self.ids is not None else ""
+        )
 
 
 def placed(W0: Tensor, value: Tensor, index: Tensor | None) -> Tensor:

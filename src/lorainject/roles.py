@@ -30,19 +30,31 @@ PLACES = tuple(
     (place, re.compile(classes), frozenset(names.split()))
     for place, classes, names in (
         ("router", r"Router|TopKGating|(MoE|Moe)\w*Gate$", "router"),  # with all in it: some are small MLPs
-        ("shared", r"Shared(Expert|MLP)", "shared_expert shared_experts shared_mlp"),  # called experts, but every token passes
+        (
+            "shared",
+            r"Shared(Expert|MLP)",
+            "shared_expert shared_experts shared_mlp",
+        ),  # called experts, but every token passes
         ("experts", r"Experts?$|ExpertGLU|ExpertMLP", "experts"),
         # What is in these is no query or key of the attention that they serve: they choose its tokens or shorten its memory.
         ("beside attention", r"Indexer|Compressor$", ""),
         # Layers and blocks named after their attention hold more than it (but VQ-VAE's AttentionBlock does not); Levit's attention is
         # built of MLPLayerWithBN.
-        ("", r"(Layer|(?<!MLP)(?<!VAEAttention)(?<!VAEAttn)Block|Model|Encoder|Decoder|Stack|Merger|Norm|Cell|PredictionHead)$|^MLPLayerWithBN$", ""),
+        (
+            "",
+            r"(Layer|(?<!MLP)(?<!VAEAttention)(?<!VAEAttn)Block|Model|Encoder|Decoder|Stack|Merger|Norm|Cell|PredictionHead)$|^MLPLayerWithBN$",
+            "",
+        ),
         (
             "attention",
             r"Attention|Attn|MLA$|DeltaNet|(Self|Cross|Attention)Output$",
             "attn self_attn cross_attn attention self_attention linear_attn",
         ),
-        ("mlp", r"MLP|Mlp|FF[NW]|FeedForward|ForwardNetwork|DenseAct|DenseGated|GLU|GatedLinear|Intermediate$|Output$", "mlp ffn ff feed_forward"),
+        (
+            "mlp",
+            r"MLP|Mlp|FF[NW]|FeedForward|ForwardNetwork|DenseAct|DenseGated|GLU|GatedLinear|Intermediate$|Output$",
+            "mlp ffn ff feed_forward",
+        ),
     )
 )
 
@@ -61,7 +73,11 @@ LAYERS = re.compile(r"(?<!Projection)Layer|Block|Encoder|Decoder")
 GATES = _words("gate router router_gate wg gating shared_expert_gate")
 
 # Words of a name in attention: query_proj, self_attn_query_pos_proj and q_b_proj each have one of the first line, and none of another.
-WORDS = {"query": _words("q query queries wq qlin"), "key": _words("k key keys wk"), "value": _words("v value values wv")}
+WORDS = {
+    "query": _words("q query queries wq qlin"),
+    "key": _words("k key keys wk"),
+    "value": _words("v value values wv"),
+}
 # With these it makes keys of distances (Transformer-XL's kind), or several things at once, or is no projection.
 NOT_WITH = _words("relative rel kv qk qkv norm gate mix pooling")
 DISTANCES = _words("pos_key_proj pos_query_proj pos_q_proj pos_proj")  # DeBERTa's
@@ -87,7 +103,10 @@ def role_names(path: str, owners: Sequence[nn.Module], leaf: str) -> frozenset[s
     place, outer = (places[at] if at >= 0 else ""), places[: max(at, 0)]
     if place == "router" or (leaf in GATES and _has_experts(owners[-1], classes[-1])):
         return frozenset({"router"})
-    if place == "mlp" and next((p for p in reversed(outer) if p in ("shared", "experts", "attention")), "") == "experts":
+    if (
+        place == "mlp"
+        and next((p for p in reversed(outer) if p in ("shared", "experts", "attention")), "") == "experts"
+    ):
         place = "experts"  # each an MLP in a list
     if place == "experts":  # JetMoe's attention has experts too
         return frozenset({"experts"} | {"attention"} & {*outer})
@@ -108,7 +127,11 @@ def _place(cls: str, name: str) -> str:
 
 
 def _has_experts(owner: nn.Module, cls: str) -> bool:
-    return "experts" in owner._modules or "experts" in owner._parameters or re.search(r"MoE|Moe(?!\w*Attention)", cls) is not None
+    return (
+        "experts" in owner._modules
+        or "experts" in owner._parameters
+        or re.search(r"MoE|Moe(?!\w*Attention)", cls) is not None
+    )
 
 
 def _in_attention(between: Sequence[str], owner: nn.Module, leaf: str) -> frozenset[str]:

@@ -79,7 +79,9 @@ class Rows:
         self.places: list[tuple[str, slice | Tensor]] = []
         for name in self.used:
             own = [rows for other, rows in self.runs if other == name]
-            self.places.append((name, own[0] if len(own) == 1 else torch.tensor([i for i, other in enumerate(names) if other == name])))
+            self.places.append(
+                (name, own[0] if len(own) == 1 else torch.tensor([i for i, other in enumerate(names) if other == name]))
+            )
         self.batched: dict[int, Batched] = {}
 
     names: tuple[str | None, ...]
@@ -103,7 +105,9 @@ class Rows:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             sizes = [rows.stop - rows.start for _, rows in self.runs]
             parts = zip(self.runs, y.split(sizes), x.split(sizes), strict=True)
-            return torch.cat([lows[name](term, part, its, False) if name in lows else part for (name, _), part, its in parts])
+            return torch.cat(
+                [lows[name](term, part, its, False) if name in lows else part for (name, _), part, its in parts]
+            )
         y = y if own and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
         if term is accumulate and (batched := self._batched(lows, used, y, x)) is not None:
             return batched.add(y, x)
@@ -115,7 +119,9 @@ class Rows:
                     y[rows] = found
         return y
 
-    def _batched(self, lows: Mapping[str | None, LowRank], names: Sequence[str], y: Tensor, x: Tensor) -> Batched | None:
+    def _batched(
+        self, lows: Mapping[str | None, LowRank], names: Sequence[str], y: Tensor, x: Tensor
+    ) -> Batched | None:
         """Of this layer, as its A and B are now; None if they can't be taken together, or are as fast one by one."""
         short = len(names) >= SOME and y.shape[:-1].numel() <= SHORT * len(names)
         if not short or is_watched(y) or torch.is_autocast_enabled(y.device.type):

@@ -79,9 +79,13 @@ class Siblings:
         """Whether a product with `given` can be one for all."""
         if not pays(given) or len(self.members) < 2 or mine not in self.members or given.is_inference():
             return False
-        return not torch.is_grad_enabled() or not (given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
+        return not torch.is_grad_enabled() or not (
+            given.is_leaf or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        )
 
-    def lowered(self, mine: nn.Module, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor) -> Mapping[LowRank, Tensor]:
+    def lowered(
+        self, mine: nn.Module, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor
+    ) -> Mapping[LowRank, Tensor]:
         """A x^T (r, M) for the adapters of one of them, as far as it was made for all. `given` is what the module was called with; x is that, or
         a view of it."""
         if not self.may_share(mine, given) or is_watched(y):
@@ -106,7 +110,9 @@ class Siblings:
                     found[low] = h.narrow(0, start, low.r)
         return found
 
-    def _make(self, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor, dtype: torch.dtype, may_grad: bool) -> None:
+    def _make(
+        self, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor, dtype: torch.dtype, may_grad: bool
+    ) -> None:
         self.made = None
         lows = [cast(LowRank, m._modules[name]) for m in self.members for name in active if name in m._modules]
         lows = [low for low in lows if is_shareable(low, y.device)]
@@ -117,7 +123,14 @@ class Siblings:
             places[low] = end, low.A._version
             end += low.r
         h = lowered(x.reshape(-1, x.shape[-1]), torch.cat([low.A.to(dtype) for low in lows]))
-        self.made = Made(weakref.ref(given, self._forget), given._version, dtype, may_grad, TensorWeakRef(h) if h.requires_grad else h, places)
+        self.made = Made(
+            weakref.ref(given, self._forget),
+            given._version,
+            dtype,
+            may_grad,
+            TensorWeakRef(h) if h.requires_grad else h,
+            places,
+        )
 
     def _forget(self, x: weakref.ref[Tensor]) -> None:
         """What was made of an input goes when that does."""

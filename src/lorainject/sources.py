@@ -22,8 +22,20 @@ MULTIPLY = frozenset({
     "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "bilinear", "grouped_mm", "_grouped_mm", "conv1d", "conv2d", "conv3d",
     "multi_head_attention_forward", "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell",
 })  # fmt: skip
-ASIDE = ("init", "reset", "tie", "get_", "set_", "load", "resize", "prune", "convert")  # methods that are no part of a forward
-FACTS = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "itemsize"})  # of a weight, not its value
+ASIDE = (
+    "init",
+    "reset",
+    "tie",
+    "get_",
+    "set_",
+    "load",
+    "resize",
+    "prune",
+    "convert",
+)  # methods that are no part of a forward
+FACTS = frozenset(
+    {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "itemsize"}
+)  # of a weight, not its value
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,17 @@ def _read(cls: type[nn.Module]) -> Source:
         return Source()
     reading = _Reading()
     for base in cls.__mro__:
-        if base is nn.Module or base.__module__.startswith(("transformers.modeling_utils", "transformers.generation", "transformers.integrations")):
+        if base is nn.Module or base.__module__.startswith(
+            ("transformers.modeling_utils", "transformers.generation", "transformers.integrations")
+        ):
             break
         for method in _methods(base):
             reading.of(method)
-    return Source(frozenset(reading.reads), {name: frozenset(by) for name, by in reading.products.items()}, frozenset(reading.calls))
+    return Source(
+        frozenset(reading.reads),
+        {name: frozenset(by) for name, by in reading.products.items()},
+        frozenset(reading.calls),
+    )
 
 
 def _kind_class(cls: type[nn.Module]) -> bool:
@@ -165,7 +183,12 @@ class _Reading(ast.NodeVisitor):
 
     def _each(self, target: ast.expr, over: ast.expr) -> None:
         """for layer in self.layers, for i, layer in enumerate(self.layers)"""
-        if isinstance(over, ast.Call) and getattr(over.func, "id", "") == "enumerate" and isinstance(target, ast.Tuple) and over.args:
+        if (
+            isinstance(over, ast.Call)
+            and getattr(over.func, "id", "") == "enumerate"
+            and isinstance(target, ast.Tuple)
+            and over.args
+        ):
             target, over = target.elts[-1], over.args[0]
         if isinstance(target, ast.Name) and (name := self.dotted(over)):
             self.local[target.id] = f"{name}.*"
@@ -196,6 +219,9 @@ class _Reading(ast.NodeVisitor):
 
     def _multiply(self, nodes: Sequence[ast.expr], function: str) -> None:
         for dotted in filter(None, map(self.dotted, nodes)):
-            for name in {dotted, dotted.removesuffix(".*")}:  # an index takes a part of a parameter, or a member of a list
+            for name in {
+                dotted,
+                dotted.removesuffix(".*"),
+            }:  # an index takes a part of a parameter, or a member of a list
                 self.reads.add(name)
                 self.products.setdefault(name, set()).add(function)

@@ -67,10 +67,17 @@ class LoraSpec:
         set_(self, "targets", _entries("targets", self.targets, problems))
         set_(self, "exclude", _entries("exclude", self.exclude, problems))
         set_(self, "overrides", _overrides(self.overrides, problems))
-        problems += [f"override {o.target!r}: its target must be a name" for o in self.overrides if not (isinstance(o.target, str) and o.target)]
+        problems += [
+            f"override {o.target!r}: its target must be a name"
+            for o in self.overrides
+            if not (isinstance(o.target, str) and o.target)
+        ]
         if not self.targets and not problems:
             problems.append('targets is empty: name the modules, as in ["q_proj", "v_proj"], or "all-linear"')
-        for r, alpha, whose in [(self.r, self.alpha, ""), *((o.r, o.alpha, f" (override {o.target!r})") for o in self.overrides)]:
+        for r, alpha, whose in [
+            (self.r, self.alpha, ""),
+            *((o.r, o.alpha, f" (override {o.target!r})") for o in self.overrides),
+        ]:
             if not (r is None and whose) and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
                 problems.append(f"r must be a whole number of at least 1, not {r!r}{whose}")
             if alpha is not None and not is_alpha(alpha):
@@ -78,35 +85,49 @@ class LoraSpec:
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             problems.append(f"dropout must be a probability p with 0 <= p < 1, not {self.dropout!r}")
         if self.layers is not None:
-            layers = tuple(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else ()
+            layers = (
+                tuple(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else ()
+            )
             if not layers or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
-                problems.append(f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {self.layers!r}")
+                problems.append(
+                    f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {self.layers!r}"
+                )
             set_(self, "layers", layers)
         if self.scaling not in SCALINGS:
             problems.append(f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
         if self.init not in INITS:
             problems.append(f"init must be one of {INITS}, not {self.init!r}")
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
+        if self.dtype is not None and not (
+            isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1
+        ):
             problems.append(f"dtype must be a floating-point torch.dtype of 16 bits or more, not {self.dtype!r}")
         if problems:
-            raise SpecError("this LoRA can't be meant:", problems, "nothing was changed; correct the values and call again")
+            raise SpecError(
+                "this LoRA can't be meant:", problems, "nothing was changed; correct the values and call again"
+            )
 
     @classmethod
     def of(cls, spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
         """The spec itself, or one made of the settings; both at once is refused, since one would silently lose."""
         if spec is not None and not isinstance(spec, cls):
-            raise SpecError(f"spec must be a LoraSpec, not {spec!r}", way_out="inject(model, spec=LoraSpec(targets=[...]))")
+            raise SpecError(
+                f"spec must be a LoraSpec, not {spec!r}", way_out="inject(model, spec=LoraSpec(targets=[...]))"
+            )
         if spec is None:
             return cls(targets=() if targets is None else targets, **settings)
         changed = [k for k, v in settings.items() if v != cls.__dataclass_fields__[k].default]
         if targets is not None or changed:
             given = ", ".join(["targets"] * (targets is not None) + changed)
-            raise SpecError(f"spec and {given} were both given", way_out="put them into the spec: dataclasses.replace(spec, ...)")
+            raise SpecError(
+                f"spec and {given} were both given", way_out="put them into the spec: dataclasses.replace(spec, ...)"
+            )
         return spec
 
     def with_override(self, override: Override) -> LoraSpec:
         """This spec as it holds for a site that `override` matches."""
-        return replace(self, r=override.r or self.r, alpha=self.alpha if override.alpha is None else override.alpha, overrides=())
+        return replace(
+            self, r=override.r or self.r, alpha=self.alpha if override.alpha is None else override.alpha, overrides=()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +219,27 @@ class Plan:
             label = (path if len(sites) > 1 else sites[0].name) + " (shared)" * any(s.aliases for s in sites)
             table.append((label, *cells, str(len(sites)), f"{sum(s.trainable for s in sites):,}"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+        lines = [
+            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in table
+        ]
         share = f"{100 * self.trainable / self.total:.3g} %" if self.total else "n/a"
-        lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}"]
+        lines += [
+            "-" * len(lines[0]),
+            f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}",
+        ]
         if self.towers:
             counts = [(t, sum(s.name.startswith(f"{t}.") for s in self.sites)) for t in self.towers]
-            lines.append("of these " + ", ".join(f"{n} in {t}" for t, n in counts if n) + "".join(f"; none in {t}" for t, n in counts if not n))
-        lines += [f"left out (head, routers): {', '.join(dict.fromkeys(map(_starred, self.left_out)))}"] if self.left_out else []
+            lines.append(
+                "of these "
+                + ", ".join(f"{n} in {t}" for t, n in counts if n)
+                + "".join(f"; none in {t}" for t, n in counts if not n)
+            )
+        lines += (
+            [f"left out (head, routers): {', '.join(dict.fromkeys(map(_starred, self.left_out)))}"]
+            if self.left_out
+            else []
+        )
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -221,7 +256,9 @@ def _entries(field: str, value: Any, problems: list[str]) -> tuple[Target, ...]:
         return ()
     for entry in value:
         if not (_is_predicate(entry) or (isinstance(entry, str) and entry)):
-            problems.append(f"{field}: each entry must be a non-empty string or a function (path, module) -> bool, not {entry!r}")
+            problems.append(
+                f"{field}: each entry must be a non-empty string or a function (path, module) -> bool, not {entry!r}"
+            )
     return tuple(value)
 
 
@@ -231,14 +268,20 @@ def _is_predicate(value: Any) -> bool:
 
 def _overrides(value: Any, problems: list[str]) -> tuple[Override, ...]:
     if isinstance(value, Mapping):
-        if odd := [target for target, settings in value.items() if not isinstance(settings, Mapping) or settings.keys() - {"r", "alpha"}]:
+        if odd := [
+            target
+            for target, settings in value.items()
+            if not isinstance(settings, Mapping) or settings.keys() - {"r", "alpha"}
+        ]:
             problems.append(f'overrides must look like {{"k_proj": {{"r": 4, "alpha": 8}}}}; these do not: {odd}')
             return ()
         return tuple(Override(target=target, **settings) for target, settings in value.items())
     if value is None:
         return ()
     if not (isinstance(value, Sequence) and all(isinstance(o, Override) for o in value)):
-        problems.append(f"overrides must be a mapping from a target to r and alpha, or a list of Override, not {value!r}")
+        problems.append(
+            f"overrides must be a mapping from a target to r and alpha, or a list of Override, not {value!r}"
+        )
         return ()
     return tuple(value)
 

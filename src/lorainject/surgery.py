@@ -12,7 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from .accumulate import accumulate
-from .adapters import FROZEN, Adapters, Host, adapters_of, hosts, merged_names, mounted, names_of, placement, ready, routings, switches, walk
+from .adapters import (
+    FROZEN,
+    Adapters,
+    Host,
+    adapters_of,
+    hosts,
+    merged_names,
+    mounted,
+    names_of,
+    placement,
+    ready,
+    routings,
+    switches,
+    walk,
+)
 from .errors import GraftError, StateError
 from .find import find
 from .kinds import KINDS, WHOLE, is_sharded, kind_of, shape_of
@@ -102,16 +116,27 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     on = mounted(model, "eject", *([] if name is None else [name]), merged=True)
     problems = objections(model)
-    problems += [f"{path}: its A and B are sharded" for path, host in on.items() if any(map(is_sharded, host.adapters.parameters()))]
+    problems += [
+        f"{path}: its A and B are sharded"
+        for path, host in on.items()
+        if any(map(is_sharded, host.adapters.parameters()))
+    ]
     if problems:
-        raise GraftError("nothing was ejected:", problems, "undo what was built on top, in reverse order, and eject then")
+        raise GraftError(
+            "nothing was ejected:", problems, "undo what was built on top, in reverse order, and eject then"
+        )
     if any(host.adapters.folded and host.adapters.folded.reversible for host in on.values()):
         unmerge(model)
     elif name is not None and merged_names(model):
-        raise StateError(f"can't eject {name!r} alone after merge(reversible=False)", way_out="eject(model) leaves the folded weights")
+        raise StateError(
+            f"can't eject {name!r} alone after merge(reversible=False)",
+            way_out="eject(model) leaves the folded weights",
+        )
     for routing in routings(model):
         routing.merged = ()
-    set_grafts(model, True)  # what stays merged has its own classes still; unmount then takes off one graft after the other
+    set_grafts(
+        model, True
+    )  # what stays merged has its own classes still; unmount then takes off one graft after the other
     for each in names_of(model) if name is None else (name,):
         _remove(model, each)
     return model
@@ -149,15 +174,24 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     each row, or once for several of the same adapter, as long as that is no larger than the weight itself; the copies go with the context.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise StateError(f"rows takes a list with one name per row, not {names!r}", way_out='rows(model, ["fr", None, "de"]) for a batch of three')
-    with _routed(switches(model, "route rows", *(n for n in names if n is not None), nested=True), rows=Rows(names), context="rows"):
+        raise StateError(
+            f"rows takes a list with one name per row, not {names!r}",
+            way_out='rows(model, ["fr", None, "de"]) for a batch of three',
+        )
+    with _routed(
+        switches(model, "route rows", *(n for n in names if n is not None), nested=True),
+        rows=Rows(names),
+        context="rows",
+    ):
         yield
 
 
 def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """A and B of the adapters that are on, for an optimiser. Raises StateError while merged, or if none is on: nothing would train."""
     on = mounted(model, "train", nested=True, part=True)
-    adapters = [host.adapters[name] for host in on.values() for name in host.adapters.routing.active if name in host.adapters]
+    adapters = [
+        host.adapters[name] for host in on.values() for name in host.adapters.routing.active if name in host.adapters
+    ]
     if not adapters:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
@@ -168,7 +202,11 @@ def _introduce(modules: Mapping[str, nn.Module]) -> None:
     families: dict[tuple[str, int], list[Adapters]] = {}
     for path, module in modules.items():
         for own in module._modules.values():
-            if isinstance(own, Adapters) and own.kind.term is accumulate and (family := kin(path) or (own.label and path)):
+            if (
+                isinstance(own, Adapters)
+                and own.kind.term is accumulate
+                and (family := kin(path) or (own.label and path))
+            ):
                 families.setdefault((family, own.kind.sizes(shape_of(module, own.parameter))[2]), []).append(own)
     for members in families.values():
         siblings = Siblings(dict.fromkeys(members))
@@ -203,8 +241,14 @@ def _shared(on: Mapping[str, Host], names: Sequence[str]) -> list[str]:
     by_place: dict[tuple[int, str], dict[str, str]] = {}
     for at, host in on.items():
         by_place.setdefault(host.place, {}).update({n: at for n in names if n in host.adapters})
-    alone = {host.place for host in on.values() for n in names if n in host.adapters and _stands_alone(host.adapters[n])}
-    return [f"{next(iter(found.values()))}: {', '.join(found)}" for place, found in by_place.items() if len(found) > 1 and place in alone]
+    alone = {
+        host.place for host in on.values() for n in names if n in host.adapters and _stands_alone(host.adapters[n])
+    }
+    return [
+        f"{next(iter(found.values()))}: {', '.join(found)}"
+        for place, found in by_place.items()
+        if len(found) > 1 and place in alone
+    ]
 
 
 def _stands_alone(adapter: LowRank) -> bool:

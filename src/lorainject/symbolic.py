@@ -42,7 +42,9 @@ class LowRankSum:
     """How many axes stand before the rows'."""
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = getattr(function, "__name__", str(function))
         if (answer := ANSWERS.get(function) or BY_NAME.get(name)) is not None:
             with contextlib.suppress(TypeError):  # arguments in a form that is not foreseen
@@ -70,7 +72,9 @@ class LowRankSum:
         """Whether one axis follows the rows'."""
         return self.W0.ndim == self.stack + 2
 
-    def view_of(self, W: Tensor, on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor], rest: int) -> LowRankSum:
+    def view_of(
+        self, W: Tensor, on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor], rest: int
+    ) -> LowRankSum:
         """The sum whose parts are these functions of the parts, W of W0: a view of this one, with so many axes after the rows'."""
         factors = tuple(f._replace(P=on_P(f.P), Q=on_Q(f.Q)) for f in self.factors)
         return LowRankSum(W, factors, W.ndim - 1 - rest, self.fallbacks)
@@ -111,7 +115,10 @@ class LowRankSum:
         return self.transpose(-2, -1)
 
     def permute(self, *dims: Any) -> LowRankSum | Tensor:
-        n, order = self.W0.ndim, tuple(d % self.W0.ndim for d in (dims[0] if isinstance(dims[0], list | tuple) else dims))
+        n, order = (
+            self.W0.ndim,
+            tuple(d % self.W0.ndim for d in (dims[0] if isinstance(dims[0], list | tuple) else dims)),
+        )
         if order == (*range(n - 2), n - 1, n - 2):
             return self.transpose(-2, -1)
         return self if order == tuple(range(n)) else self.dense("permute").permute(order)
@@ -142,16 +149,24 @@ class LowRankSum:
         W, dim, rest = self.W0.squeeze(dim), dim % self.W0.ndim, self.W0.ndim - self.stack - 1
         if dim <= self.stack or (rest == 1 and W.ndim < self.W0.ndim):
             return self.dense("squeeze").squeeze(dim)
-        return self.view_of(W, lambda P: P, lambda Q: Q.squeeze(dim), W.ndim - self.stack - 1)  # Q has r where W has the rows: the same axis
+        return self.view_of(
+            W, lambda P: P, lambda Q: Q.squeeze(dim), W.ndim - self.stack - 1
+        )  # Q has r where W has the rows: the same axis
 
     def reshape(self, *shape: Any) -> LowRankSum | Tensor:
         W, n = self.W0.reshape(*shape), self.stack
         rest = self.W0.shape[n + 1 :]
         if W.ndim > n + 1 and W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only the rest is arranged anew
-            return self.view_of(W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *W.shape[n + 1 :]), W.ndim - n - 1)
-        if n == 0 and W.ndim > len(rest) and W.shape[-len(rest) :] == rest:  # the rows become a stack of rows (dbrx), over which Q is one
+            return self.view_of(
+                W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *W.shape[n + 1 :]), W.ndim - n - 1
+            )
+        if (
+            n == 0 and W.ndim > len(rest) and W.shape[-len(rest) :] == rest
+        ):  # the rows become a stack of rows (dbrx), over which Q is one
             rows = W.shape[: -len(rest)]
-            return self.view_of(W, lambda P: P.reshape(*rows, P.shape[-1]), lambda Q: Q.expand(*rows[:-1], *Q.shape), len(rest))
+            return self.view_of(
+                W, lambda P: P.reshape(*rows, P.shape[-1]), lambda Q: Q.expand(*rows[:-1], *Q.shape), len(rest)
+            )
         return self.dense("reshape").reshape(*shape)
 
     view = reshape
@@ -268,7 +283,9 @@ def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[A
             on_P.append(i)
             on_Q.append(i)
         elif axis == stack:
-            if not isinstance(i, slice) and not (isinstance(i, Tensor) and i.ndim == 1 and stack == 0 and len(index) == 1):
+            if not isinstance(i, slice) and not (
+                isinstance(i, Tensor) and i.ndim == 1 and stack == 0 and len(index) == 1
+            ):
                 return None
             on_P.append(i)
             on_Q.append(slice(None))
@@ -309,4 +326,6 @@ def _or_dense(name: str, method: Handler) -> Handler:
 for _view in VIEWS:
     setattr(LowRankSum, _view, _or_dense(_view, getattr(LowRankSum, _view)))
     if hasattr(torch, _view):
-        answers(getattr(torch, _view))(lambda function, w, *args, _view=_view, **kwargs: getattr(w, _view)(*args, **kwargs))
+        answers(getattr(torch, _view))(
+            lambda function, w, *args, _view=_view, **kwargs: getattr(w, _view)(*args, **kwargs)
+        )

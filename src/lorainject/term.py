@@ -18,7 +18,11 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, float32, is_grad_enabled  # by their own names: torch's dictionary has left the cache since the last token
+from torch import (
+    Tensor,
+    float32,
+    is_grad_enabled,
+)  # by their own names: torch's dictionary has left the cache since the last token
 from torch.nn.functional import linear
 
 from .blocks import add
@@ -28,11 +32,17 @@ FEW = 16  # tokens up to which a term of its own costs less than the calls that 
 FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
 CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
 LITTLE, SHARE = 1 << 13, 50  # and hardly take memory: of what is larger a fiftieth at most, or this many
-SOME, LARGE, THIN = 16, 1 << 20, range(2, 13)  # tokens that are added to at a time, of how many elements on, and for which ranks
+SOME, LARGE, THIN = (
+    16,
+    1 << 20,
+    range(2, 13),
+)  # tokens that are added to at a time, of how many elements on, and for which ranks
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def applied(x: Tensor, W_OI: Tensor, bias: Tensor | None, h_RM: Tensor, B_OR: Tensor, s: float, parts: Parts = ()) -> Tensor:
+def applied(
+    x: Tensor, W_OI: Tensor, bias: Tensor | None, h_RM: Tensor, B_OR: Tensor, s: float, parts: Parts = ()
+) -> Tensor:
     """x W^T + bias + s h^T B^T (..., out), and no view. (The bias gets no gradient.)
 
     In full precision a CPU makes the term first and adds the large product to it, with the bits that this has by itself. That takes no longer than
@@ -98,11 +108,15 @@ def to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
 
 def to_B(dy_MO: Tensor, h_RM: Tensor, s: float, parts: Parts) -> Tensor:
     """s (h dy)^T."""
-    found = torch.cat([_gathered(h_RM, dy_MO[:, columns]) for columns, _ in parts], 1) if parts else _gathered(h_RM, dy_MO)
+    found = (
+        torch.cat([_gathered(h_RM, dy_MO[:, columns]) for columns, _ in parts], 1) if parts else _gathered(h_RM, dy_MO)
+    )
     return found.t() * s
 
 
-def to_x_and_A(dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool) -> Tensor | None:
+def to_x_and_A(
+    dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool
+) -> Tensor | None:
     """dh (m * x); m * (dh^T A) is added into dx."""
     if not p:
         if dx is not None:
@@ -128,7 +142,11 @@ def computed_in(y: Tensor, tokens: int) -> torch.dtype:
 @functools.cache
 def _has_instructions(half: torch.dtype) -> bool:
     """Whether this CPU multiplies in half precision."""
-    asked = torch.ops.mkldnn._is_mkldnn_bf16_supported if half == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    asked = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if half == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
     return bool(asked())
 
 

@@ -42,7 +42,9 @@ def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
                         call.exception()  # waits
                 raise
 
-        torch.set_num_threads(1)  # here too: a thread that shares an operator with this one stays busy for a while, in wait for the next
+        torch.set_num_threads(
+            1
+        )  # here too: a thread that shares an operator with this one stays busy for a while, in wait for the next
         try:
             yield each
         finally:

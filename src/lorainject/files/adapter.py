@@ -49,14 +49,19 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     path = Path(path)
     if format not in ("lorainject", "peft"):
         raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out="nothing was written")
-    on = {at: host for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items() if name in host.adapters}
+    on = {
+        at: host
+        for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items()
+        if name in host.adapters
+    }
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
     modules = list(walk(model))
     training = [f"{at}.{n}" for at, m in modules for n, p in m._parameters.items() if p is not None and p.requires_grad]
     if training:
         warnings.warn(
-            f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself", stacklevel=2
+            f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself",
+            stacklevel=2,
         )
     beside = dict(payloads.beside(on, name))
     on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], Replaced)}
@@ -64,13 +69,19 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     for host in on.values():
         by_place.setdefault(host.place, []).append(host)
     # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
-    stored = [(w, _stored(w, host, name)) for w in weights(model, modules) for host in sorted(by_place.get(w.key, ()), key=_first_row)]
+    stored = [
+        (w, _stored(w, host, name))
+        for w in weights(model, modules)
+        for host in sorted(by_place.get(w.key, ()), key=_first_row)
+    ]
     sites = tuple(s for _, s in stored)
     if format == "peft":
         odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
         sites = exact.padded(sites)
         if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft.holds(s)]:
-            raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'")
+            raise FileError(
+                f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'"
+            )
         if path.suffix == ".safetensors":
             raise FileError("PEFT's format is a directory", way_out="give a path that does not end in .safetensors")
     if path.is_file() and path.suffix != ".safetensors":
@@ -103,7 +114,11 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if clashes := name_problems(model, name) + wrapped(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
-    wrong = [f"{s.name}: {reason}" for s in file.sites if (reason := payloads.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))]
+    wrong = [
+        f"{s.name}: {reason}"
+        for s in file.sites
+        if (reason := payloads.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))
+    ]
     replaced = payloads.replacements(model, file, by_name, wrong)
     sites = fitted(model, file, by_name, dtype, wrong)
     if check_base:
@@ -114,7 +129,11 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
 
 def require_base(file: AdapterFile, by_name: Mapping[str, Weight], sites: Sequence[Site]) -> None:
     """Raises FileError with every weight that differs from the one that the adapter was made for, as far as the file tells."""
-    others = [s.name for s in sites if file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)]
+    others = [
+        s.name
+        for s in sites
+        if file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)
+    ]
     if others:
         raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
                         [f"{at}: another base weight than the one this adapter was made for" for at in others],
@@ -164,8 +183,14 @@ def _beyond_peft(w: Weight) -> str | None:
 
 def _base(on: Mapping[str, Host]) -> BasePrint | None:
     """The fingerprint of the base; None if a part of it is not there to be read."""
-    samples = {at: p.cpu() for at, host in on.items() if (p := _print(host.module, host.adapters.parameter)) is not None}
-    return BasePrint(dtype={at: host.weight.dtype for at, host in on.items()}, sample=samples) if len(samples) == len(on) else None
+    samples = {
+        at: p.cpu() for at, host in on.items() if (p := _print(host.module, host.adapters.parameter)) is not None
+    }
+    return (
+        BasePrint(dtype={at: host.weight.dtype for at, host in on.items()}, sample=samples)
+        if len(samples) == len(on)
+        else None
+    )
 
 
 def _print(module: nn.Module, parameter: str) -> Tensor | None:
@@ -191,19 +216,32 @@ def _unwritable(host: Host, a: LowRank) -> str | None:
     return None
 
 
-def fitted(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:
+def fitted(
+    model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
+) -> list[Site]:
     """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and `problems`."""
     wrong: list[str] = []
     sites = _fit(model, file, by_name, dtype, wrong)
     if file.format == "peft":
-        expected, layers = {stored.path for stored in file.sites}, [n for n, w in by_name.items() if w.parameter == "weight"]
-        wrong += [f"{p}: missing in the file, though its config targets it" for p in peft.targeted(file.config, layers) if p not in expected]
+        expected, layers = (
+            {stored.path for stored in file.sites},
+            [n for n, w in by_name.items() if w.parameter == "weight"],
+        )
+        wrong += [
+            f"{p}: missing in the file, though its config targets it"
+            for p in peft.targeted(file.config, layers)
+            if p not in expected
+        ]
     if wrong or problems:
-        raise FileError(f"{file.path} does not fit this model:", wrong + problems, "use it with the model it was made for")
+        raise FileError(
+            f"{file.path} does not fit this model:", wrong + problems, "use it with the model it was made for"
+        )
     return sites
 
 
-def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]) -> list[Site]:
+def _fit(
+    model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
+) -> list[Site]:
     """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
     sites: list[Site] = []
     there = dict(walk(model))
@@ -213,7 +251,11 @@ def _fit(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dty
         w = by_name.get(site_name(stored.path, stored.parameter))
         if w is None:
             at = there.get(stored.path)
-            what = "not in this model" if at is None else f"a {type(at).__name__} in this model, which can't carry an adapter"
+            what = (
+                "not in this model"
+                if at is None
+                else f"a {type(at).__name__} in this model, which can't carry an adapter"
+            )
             problems.append(f"{stored.name}: is {what}")
             continue
         problem = _misfit(stored, w, by_name, dtype)

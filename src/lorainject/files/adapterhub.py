@@ -41,7 +41,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         problems.append(f"architecture is {architecture!r}: only lora is a pair of low-rank factors")
     refused = {"composition_mode": config.get("composition_mode", "add") != "add", "use_gating": config.get("use_gating"),
                "vera_d": config.get("vera_d") is not None, "use_dora": config.get("use_dora")}  # fmt: skip
-    problems += [f"{key} is {config[key]!r}, which is not plain LoRA: not supported" for key, wrong in refused.items() if wrong]
+    problems += [
+        f"{key} is {config[key]!r}, which is not plain LoRA: not supported" for key, wrong in refused.items() if wrong
+    ]
     found: dict[str, dict[str, Tensor]] = {}
     names = set()
     for key, t in source.tensors.items():
@@ -51,7 +53,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         else:
             found.setdefault(known["path"], {})[known["part"]] = t
             names.add(known["name"])
-    problems += [f"{at}.{half}: missing" for at, parts in found.items() for half in ("lora_A", "lora_B") if half not in parts]
+    problems += [
+        f"{at}.{half}: missing" for at, parts in found.items() for half in ("lora_A", "lora_B") if half not in parts
+    ]
     if len(names) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(names))}")
     alpha = hints.alpha if hints.alpha is not None else config.get("alpha")
@@ -66,11 +70,18 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         s, A, B = StoredSite(path=at, A=NONE, B=NONE, alpha=0), parts["lora_A"], parts["lora_B"]
         merged = [letter in config.get("attn_matrices", ["q", "v"]) for letter in "qkv"]
         for one, a, b in exact.grouped(s, A, B, merged) if at.endswith("c_attn") else [(s, A, B)]:
-            made = checked(one, a, b, problems, alpha=b.shape[-1] if unscaled else alpha, dropout=config.get("dropout", 0.0))
+            made = checked(
+                one, a, b, problems, alpha=b.shape[-1] if unscaled else alpha, dropout=config.get("dropout", 0.0)
+            )
             sites += [made] if made else []
     notes = ("adapters before 1.1.0 passed over alpha, so the scale is 1",) * unscaled
     return AdapterFile(
-        path=source.path, format="adapterhub", sites=tuple(sites), name=next(iter(names), "default"), config=source.config, notes=notes
+        path=source.path,
+        format="adapterhub",
+        sites=tuple(sites),
+        name=next(iter(names), "default"),
+        config=source.config,
+        notes=notes,
     )
 
 
@@ -104,7 +115,13 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
             "composition_mode": "add", "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None, "init_weights": "lora",
             "leave_out": []}  # fmt: skip
     own = file.config if file.format == "adapterhub" else _about(hints)
-    config = {"model_name": "", **own, "config": {**own.get("config", {}), **lora}, "name": name, "version": "adapters.1.3.0"}
+    config = {
+        "model_name": "",
+        **own,
+        "config": {**own.get("config", {}), **lora},
+        "name": name,
+        "version": "adapters.1.3.0",
+    }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {path / "adapter.safetensors": container.dump(tensors, {"format": "pt"}), path / CONFIG: [text.encode()]}
 
@@ -113,8 +130,22 @@ def _about(hints: Hints) -> dict[str, Any]:
     """What the config says of the base, by which `adapters` finds its place."""
     config = getattr(hints.model, "config", None)
     if config is None:
-        raise FileError("AdapterHub's config names the base's class and type", way_out="give the model: hints=Hints(model=...)")
-    return {"model_class": type(hints.model).__name__, "model_type": config.model_type, "hidden_size": config.hidden_size}
+        raise FileError(
+            "AdapterHub's config names the base's class and type", way_out="give the model: hints=Hints(model=...)"
+        )
+    return {
+        "model_class": type(hints.model).__name__,
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+    }
 
 
-FORMAT = Format(name="adapterhub", library="adapters 1.3.0", claims=claims, read=read, write=write, scales="one", holds=frozenset({"slices"}))
+FORMAT = Format(
+    name="adapterhub",
+    library="adapters 1.3.0",
+    claims=claims,
+    read=read,
+    write=write,
+    scales="one",
+    holds=frozenset({"slices"}),
+)

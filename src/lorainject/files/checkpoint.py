@@ -65,4 +65,7 @@ def _beside(base: Path, found: Sequence[Shard]) -> Iterator[Path]:
         else:
             yield path
     if left:
-        warnings.warn(f"{', '.join(left[:5])}{', ...' * (len(left) > 5)}: not copied, since nothing was merged into these weights", stacklevel=4)
+        warnings.warn(
+            f"{', '.join(left[:5])}{', ...' * (len(left) > 5)}: not copied, since nothing was merged into these weights",
+            stacklevel=4,
+        )

@@ -41,7 +41,11 @@ def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
     """
     folder, *others = {path.parent for path in files}
     assert not others, "a commit is one folder's"
-    temporaries = {path: path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp") for path, pieces in files.items() if pieces is not None}
+    temporaries = {
+        path: path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+        for path, pieces in files.items()
+        if pieces is not None
+    }
     made: set[Path] = set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +127,16 @@ def _journal(folder: Path) -> dict[str, str | None]:
         with (folder / JOURNAL).open("rb") as f:
             entries = json.loads(f.read(LONGEST))
         for name, temporary in entries.items():
-            if Path(name).name != name or not (temporary is None or re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp", temporary)):
+            if Path(name).name != name or not (
+                temporary is None or re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp", temporary)
+            ):
                 raise ValueError(f"{name!r}: {temporary!r}")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         raise FileError(
-            f"{folder / JOURNAL} is no journal of a save: {e}", way_out="remove it, and look whether the files beside it are whole"
+            f"{folder / JOURNAL} is no journal of a save: {e}",
+            way_out="remove it, and look whether the files beside it are whole",
         ) from e
     return dict(entries)
 
@@ -167,7 +174,8 @@ def _alone(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() - start > SECONDS:
                     raise FileError(
-                        f"another process has been saving to {folder} for {SECONDS:g} s", way_out="end it, or choose another place"
+                        f"another process has been saving to {folder} for {SECONDS:g} s",
+                        way_out="end it, or choose another place",
                     ) from None
                 time.sleep(0.005)
             except OSError:  # a file system without locks
@@ -183,7 +191,9 @@ def _put(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """A new file, on disk for good."""
     pieces = list(pieces)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0) as f:
-        with contextlib.suppress(AttributeError, OSError):  # where there is such a call: its room at once takes less than piece by piece
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # where there is such a call: its room at once takes less than piece by piece
             os.posix_fallocate(f.fileno(), 0, sum(map(len, pieces)))
         for i in range(0, len(pieces), MANY):
             _write(f.fileno(), pieces[i : i + MANY])

@@ -82,13 +82,16 @@ def _read(path: Path, tensors: Callable[[io.BufferedReader, Any], T]) -> tuple[T
                     return tensors(f, header), header.metadata() or {}
         raise ValueError("other files take its place again and again")
     except SafetensorError as e:
-        raise FileError(f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came") from None
+        raise FileError(
+            f"{path} is not a whole safetensors file: {e}", [_guess(path)], "get the file again from where it came"
+        ) from None
     except FileError:
         raise
     except (OSError, ValueError, RuntimeError) as e:  # safetensors raises RuntimeError for a file that can't be opened
         reason = getattr(e, "strerror", None) or e
         raise FileError(
-            f"{path} can't be read: {reason}", way_out="check the path and its permissions; a hub's name is not taken: download the adapter first"
+            f"{path} can't be read: {reason}",
+            way_out="check the path and its permissions; a hub's name is not taken: download the adapter first",
         ) from e
 
 
@@ -124,7 +127,9 @@ class Spool(Mapping[str, Tensor]):
             return tensor
         first = start - start % NEAR
         memory = memoryview(self.map)[start:end]
-        weakref.finalize(memory, self.map.madvise, mmap.MADV_DONTNEED, first, min(end + NEAR, len(self.map)) - first).atexit = False
+        weakref.finalize(
+            memory, self.map.madvise, mmap.MADV_DONTNEED, first, min(end + NEAR, len(self.map)) - first
+        ).atexit = False
         return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -154,11 +159,15 @@ def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = load(data)
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     except (SafetensorError, ValueError, struct.error) as e:
-        raise FileError(f"{path} holds no whole safetensors file: {e}", way_out="get the file again from where it came") from None
+        raise FileError(
+            f"{path} holds no whole safetensors file: {e}", way_out="get the file again from where it came"
+        ) from None
     return tensors, header.get("__metadata__", {})
 
 
-def dump(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], raws: Mapping[str, memoryview] | None = None) -> Iterator[bytes | memoryview]:
+def dump(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], raws: Mapping[str, memoryview] | None = None
+) -> Iterator[bytes | memoryview]:
     """A safetensors file in pieces: the header, then one piece a tensor, in the order of the names. `raws` are the tensors' bytes, where there
     are such already."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}

@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
-from . import adapterhub, commit, diffusers, engines, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from . import (
+    adapterhub,
+    commit,
+    diffusers,
+    engines,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    mlx,
+    native,
+    onnx,
+    peft_reader,
+    torchtune,
+)
 from .format import Format, changes, fitted, method
 from .naming import named_as, of_component
 from .record import AdapterFile, payload_problems
@@ -41,7 +55,9 @@ class Conversion:
     """What the engine must be told when it is started."""
 
 
-def read(path: str | Path, *, format: str | None = None, allow_pickle: bool = False, hints: Hints | None = None) -> AdapterFile:
+def read(
+    path: str | Path, *, format: str | None = None, allow_pickle: bool = False, hints: Hints | None = None
+) -> AdapterFile:
     """Read an adapter file or directory of any format in `li.FORMATS`, without a model.
 
     The format is found by content; `format` says it where the content leaves it open. Pickles are opened only with `allow_pickle=True`,
@@ -55,21 +71,28 @@ def understood(source: Source, format: str | None = None, hints: Hints | None = 
     path, hints = source.path, hints or Hints()
     form = _form(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
     if form is None:
-        raise FileError(f"{path} is in no format that is known here:", _unknown(source), f"known are {', '.join(FORMATS)}")
+        raise FileError(
+            f"{path} is in no format that is known here:", _unknown(source), f"known are {', '.join(FORMATS)}"
+        )
     problems = payload_problems(source.tensors)
     try:
         file = form.read(source, hints, problems)
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError) as e:
         what = f"{source.path} and the config beside it are" if source.configs else f"{source.path} is"
         raise FileError(
-            f"{what} not as {form.library} writes them: {type(e).__name__}: {e}", way_out="get the file again, or save the adapter anew"
+            f"{what} not as {form.library} writes them: {type(e).__name__}: {e}",
+            way_out="get the file again, or save the adapter anew",
         ) from e
     if file is not None and hints.component is not None:
         file = of_component(file, hints.component)
     if file is not None and not file.sites and not problems:
         problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
     if problems or file is None:
-        raise FileError(f"{path} can't be used:", problems, "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first")
+        raise FileError(
+            f"{path} can't be used:",
+            problems,
+            "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first",
+        )
     return file if hints.model is None else named_as(file, hints.model)
 
 
@@ -81,7 +104,10 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
     `lossy=True` leaves it out instead, and says what and how much.
     """
     if format is not None and engine is not None:
-        raise SpecError(f"format {format!r} or engine {engine!r}: one of the two", way_out=f"{engine} reads a format of its own: leave format out")
+        raise SpecError(
+            f"format {format!r} or engine {engine!r}: one of the two",
+            way_out=f"{engine} reads a format of its own: leave format out",
+        )
     served = None if engine is None else engines.engine(engine)
     path, form = Path(path), _form(format or "lorainject") if served is None else served.form
     if not file.sites:
@@ -91,7 +117,11 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
     for check in served.checks if served else ():
         fit = check(fit, hints or Hints(), problems)
     if problems:
-        raise FileError(f"{form.name} does not serve this adapter:", problems, "have it merged into the base instead (PEFT's merge_and_unload)")
+        raise FileError(
+            f"{form.name} does not serve this adapter:",
+            problems,
+            "have it merged into the base instead (PEFT's merge_and_unload)",
+        )
     if added := [s.name for s in fit.sites[n:]]:
         changed.append(
             f"{len(added)} sites of zeros are added, without which {form.name} refuses it: {', '.join(added[:3])}{', ...' * (len(added) > 3)}"
@@ -101,10 +131,14 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
     if form.suffix and path.suffix != form.suffix:
         raise FileError(f"{form.name} is a single file", way_out=f"give a path that ends in {form.suffix}")
     if not form.suffix and (path.is_file() or path.suffix == ".safetensors") and form.write is not native.write:
-        raise FileError(f"{form.name} is a directory", way_out="give a path that is no file, and does not end in .safetensors")
+        raise FileError(
+            f"{form.name} is a directory", way_out="give a path that is no file, and does not end in .safetensors"
+        )
     files = form.write(fit, path, hints or Hints())
     if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
-        raise FileError(f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory")
+        raise FileError(
+            f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory"
+        )
     commit.write(files)
     return Conversion(path=path, format=served.reads if served else form.name, file=fit, lost=lost, changed=tuple(changed),
                       asks=served.asks(fit) if served else None)  # fmt: skip
@@ -113,8 +147,18 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
 def convert(source: str | Path, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,
             allow_pickle: bool = False, hints: Hints | None = None) -> Conversion:  # fmt: skip
     """`write(read(source), path, format=format)`, or `engine=engine`."""
-    _ = (format is None or _form(format)), (engine is None or engines.engine(engine))  # misspelt: before anything is read
-    return write(read(source, allow_pickle=allow_pickle, hints=hints), path, format=format, engine=engine, lossy=lossy, hints=hints)
+    _ = (
+        (format is None or _form(format)),
+        (engine is None or engines.engine(engine)),
+    )  # misspelt: before anything is read
+    return write(
+        read(source, allow_pickle=allow_pickle, hints=hints),
+        path,
+        format=format,
+        engine=engine,
+        lossy=lossy,
+        hints=hints,
+    )
 
 
 def _form(name: str) -> Format:
@@ -125,6 +169,10 @@ def _form(name: str) -> Format:
 
 def _unknown(source: Source) -> list[str]:
     """What can be said of a source that no format claims."""
-    found = [f"it is {what}, which is no pair of low-rank factors" for what in dict.fromkeys(map(method, source.tensors)) if what]
+    found = [
+        f"it is {what}, which is no pair of low-rank factors"
+        for what in dict.fromkeys(map(method, source.tensors))
+        if what
+    ]
     names = list(source.tensors)
     return found or [f"it holds {len(names)} tensors: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"]

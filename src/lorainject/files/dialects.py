@@ -58,7 +58,11 @@ DOUBLE = {
     "img_mod_lin": ("norm1.linear",),
     "txt_mod_lin": ("norm1_context.linear",),
 }
-SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation_lin": ("norm.linear",)}
+SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm.linear",),
+}
 BLOCKS: tuple[tuple[str, str, dict[str, tuple[str, ...]]], ...] = (
     (r"double_blocks_(\d+)_(.+)", "transformer_blocks", DOUBLE),
     (r"single_blocks_(\d+)_(.+)", "single_transformer_blocks", SINGLE),

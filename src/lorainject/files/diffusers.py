@@ -24,7 +24,16 @@ from .format import Files, Format
 from .record import NONE, AdapterFile, StoredSite, checked
 from .source import Hints, Source, header
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "diffusion_model")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "diffusion_model",
+)
 FILE, KEY = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 TENSOR = re.compile(
     r"(?P<path>.*?)(?P<old>\.processor)?\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)"
@@ -58,13 +67,24 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         if A.ndim < 2 or B.ndim < 2 or B.shape[2:].numel() != 1:
             problems.append(f"{at}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
             continue
-        config = {key.removeprefix(f"{component}."): value for key, value in said.items() if key.startswith(f"{component}.")}
+        config = {
+            key.removeprefix(f"{component}."): value for key, value in said.items() if key.startswith(f"{component}.")
+        }
         m = parts.get("lora_magnitude_vector", parts.get("dora_scale"))
         conv = A.ndim > 2
         s = StoredSite(path=at, kind="conv" if conv else "linear", A=NONE, B=NONE, alpha=0,
                        shape=(B.shape[0], *A.shape[1:]) if conv else (), magnitude=None if m is None else m.flatten())  # fmt: skip
-        alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(config, source.metadata, component, path, A.shape[0])
-        made = checked(s, A.flatten(1), B.flatten(1), problems, alpha=alpha, scaling="rslora" if config.get("use_rslora") else "standard")
+        alpha = (
+            float(parts["alpha"]) if "alpha" in parts else _alpha(config, source.metadata, component, path, A.shape[0])
+        )
+        made = checked(
+            s,
+            A.flatten(1),
+            B.flatten(1),
+            problems,
+            alpha=alpha,
+            scaling="rslora" if config.get("use_rslora") else "standard",
+        )
         sites += [made] if made else []
     silent = not said and not any("alpha" in parts for parts in found.values())
     return AdapterFile(path=source.path, format="diffusers", sites=tuple(sites), config=said, namespace="pipeline",
@@ -95,9 +115,13 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     """The file in a directory, with PEFT's config of each component in its header. Raises FileError where no component is named."""
     by_component: dict[str, list[StoredSite]] = {}
     for s in file.sites:
-        component, _, rest = s.path.partition(".") if file.namespace == "pipeline" else (hints.component or "", "", s.path)
+        component, _, rest = (
+            s.path.partition(".") if file.namespace == "pipeline" else (hints.component or "", "", s.path)
+        )
         if component not in COMPONENTS:
-            raise FileError(f"{s.name}: diffusers needs to know whose site it is", way_out='say it, as in Hints(component="unet")')
+            raise FileError(
+                f"{s.name}: diffusers needs to know whose site it is", way_out='say it, as in Hints(component="unet")'
+            )
         by_component.setdefault(component, []).append(replace(s, path=rest))
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}

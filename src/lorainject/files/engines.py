@@ -55,7 +55,11 @@ def _embeddings(file: AdapterFile, hints: Hints, problems: list[str]) -> Adapter
 
 
 def _vllm_rank(file: AdapterFile, hints: Hints, problems: list[str]) -> AdapterFile:
-    problems += [f"{s.name}: rank {s.r}, above {VLLM_RANKS[-1]}, the highest that vLLM serves" for s in file.sites if s.r > VLLM_RANKS[-1]]
+    problems += [
+        f"{s.name}: rank {s.r}, above {VLLM_RANKS[-1]}, the highest that vLLM serves"
+        for s in file.sites
+        if s.r > VLLM_RANKS[-1]
+    ]
     return file
 
 
@@ -68,9 +72,15 @@ def _value_beside_query(file: AdapterFile, hints: Hints, problems: list[str]) ->
         if leaf != "q_proj" or value in by_path:
             continue
         if (out := _rows(value, hints)) is None:
-            problems.append(f"{s.name}: SGLang takes no q_proj without v_proj, and how large that is the file does not tell: give the model")
+            problems.append(
+                f"{s.name}: SGLang takes no q_proj without v_proj, and how large that is the file does not tell: give the model"
+            )
         else:
-            sites.append(StoredSite(path=value, A=torch.zeros_like(s.A), B=s.B.new_zeros(out, s.r), alpha=s.alpha, scaling=s.scaling))
+            sites.append(
+                StoredSite(
+                    path=value, A=torch.zeros_like(s.A), B=s.B.new_zeros(out, s.r), alpha=s.alpha, scaling=s.scaling
+                )
+            )
     return replace(file, sites=tuple(sites))
 
 

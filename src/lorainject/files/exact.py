@@ -34,7 +34,10 @@ LARGEST = 2**31
 def bounded(what: str, *shape: int) -> tuple[int, ...]:
     """The shape, if a tensor of it may be made; FileError if it is absurd."""
     if math.prod(shape) > LARGEST:
-        raise FileError(f"{what} would need a tensor {shape}", way_out="no adapter is that large: the file is damaged, or was made to do harm")
+        raise FileError(
+            f"{what} would need a tensor {shape}",
+            way_out="no adapter is that large: the file is damaged, or was made to do harm",
+        )
     return shape
 
 
@@ -49,7 +52,9 @@ def together(what: str, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """One tensor of several. Raises FileError where they don't fit together, as those of a model's own weights do."""
     if len({(*t.shape[: dim % t.ndim], *t.shape[dim % t.ndim + 1 :]) for t in tensors}) > 1:
         raise FileError(
-            f"{what}: its parts don't fit together", [f"{tuple(t.shape)}" for t in tensors], "they are of no model's weights: get the file again"
+            f"{what}: its parts don't fit together",
+            [f"{tuple(t.shape)}" for t in tensors],
+            "they are of no model's weights: get the file again",
         )
     return torch.cat(list(tensors), dim)
 
@@ -93,7 +98,9 @@ def _joined(group: Sequence[StoredSite]) -> StoredSite:
     for n, s in enumerate(group):
         at = sum(other.r for other in group[:n])
         rows = torch.tensor([i for part in s.rows or (range(out),) for i in part])
-        B[..., rows, at : at + s.r] = s.B if s.scale == first.scale else (s.B.double() * (s.scale / first.scale)).to(s.B.dtype)
+        B[..., rows, at : at + s.r] = (
+            s.B if s.scale == first.scale else (s.B.double() * (s.scale / first.scale)).to(s.B.dtype)
+        )
     alpha = first.scale * (math.sqrt(r) if first.scaling == "rslora" else r)
     return replace(first, label="", rows=None, A=together(first.path, [s.A for s in group], -2), B=B, alpha=alpha)
 
@@ -101,9 +108,15 @@ def _joined(group: Sequence[StoredSite]) -> StoredSite:
 def parts(s: StoredSite, rows: Mapping[str, Sequence[range]]) -> list[StoredSite]:
     """The site on a fused weight as sites on its parts, each a weight of its own at the path that is its key."""
     at = {path: torch.tensor([i for run in runs for i in run], dtype=torch.long) for path, runs in rows.items()}
-    of = {path: (s.magnitude if s.magnitude_axis == "in" else s.magnitude[i]) if s.magnitude is not None else None for path, i in at.items()}
+    of = {
+        path: (s.magnitude if s.magnitude_axis == "in" else s.magnitude[i]) if s.magnitude is not None else None
+        for path, i in at.items()
+    }
     return [
-        replace(s, path=path, B=s.B[..., i, :], shape=(), magnitude=of[path], bias=None if s.bias is None else s.bias[i]) for path, i in at.items()
+        replace(
+            s, path=path, B=s.B[..., i, :], shape=(), magnitude=of[path], bias=None if s.bias is None else s.bias[i]
+        )
+        for path, i in at.items()
     ]
 
 
@@ -122,7 +135,10 @@ def grouped(s: StoredSite, A: Tensor, B: Tensor, enabled: Sequence[bool]) -> lis
     """MergedLinear's A (k r, in) and B (k out/g, r) as sites on slices, k of g parts enabled: each with its A (r, in) and B (out/g, r)."""
     k, r = sum(enabled), B.shape[1]
     if k == 0 or A.shape[0] != k * r or B.shape[0] % k:
-        raise FileError(f"{s.name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no {k} of {len(enabled)} groups", way_out="correct the groups")
+        raise FileError(
+            f"{s.name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no {k} of {len(enabled)} groups",
+            way_out="correct the groups",
+        )
     part = B.shape[0] // k
     shape = (part * len(enabled), A.shape[1])
     found = []
@@ -141,7 +157,12 @@ def merged_linear(group: Sequence[StoredSite]) -> tuple[Tensor, Tensor, list[boo
     part = first.B.shape[0]
     at = [s.rows[0].start // part for s in group if s.rows and len(s.rows) == 1 and s.rows[0] == range(s.rows[0].start, s.rows[0].start + part)
           and s.rows[0].start % part == 0]  # fmt: skip
-    if not out or out % part or len(set(at)) != len(group) or any((s.r, s.scale) != (first.r, first.scale) for s in group):
+    if (
+        not out
+        or out % part
+        or len(set(at)) != len(group)
+        or any((s.r, s.scale) != (first.r, first.scale) for s in group)
+    ):
         return None
     A, B = (together(first.path, [getattr(s, half) for s in group]) for half in "AB")
     return A, B, [g in at for g in range(out // part)]
@@ -151,7 +172,8 @@ def in_halves(rows: int, heads: int) -> Tensor:
     """Which row in pairs is each row in halves: B_halves = B_pairs[in_halves(...)]. Raises FileError if the heads don't share the rows."""
     if heads < 1 or rows % (2 * heads):
         raise FileError(
-            f"{rows} rows are not those of {heads} heads", way_out="give the heads of queries, and of keys and values: Hints(heads=(32, 8))"
+            f"{rows} rows are not those of {heads} heads",
+            way_out="give the heads of queries, and of keys and values: Hints(heads=(32, 8))",
         )
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
 

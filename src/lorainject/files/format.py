@@ -98,7 +98,11 @@ def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, t
     if "slices" not in form.holds and any(map(FEATURES["slices"], sites)):
         cut = [s for s in sites if s.rows is not None]
         unknown = [f"{s.name}: a slice of a weight whose size the file does not tell" for s in cut if not s.shape]
-        unknown += [f"{s.name}: a slice with a magnitude or a bias of its own" for s in cut if s.magnitude is not None or s.bias is not None]
+        unknown += [
+            f"{s.name}: a slice with a magnitude or a bias of its own"
+            for s in cut
+            if s.magnitude is not None or s.bias is not None
+        ]
         if unknown:
             raise FileError(f"{form.name} has no place for:", unknown, "read it with the model: hints=Hints(model=...)")
         sites = exact.padded(sites)
@@ -114,10 +118,15 @@ def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, t
     if out:
         whole, left = (sum(_norm(s) ** 2 for s in some) ** 0.5 for some in (sites, [s for s in sites if s.name in out]))
         lost.append(f"left out altogether: {len(out)} sites, {left / whole if whole else 0:.2g} of the update's norm")
-    without = {s.name: {k: v for other, what in beyond if other is s and what in PAYLOAD for k, v in PAYLOAD[what].items()} for s in sites}
+    without = {
+        s.name: {k: v for other, what in beyond if other is s and what in PAYLOAD for k, v in PAYLOAD[what].items()}
+        for s in sites
+    }
     sites = _scaled(tuple(replace(s, **without[s.name]) for s in sites if s.name not in out), form.scales)
     replaced = {name: t for name, t in file.replaced.items() if form.takes(name)}
-    return replace(file, sites=sites, replaced=replaced, tokens=file.tokens if "tokens" in form.holds else {}), tuple(lost)
+    return replace(file, sites=sites, replaced=replaced, tokens=file.tokens if "tokens" in form.holds else {}), tuple(
+        lost
+    )
 
 
 def changes(before: AdapterFile, after: AdapterFile) -> list[str]:
@@ -125,15 +134,24 @@ def changes(before: AdapterFile, after: AdapterFile) -> list[str]:
     kept, names = {s.name: s for s in before.sites}, {s.name for s in after.sites}
     same = [(kept[s.name], s) for s in after.sites if s.name in kept]
     gone = [s for s in before.sites if s.name not in names]
-    ranked, scaled = ([(getattr(a, what), getattr(b, what)) for a, b in same if getattr(a, what) != getattr(b, what)] for what in ("r", "scale"))
+    ranked, scaled = (
+        [(getattr(a, what), getattr(b, what)) for a, b in same if getattr(a, what) != getattr(b, what)]
+        for what in ("r", "scale")
+    )
     stacks, slices = [s for s in gone if s.A.ndim == 3], [s for s in gone if s.rows is not None]
     wider = [b.name for a, b in same if (a.A.dtype, a.B.dtype) != (b.A.dtype, b.B.dtype)]
     plain = [b.alpha for a, b in same if a.scaling != b.scaling]
     lines = (
         (stacks, f"{len(stacks)} stacks of experts are their experts' own linears"),
         (slices, f"{len(slices)} slices are padded with zeros to the whole weight"),
-        (ranked, f"rank {_some(b for _, b in ranked)} at {len(ranked)} sites, which had {_some(a for a, _ in ranked)}: filled up with zeros"),
-        (scaled, f"scale {_some(b for _, b in scaled)} at {len(scaled)} sites, which had {_some(a for a, _ in scaled)}: the rest is in B"),
+        (
+            ranked,
+            f"rank {_some(b for _, b in ranked)} at {len(ranked)} sites, which had {_some(a for a, _ in ranked)}: filled up with zeros",
+        ),
+        (
+            scaled,
+            f"scale {_some(b for _, b in scaled)} at {len(scaled)} sites, which had {_some(a for a, _ in scaled)}: the rest is in B",
+        ),
         (wider, f"A or B is wider at {len(wider)} sites, since its dtype could not hold the product"),
         (plain, f"rank-stabilised scales are written as plain alpha: {_some(plain)}"),
     )
@@ -177,4 +195,7 @@ def _apart(s: StoredSite) -> list[StoredSite]:
 
 
 def _norm(s: StoredSite) -> float:
-    return s.scale * sum(norm(B, A) ** 2 for A, B in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (s.A, s.B)), strict=True)) ** 0.5
+    return (
+        s.scale
+        * sum(norm(B, A) ** 2 for A, B in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (s.A, s.B)), strict=True)) ** 0.5
+    )

@@ -57,10 +57,14 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
                 problems.append(f"{key}: unexpected, no weight that is known here; read it with the model")
         else:
             found.setdefault(path, {})[known["part"]] = t
-    problems += [f"{at}: {half} is missing" for at, parts in found.items() for half in ("lora_a", "lora_b") if half not in parts]
+    problems += [
+        f"{at}: {half} is missing" for at, parts in found.items() for half in ("lora_a", "lora_b") if half not in parts
+    ]
     heads = heads_of(hints) if arch in IN_PAIRS else (0, 0)
     if heads is None and any(at.endswith((".q_proj", ".k_proj")) for at in found):
-        problems.append("the rows of q and k are in another order than transformers': give the heads, as in Hints(heads=(32, 8)), or the model")
+        problems.append(
+            "the rows of q and k are in another order than transformers': give the heads, as in Hints(heads=(32, 8)), or the model"
+        )
     if problems:
         return None
     sites: list[StoredSite] = []
@@ -68,7 +72,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     for at, parts in found.items():
         A, B = parts["lora_a"], parts["lora_b"]
         embedding = at == (inverse.get("token_embd") or NAMES.ours("token_embd"))
-        s = StoredSite(path=at, kind="experts" if A.ndim == 3 else "embedding" if embedding else "linear", A=NONE, B=NONE, alpha=0)
+        s = StoredSite(
+            path=at, kind="experts" if A.ndim == 3 else "embedding" if embedding else "linear", A=NONE, B=NONE, alpha=0
+        )
         made = checked(s, A.mT.contiguous() if embedding else A, B, problems, alpha=alpha or B.shape[-1])
         if made is not None and made.A.ndim == 3:
             block, _, leaf = at.rpartition(".")
@@ -95,15 +101,23 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         import gguf
     except ModuleNotFoundError:
         raise FileError("GGUF is written by the package gguf", way_out='pip install "lorainject[formats]"') from None
-    arch = hints.architecture or file.config.get("general.architecture") or getattr(getattr(hints.model, "config", None), "model_type", None)
+    arch = (
+        hints.architecture
+        or file.config.get("general.architecture")
+        or getattr(getattr(hints.model, "config", None), "model_type", None)
+    )
     arch = "llama" if arch in ("mistral", "mixtral") else arch
     heads, sites = heads_of(hints) if arch in IN_PAIRS else (0, 0), tuple(stacks(file.sites, ".experts"))
     names = _theirs([s.path for s in sites], str(arch))
     problems = [f"{s.name}: GGUF's {arch} has no such weight" for s in sites if s.path not in names]
     if arch is None or arch not in gguf.MODEL_ARCH_NAMES.values():
-        problems.append(f"the architecture is {arch!r}: say llama.cpp's word for the base, as in Hints(architecture='llama')")
+        problems.append(
+            f"the architecture is {arch!r}: say llama.cpp's word for the base, as in Hints(architecture='llama')"
+        )
     if heads is None and any(s.path.endswith((".q_proj", ".k_proj")) for s in sites):
-        problems.append("the rows of q and k are in another order there: give the heads, as in Hints(heads=(32, 8)), or the model")
+        problems.append(
+            "the rows of q and k are in another order there: give the heads, as in Hints(heads=(32, 8)), or the model"
+        )
     if problems:
         raise FileError("this can't be written as GGUF:", problems, "choose another format")
     alpha = float(torch.tensor(sites[0].scale * sites[0].r, dtype=torch.float32))

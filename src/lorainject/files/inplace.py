@@ -84,7 +84,9 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
 
 def _refuse_merged(base: Path) -> None:
     if (base / FOLDER / MANIFEST).exists():
-        raise StateError(f"{base} is merged already, or a merge was interrupted there", way_out=f"lorainject unmerge {base}")
+        raise StateError(
+            f"{base} is merged already, or a merge was interrupted there", way_out=f"lorainject unmerge {base}"
+        )
 
 
 def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) -> Path:
@@ -114,8 +116,17 @@ def _merge_shard(base: Path, shard: Shard, plan: MergePlan, state: dict[str, Any
     with opened(shard) as source, new(temporary) as target:
         plan.write(shard, source, target, meter, keep)
         os.fchmod(target, os.fstat(source).st_mode & 0o777)
-    tensors = {key: [t.dtype, t.shape, t.start, t.stop] for key, t in shard.tensors.items() if any(r["key"] == key for r in records)}
-    state["shards"][shard.path.name] = {"before": sha256(shard.path), "after": sha256(temporary), "tensors": tensors, "patches": records}
+    tensors = {
+        key: [t.dtype, t.shape, t.start, t.stop]
+        for key, t in shard.tensors.items()
+        if any(r["key"] == key for r in records)
+    }
+    state["shards"][shard.path.name] = {
+        "before": sha256(shard.path),
+        "after": sha256(temporary),
+        "tensors": tensors,
+        "patches": records,
+    }
     _save(folder, state)
     os.replace(temporary, shard.path)
     sync(base)
@@ -133,11 +144,17 @@ def _restore(base: Path, meter: Meter) -> None:
     """The old shards, wherever there are new ones. All are tried before the first is written."""
     folder, state = base / FOLDER, _state(base)
     now = {name: sha256(base / name) for name in state["shards"]}
-    merged = {name: record for name, record in state["shards"].items() if now[name] == record["after"] != record["before"]}
+    merged = {
+        name: record for name, record in state["shards"].items() if now[name] == record["after"] != record["before"]
+    }
     changed = [
-        f"{name}: was changed since it was merged" for name, record in state["shards"].items() if now[name] not in (record["before"], record["after"])
+        f"{name}: was changed since it was merged"
+        for name, record in state["shards"].items()
+        if now[name] not in (record["before"], record["after"])
     ]
-    problems = changed or [p for name, record in merged.items() if (p := _unmerge_shard(base, name, record, None, meter))]
+    problems = changed or [
+        p for name, record in merged.items() if (p := _unmerge_shard(base, name, record, None, meter))
+    ]
     if problems:
         raise MergeError(f"{base} was not unmerged:", problems, "download the shards anew")
     _hide_index(base)
@@ -171,13 +188,19 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             stored = Stored(dtype, tuple(shape), start, stop)
             t, _ = container.read(base / FOLDER / entry["file"])
             journal = Journal(*(t[field] for field in ("before", "after", "counts", "gaps", "bits")))
-            parts = [Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s, dtype=torch.float64)) for i, s in enumerate(entry["s"])]
+            parts = [
+                Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s, dtype=torch.float64)) for i, s in enumerate(entry["s"])
+            ]
             runs = torch.arange(len(t["starts"]))
             columns = torch.arange(entry["width"]).numpy()
-            patch = Patch(entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False)
+            patch = Patch(
+                entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False
+            )
             of = double(patch.factors())
             of_tiles = list(of.tiles())
-            for rows, kept in zip(of_tiles, journal.kept((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True):
+            for rows, kept in zip(
+                of_tiles, journal.kept((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True
+            ):
                 m = get(desk, source, stored, patch, rows)
                 w0 = desk.unfold(m, of.at(rows), kept)
                 if w0 is None:
@@ -217,7 +240,10 @@ def _state(base: Path) -> dict[str, Any]:
             return state
     except (ValueError, KeyError, TypeError):
         pass
-    raise FileError(f"{path} is not a manifest that this version reads", way_out="use the version that merged, or download the model anew")
+    raise FileError(
+        f"{path} is not a manifest that this version reads",
+        way_out="use the version that merged, or download the model anew",
+    )
 
 
 def _save(folder: Path, state: dict[str, Any]) -> None:

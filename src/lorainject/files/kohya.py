@@ -40,9 +40,13 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
             found.setdefault(known["path"], {})[SAME.get(known["part"], known["part"])] = t
         else:
             what = method(key)
-            problems.append(f"{key}: {f'{what}, which is no pair of low-rank factors' if what else 'unexpected, neither lora_down nor lora_up'}")
+            problems.append(
+                f"{key}: {f'{what}, which is no pair of low-rank factors' if what else 'unexpected, neither lora_down nor lora_up'}"
+            )
     sites = [s for at, parts in found.items() if (s := _site(at, parts, problems)) is not None]
-    return AdapterFile(path=source.path, format="kohya", sites=tuple(sites), config=dict(source.metadata), namespace="kohya")
+    return AdapterFile(
+        path=source.path, format="kohya", sites=tuple(sites), config=dict(source.metadata), namespace="kohya"
+    )
 
 
 def _site(at: str, parts: dict[str, Tensor], problems: list[str]) -> StoredSite | None:
@@ -52,11 +56,15 @@ def _site(at: str, parts: dict[str, Tensor], problems: list[str]) -> StoredSite 
     down, up, mid = parts["lora_down.weight"], parts["lora_up.weight"], parts.get("lora_mid.weight")
     unfit = mid is not None and (mid.ndim < 3 or mid.shape[:2] != (up.shape[1], down.shape[0]))
     if up.ndim < 2 or down.ndim < 2 or up.shape[2:].numel() != 1 or unfit:
-        problems.append(f"{at}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} are no pair (r, in) and (out, r)")
+        problems.append(
+            f"{at}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} are no pair (r, in) and (out, r)"
+        )
         return None
     A = down if mid is None else exact.tucker(at, mid, down)
     r, out = A.shape[0], up.shape[0]
-    alpha = float(parts["scale"]) * r if "scale" in parts else float(parts["alpha"].flatten()[0]) if "alpha" in parts else r
+    alpha = (
+        float(parts["scale"]) * r if "scale" in parts else float(parts["alpha"].flatten()[0]) if "alpha" in parts else r
+    )
     m, axis = parts.get("dora_scale"), "out"
     if m is not None:
         axis = "out" if m.shape[0] == m.numel() else "in"
@@ -83,7 +91,10 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
             tensors[f"{at}.dora_scale"] = s.magnitude.view(*((-1, 1) if s.magnitude_axis == "out" else (1, -1)), *ones)
     if problems:
         raise FileError("kohya's names have no dots:", problems, "rename one of them, or choose another format")
-    ranks, alphas = ({str(v) for v in values} for values in ((s.r for s in file.sites), (exact.standard(s).alpha for s in file.sites)))
+    ranks, alphas = (
+        {str(v) for v in values}
+        for values in ((s.r for s in file.sites), (exact.standard(s).alpha for s in file.sites))
+    )
     about = {"ss_network_module": "networks.lora", "ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
     return {path: container.dump(tensors, file.config if file.format == "kohya" else about)}
 
@@ -95,9 +106,14 @@ def _one(values: set[str]) -> str:
 def _flat(path: str, file: AdapterFile, hints: Hints) -> str:
     component, _, rest = path.partition(".") if file.namespace == "pipeline" else (hints.component, "", path)
     two = any(s.path.startswith("text_encoder_2.") for s in file.sites) and file.namespace == "pipeline"
-    prefix = next((p for p, parts in PREFIXES.items() if component in parts and not (p == "lora_te1_" and not two)), None)
+    prefix = next(
+        (p for p, parts in PREFIXES.items() if component in parts and not (p == "lora_te1_" and not two)), None
+    )
     if prefix is None:
-        raise FileError(f"kohya has no prefix for {component!r}", way_out="say which part of the pipeline it is: Hints(component='unet')")
+        raise FileError(
+            f"kohya has no prefix for {component!r}",
+            way_out="say which part of the pipeline it is: Hints(component='unet')",
+        )
     return prefix + rest.replace(".", "_")
 
 

@@ -38,7 +38,9 @@ def claims(source: Source) -> bool:
     """Whether its tensors have litgpt's names."""
     known = (".attn.qkv", ".attn.proj", ".attn.attn", ".mlp.fc_1", ".mlp.fc_2", ".mlp.fc", ".mlp.proj")
     paths = [key[: -len(ENDS[0])] for key in source.tensors if key.endswith(ENDS)]
-    return HYPER in source.configs or (bool(paths) and all(p == "lm_head" or (p.startswith("transformer.h.") and p.endswith(known)) for p in paths))
+    return HYPER in source.configs or (
+        bool(paths) and all(p == "lm_head" or (p.startswith("transformer.h.") and p.endswith(known)) for p in paths)
+    )
 
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
@@ -53,12 +55,16 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     if alpha is None:
         problems.append(f"it holds no alpha: give the directory with {HYPER}, or say it, as in Hints(alpha=16)")
     if fused and heads is None:
-        problems.append(f"how the rows of qkv are shared out is not said: give the directory with {MODEL}, or Hints(heads=(32, 8))")
+        problems.append(
+            f"how the rows of qkv are shared out is not said: give the directory with {MODEL}, or Hints(heads=(32, 8))"
+        )
     for at in paths:
         if at.endswith(".attn.attn"):
             problems.append(f"{at}: a file of an old litgpt, whose rows were in groups of heads: not supported")
         elif at not in fused and NAMES.ours(at) is None:
-            problems.append(f"{at}: the names of {model.get('mlp_class_name', 'this model')} are not known here; only those of LLaMAMLP are")
+            problems.append(
+                f"{at}: the names of {model.get('mlp_class_name', 'this model')} are not known here; only those of LLaMAMLP are"
+            )
     if problems:
         return None
     sites = []
@@ -95,14 +101,24 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         raise FileError("this can't be written as litgpt's:", strange, "choose another format")
     at = {NAMES.theirs(s.path) or "": s for s in file.sites}
     on = [part for part in QKV if any(name.endswith(f".attn.{part}") for name in at)]
-    tensors = {f"{name}{end}": t for name, s in at.items() if not name.endswith(QKV) for end, t in zip(ENDS, (s.A, s.B), strict=True)}
+    tensors = {
+        f"{name}{end}": t
+        for name, s in at.items()
+        if not name.endswith(QKV)
+        for end, t in zip(ENDS, (s.A, s.B), strict=True)
+    }
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in at if name.endswith(QKV)):
         parts = [at.get(f"{layer}.{part}") or _zero(f".attn.{part}", at, layer) for part in on]
-        tensors |= {f"{layer}.qkv{end}": exact.together(f"{layer}.qkv", [getattr(s, end[-1]) for s in parts]) for end in ENDS}
+        tensors |= {
+            f"{layer}.qkv{end}": exact.together(f"{layer}.qkv", [getattr(s, end[-1]) for s in parts]) for end in ENDS
+        }
     first, leaves = file.sites[0], {s.path.rpartition(".")[2] for s in file.sites}
     hyper: dict[str, Any] = {"lora_r": first.r, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
     hyper |= {f"lora_{part}": part in on for part in QKV}
-    hyper |= {f"lora_{switch}": any(leaf in ends or f".{leaf}" == ends for leaf in leaves) for switch, ends in SWITCHES.items()}
+    hyper |= {
+        f"lora_{switch}": any(leaf in ends or f".{leaf}" == ends for leaf in leaves)
+        for switch, ends in SWITCHES.items()
+    }
     text = "".join(f"{key}: {str(value).lower()}\n" for key, value in hyper.items())
     return {path / FILE: [pickled({"model": tensors})], path / HYPER: [text.encode()]}
 
@@ -114,4 +130,13 @@ def _zero(end: str, at: dict[str, StoredSite], layer: str) -> StoredSite:
     return StoredSite(path=layer, A=torch.zeros_like(A), B=torch.zeros_like(like.B), alpha=like.alpha)
 
 
-FORMAT = Format(name="litgpt", library="litgpt 0.5.13", claims=claims, read=read, write=write, scales="one", asks=("heads",), holds=frozenset())
+FORMAT = Format(
+    name="litgpt",
+    library="litgpt 0.5.13",
+    claims=claims,
+    read=read,
+    write=write,
+    scales="one",
+    asks=("heads",),
+    holds=frozenset(),
+)

@@ -41,7 +41,13 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         problems.append("loralib does not store alpha: say it, as in Hints(alpha=32)")
         return None
     problems += [f"{at}{end}: missing" for at in paths for end in ENDS if at + end not in tensors]
-    notes = [] if hints.model else ["linears, embeddings and convolutions look alike: all were taken for linears; read it with the model to be sure"]
+    notes = (
+        []
+        if hints.model
+        else [
+            "linears, embeddings and convolutions look alike: all were taken for linears; read it with the model to be sure"
+        ]
+    )
     sites: list[StoredSite] = []
     for at in (at for at in paths if at + ENDS[0] in tensors and at + ENDS[1] in tensors):
         A, B = (tensors[at + end] for end in ENDS)
@@ -51,7 +57,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     beside = {key: t for key, t in tensors.items() if not key.endswith(ENDS)}
     replaced = {site_name(*key.rpartition(".")[::2]): t for key, t in beside.items() if not _is_base(key, paths)}
     if len(beside) > len(replaced):
-        notes.append("a whole state dict: of the adapted layers A and B were taken, and the weights passed over, which may hold them already")
+        notes.append(
+            "a whole state dict: of the adapted layers A and B were taken, and the weights passed over, which may hold them already"
+        )
     return AdapterFile(path=source.path, format="loralib", sites=tuple(sites), replaced=replaced, notes=tuple(notes))
 
 
@@ -61,7 +69,9 @@ def _is_base(key: str, paths: Mapping[str, None]) -> bool:
     return leaf == "weight" and (path in paths or path.rpartition(".")[0] in paths)
 
 
-def _sites(at: str, A: Tensor, B: Tensor, hints: Hints, problems: list[str]) -> list[tuple[StoredSite, Tensor, Tensor, float]]:
+def _sites(
+    at: str, A: Tensor, B: Tensor, hints: Hints, problems: list[str]
+) -> list[tuple[StoredSite, Tensor, Tensor, float]]:
     """One module's sites, each with its A, B and alpha."""
     alpha, layer = hints.alpha or 0.0, _layer(hints.model, at)
     s = StoredSite(path=at, A=NONE, B=NONE, alpha=alpha)
@@ -83,12 +93,19 @@ def _sites(at: str, A: Tensor, B: Tensor, hints: Hints, problems: list[str]) -> 
     return [(replace(s, kind="embedding") if isinstance(layer, nn.Embedding) else s, A, B, alpha)]
 
 
-def _convolution(s: StoredSite, layer: nn.Conv2d, A: Tensor, B: Tensor, alpha: float) -> tuple[StoredSite, Tensor, Tensor, float]:
+def _convolution(
+    s: StoredSite, layer: nn.Conv2d, A: Tensor, B: Tensor, alpha: float
+) -> tuple[StoredSite, Tensor, Tensor, float]:
     """(out ks, in ks) seen as (out, in ks ks): a copy of A for each row of the kernel, so rank r ks^2, with the scale of rank r."""
     ks = layer.kernel_size[0]
     exact.bounded(s.name, ks * A.shape[0], ks * A.shape[1])
     wide = torch.kron(torch.eye(ks, dtype=A.dtype), A)
-    return replace(s, kind="conv", shape=tuple(layer.weight.shape)), wide, B.reshape(-1, ks * B.shape[1]), alpha * ks * ks
+    return (
+        replace(s, kind="conv", shape=tuple(layer.weight.shape)),
+        wide,
+        B.reshape(-1, ks * B.shape[1]),
+        alpha * ks * ks,
+    )
 
 
 def _layer(model: nn.Module | None, path: str) -> nn.Module | None:

@@ -42,17 +42,21 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     problems += [f"{at}{end}: missing" for at in paths for end in ENDS if at + end not in source.tensors]
     problems += [f"{key}: unexpected, neither lora_a nor lora_b" for key in source.tensors if key not in known]
     if "scale" not in given and hints.alpha is None:
-        problems.append("it holds no scale: give the directory with adapter_config.json, or say alpha, as in Hints(alpha=16)")
+        problems.append(
+            "it holds no scale: give the directory with adapter_config.json, or say alpha, as in Hints(alpha=16)"
+        )
     if problems:
         return None
-    notes = ["alpha stands beside scale, so the scale is scale * alpha / rank, as mlx-lm of that time (before April 2025) trained"] * (
-        "alpha" in given
-    )
+    notes = [
+        "alpha stands beside scale, so the scale is scale * alpha / rank, as mlx-lm of that time (before April 2025) trained"
+    ] * ("alpha" in given)
     sites: list[StoredSite] = []
     for at in paths:
         a, b = (source.tensors[at + end] for end in ENDS)
         if not 2 <= min(a.ndim, b.ndim) <= max(a.ndim, b.ndim) <= 3:
-            problems.append(f"{at}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} are no pair (in, r) and (r, out)")
+            problems.append(
+                f"{at}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} are no pair (in, r) and (r, out)"
+            )
             continue
         if b.ndim == 3 and a.ndim == 2:  # before October 2025
             a = a.reshape(b.shape[0], -1, a.shape[1])
@@ -84,12 +88,21 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     first = file.sites[0]
     own = file.config if file.format == "mlx" else {}
     keys = sorted({re.sub(r"^.*?\.?layers\.\d+\.", "", key.rpartition(".")[0]) for key in tensors})
-    config: dict[str, Any] = {"fine_tune_type": "dora" if any(s.magnitude is not None for s in file.sites) else "lora", "num_layers": -1} | own
+    config: dict[str, Any] = {
+        "fine_tune_type": "dora" if any(s.magnitude is not None for s in file.sites) else "lora",
+        "num_layers": -1,
+    } | own
     config["lora_parameters"] = {"rank": first.r, "scale": first.scale, "dropout": first.dropout, "keys": keys}
     text = json.dumps(config, indent=4) + "\n"
     return {path / "adapters.safetensors": container.dump(tensors, {}), path / CONFIG: [text.encode()]}
 
 
 FORMAT = Format(
-    name="mlx", library="mlx-lm 0.32.2", claims=claims, read=read, write=write, scales="one", holds=frozenset({"embeddings", "magnitudes"})
+    name="mlx",
+    library="mlx-lm 0.32.2",
+    claims=claims,
+    read=read,
+    write=write,
+    scales="one",
+    holds=frozenset({"embeddings", "magnitudes"}),
 )

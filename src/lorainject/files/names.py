@@ -52,7 +52,12 @@ def reordered(s: StoredSite, heads: tuple[int, int], *, to_pairs: bool) -> Store
     if leaf not in ("q_proj", "k_proj"):
         return s
     at = (exact.in_pairs if to_pairs else exact.in_halves)(s.B.shape[0], heads[leaf == "k_proj"])
-    return replace(s, B=s.B[at], magnitude=None if s.magnitude is None else s.magnitude[at], bias=None if s.bias is None else s.bias[at])
+    return replace(
+        s,
+        B=s.B[at],
+        magnitude=None if s.magnitude is None else s.magnitude[at],
+        bias=None if s.bias is None else s.bias[at],
+    )
 
 
 EXPERT = re.compile(r"(?P<block>.*)\.experts\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
@@ -79,7 +84,11 @@ def pickled(tensors: Mapping[str, Any]) -> bytes:
     """What torch.save writes: the container of those libraries that have no other."""
 
     def own(value: Any) -> Any:
-        return value.detach().cpu().clone().contiguous() if isinstance(value, Tensor) else {k: own(v) for k, v in value.items()}
+        return (
+            value.detach().cpu().clone().contiguous()
+            if isinstance(value, Tensor)
+            else {k: own(v) for k, v in value.items()}
+        )
 
     buffer = io.BytesIO()
     torch.save(own(tensors), buffer)

@@ -39,7 +39,9 @@ def of_component(file: AdapterFile, component: str) -> AdapterFile:
     if file.namespace == "kohya":
         return replace(file, sites=tuple(s for s in file.sites if component in PREFIXES.get(prefix_of(s.path), ())))
     if file.namespace == "pipeline":
-        sites = tuple(replace(s, path=s.path.partition(".")[2]) for s in file.sites if s.path.startswith(f"{component}."))
+        sites = tuple(
+            replace(s, path=s.path.partition(".")[2]) for s in file.sites if s.path.startswith(f"{component}.")
+        )
         return replace(file, sites=sites, namespace="hf")
     return file
 
@@ -52,12 +54,19 @@ def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
     if file.format == "lorainject" and file.namespace == "hf":
         return file
     there = dict(walk(model))
-    if all(s.path in there and s.parameter in there[s.path]._parameters and (s.kind == "embedding" or not s.shape) for s in file.sites):
+    if all(
+        s.path in there and s.parameter in there[s.path]._parameters and (s.kind == "embedding" or not s.shape)
+        for s in file.sites
+    ):
         return replace(file, namespace="hf")
     by_name = {n: w for w in weights(model) for n in w.names}
     if all(s.path.startswith(ORIGINAL) and s.path.removeprefix(ORIGINAL) not in by_name for s in file.sites):
-        flat = tuple(replace(s, path="lora_unet_" + s.path.removeprefix(ORIGINAL).replace(".", "_")) for s in file.sites)
-        file = replace(file, sites=flat, namespace="kohya")  # ComfyUI's, with the dots of the names that kohya has without
+        flat = tuple(
+            replace(s, path="lora_unet_" + s.path.removeprefix(ORIGINAL).replace(".", "_")) for s in file.sites
+        )
+        file = replace(
+            file, sites=flat, namespace="kohya"
+        )  # ComfyUI's, with the dots of the names that kohya has without
     if file.namespace == "kohya":
         file = replace(file, sites=tuple(part for s in file.sites for part in _unfused(s, by_name)))
     change = _flat(file, model) if file.namespace == "kohya" else _inside(file, model, by_name)
@@ -66,7 +75,13 @@ def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
     if strange := [s for s in sites if _name(s) not in by_name]:
         known = tuple(s for s in sites if _name(s) in by_name)
         sites = known + tuple(_converted(strange, model, by_name))
-    return replace(file, sites=tuple(_of_kind(s, by_name.get(_name(s))) for s in sites), replaced=replaced, tokens=tokens, namespace="hf")
+    return replace(
+        file,
+        sites=tuple(_of_kind(s, by_name.get(_name(s))) for s in sites),
+        replaced=replaced,
+        tokens=tokens,
+        namespace="hf",
+    )
 
 
 def _name(s: StoredSite) -> str:
@@ -90,9 +105,15 @@ def _inside(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]) 
         changes += [lambda path: prefix + path, lambda path: path.removeprefix(prefix)]
     if file.namespace == "pipeline":
         changes += [lambda path: path.partition(".")[2]]
-    changes += [lambda path: path.removeprefix("text_model."), lambda path: f"text_model.{path}"]  # CLIP's, in transformers 4 and not in 5
+    changes += [
+        lambda path: path.removeprefix("text_model."),
+        lambda path: f"text_model.{path}",
+    ]  # CLIP's, in transformers 4 and not in 5
     if file.namespace == "pipeline":
-        changes += [lambda path: path.partition(".")[2].removeprefix("text_model."), lambda path: f"text_model.{path.partition('.')[2]}"]
+        changes += [
+            lambda path: path.partition(".")[2].removeprefix("text_model."),
+            lambda path: f"text_model.{path.partition('.')[2]}",
+        ]
     missing = [sum(site_name(change(s.path), s.parameter) not in by_name for s in file.sites) for change in changes]
     return changes[missing.index(min(missing))]
 
@@ -108,7 +129,9 @@ def _flat(file: AdapterFile, model: nn.Module) -> Callable[[str], str]:
         tries = (bare, bare.removeprefix("text_model_"), f"text_model_{bare}", dialects.unet(bare))
         known = next((table[flat] for flat in tries if flat in table), {s.path})
         if len(known) > 1:
-            raise FileError(f"{file.path}: {s.path} may mean {' or '.join(sorted(known))}", way_out="rename one of the modules")
+            raise FileError(
+                f"{file.path}: {s.path} may mean {' or '.join(sorted(known))}", way_out="rename one of the modules"
+            )
         found[s.path] = next(iter(known))
     return lambda path: found.get(path, path)
 
@@ -134,7 +157,11 @@ def prefix_of(flat: str) -> str:
 
 def _converted(sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, Weight]) -> Iterator[StoredSite]:
     """Sites under a checkpoint's names as sites on the parameters in memory; as they were, where the way is not known."""
-    movable = {f"{s.path}.weight": s for s in sites if s.parameter == "weight" and s.kind == "linear" and s.A.ndim == 2 and s.magnitude is None}
+    movable = {
+        f"{s.path}.weight": s
+        for s in sites
+        if s.parameter == "weight" and s.kind == "linear" and s.A.ndim == 2 and s.magnitude is None
+    }
     shapes = {key: (s.B.shape[0], s.A.shape[1]) for key, s in movable.items()}
     found, _, _ = places(model, _with_siblings(shapes, model))
     moved: dict[tuple[str, range], dict[int, StoredSite]] = {}
@@ -144,7 +171,9 @@ def _converted(sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, 
             if weight is None or place.key not in movable or (where := _rows(place, weight, shapes[place.key])) is None:
                 continue
             expert, mine, its = where
-            moved.setdefault((weight.names[0], mine), {})[expert] = replace(movable[place.key], B=movable[place.key].B[its.start : its.stop])
+            moved.setdefault((weight.names[0], mine), {})[expert] = replace(
+                movable[place.key], B=movable[place.key].B[its.start : its.stop]
+            )
     for (name, rows), experts in moved.items():
         yield _site(by_name[name], rows, experts)
     done = {id(movable[place.key]) for at in found.values() for place in at if place.key in movable}
@@ -170,7 +199,13 @@ def _rows(place: Place, w: Weight, shape: tuple[int, int]) -> tuple[int, range, 
     """Which expert (0 if there are none) and rows of the weight are which rows of the tensor; None if it isn't rows that move."""
     whole = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
     n, width = math.prod(place.disk.sizes), shape[1]
-    if whole[-1] != width or w.kind.transposed or not (_dense(place.disk) and _dense(place.memory)) or n % width or place.disk.offset % width:
+    if (
+        whole[-1] != width
+        or w.kind.transposed
+        or not (_dense(place.disk) and _dense(place.memory))
+        or n % width
+        or place.disk.offset % width
+    ):
         return None
     one = math.prod(whole[-2:])
     first, its = place.memory.offset % one // width, place.disk.offset // width
@@ -186,7 +221,11 @@ def _site(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSi
     shape = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
     first, r = next(iter(experts.values())), max(s.r for s in experts.values())
     alike = {e: exact.folded(exact.ranked(s, r), first.scale) for e, s in experts.items()}
-    label = "" if len(rows) == shape[-2] else next((k for k, v in parts_of(w).items() if v == (rows,)), f"{rows.start}:{rows.stop}")
+    label = (
+        ""
+        if len(rows) == shape[-2]
+        else next((k for k, v in parts_of(w).items() if v == (rows,)), f"{rows.start}:{rows.stop}")
+    )
     stack = len(shape) == 3
     A, B = (_stacked([getattr(alike.get(e), half, None) for e in range(shape[0] if stack else 1)]) for half in "AB")
     one = next(iter(alike.values()))

@@ -50,21 +50,37 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> dict[Path, Any]:
     metadata = {"format": "pt", KEY: encode(file, tensors, raws, {key: said for key, (_, *said) in extras.items()})}
     if path.suffix == ".safetensors":
         return {path: container.dump(tensors, metadata, raws)}
-    plain = all(map(peft.holds, file.sites)) and not any(s.magnitude is not None and s.magnitude_axis == "in" for s in file.sites)
+    plain = all(map(peft.holds, file.sites)) and not any(
+        s.magnitude is not None and s.magnitude_axis == "in" for s in file.sites
+    )
     text = (json.dumps(peft.config(file), indent=2, sort_keys=True) + "\n").encode() if plain else None
     return {path / TENSORS: container.dump(tensors, metadata, raws), path / CONFIG: None if text is None else [text]}
 
 
-def encode(file: AdapterFile, tensors: Mapping[str, Tensor], raws: Mapping[str, memoryview], extras: Mapping[str, Sequence[Any]]) -> str:
+def encode(
+    file: AdapterFile,
+    tensors: Mapping[str, Tensor],
+    raws: Mapping[str, memoryview],
+    extras: Mapping[str, Sequence[Any]],
+) -> str:
     """The record as JSON."""
     sites, base = file.sites, file.base
-    more = {key: value for key, value in (("extras", extras), ("namespace", file.namespace if file.namespace != "hf" else "")) if value}
+    more = {
+        key: value
+        for key, value in (("extras", extras), ("namespace", file.namespace if file.namespace != "hf" else ""))
+        if value
+    }
     body: dict[str, Any] = {
         "version": 3 if more else 1 if all(_is_plain(s) for s in sites) else 2,
         "name": file.name,
         "init": file.init,
-        "sites": {s.name: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} | _where(s) for s in sites},
-        "base": base64.b64encode(container.raw(torch.cat([base.sample[s.name] for s in sites]))).decode() if base else "",
+        "sites": {
+            s.name: {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases} | _where(s)
+            for s in sites
+        },
+        "base": base64.b64encode(container.raw(torch.cat([base.sample[s.name] for s in sites]))).decode()
+        if base
+        else "",
         "base_dtypes": [str(base.dtype[s.name]).removeprefix("torch.") for s in sites] if base else [],
     } | more
     text = _text(body)
@@ -79,20 +95,31 @@ def _extras(file: AdapterFile) -> dict[str, tuple[Any, ...]]:
         if s.magnitude is not None:
             ones = [1] * (len(s.shape) - 2) if s.kind == "conv" else []
             key, t = (f"{at}.lora_magnitude_vector", s.magnitude.view(1, -1, *ones) if ones else s.magnitude)
-            found[key if s.magnitude_axis == "out" else f"{at}.magnitude_in"] = (t, "magnitude", s.name, s.magnitude_axis)
+            found[key if s.magnitude_axis == "out" else f"{at}.magnitude_in"] = (
+                t,
+                "magnitude",
+                s.name,
+                s.magnitude_axis,
+            )
         if s.bias is not None:
             found[f"{at}.lora_B.bias"] = (s.bias, "bias", s.name)
     found |= {key: (t, "replaced", name) for name, (key, t) in peft.whole(file).items()}
-    return found | {f"{peft.PREFIX}{path}.{peft.TOKENS}": (t.rows, "tokens", path, t.ids) for path, t in file.tokens.items()}
+    return found | {
+        f"{peft.PREFIX}{path}.{peft.TOKENS}": (t.rows, "tokens", path, t.ids) for path, t in file.tokens.items()
+    }
 
 
-def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[str, Any], problems: list[str]) -> AdapterFile | None:
+def decode(
+    path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[str, Any], problems: list[str]
+) -> AdapterFile | None:
     """The file that a record describes; None, and lines in `problems`, if it is damaged."""
     try:
         body = parsed("the record", text)
         digest = body.pop("digest")
         if body["version"] not in VERSIONS:
-            problems.append(f"its record is of version {body['version']!r}, this library reads {VERSIONS[-1]} and older")
+            problems.append(
+                f"its record is of version {body['version']!r}, this library reads {VERSIONS[-1]} and older"
+            )
             return None
         if digest != _digest(_text(body), tensors):
             problems.append("its digest does not match: bits were changed since it was written")
@@ -103,7 +130,9 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
             raise ValueError(f"{odd[0]!r} is no name")
         for key, (role, name, *detail) in extras.items():
             if role in ("magnitude", "bias"):
-                own[name] |= {role: tensors[key].flatten()} | ({"magnitude_axis": str(detail[0])} if role == "magnitude" else {})
+                own[name] |= {role: tensors[key].flatten()} | (
+                    {"magnitude_axis": str(detail[0])} if role == "magnitude" else {}
+                )
         places = [_place(name, settings, tensors, own[name]) for name, settings in body["sites"].items()]
         keys = peft.keys(places)
         sites = [
@@ -114,14 +143,25 @@ def decode(path: Path, tensors: Mapping[str, Tensor], text: str, config: dict[st
         if body["base"]:
             samples = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32).split(SAMPLES)
             dtypes = [getattr(torch, name) for name in body["base_dtypes"]]
-            base = BasePrint(dtype=dict(zip(body["sites"], dtypes, strict=True)), sample=dict(zip(body["sites"], samples, strict=True)))
+            base = BasePrint(
+                dtype=dict(zip(body["sites"], dtypes, strict=True)),
+                sample=dict(zip(body["sites"], samples, strict=True)),
+            )
         name, init = body["name"], body["init"]
-        if not isinstance(name, str) or init not in INITS or any(x["scaling"] not in SCALINGS for x in body["sites"].values()):
+        if (
+            not isinstance(name, str)
+            or init not in INITS
+            or any(x["scaling"] not in SCALINGS for x in body["sites"].values())
+        ):
             raise ValueError(f"the name {name!r}, init {init!r} or a scaling is none that there is")
         used = {key for pair in keys.values() for key in pair} | extras.keys()
         problems += [f"{key}: unexpected, neither A nor B of a site" for key in tensors if key not in used]
         replaced = {name: tensors[key] for key, (role, name, *_) in extras.items() if role == "replaced"}
-        tokens = {e[1]: TokenRows(ids=tuple(map(int, e[2])), rows=tensors[key]) for key, e in extras.items() if e[0] == "tokens"}
+        tokens = {
+            e[1]: TokenRows(ids=tuple(map(int, e[2])), rows=tensors[key])
+            for key, e in extras.items()
+            if e[0] == "tokens"
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, FileError) as e:
         problems.append(f"its lorainject record is damaged: {type(e).__name__}: {e}")
         return None
@@ -151,7 +191,11 @@ def _pair(tensors: Mapping[str, Tensor], at: tuple[str, str], s: StoredSite, pro
 
 
 def _is_plain(s: StoredSite) -> bool:
-    return (s.parameter, s.label, s.named, s.peft) == ("weight", "", False, True) and s.kind in ("linear", "linear^T", "embedding")
+    return (s.parameter, s.label, s.named, s.peft) == ("weight", "", False, True) and s.kind in (
+        "linear",
+        "linear^T",
+        "embedding",
+    )
 
 
 def _where(s: StoredSite) -> dict[str, Any]:
@@ -159,13 +203,29 @@ def _where(s: StoredSite) -> dict[str, Any]:
     if _is_plain(s):
         return {}
     rows = s.rows and [[part.start, part.stop, part.step] for part in s.rows]
-    fields = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape, "named": s.named, "apart": not s.peft}
+    fields = {
+        "parameter": s.parameter,
+        "label": s.label,
+        "rows": rows,
+        "kind": s.kind,
+        "shape": s.shape,
+        "named": s.named,
+        "apart": not s.peft,
+    }
     return {"path": s.path} | {key: value for key, value in fields.items() if value}
 
 
-def _place(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], beside: Mapping[str, Any]) -> StoredSite:
+def _place(
+    name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], beside: Mapping[str, Any]
+) -> StoredSite:
     """A site without its A and B, but with what it has beside them."""
-    texts = [settings.get("path", name), settings.get("parameter", ""), settings.get("label", ""), settings.get("kind", ""), *settings["aliases"]]
+    texts = [
+        settings.get("path", name),
+        settings.get("parameter", ""),
+        settings.get("label", ""),
+        settings.get("kind", ""),
+        *settings["aliases"],
+    ]
     if odd := [t for t in texts if not isinstance(t, str)]:
         raise ValueError(f"{name}: {odd[0]!r} is no name")
     kind = "embedding" if f"{peft.PREFIX}{name}{peft.EMBEDDING[0]}" in tensors else "linear"
@@ -184,7 +244,9 @@ def _text(body: Mapping[str, Any]) -> str:
 def _digest(text: str, tensors: Mapping[str, Tensor], raws: Mapping[str, memoryview] | None = None) -> str:
     """SHA-256 of the record and of the tensors' names, types, shapes and CRC-32s (which see damage as well, in a quarter of the time)."""
     marks = [text]
-    for key in sorted(tensors):  # one by one: they may be mapped (see Spool), and in memory for as long as somebody has them
+    for key in sorted(
+        tensors
+    ):  # one by one: they may be mapped (see Spool), and in memory for as long as somebody has them
         t = tensors[key]
         marks.append(f"{key} {t.dtype} {tuple(t.shape)} {zlib.crc32(raws[key] if raws else container.raw(t))}")
     return hashlib.sha256("\n".join(marks).encode()).hexdigest()

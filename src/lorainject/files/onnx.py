@@ -34,7 +34,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         if known := KEY.fullmatch(key):
             found.setdefault(known["path"], {})[known["part"]] = t
         else:
-            problems.append(f"{key}: {'quantised to 4 bits: convert the original adapter' if '.quant.' in key else 'unexpected, neither A nor B'}")
+            problems.append(
+                f"{key}: {'quantised to 4 bits: convert the original adapter' if '.quant.' in key else 'unexpected, neither A nor B'}"
+            )
     problems += [f"{at}.lora_{half}: missing" for at, parts in found.items() for half in "AB" if half not in parts]
     sites: list[StoredSite] = []
     for at, parts in found.items():
@@ -50,9 +52,14 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        raise FileError("such files are written by the package onnxruntime", way_out='pip install "lorainject[formats]"') from None
+        raise FileError(
+            "such files are written by the package onnxruntime", way_out='pip install "lorainject[formats]"'
+        ) from None
     halves = {f"{s.path}.lora_{half}.weight": t for s in file.sites for half, t in (("A", s.A), ("B", s.B))}
-    arrays = {key: t.mT.contiguous().to(t.dtype if t.dtype == torch.float16 else torch.float32).numpy() for key, t in halves.items()}
+    arrays = {
+        key: t.mT.contiguous().to(t.dtype if t.dtype == torch.float16 else torch.float32).numpy()
+        for key, t in halves.items()
+    }
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(int(file.config.get("adapter_version", 1)))
     adapter.set_model_version(int(file.config.get("model_version", 1)))

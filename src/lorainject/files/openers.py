@@ -39,7 +39,11 @@ def sniff(path: Path) -> str:
     if first[4:9] == b"\0\0\0\0{":  # a header's length may look like any of the marks below
         return "safetensors"
     if reason := next((why for magic, why in REFUSED.items() if first.startswith(magic)), None):
-        raise FileError(f"{path} is not a whole safetensors file", [f"it looks like {reason}"], "get the adapter itself, in a format of li.FORMATS")
+        raise FileError(
+            f"{path} is not a whole safetensors file",
+            [f"it looks like {reason}"],
+            "get the adapter itself, in a format of li.FORMATS",
+        )
     if first.startswith(b"PK\x03\x04"):
         return _zip(path)
     if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -51,7 +55,10 @@ def sniff(path: Path) -> str:
 
 def start(path: Path) -> bytes:
     """The first bytes. Raises FileError for what is not there or empty."""
-    with system_errors(f"{path} can't be read", way_out="check the path and its permissions; a hub's name is not taken: download the adapter first"):
+    with system_errors(
+        f"{path} can't be read",
+        way_out="check the path and its permissions; a hub's name is not taken: download the adapter first",
+    ):
         if path.stat().st_size == 0:
             raise FileError(f"{path} is empty", way_out="it was cut off while it was written or copied: get it again")
         with path.open("rb") as f:
@@ -72,12 +79,20 @@ def _pickle(path: Path) -> Opened:
     if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in value.items()):
         raise FileError(f"{path} holds no flat table of tensors", ["a list of tensors (cloneofsimo/lora) says nothing of where they belong"]
                         * isinstance(value, list), "convert it with the tool that made it")  # fmt: skip
-    if odd := [key for key, t in value.items() if t.layout is not torch.strided or t.device.type != "cpu" or t.is_quantized]:
+    if odd := [
+        key for key, t in value.items() if t.layout is not torch.strided or t.device.type != "cpu" or t.is_quantized
+    ]:
         raise FileError(
-            f"{path} holds tensors that are not plain:", [f"{key}: sparse, quantised or without data" for key in odd], "ask for dense ones"
+            f"{path} holds tensors that are not plain:",
+            [f"{key}: sparse, quantised or without data" for key in odd],
+            "ask for dense ones",
         )
     if large := [key for key, t in value.items() if t.numel() * t.itemsize > t.untyped_storage().nbytes()]:
-        raise FileError(f"{path} says more than it holds:", [f"{key}: its elements are not all in the file" for key in large], "get the file again")
+        raise FileError(
+            f"{path} says more than it holds:",
+            [f"{key}: its elements are not all in the file" for key in large],
+            "get the file again",
+        )
     return {key: t.detach().contiguous() for key, t in value.items()}, {}
 
 
@@ -89,7 +104,9 @@ def _zip(path: Path) -> str:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "pickle"  # refused there, in its words
     if (size := sum(m.file_size for m in members)) > max(SMALL, 100 * path.stat().st_size):
-        raise FileError(f"{path} would unpack to {size:,} bytes", way_out="no adapter is that large: it was made to do harm")
+        raise FileError(
+            f"{path} would unpack to {size:,} bytes", way_out="no adapter is that large: it was made to do harm"
+        )
     return "npz" if members and all(m.filename.endswith(".npy") for m in members) else "pickle"
 
 
@@ -128,7 +145,19 @@ def _gguf(path: Path) -> Opened:
 
 def _check_gguf(path: Path) -> None:
     """Walk the header and its counts, by which the gguf package would loop and allocate: all must lie within the file."""
-    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by GGUF's number of the type; 8 is a string, 9 an array
+    sizes = {
+        0: 1,
+        1: 1,
+        2: 2,
+        3: 2,
+        4: 4,
+        5: 4,
+        6: 4,
+        7: 1,
+        10: 8,
+        11: 8,
+        12: 8,
+    }  # by GGUF's number of the type; 8 is a string, 9 an array
     end = path.stat().st_size
     with path.open("rb") as f:
 

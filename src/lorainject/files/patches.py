@@ -59,7 +59,9 @@ class Patch:
 def patches(place: Place, shape: Sequence[int], stacked: bool, parts: tuple[Factors, ...]) -> Iterator[Patch]:
     """What becomes of a place of a parameter of this shape. `parts` are its deltas."""
     rows, columns = shape[stacked], math.prod(shape[stacked + 1 :])
-    axes = sorted(zip(place.disk.sizes, place.disk.strides, place.memory.strides, strict=True), key=lambda axis: -axis[1])
+    axes = sorted(
+        zip(place.disk.sizes, place.disk.strides, place.memory.strides, strict=True), key=lambda axis: -axis[1]
+    )
     for unit in (columns, rows * columns):
         axes = [part for axis in axes for part in _split(axis, unit) if part[0] > 1]
 

@@ -40,14 +40,20 @@ def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> 
         return "magnitudes by input (LyCORIS's DoRA without wd_on_output): not supported, merge them with LyCORIS"
     if m is not None and is_quantised(w.module):
         return "magnitudes (DoRA) on a quantised weight: not supported, since their norm is of the weight's own numbers"
-    if b is not None and w.kind.name != "conv" and (w.readers or any(a.read for a in w.module.children() if isinstance(a, Adapters))):
+    if (
+        b is not None
+        and w.kind.name != "conv"
+        and (w.readers or any(a.read for a in w.module.children() if isinstance(a, Adapters)))
+    ):
         return "an update of a bias that the model's own code reads, or that another adapter replaces: not supported"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
         return f"its magnitudes or update of the bias do not fit into {dtype}"
     return None
 
 
-def replacements(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]) -> list[Replacement]:
+def replacements(
+    model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]
+) -> list[Replacement]:
     """The whole tensors and rows of tokens for this model, but for those that it has already; what is wrong goes into `problems`."""
     if not file.replaced and not file.tokens:
         return []
@@ -60,9 +66,19 @@ def replacements(model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weig
         path, parameter = (name, "weight") if name in there else name.rpartition(".")[::2]
         module = there.get(path, nn.Module())
         W0 = module._parameters.get(parameter)
-        if W0 is not None and W0.shape == value.shape and ids is None and torch.equal(W0.detach().cpu().to(value.dtype), value):
+        if (
+            W0 is not None
+            and W0.shape == value.shape
+            and ids is None
+            and torch.equal(W0.detach().cpu().to(value.dtype), value)
+        ):
             continue  # PEFT lets embeddings come along as they are
-        twins = [(m, p) for _, m in dict.fromkeys(walk(model)) for p, t in m._parameters.items() if t is W0 and m is not module]
+        twins = [
+            (m, p)
+            for _, m in dict.fromkeys(walk(model))
+            for p, t in m._parameters.items()
+            if t is W0 and m is not module
+        ]
         twins = list(dict.fromkeys(twins))
         if reason := _unreplaceable(file, name, module, parameter, value, ids, [paths[id(m)][0] for m, _ in twins]):
             problems.append(f"{name}: {reason}")
@@ -90,7 +106,11 @@ def _unreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: s
         return "its layer is quantised, and the file replaces a tensor of it: not supported"
     if any(site_name(s.path, s.parameter) == name for s in file.sites) or (ids is not None and name in file.replaced):
         return "the file brings a whole base weight that is not this model's, and A and B (or rows of tokens) for it as well: not supported"
-    if value.shape[1:] != W0.shape[1:] or (ids is None and len(value) != len(W0)) or (ids is not None and max(ids) >= len(W0)):
+    if (
+        value.shape[1:] != W0.shape[1:]
+        or (ids is None and len(value) != len(W0))
+        or (ids is not None and max(ids) >= len(W0))
+    ):
         rows = "" if ids is None else f" for the rows {min(ids)} to {max(ids)}"
         return f"the file has {tuple(value.shape)}{rows}, this model's is {tuple(W0.shape)}: resize it first (resize_token_embeddings)"
     saved = file.config.get("modules_to_save") or []

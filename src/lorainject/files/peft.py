@@ -41,7 +41,12 @@ LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", 
 OF_LAYERS = frozenset(kind.name for kind in LAYERS)
 PATTERN_SECONDS = 1.0
 DEFAULT_ALPHA = 8  # PEFT's, for a config that does not say
-ABOUT = ("task_type", "base_model_name_or_path", "auto_mapping", "revision")  # fields that say nothing of A and B: kept as they were
+ABOUT = (
+    "task_type",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "revision",
+)  # fields that say nothing of A and B: kept as they were
 
 
 def keys(sites: Sequence[StoredSite]) -> dict[str, tuple[str, str]]:
@@ -116,7 +121,9 @@ def whole(file: AdapterFile) -> dict[str, tuple[str, Tensor]]:
 
 def config(file: AdapterFile) -> dict[str, Any]:
     """adapter_config.json: the commonest r, alpha and dropout, and the exceptions as patterns on exact paths."""
-    sites = tuple(map(exact.standard, file.sites)) if len({s.scaling for s in file.sites}) > 1 else file.sites  # PEFT has one for all
+    sites = (
+        tuple(map(exact.standard, file.sites)) if len({s.scaling for s in file.sites}) > 1 else file.sites
+    )  # PEFT has one for all
     r, alpha = Counter((s.r, s.alpha) for s in sites).most_common(1)[0][0]
     bare = [s for s in sites if is_bare(s)]
     names = [f"{s.path}.{s.parameter}" if is_bare(s) else s.path for s in sites]
@@ -141,7 +148,11 @@ def _targets(given: Any, chosen: list[str]) -> list[str]:
     """The list as it stood, if its entries still mean these paths, all and each; else the paths themselves."""
     if not isinstance(given, list) or set(targeted({"target_modules": given}, chosen)) != set(chosen):
         return chosen
-    return sorted(given) if all(any(targeted({"target_modules": [entry]}, [path]) for path in chosen) for entry in given) else chosen
+    return (
+        sorted(given)
+        if all(any(targeted({"target_modules": [entry]}, [path]) for path in chosen) for entry in given)
+        else chosen
+    )
 
 
 def _saved(file: AdapterFile) -> list[str] | None:
@@ -153,7 +164,11 @@ def _saved(file: AdapterFile) -> list[str] | None:
 
 def _bias(file: AdapterFile, saved: list[str] | None) -> str:
     """ "none", "lora_only" (of adapted layers) or "all", by the biases that are there and belong to no saved module."""
-    biases = {name.removesuffix(".bias") for name in file.replaced if name.endswith(".bias") and name.removesuffix(".bias") not in file.replaced}
+    biases = {
+        name.removesuffix(".bias")
+        for name in file.replaced
+        if name.endswith(".bias") and name.removesuffix(".bias") not in file.replaced
+    }
     if not biases or file.config.get("bias") in ("all", "lora_only"):
         return str(file.config["bias"]) if biases else "none"
     return "lora_only" if biases <= {s.path for s in file.sites} else "all"
@@ -165,7 +180,10 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> dict[Path, Any]:
     if beyond := [f"{s.name}: {s.kind}" for s in file.sites if not holds(s)]:
         raise FileError("PEFT has no place for:", beyond, "write it in the format lorainject")
     text = json.dumps(config(file), indent=2, sort_keys=True) + "\n"
-    return {path / TENSORS: container.dump(tensors(file.sites) | extras(file) | attention, {"format": "pt"}), path / CONFIG: [text.encode()]}
+    return {
+        path / TENSORS: container.dump(tensors(file.sites) | extras(file) | attention, {"format": "pt"}),
+        path / CONFIG: [text.encode()],
+    }
 
 
 def _attention(file: AdapterFile) -> tuple[AdapterFile, dict[str, Tensor]]:
@@ -194,7 +212,12 @@ def scale_of(config: Mapping[str, Any], path: str, r: int) -> float:
 def targeted(config: Mapping[str, Any], paths: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """The paths of a model that `target_modules` asks for; for "all-linear" and layer filters nothing can be said."""
     wanted = config.get("target_modules")
-    if wanted is None or wanted == "all-linear" or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+    if (
+        wanted is None
+        or wanted == "all-linear"
+        or config.get("layers_to_transform") is not None
+        or config.get("exclude_modules")
+    ):
         return []
     if isinstance(wanted, str):
         return [path for path in paths if path and full(wanted, path)]
@@ -213,4 +236,6 @@ def full(text: str, path: str) -> bool:
         return regex.fullmatch(text, path, timeout=PATTERN_SECONDS) is not None
     except (regex.error, TimeoutError) as e:
         why = "it never ends" if isinstance(e, TimeoutError) else e
-        raise FileError(f"the pattern {text!r} in the adapter's config can't be used: {why}", way_out="correct adapter_config.json") from e
+        raise FileError(
+            f"the pattern {text!r} in the adapter's config can't be used: {why}", way_out="correct adapter_config.json"
+        ) from e

@@ -31,7 +31,9 @@ TINKER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def claims(source: Source) -> bool:
     """Whether it says so in its config, or its tensors have PEFT's names."""
     if "peft_type" in source.config or {"r", "lora_alpha"} <= source.config.keys():
-        return not any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in source.tensors)  # torchtune writes a config for PEFT too
+        return not any(
+            key.endswith((".lora_a.weight", ".lora_b.weight")) for key in source.tensors
+        )  # torchtune writes a config for PEFT too
     return any((m := KEY.fullmatch(bare(key))) and (m["leaf"] or "embedding" in m["part"]) for key in source.tensors)
 
 
@@ -56,7 +58,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     if not isinstance(config.get("target_modules"), str | list | None):
         problems.append(f"target_modules is {config['target_modules']!r}, not a list of names or a pattern")
     if any(str(config.get("init_lora_weights", "")).lower().startswith(init) for init in CHANGES_BASE):
-        problems.append(f"init_lora_weights is {config['init_lora_weights']!r}: it belongs to an altered base; convert it with PEFT first")
+        problems.append(
+            f"init_lora_weights is {config['init_lora_weights']!r}: it belongs to an altered base; convert it with PEFT first"
+        )
     reading = Reading(config, hints, problems, [])
     groups: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, TokenRows] = {}
@@ -92,30 +96,58 @@ def _is_saved(key: str, found: re.Match[str], config: Mapping[str, Any]) -> bool
     path, saved = found["path"], config.get("modules_to_save") or []
     marked = any(mark in key for mark in (".base_layer.", ".modules_to_save."))
     known = any(path == m or path.endswith(f".{m}") or f".{m}." in f".{path}." for m in saved if isinstance(m, str))
-    return known or marked or path.endswith(("embed_tokens", "lm_head")) or (found["leaf"] == "bias" and config.get("bias", "none") != "none")
+    return (
+        known
+        or marked
+        or path.endswith(("embed_tokens", "lm_head"))
+        or (found["leaf"] == "bias" and config.get("bias", "none") != "none")
+    )
 
 
 def _tokens(path: str, rows: Tensor, config: Mapping[str, Any], problems: list[str]) -> dict[str, TokenRows]:
     given = config.get("trainable_token_indices")
-    ids = next((i for name, i in given.items() if path == name or path.endswith(f".{name}")), None) if isinstance(given, dict) else given
-    if not (isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids) and rows.ndim == 2 and len(ids) == len(rows)):
+    ids = (
+        next((i for name, i in given.items() if path == name or path.endswith(f".{name}")), None)
+        if isinstance(given, dict)
+        else given
+    )
+    if not (
+        isinstance(ids, list)
+        and all(isinstance(i, int) and i >= 0 for i in ids)
+        and rows.ndim == 2
+        and len(ids) == len(rows)
+    ):
         problems.append(f"{path}: {tuple(rows.shape)} rows of tokens, of which the config says {ids!r}")
         return {}
     return {path: TokenRows(ids=tuple(ids), rows=rows)}
 
 
-def _sites(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], reading: Reading) -> list[StoredSite | None]:
+def _sites(
+    path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], reading: Reading
+) -> list[StoredSite | None]:
     """A pair's site; of Tinker's stacks, A (E or 1, r, in) and B (E or 1, out, r), one for each expert, which shares what there is one of."""
     A, B = group.get("lora_A"), group.get("lora_B")
     leaf = path.rpartition(".")[2]
-    if A is None or B is None or A.ndim != 3 or B.ndim != 3 or leaf not in TINKER or not path.endswith(f".experts.{leaf}"):
+    if (
+        A is None
+        or B is None
+        or A.ndim != 3
+        or B.ndim != 3
+        or leaf not in TINKER
+        or not path.endswith(f".experts.{leaf}")
+    ):
         return [_site(path, group, groups, reading)]
     E = max(A.shape[0], B.shape[0])
     if not {A.shape[0], B.shape[0]} <= {1, E}:
-        reading.problems.append(f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} are for different numbers of experts")
+        reading.problems.append(
+            f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} are for different numbers of experts"
+        )
         return []
     at = path.removesuffix(leaf)
-    return [reading.made(StoredSite(path=f"{at}{e}.{TINKER[leaf]}", A=NONE, B=NONE, alpha=0), A[e % len(A)], B[e % len(B)]) for e in range(E)]
+    return [
+        reading.made(StoredSite(path=f"{at}{e}.{TINKER[leaf]}", A=NONE, B=NONE, alpha=0), A[e % len(A)], B[e % len(B)])
+        for e in range(E)
+    ]
 
 
 def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], reading: Reading) -> StoredSite | None:
@@ -123,7 +155,9 @@ def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], rea
     embedding = "lora_embedding_A" in group
     halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if missing := [half for half in halves if half not in group]:
-        reading.problems.extend(f"{peft.PREFIX}{path}.{half}{'' if embedding else '.weight'}: missing" for half in missing)
+        reading.problems.extend(
+            f"{peft.PREFIX}{path}.{half}{'' if embedding else '.weight'}: missing" for half in missing
+        )
         return None
     A, B = (group[half] for half in halves)
     at = "lm_head" if path == "model.unembed_tokens" else path.replace(".base_layer", "")  # Tinker's name for it
@@ -135,7 +169,9 @@ def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], rea
     if magnitude is None and any("lora_magnitude_vector" in other for other in groups.values()):
         reading.problems.append(f"{at}: its magnitude is missing")
     if conv and B.shape[1:2].numel() and B.shape[1] != A.shape[0]:
-        reading.problems.append(f"{at}: a grouped convolution's {tuple(A.shape)} and {tuple(B.shape)}, which not even PEFT can merge: not supported")
+        reading.problems.append(
+            f"{at}: a grouped convolution's {tuple(A.shape)} and {tuple(B.shape)}, which not even PEFT can merge: not supported"
+        )
         return None
     s = StoredSite(path=at, kind="embedding" if embedding else "conv" if conv else "linear", shape=(B.shape[0], *A.shape[1:]) if conv else (),
                    A=NONE, B=NONE, alpha=0, magnitude=None if magnitude is None else magnitude.flatten(), bias=group.get("bias"))  # fmt: skip
@@ -145,12 +181,24 @@ def _site(path: str, group: Mapping[str, Tensor], groups: Mapping[str, Any], rea
 def _attention(path: str, at: str, A: Tensor, B: Tensor, reading: Reading) -> StoredSite | None:
     """nn.MultiheadAttention's in_proj_weight or out_proj, whose settings go by the module's path; out_proj's update counts twice."""
     if not path.endswith(OUT_PROJ):
-        s = StoredSite(path=at, parameter="in_proj_weight", kind="matrix", shape=(*B.shape[:1], *A.shape[1:]), A=NONE, B=NONE, alpha=0)
+        s = StoredSite(
+            path=at,
+            parameter="in_proj_weight",
+            kind="matrix",
+            shape=(*B.shape[:1], *A.shape[1:]),
+            A=NONE,
+            B=NONE,
+            alpha=0,
+        )
         return reading.made(s, A, B, at=at)
     factor = reading.hints.out_proj_factor
     if factor is None:
         factor = 2.0 if reading.version <= (0, 21, 2) else 1.0
-        times = "twice, as in PEFT up to 0.21.2, where it was trained so" if factor == 2 else "once, as later PEFT should do"
+        times = (
+            "twice, as in PEFT up to 0.21.2, where it was trained so"
+            if factor == 2
+            else "once, as later PEFT should do"
+        )
         reading.notes.append(f"the update of out_proj counts {times} (Hints(out_proj_factor=...) decides)")
     s = StoredSite(path=at, A=NONE, B=NONE, alpha=0, peft=False)  # as a layer of its own PEFT would adapt it in vain
     return reading.made(s, A, B, factor, at=at.removesuffix(".out_proj"))

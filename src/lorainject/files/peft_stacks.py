@@ -22,7 +22,11 @@ from .record import NONE, StoredSite, checked
 from .source import Hints
 
 ORDER = ("in_proj_weight", "gate_up_proj", "down_proj")  # as transformers registers them
-STORED_IN_OUT = ("GptOss", "Aria", "OpenAIPrivacyFilter")  # classes whose experts are (E, in, out), by how their names begin
+STORED_IN_OUT = (
+    "GptOss",
+    "Aria",
+    "OpenAIPrivacyFilter",
+)  # classes whose experts are (E, in, out), by how their names begin
 # Model types whose stacked experts unsloth (up to 2026.9.5) trained with B's columns by expert, and said nothing of it.
 UNSLOTH = ("deepseekv3", "ernie45moe", "ernie45vlmoe", "gemma4", "glm4moe", "glm4moelite", "gptoss", "lfm2moe", "mixtral", "qwen35moe", "qwen3moe",
            "qwen3next", "qwen3vlmoe")  # fmt: skip
@@ -39,16 +43,22 @@ class Reading:
 
     def alpha(self, name: str) -> Any:
         """As the config says for a site of this name, whatever type that has."""
-        given = self.config.get("lora_alpha", self.hints.alpha if "r" not in self.config and self.hints.alpha else peft.DEFAULT_ALPHA)
+        given = self.config.get(
+            "lora_alpha", self.hints.alpha if "r" not in self.config and self.hints.alpha else peft.DEFAULT_ALPHA
+        )
         return peft.pattern(self.config.get("alpha_pattern"), name, given)
 
-    def made(self, s: StoredSite, A: Tensor, B: Tensor, factor: float = 1.0, at: str | None = None) -> StoredSite | None:
+    def made(
+        self, s: StoredSite, A: Tensor, B: Tensor, factor: float = 1.0, at: str | None = None
+    ) -> StoredSite | None:
         """The site with its A and B, and the settings that hold for its name (or for another one's, `at`)."""
         alpha = self.alpha(s.name if at is None else at)
         if factor != 1 and isinstance(alpha, int | float):
             alpha = alpha * factor
         scaling = "rslora" if self.config.get("use_rslora") else self.hints.scaling if not self.config else "standard"
-        return checked(s, A, B, self.problems, alpha=alpha, scaling=scaling, dropout=self.config.get("lora_dropout", 0.0))
+        return checked(
+            s, A, B, self.problems, alpha=alpha, scaling=scaling, dropout=self.config.get("lora_dropout", 0.0)
+        )
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -70,17 +80,24 @@ def parameters(at: str, reading: Reading) -> list[str]:
     return sorted(dict.fromkeys(found), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-def parameter(path: str, at: str, A: Tensor, B: Tensor, groups: Mapping[str, Any], candidates: Sequence[str], reading: Reading) -> StoredSite | None:
+def parameter(
+    path: str, at: str, A: Tensor, B: Tensor, groups: Mapping[str, Any], candidates: Sequence[str], reading: Reading
+) -> StoredSite | None:
     """The site of one of them, by how many wrappers lie around it; None, and lines in the problems, if it can't be told."""
     depth, levels = path.count(".base_layer"), sum(other.replace(".base_layer", "") == at for other in groups)
     if depth >= levels or levels != len(candidates):
         reading.problems.append(f"{at}: {levels} adapted parameters, where the config names {', '.join(candidates)}")
         return None
     name = candidates[levels - 1 - depth]
-    module, rank = _module(reading.hints.model, at), peft.pattern(reading.config.get("rank_pattern"), site_name(at, name), reading.config.get("r"))
+    module, rank = (
+        _module(reading.hints.model, at),
+        peft.pattern(reading.config.get("rank_pattern"), site_name(at, name), reading.config.get("r")),
+    )
     weight = None if module is None else module._parameters.get(name)
     if module is None and levels > 1 and not set(candidates) <= set(ORDER):
-        reading.notes.append(f"which of {', '.join(candidates)} is which was taken from the config's order: read it with the model to be sure")
+        reading.notes.append(
+            f"which of {', '.join(candidates)} is which was taken from the config's order: read it with the model to be sure"
+        )
     rows = A.shape[0] if A.ndim == 2 else 0
     if weight is None and not (isinstance(rank, int) and rank > 0 and rows % rank == 0):
         reading.problems.append(f"{site_name(at, name)}: {tuple(A.shape)} is no stack of rank {rank!r}")
@@ -91,13 +108,17 @@ def parameter(path: str, at: str, A: Tensor, B: Tensor, groups: Mapping[str, Any
         return reading.made(StoredSite(path=at, parameter=name, kind=kind, shape=() if name == "weight" else (B.shape[0], A.shape[1]), A=NONE, B=NONE,
                                        alpha=0), A, B, at=site_name(at, name) if name != "weight" else f"{at}.weight")  # fmt: skip
     if rows == 0 or rows % E or B.ndim != 2 or B.shape[1] != rows:
-        reading.problems.append(f"{site_name(at, name)}: {tuple(A.shape)} and {tuple(B.shape)} are no stack of {E} experts")
+        reading.problems.append(
+            f"{site_name(at, name)}: {tuple(A.shape)} and {tuple(B.shape)} are no stack of {E} experts"
+        )
         return None
     by_expert = _order(name, reading) == "grouped_by_expert"
     B = B.reshape(len(B), E, -1).permute(1, 0, 2) if by_expert else B.reshape(len(B), -1, E).permute(2, 0, 1)
     transposed = _stored_in_out(module, reading)
     s = reading.made(
-        StoredSite(path=at, parameter=name, kind=STACKS[transposed].name, A=NONE, B=NONE, alpha=0), A.reshape(E, -1, A.shape[1]), B.contiguous()
+        StoredSite(path=at, parameter=name, kind=STACKS[transposed].name, A=NONE, B=NONE, alpha=0),
+        A.reshape(E, -1, A.shape[1]),
+        B.contiguous(),
     )
     if s is None:
         return None
@@ -135,11 +156,17 @@ def _order(name: str, reading: Reading) -> str:
         fused = place.get("unsloth_fused_expert_lora")
         of = fused.get("parameters") if isinstance(fused, dict) else None
         if isinstance(of, dict):
-            marks += [m.get("lora_B_layout") for key, m in of.items() if isinstance(m, dict) and (key == name or str(key).endswith(f".{name}"))]
+            marks += [
+                m.get("lora_B_layout")
+                for key, m in of.items()
+                if isinstance(m, dict) and (key == name or str(key).endswith(f".{name}"))
+            ]
         marks.append(place.get("lora_B_layout"))
     if said := next((mark for mark in marks if mark is not None), None):
         if said not in ("rank_major", "grouped_by_expert"):
-            reading.problems.append(f"the order of an expert stack's columns is {said!r}, neither rank_major nor grouped_by_expert")
+            reading.problems.append(
+                f"the order of an expert stack's columns is {said!r}, neither rank_major nor grouped_by_expert"
+            )
         return str(said)
     if any(place.get("unsloth_fixed") for place in places) and _class_name(reading).lower().startswith(UNSLOTH):
         reading.notes.append(

@@ -66,11 +66,16 @@ def meta_model(folder: Path) -> nn.Module | None:
         build: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
     except (ValueError, KeyError):  # a model type that it does not know, or one without a model
         return None
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # some classes draw numbers in real memory nevertheless
+    with (
+        torch.device("meta"),
+        torch.random.fork_rng(devices=[]),
+    ):  # some classes draw numbers in real memory nevertheless
         return build(config)
 
 
-def places(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Place, ...]], dict[str, str], list[str]]:
+def places(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[Place, ...]], dict[str, str], list[str]]:
     """Each parameter's places, given the shapes of all tensors on disk; why others have none; what is left over on either side.
 
     Parameters have their names of `model.named_parameters(remove_duplicate=False)`. What is left over: a line for each key on disk that leads
@@ -130,7 +135,9 @@ def _rules(model: nn.Module, disk: Mapping[str, Tensor]) -> tuple[list[_Rule], d
     else:
         rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else None
     if rules is None:
-        return [_Rule(key, [key], {key: t}.copy) for key, t in disk.items() if key in state], {key: key for key in disk if key not in state}
+        return [_Rule(key, [key], {key: t}.copy) for key, t in disk.items() if key in state], {
+            key: key for key in disk if key not in state
+        }
 
     prefix: Any = model.base_model_prefix
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -270,7 +277,9 @@ def _through(space: View, steps: View, other: View) -> tuple[View, View]:
 
 def _in_order(stored: View, other: View) -> View:
     """`other`, with its dimensions in the order that they have in the storage, which `stored` fills from its start."""
-    axes = sorted((axis for axis in range(len(stored.sizes)) if stored.sizes[axis] > 1), key=lambda axis: -stored.strides[axis])
+    axes = sorted(
+        (axis for axis in range(len(stored.sizes)) if stored.sizes[axis] > 1), key=lambda axis: -stored.strides[axis]
+    )
     sizes = tuple(stored.sizes[axis] for axis in axes)
     if tuple(stored.strides[axis] for axis in axes) != _rows(sizes).strides:
         raise _NoView("a part of what was put together")

@@ -39,13 +39,20 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
     files = [a if isinstance(a, AdapterFile) else understood(open_source(a, spool=True)) for a in asked]
     factor = [1.0] * len(files) if weights is None else [float(w) for w in weights]
     if not files or len(factor) != len(files) or not all(map(math.isfinite, factor)):
-        raise SpecError(f"{len(files)} adapters and the weights {factor}", way_out="give each adapter one weight, a finite number")
+        raise SpecError(
+            f"{len(files)} adapters and the weights {factor}", way_out="give each adapter one weight, a finite number"
+        )
     found = scan(base)
     disk = Disk(found)
     try:
         model = meta_model(base) or _skeleton(files, disk)
-    except Exception as e:  # whatever a model's class raises: a package that it needs is missing, a config it can't be built from
-        raise FileError(f"the model of {base} can't be built from its config.json: {e}", way_out="mend it, or install what it asks for") from e
+    except (
+        Exception
+    ) as e:  # whatever a model's class raises: a package that it needs is missing, a config it can't be built from
+        raise FileError(
+            f"the model of {base} can't be built from its config.json: {e}",
+            way_out="mend it, or install what it asks for",
+        ) from e
     at, reasons, _ = places(model, {key: t.shape for key, t in disk.tensors.items()})
     by_name = {n: w for w in weights_of(model) for n in w.names}
     sums: dict[tuple[int, str], Sum] = {}
@@ -56,7 +63,11 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
         own = file.format == "lorainject"  # whose fingerprint goes by its own names
         named = _named_as(file, model, by_name) if own else named_as(file, model)
         wrong = [f"{line}; merging does not put it on yet" for line in file.beside]
-        wrong += [f"{path}: {reason}" for path, t in named.replaced.items() if (reason := _replaced(by_name.get(path), t, at, disk))]
+        wrong += [
+            f"{path}: {reason}"
+            for path, t in named.replaced.items()
+            if (reason := _replaced(by_name.get(path), t, at, disk))
+        ]
         for ours, site in zip((file if own else named).sites, fitted(model, named, by_name, None, wrong), strict=True):
             weight = by_name[site_name(site.path, site.parameter)]
             lies = at.get(full_name(weight), ())
@@ -67,13 +78,24 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
                 strange.append(f"{site.name}: another base weight than the one this adapter was made for")
             if weight.key not in sums:
                 shape = tuple(weight.module._parameters[weight.parameter].shape)  # type: ignore[union-attr]
-                sums[weight.key] = Sum(site_name(site.path, site.parameter), disk.tensors[lies[0].key].dtype, shape, weight.kind.stacked, lies, ())
+                sums[weight.key] = Sum(
+                    site_name(site.path, site.parameter),
+                    disk.tensors[lies[0].key].dtype,
+                    shape,
+                    weight.kind.stacked,
+                    lies,
+                    (),
+                )
             sums[weight.key].parts += (_factors(ours, site, weight, times),)
     if problems:
         raise FileError(f"{base} can't be merged into on disk:", problems, "load the model and merge in memory: load, merge(reversible=False), eject,"
                         " save_pretrained")  # fmt: skip
     if strange:
-        raise FileError(f"{base} is not the base that the adapter was made for:", strange, "give its own base, or accept this one: check_base=False")
+        raise FileError(
+            f"{base} is not the base that the adapter was made for:",
+            strange,
+            "give its own base, or accept this one: check_base=False",
+        )
     return MergePlan(tuple(f.name for f in files), found, list(sums.values()))
 
 
@@ -87,10 +109,14 @@ class Disk:
     def read(self, key: str, element: int | None = None) -> Tensor:
         """A tensor, or one element of it."""
         t = self.tensors[key]
-        size, start = (t.stop - t.start, t.start) if element is None else (BYTES[t.dtype], t.start + BYTES[t.dtype] * element)
+        size, start = (
+            (t.stop - t.start, t.start) if element is None else (BYTES[t.dtype], t.start + BYTES[t.dtype] * element)
+        )
         with self.shard[key].open("rb") as f:
             f.seek(start)
-            return torch.frombuffer(bytearray(f.read(size)), dtype=DTYPES[t.dtype]).view(t.shape if element is None else (1,))
+            return torch.frombuffer(bytearray(f.read(size)), dtype=DTYPES[t.dtype]).view(
+                t.shape if element is None else (1,)
+            )
 
 
 def full_name(w: Weight) -> str:
@@ -100,7 +126,16 @@ def full_name(w: Weight) -> str:
 
 def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
     _, out, _ = w.kind.sizes(site.shape)
-    low = LowRank(ours.A, ours.B, alpha=ours.alpha * times, scaling=ours.scaling, dropout=0.0, init="kaiming", slices=ours.rows, out=out)
+    low = LowRank(
+        ours.A,
+        ours.B,
+        alpha=ours.alpha * times,
+        scaling=ours.scaling,
+        dropout=0.0,
+        init="kaiming",
+        slices=ours.rows,
+        out=out,
+    )
     return flattened(factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
 
 
@@ -109,7 +144,9 @@ def _unwritable(w: Weight, model: nn.Module, lies: Sequence[Place], disk: Disk) 
     if not lies:
         return "is nowhere in the checkpoint"
     if odd := {disk.tensors[p.key].dtype for p in lies} - DTYPES.keys():
-        return f"is stored as {', '.join(sorted(odd))}, quantised: merge into the checkpoint that this one was made from"
+        return (
+            f"is stored as {', '.join(sorted(odd))}, quantised: merge into the checkpoint that this one was made from"
+        )
     mine = {".".join(filter(None, (path, w.parameter))) for path in w.paths}
     parameter = w.module._parameters[w.parameter]
     if tied := [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n not in mine]:
@@ -126,7 +163,11 @@ def _same(disk: Disk, lies: Sequence[Place], w: Weight, base: BasePrint, name: s
 def _replaced(w: Weight | None, tensor: Tensor, at: Mapping[str, Sequence[Place]], disk: Disk) -> str | None:
     """PEFT lets whole base weights come along: fine where they are what is there already."""
     lies = at.get(full_name(w), ()) if w is not None else ()
-    alike = len(lies) == 1 and disk.tensors[lies[0].key].shape == tuple(tensor.shape) and disk.tensors[lies[0].key].dtype in DTYPES
+    alike = (
+        len(lies) == 1
+        and disk.tensors[lies[0].key].shape == tuple(tensor.shape)
+        and disk.tensors[lies[0].key].dtype in DTYPES
+    )
     if alike and torch.equal(disk.read(lies[0].key).to(tensor.dtype), tensor):
         return None
     return "the file brings a whole base weight that is not this checkpoint's; adapters that replace weights are not supported"
@@ -140,7 +181,9 @@ def _named_as(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]
         sites = tuple(replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites)
         return replace(file, sites=sites, replaced={change(p): t for p, t in file.replaced.items()})
 
-    candidates = [lambda path: path, lambda path: prefix + path, lambda path: path.removeprefix(prefix)] if prefix != "." else []
+    candidates = (
+        [lambda path: path, lambda path: prefix + path, lambda path: path.removeprefix(prefix)] if prefix != "." else []
+    )
     fits = (f for f in map(renamed, candidates) if all(site_name(s.path, s.parameter) in by_name for s in f.sites))
     return next(fits, file)
 
@@ -153,7 +196,13 @@ def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
     root = nn.Module()
     for s in (s for file in files if not file.config.get("fan_in_fan_out") for s in file.sites):
         stored = disk.tensors.get(f"{s.path}.weight")
-        if stored is None or len(stored.shape) != 2 or s.parameter != "weight" or s.A.ndim != 2 or s.kind not in ("linear", "embedding"):
+        if (
+            stored is None
+            or len(stored.shape) != 2
+            or s.parameter != "weight"
+            or s.A.ndim != 2
+            or s.kind not in ("linear", "embedding")
+        ):
             continue
         layer: Any = nn.Linear(stored.shape[1], stored.shape[0], bias=False, device="meta")
         if s.kind == "embedding":

@@ -143,7 +143,14 @@ class AdapterFile:
 
 
 def checked(
-    s: StoredSite, A: Tensor, B: Tensor, problems: list[str], *, alpha: Any, scaling: Any = "standard", dropout: Any = 0.0
+    s: StoredSite,
+    A: Tensor,
+    B: Tensor,
+    problems: list[str],
+    *,
+    alpha: Any,
+    scaling: Any = "standard",
+    dropout: Any = 0.0,
 ) -> StoredSite | None:
     """The site with these A (*stack, r, in) and B (*stack, out, r); None, and lines in `problems`, if they or the settings can't be meant."""
     wrong = []
@@ -152,11 +159,15 @@ def checked(
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         wrong.append(f"{s.name}: dropout must be a probability p with 0 <= p < 1, not {dropout!r}")
     if 0 in (A.numel(), B.numel()):
-        wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered")
+        wrong.append(
+            f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered"
+        )
     elif A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
         wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
     elif s.shape and _sizes(s) != (*A.shape[:-2], B.shape[-2], A.shape[-1]):
-        wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} does not go with a weight {s.shape} of the kind {s.kind}")
+        wrong.append(
+            f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} does not go with a weight {s.shape} of the kind {s.kind}"
+        )
     else:
         out, in_ = B.shape[-2], s.shape[1] if s.kind == "conv" and s.shape else A.shape[-1]
         wrong += [f"{s.name}: {what} {tuple(t.shape)}, where ({n},) is needed"

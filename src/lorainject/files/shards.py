@@ -58,7 +58,10 @@ def identity(stat: os.stat_result) -> tuple[int, int, int]:
 def scan(folder: Path) -> list[Shard]:
     """The shards of the checkpoint in this folder. Raises FileError with all that is wrong with it."""
     if not folder.is_dir():
-        raise FileError(f"{folder} is not a directory", way_out="give the directory with the model's config.json and .safetensors files")
+        raise FileError(
+            f"{folder} is not a directory",
+            way_out="give the directory with the model's config.json and .safetensors files",
+        )
     index = folder / INDEX
     with system_errors(f"{folder} can't be read", way_out="check the files and their permissions"):
         if index.exists():
@@ -70,16 +73,26 @@ def scan(folder: Path) -> list[Shard]:
         if not names or (len(names) > 1 and not named):
             raise _no_shards(folder, names)
         odd = [f"{name}: not a plain file name" for name in names if Path(name).name != name]
-        missing = [f"{name}: in the index, but not in the directory" for name in names if not odd and not (folder / name).is_file()]
+        missing = [
+            f"{name}: in the index, but not in the directory"
+            for name in names
+            if not odd and not (folder / name).is_file()
+        ]
         if odd or missing:
-            raise FileError(f"{index} does not fit its directory:", odd + missing, "download the missing files, or the whole model anew")
+            raise FileError(
+                f"{index} does not fit its directory:",
+                odd + missing,
+                "download the missing files, or the whole model anew",
+            )
         shards = [_shard(folder / name) for name in names]
     if named:
         there = {key: shard.path.name for shard in shards for key in shard.tensors}
         wrong = [f"{key}: in {there.get(key, 'no shard')}, but the index says {named.get(key, 'nothing of it')}"
                  for key in sorted({*named, *there}) if named.get(key) != there.get(key)]  # fmt: skip
         if wrong or sum(len(s.tensors) for s in shards) != len(there):
-            raise FileError(f"{index} does not fit the shards:", wrong or ["a tensor is in two shards"], "download the model anew")
+            raise FileError(
+                f"{index} does not fit the shards:", wrong or ["a tensor is in two shards"], "download the model anew"
+            )
     return shards
 
 
@@ -95,12 +108,17 @@ def _shard(path: Path) -> Shard:
             header.pop("__metadata__", None)
             tensors = {key: _stored(entry, 8 + length) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise FileError(f"{path} has a header that can't be read: {e}", way_out="get the file again from where it came") from e
+            raise FileError(
+                f"{path} has a header that can't be read: {e}", way_out="get the file again from where it came"
+            ) from e
     tensors = dict(sorted(tensors.items(), key=lambda item: item[1].start))
     end = 8 + length
     for key, t in tensors.items():
         if t.start != end:
-            raise FileError(f"{path}: the bytes of {key} begin at {t.start:,}, not at {end:,}", way_out="get the file again from where it came")
+            raise FileError(
+                f"{path}: the bytes of {key} begin at {t.start:,}, not at {end:,}",
+                way_out="get the file again from where it came",
+            )
         end = t.stop
     if end != stat.st_size:
         raise FileError(f"{path} has {stat.st_size:,} bytes, its header speaks of {end:,}",
@@ -130,7 +148,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _no_shards(folder: Path, names: list[str]) -> FileError:
     if names:
-        return FileError(f"{folder} has several .safetensors files and no {INDEX}", [", ".join(names[:8])], "download the index, too")
+        return FileError(
+            f"{folder} has several .safetensors files and no {INDEX}", [", ".join(names[:8])], "download the index, too"
+        )
     others = sorted(p.name for p in folder.iterdir() if p.name.endswith((*OTHER_WEIGHTS, ".index.json")))
     if others:
         return FileError(f"{folder} has no .safetensors file", [f"it has {', '.join(others[:8])}"],

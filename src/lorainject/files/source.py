@@ -106,7 +106,9 @@ def _opened(path: Path, name: str | None, where: commit.Where, *, allow_pickle: 
     tensors, metadata = container.spool(file) if spool and kind == "safetensors" else openers.OPEN[kind](file)
     if long := [key[:40] for key in tensors if len(key) > LONGEST_NAME]:
         raise FileError(
-            f"{file} has tensors with names of more than {LONGEST_NAME} characters:", long, "no module has such a name: it was made to do harm"
+            f"{file} has tensors with names of more than {LONGEST_NAME} characters:",
+            long,
+            "no module has such a name: it was made to do harm",
         )
     return Source(path=path, file=file, container=kind, tensors=tensors, metadata=metadata, configs=configs)
 
@@ -126,7 +128,9 @@ def parsed(what: str, text: str | bytes) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("it is no object")
     except (ValueError, RecursionError) as e:
-        raise FileError(f"{what} can't be read as JSON: {e}", way_out="get the file again, or save the adapter anew") from e
+        raise FileError(
+            f"{what} can't be read as JSON: {e}", way_out="get the file again, or save the adapter anew"
+        ) from e
     return value
 
 
@@ -142,7 +146,9 @@ def _nothing(folder: Path) -> FileError:
 def _config(path: Path, name: str) -> dict[str, Any]:
     with system_errors(f"{path} can't be read"):
         if path.stat().st_size > LONGEST:
-            raise FileError(f"{path} has {path.stat().st_size:,} bytes", way_out="no config is that long: get the file again")
+            raise FileError(
+                f"{path} has {path.stat().st_size:,} bytes", way_out="no config is that long: get the file again"
+            )
         text = path.read_bytes()
     if name.endswith(".json"):
         return parsed(str(path), text)
@@ -164,26 +170,45 @@ def _archive(path: Path) -> Source:
             members: list[tarfile.TarInfo] = []
             for member in tar:  # one by one: a hostile archive may go on for ever
                 members.append(member)
-                if len(members) > 10_000 or sum(m.size for m in members) > max(openers.SMALL, 100 * path.stat().st_size):
-                    raise FileError(f"{path} holds too much for an adapter", way_out="unpack it yourself and give the adapter in it")
+                if len(members) > 10_000 or sum(m.size for m in members) > max(
+                    openers.SMALL, 100 * path.stat().st_size
+                ):
+                    raise FileError(
+                        f"{path} holds too much for an adapter", way_out="unpack it yourself and give the adapter in it"
+                    )
             if bad := [m.name for m in members if _escapes(m)]:
                 raise FileError(f"{path} is no archive to be trusted:", [f"{n!r} leads out of it, or is a link or device" for n in bad[:20]],
                                 "ask for the adapter as a directory")  # fmt: skip
             if any(PurePosixPath(m.name).name in ("model_config.yaml", "model_weights.ckpt") for m in members):
-                raise FileError(f"{path} is NeMo's", way_out="export it to Hugging Face's format with NeMo, and give that")
-            found = {PurePosixPath(m.name).name: m for m in members if m.isfile() and PurePosixPath(m.name).name in (TENSORS, CONFIG)}
+                raise FileError(
+                    f"{path} is NeMo's", way_out="export it to Hugging Face's format with NeMo, and give that"
+                )
+            found = {
+                PurePosixPath(m.name).name: m
+                for m in members
+                if m.isfile() and PurePosixPath(m.name).name in (TENSORS, CONFIG)
+            }
             if found.keys() != {TENSORS, CONFIG}:
                 raise FileError(f"{path} is an archive without {TENSORS} and {CONFIG}", [f"it holds {', '.join(m.name for m in members[:8])}"],
                                 "unpack it yourself and give the adapter in it")  # fmt: skip
             if found[CONFIG].size > LONGEST:
-                raise FileError(f"{CONFIG} in {path} has {found[CONFIG].size:,} bytes", way_out="no config is that long")
+                raise FileError(
+                    f"{CONFIG} in {path} has {found[CONFIG].size:,} bytes", way_out="no config is that long"
+                )
             text, data = ((tar.extractfile(found[name]) or io.BytesIO()).read() for name in (CONFIG, TENSORS))
     except (tarfile.TarError, OSError, EOFError) as e:
         if isinstance(e, FileError):
             raise
         raise FileError(f"{path} is no whole archive: {e}", way_out="get the file again") from e
     tensors, metadata = container.parse(data, path)
-    return Source(path=path, file=path, container="safetensors", tensors=tensors, metadata=metadata, configs={CONFIG: parsed(CONFIG, text)})
+    return Source(
+        path=path,
+        file=path,
+        container="safetensors",
+        tensors=tensors,
+        metadata=metadata,
+        configs={CONFIG: parsed(CONFIG, text)},
+    )
 
 
 def _escapes(member: tarfile.TarInfo) -> bool:

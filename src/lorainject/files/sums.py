@@ -46,7 +46,12 @@ class Sum:
 
     def patches(self, key: str) -> Iterator[Patch]:
         """Of one tensor on disk."""
-        return (patch for place in self.places if place.key == key for patch in patches(place, self.shape, self.stacked, self.parts))
+        return (
+            patch
+            for place in self.places
+            if place.key == key
+            for patch in patches(place, self.shape, self.stacked, self.parts)
+        )
 
     def close(self, key: str) -> None:
         """This tensor is written; after the last one A and B are not needed any more."""
@@ -63,7 +68,14 @@ class MergePlan:
     shards: list[Shard]
     sums: list[Sum]
 
-    def write(self, shard: Shard, source: int, target: int | None, meter: Meter, keep: Callable[[str, Patch, Fold], None] | None = None) -> None:
+    def write(
+        self,
+        shard: Shard,
+        source: int,
+        target: int | None,
+        meter: Meter,
+        keep: Callable[[str, Patch, Fold], None] | None = None,
+    ) -> None:
         """Copy a shard, with the sums in it. Without a target they are only measured; `keep` takes each patch's journal."""
         done, by_key, problems, desk = 0, self._by_key(), [], Desk()
         with workers() as each:
@@ -71,7 +83,9 @@ class MergePlan:
                 if key not in by_key:
                     continue
                 found = [(s, patch) for s in by_key[key] for patch in s.patches(key)]
-                streamed = all(p.whole for _, p in found) and sum(p.width * len(p.starts) for _, p in found) == math.prod(stored.shape)
+                streamed = all(p.whole for _, p in found) and sum(
+                    p.width * len(p.starts) for _, p in found
+                ) == math.prod(stored.shape)
                 if target is not None:
                     copy(source, target, done, stored.start if streamed else stored.stop, meter)
                 for s, patch in found:
@@ -79,7 +93,10 @@ class MergePlan:
                     cut = patch.factors()
                     of = double(cut) if keep else quick(cut, DTYPES[stored.dtype])
                     try:
-                        each(partial(_fold, tally, patch, stored, source, target, of, keep is not None), enumerate(of.tiles()))
+                        each(
+                            partial(_fold, tally, patch, stored, source, target, of, keep is not None),
+                            enumerate(of.tiles()),
+                        )
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
@@ -94,7 +111,11 @@ class MergePlan:
         if target is not None:
             copy(source, target, done, shard.size, meter)
         if problems:
-            raise MergeError("nothing was merged:", problems, "lower alpha or the weights, or merge into a copy of the model in a wider dtype")
+            raise MergeError(
+                "nothing was merged:",
+                problems,
+                "lower alpha or the weights, or merge into a copy of the model in a wider dtype",
+            )
 
     def _by_key(self) -> dict[str, list[Sum]]:
         found: dict[str, list[Sum]] = {}
@@ -114,7 +135,12 @@ class MergePlan:
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
-        sites = (merged_site(s.name, double(s.parts).norm if s.parts else s.norm, s.measured, math.prod(s.shape) * BYTES[s.dtype]) for s in self.sums)
+        sites = (
+            merged_site(
+                s.name, double(s.parts).norm if s.parts else s.norm, s.measured, math.prod(s.shape) * BYTES[s.dtype]
+            )
+            for s in self.sums
+        )
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
@@ -127,7 +153,17 @@ def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> T
     return values
 
 
-def _fold(tally: Fold, patch: Patch, stored: Stored, source: int, target: int | None, of: Product, keep: bool, i: int, rows: slice) -> None:
+def _fold(
+    tally: Fold,
+    patch: Patch,
+    stored: Stored,
+    source: int,
+    target: int | None,
+    of: Product,
+    keep: bool,
+    i: int,
+    rows: slice,
+) -> None:
     w0 = get(tally.desk, source, stored, patch, rows)
     m = tally.keep(i, w0, of.at(rows)) if keep else tally.sum(i, w0, of.at(rows))
     if target is not None:

@@ -41,7 +41,9 @@ def _unusual(file: AdapterFile, rows: list[dict[str, Any]]) -> list[str]:
         found.append(f"the rank is higher than the matrix's: {_some(wide)}")
     for what in ("r", "scale", "dtype"):
         if len(values := sorted({row[what] for row in rows})) > 1:
-            found.append(f"{what} differs by site: {', '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values[:6])}")
+            found.append(
+                f"{what} differs by site: {', '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values[:6])}"
+            )
     if rows and any(s.scaling == "rslora" for s in file.sites):
         found.append("rank-stabilised: the scale is alpha / sqrt(r)")
     if file.namespace != "hf":
@@ -58,7 +60,11 @@ def _some(names: list[str]) -> str:
 def _base(config: Mapping[str, Any]) -> str | None:
     """What the file calls its base."""
     said = [config[key] for key in BASES if isinstance(config.get(key), str) and config[key]]
-    said += [value for key, value in config.items() if key.endswith(".base_model_name_or_path") and isinstance(value, str) and value]
+    said += [
+        value
+        for key, value in config.items()
+        if key.endswith(".base_model_name_or_path") and isinstance(value, str) and value
+    ]
     return said[0] if said else None
 
 

@@ -36,7 +36,11 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     Raises StateError where there is no such adapter or it is merged, FileError with all that load would refuse, and with every
     weight for which the model has no room; all values are then as they were.
     """
-    on = {(*host.place, host.adapters.label): (at, host) for at, host in mounted(model, "swap", name).items() if name in host.adapters}
+    on = {
+        (*host.place, host.adapters.label): (at, host)
+        for at, host in mounted(model, "swap", name).items()
+        if name in host.adapters
+    }
     file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
     by_name = {n: w for w in weights(model) for n in w.names}
     wrong = [f"{at}: stands beside A and B, which alone can be exchanged" for at in (*file.replaced, *file.tokens)]

@@ -49,18 +49,29 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
             problems.append(f"{key}: unexpected, no weight of a text model of torchtune's")
         else:
             found.setdefault(known["path"], {})[known["part"]] = t
-    problems += [f"{at}.{half}: missing" for at, parts in found.items() for half in ("lora_a.weight", "lora_b.weight") if half not in parts]
+    problems += [
+        f"{at}.{half}: missing"
+        for at, parts in found.items()
+        for half in ("lora_a.weight", "lora_b.weight")
+        if half not in parts
+    ]
     alpha, heads = hints.alpha if hints.alpha is not None else source.config.get("lora_alpha"), _heads(hints)
     if alpha is None:
-        problems.append("it holds no alpha: give the directory with adapter_config.json, or say it, as in Hints(alpha=16)")
+        problems.append(
+            "it holds no alpha: give the directory with adapter_config.json, or say it, as in Hints(alpha=16)"
+        )
     if heads is None and any(at.endswith((".q_proj", ".k_proj")) for at in found):
-        problems.append("the rows of q and k are in another order than transformers': give the heads, as in Hints(heads=(32, 8)), or the model")
+        problems.append(
+            "the rows of q and k are in another order than transformers': give the heads, as in Hints(heads=(32, 8)), or the model"
+        )
     if problems:
         return None
     sites = []
     for at, parts in found.items():
         s = StoredSite(path=NAMES.ours(at) or at, A=NONE, B=NONE, alpha=0, magnitude=parts.get("magnitude"))
-        if made := checked(s, parts["lora_a.weight"], parts["lora_b.weight"], problems, alpha=alpha, scaling=hints.scaling):
+        if made := checked(
+            s, parts["lora_a.weight"], parts["lora_b.weight"], problems, alpha=alpha, scaling=hints.scaling
+        ):
             sites.append(reordered(made, heads, to_pairs=False) if heads and heads[0] else made)
     return AdapterFile(path=source.path, format="torchtune", sites=tuple(sites), config=source.config)
 
@@ -70,7 +81,9 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     heads = _heads(hints)
     problems = [f"{s.name}: torchtune has no such weight" for s in file.sites if NAMES.theirs(s.path) is None]
     if heads is None and any(s.path.endswith((".q_proj", ".k_proj")) for s in file.sites):
-        problems.append("the rows of q and k are in another order there: give the heads, as in Hints(heads=(32, 8)), or the model")
+        problems.append(
+            "the rows of q and k are in another order there: give the heads, as in Hints(heads=(32, 8)), or the model"
+        )
     if problems or heads is None:
         raise FileError("this can't be written as torchtune's:", problems, "choose another format")
     tensors: dict[str, Tensor] = {}

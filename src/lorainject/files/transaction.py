@@ -61,7 +61,9 @@ def opened(shard: Shard) -> Iterator[int]:
 
     def check() -> None:
         if not identity(os.fstat(f.fileno())) == identity(shard.path.stat()) == shard.seen:
-            raise FileError(f"{shard.path} was changed while it was being merged", way_out="merge again when nobody writes to it")
+            raise FileError(
+                f"{shard.path} was changed while it was being merged", way_out="merge again when nobody writes to it"
+            )
 
     with shard.path.open("rb") as f:
         check()
@@ -87,7 +89,9 @@ def new(path: Path) -> Iterator[int]:
 def building(out: Path) -> Iterator[Path]:
     """A folder that takes the place of `out` when all is well, and else goes away; so does what a killed run has left."""
     folder = out.with_name(UNFINISHED.format(out.name))
-    with system_errors(f"{out} can't be written", ["nothing is left of it"], "check the place, its permissions and the free space"):
+    with system_errors(
+        f"{out} can't be written", ["nothing is left of it"], "check the place, its permissions and the free space"
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             try:
