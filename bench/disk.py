@@ -167,7 +167,7 @@ def agreed(ours: Path, theirs: Path) -> float:
     files = [
         {key: file for f in folder.glob("*.safetensors") for file in [safe_open(f, "pt")] for key in file.keys()}
         for folder in (ours, theirs)
-    ]  # noqa: SIM118
+    ]
     assert files[0].keys() == files[1].keys(), "the same tensors"
     pairs = ((files[0][key].get_tensor(key).float(), files[1][key].get_tensor(key).float()) for key in files[0])
     differ = max(float((a - b).norm() / b.norm()) for a, b in pairs)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorainject.term import applied
+from lorainject.lora.kernels.gemm import applied
 
 from .measure import Times
 from .models import ALPHA, R, Trio, pairs

@@ -8,6 +8,8 @@ In short:
     li.merge(model); li.unmerge(model)                      # W0 + s B A, and back to the bit
 """
 
+from .checkpoint.merge_copy import merge_checkpoint
+from .checkpoint.merge_in_place import merge_in_place, unmerge_in_place
 from .errors import (
     FileError,
     GraftError,
@@ -19,19 +21,17 @@ from .errors import (
     TargetError,
     UnreachedAdapter,
 )
-from .files.adapter import load, save
-from .files.checkpoint import merge_checkpoint
 from .files.convert import FORMATS, Conversion, convert, read, write
 from .files.engines import ENGINES
-from .files.inplace import merge_in_place, unmerge_in_place
+from .files.hotswap import hotswap
+from .files.io.open_adapter import Hints
 from .files.record import AdapterFile, StoredSite, TokenRows
-from .files.source import Hints
-from .files.swap import hotswap
-from .find import find
-from .merge import MergedSite, MergeReport, deltas, merge, unmerge
+from .files.save_load import load, save
+from .merging.merge import MergedSite, MergeReport, deltas, merge, unmerge
 from .probe import Reach, probe
 from .spec import LoraSpec, Override, Plan, Site
 from .surgery import activate, disabled, eject, inject, parameters, rows
+from .targets.resolve import find
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import lorainject as li
 
-from .files.survey import survey
+from .files.describe import survey
 
 try:
     import typer

@@ -39,7 +39,7 @@ from .codesearch import (
     split_by_module,
     stdlib_pairs,
     train,
-)  # fmt: skip
+)
 
 METHODS = {"lora": 5e-3, "full": 1e-4, "bitfit": 3e-3}  # and the learning rate that each likes
 HELD_OUT = 600

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Host, mounted, walk
 from .errors import StateError, UnreachedAdapter
-from .graft import bare
+from .lora.adapter_dict import Host, mounted, walk
+from .lora.graft import bare
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import SpecError
-from .lowrank import scale
+from .numerics.delta import scale
 
 Target = str | Callable[[str, nn.Module], bool]
 KEYWORDS = ("all-linear", "all-conv")

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .accumulate import accumulate
-from .adapters import (
+from .errors import GraftError, StateError
+from .lora.active import ROOTS, Routing, Rows
+from .lora.adapter import LowRank
+from .lora.adapter_dict import (
     FROZEN,
     Adapters,
     Host,
@@ -27,17 +29,15 @@ from .adapters import (
     switches,
     walk,
 )
-from .errors import GraftError, StateError
-from .find import find
-from .kinds import KINDS, WHOLE, is_sharded, kind_of, shape_of
-from .lowrank import LowRank
-from .merge import unmerge
-from .payload import Payload
-from .readers import mount, objections, set_grafts, unmount
-from .replaced import Replaced
-from .routing import ROOTS, Routing, Rows
-from .siblings import Siblings, kin
+from .lora.dora import Payload
+from .lora.kernels.lora_linear import accumulate
+from .lora.kernels.shared_input import Siblings, kin
+from .lora.replacement import Replaced
+from .lora.weight_graft import mount, objections, set_grafts, unmount
+from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, shape_of
+from .merging.merge import unmerge
 from .spec import LoraSpec, Override, Plan, Site, Target
+from .targets.resolve import find
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A and B of a file, and m and b if it has them (payload.py)."""

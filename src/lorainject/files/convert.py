@@ -12,25 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
-from . import (
-    adapterhub,
-    commit,
-    diffusers,
-    engines,
-    gguf,
-    kohya,
-    litgpt,
-    loralib,
-    mlx,
-    native,
-    onnx,
-    peft_reader,
-    torchtune,
-)
+from . import engines
 from .format import Format, changes, fitted, method
-from .naming import named_as, of_component
+from .formats import adapterhub, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from .io import atomic_write
+from .io.open_adapter import FILES, Hints, Source, open_source
 from .record import AdapterFile, payload_problems
-from .source import FILES, Hints, Source, open_source
+from .rename import named_as, of_component
 
 # The first that claims a source has it: the more particular ones come first.
 FORMATS: dict[str, Format] = {f.name: f for f in (
@@ -139,7 +127,7 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
         raise FileError(
             f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory"
         )
-    commit.write(files)
+    atomic_write.write(files)
     return Conversion(path=path, format=served.reads if served else form.name, file=fit, lost=lost, changed=tuple(changed),
                       asks=served.asks(fit) if served else None)  # fmt: skip
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import SpecError
-from ..kinds import shape_of
-from . import gguf, peft_reader
+from ..lora.weight_kinds import shape_of
 from .format import Format
+from .formats import gguf, peft_reader
+from .io.open_adapter import Hints
 from .record import AdapterFile, StoredSite
-from .source import Hints
 
 Check = Callable[[AdapterFile, Hints, list[str]], AdapterFile]
 """The file as the engine wants it; what is wrong with it goes into the list."""

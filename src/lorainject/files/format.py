@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
-from ..lowrank import norm
-from . import exact
+from ..numerics.delta import norm
+from . import transforms
+from .io.open_adapter import Hints, Source
 from .record import AdapterFile, StoredSite
-from .source import Hints, Source
 
 Files = Mapping[Path, Iterable[bytes | memoryview] | None]
 """What is to be written: by path, the bytes in pieces; None for a file that must not be there."""
@@ -105,7 +105,7 @@ def fitted(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFile, t
         ]
         if unknown:
             raise FileError(f"{form.name} has no place for:", unknown, "read it with the model: hints=Hints(model=...)")
-        sites = exact.padded(sites)
+        sites = transforms.padded(sites)
     if "stacks" not in form.holds:
         sites = tuple(part for s in sites for part in (_apart(s) if s.A.ndim == 3 else [s]))
     beyond = [(s, what) for s in sites for what, has in FEATURES.items() if what not in form.holds and has(s)]
@@ -168,13 +168,13 @@ def _scaled(sites: tuple[StoredSite, ...], rule: str) -> tuple[StoredSite, ...]:
     if rule == "site" or not sites:
         return sites
     if rule == "none":
-        return tuple(exact.folded(s, 1.0) for s in sites)
+        return tuple(transforms.folded(s, 1.0) for s in sites)
     if rule == "one":
         r = max(s.r for s in sites)
         common = Counter(s.scale for s in sites).most_common(1)[0][0]
-        return tuple(exact.folded(exact.ranked(s, r), common) for s in sites)
+        return tuple(transforms.folded(transforms.ranked(s, r), common) for s in sites)
     alpha = Counter(s.scale * s.r for s in sites).most_common(1)[0][0]
-    return tuple(exact.folded(s, alpha / s.r) for s in sites)
+    return tuple(transforms.folded(s, alpha / s.r) for s in sites)
 
 
 # How the parts of a stack are called as linears of their own, in transformers 4's files: by the stack's parameter, its parts in their order.
@@ -186,12 +186,12 @@ def _apart(s: StoredSite) -> list[StoredSite]:
     names = EXPERTS.get(s.parameter)
     if names is None or s.kind != "experts" or s.rows is not None or s.B.shape[-2] % len(names):
         return [s]
-    experts = exact.apart(s, [f"{s.path}.{e}" for e in range(len(s.A))])
+    experts = transforms.apart(s, [f"{s.path}.{e}" for e in range(len(s.A))])
     if len(names) == 1:
         return [replace(one, path=f"{one.path}.{names[0]}") for one in experts]
     half = s.B.shape[-2] // 2
     return [part for one in experts
-            for part in exact.parts(one, {f"{one.path}.{names[0]}": [range(half)], f"{one.path}.{names[1]}": [range(half, 2 * half)]})]  # fmt: skip
+            for part in transforms.parts(one, {f"{one.path}.{names[0]}": [range(half)], f"{one.path}.{names[1]}": [range(half, 2 * half)]})]  # fmt: skip
 
 
 def _norm(s: StoredSite) -> float:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kinds import DTYPES, KINDS
-from ..lowrank import is_finite, scale
+from ..lora.weight_kinds import DTYPES, KINDS
+from ..numerics.delta import is_finite, scale
 from ..spec import is_alpha, site_name
 
 NONE = torch.empty(0)  # in place of A and B until they are found

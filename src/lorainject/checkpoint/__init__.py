@@ -1,0 +1,1 @@
+"""Merge adapters into the checkpoint of a model on disk."""

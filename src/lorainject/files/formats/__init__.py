@@ -1,0 +1,1 @@
+"""One module per library whose adapter files are read and written."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: containers, bounded reads and atomic writes."""

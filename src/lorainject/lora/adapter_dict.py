@@ -1,0 +1,332 @@
+"""The adapters that sit on one weight, and which of them are on.
+
+A grafted module has a child for each weight of its that carries adapters (`lora` for `weight`, `lora_down_proj` for `down_proj`,
+`lora[q]` for a slice): an `Adapters`, which holds a LowRank for each adapter name. Which names are on is not the module's business:
+all modules of a model share one `Routing`, so switching is one assignment however many adapters and layers there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateError
+from ..numerics.delta import Factors
+from ..numerics.tile_merge import Journal
+from ..spec import site_name
+from .active import ROOTS, Loading, Routing
+from .adapter import LowRank
+from .hooks import Asked
+from .kernels.shared_input import Siblings
+from .replacement import Replaced
+from .weight_kinds import Kind, shape_of
+
+FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
+
+
+Terms = dict[str, tuple[Factors, ...]]
+"""One weight's deltas by adapter: one for the whole, or one a slice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """What merge leaves on a weight, for unmerge."""
+
+    how: str
+    """The way it went (see change.py)."""
+    terms: Terms
+    """As they were added, on the device where they were."""
+    journal: Journal | None
+    """What is kept of W0, if the fold was in place; None too after merge(reversible=False)."""
+    original: nn.Parameter | None
+    """What the module had, if the fold is in a parameter of its own; None too after merge(reversible=False)."""
+    cls: type[nn.Module]
+    """The module's own class."""
+    like: tuple[torch.dtype, tuple[int, ...]]
+    """The merged weight's dtype and shape."""
+    mark: int
+    """Checksum of the parameter of its own."""
+    bias: nn.Parameter | None = None
+    """The module's own bias, if the fold has put another in its place."""
+    sample: Tensor | None
+    """A few values of W0, for the fingerprint in files saved while merged."""
+
+    @property
+    def nbytes(self) -> int:
+        """Kept for unmerge, in all. (The original of a tied weight is somebody else's, too.)"""
+        kept = 0 if self.journal is None else self.journal.nbytes
+        own = (
+            0
+            if self.original is None or self.how == "Untied"
+            else self.original.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        )
+        return kept + own + sum(f.P.nbytes + f.Q.nbytes for term in self.terms.values() for f in term)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether anything was kept to go back by."""
+        return self.journal is not None or self.original is not None
+
+
+class Adapters(Asked):
+    """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y (see Term)."""
+
+    def __init__(
+        self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
+    ) -> None:
+        super().__init__()
+        vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
+            routing=routing, kind=kind, parameter=parameter, label=label, named=named, read=False, folded=None, fallbacks=Counter(), siblings=None,
+        )  # fmt: skip
+
+    routing: Routing
+    kind: Kind
+    folded: Folded | None
+    parameter: str
+    """The name of the weight in its module."""
+    label: str
+    """Which slice of a fused weight ("q", "0:768"); empty for the whole."""
+    read: bool
+    """Whether the weight is read by somebody's own code (the weight graft), or applied by calling its module (the forward graft)."""
+    named: bool
+    """Whether the weight itself was named as a target, so that all modules it lies in read it."""
+    fallbacks: Counter[str]
+    """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
+    siblings: Siblings | None
+    """With those of other weights that read the same input."""
+
+    def __getitem__(self, name: str) -> LowRank:
+        return cast(LowRank, self._modules[name])
+
+    def __setitem__(self, name: str, adapter: LowRank) -> None:
+        self._modules[name] = adapter  # not add_module, which reserves names such as "train" and "half"
+        self._mark(adapter)
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    @property
+    def on(self) -> list[LowRank]:
+        """Those of the active adapters that this weight has."""
+        return [self[name] for name in self.routing.active if name in self._modules]
+
+    def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
+        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was called with, by which
+        siblings know their input."""
+        routing, term, lows = self.routing, self.kind.term, cast("dict[str | None, LowRank]", self._modules)
+        assert term is not None
+        if routing.rows is not None:
+            return routing.rows.add(lows, term, y, x, own)
+        made: Mapping[LowRank, Tensor] = {}
+        if self.siblings is not None and given is not None and not torch.compiler.is_compiling():
+            made = self.siblings.lowered(self, routing.active, y, x, given)
+        for name in routing.active:
+            if (low := lows.get(name)) is not None:
+                y, own = low(term, y, x, own, made[low]) if low in made else low(term, y, x, own), True
+        return y
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for adapter in self._modules.values():
+            self._mark(cast(LowRank, adapter))  # a copied Parameter loses its attributes
+
+    def _mark(self, adapter: LowRank) -> None:
+        """Let the optimiser's guard ask whether A and B are merged (by an attribute of theirs, since it sees nothing else)."""
+        for p in adapter._parameters.values():
+            if p is not None:
+                p._lora_routing = self.routing  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """The base's own checkpoint has no A and B, and nothing is missing then; one that has some must have all."""
+        if self.routing.merged:
+            errors.append(f"{prefix}: can't load while merged; unmerge(model) first")
+        if self.routing.loading is None or self.routing.loading.missing is not missing:
+            self.routing.loading = Loading(missing)
+        loading = self.routing.loading
+        for keys in ([f"{prefix}{name}.{p}" for p, _ in self[name].named_parameters()] for name in self):
+            if any(key in state_dict for key in keys):
+                loading.some = True  # what is missing of these, torch finds itself
+            else:
+                loading.absent += keys
+        if loading.some:
+            missing += loading.absent
+            loading.absent = []
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """While merged a model's state dict is the base's keys alone: its weights already hold A and B."""
+        if self.routing.merged:
+            return kwargs.get("destination", {})
+        return super().state_dict(*args, **kwargs)
+
+
+class Host(NamedTuple):
+    """A weight of the base, or a slice of one, that carries adapters."""
+
+    module: nn.Module
+    adapters: Adapters
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight as stored."""
+        weight = self.module._parameters[self.adapters.parameter]
+        assert weight is not None
+        return weight
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Which weight: the module's id and the parameter's name. Slices of one weight share it."""
+        return id(self.module), self.adapters.parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole weight as stored, or as it was before it was quantised."""
+        return shape_of(self.module, self.adapters.parameter)
+
+
+def misfit(host: Host, adapter: LowRank) -> bool:
+    """Whether A and B were made for another shape than the weight has now (resize_token_embeddings)."""
+    if isinstance(adapter, Replaced):
+        return adapter.shape != host.shape
+    stack, out, in_ = host.adapters.kind.sizes(host.shape)
+    rows = out if adapter.slices is None else sum(map(len, adapter.slices))
+    A, B = adapter._parameters["A"], adapter._parameters["B"]
+    assert A is not None
+    assert B is not None
+    return adapter.out != out or (A.shape, B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))
+
+
+def child_name(parameter: str, label: str) -> str:
+    """What the Adapters of a weight is called among its module's children."""
+    return "lora" + (f"_{parameter}" if parameter != "weight" else "") + (f"[{label}]" if label else "")
+
+
+def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -> Adapters | None:
+    """The adapters on this weight of the module; None if there are none."""
+    child = module._modules.get(child_name(parameter, label))
+    return child if isinstance(child, Adapters) else None
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every path of every module of the base, a shared module under each of its paths; the parts that torch.compile and, on top,
+    DDP add to the paths are left out."""
+    hidden = (
+        ("module", "_orig_mod")
+        if type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+        else ("_orig_mod",)
+    )
+    found = [("", model)]
+    while found:
+        path, module = found.pop()
+        yield path, module
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not isinstance(child, Adapters):
+                found.append((path if name in hidden else f"{path}.{name}" if path else name, child))
+        hidden = ("_orig_mod",)
+
+
+def hosts(model: nn.Module) -> dict[str, Host]:
+    """The weights that carry adapters, each once, by the first of its names; none, if there are none."""
+    found: dict[int, tuple[str, Host]] = {}
+    for path, module in walk(model):
+        for child in module._modules.values():
+            if isinstance(child, Adapters):
+                found.setdefault(id(child), (site_name(path, child.parameter, child.label), Host(module, child)))
+    return dict(found.values())
+
+
+def routings(model: nn.Module, on: Mapping[str, Host] | None = None) -> list[Routing]:
+    """The routings of a model (with these hosts): one, unless its parts were injected one by one."""
+    return list(
+        {id(h.adapters.routing): h.adapters.routing for h in (hosts(model) if on is None else on).values()}.values()
+    )
+
+
+def names_of(model: nn.Module, on: Mapping[str, Host] | None = None) -> tuple[str, ...]:
+    """The adapters on the model (with these hosts), in the order they came."""
+    return tuple(
+        dict.fromkeys(name for host in (hosts(model) if on is None else on).values() for name in host.adapters)
+    )
+
+
+def merged_names(model: nn.Module) -> list[str]:
+    """The adapters that are folded into the weights."""
+    return sorted({name for routing in routings(model) for name in routing.merged})
+
+
+def ready(
+    model: nn.Module, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False
+) -> dict[str, Host]:
+    """The modules that carry adapters, if `verb` may act on the model now; raises StateError if not.
+
+    It may not while adapters are folded into the weights, when it would act on W0 + s B A instead of W0; nor inside `disabled`
+    or `rows`; nor on a part of what was injected as a whole. Each of the three can be allowed.
+    """
+    on = hosts(model)
+    found = routings(model, on)
+    for routing in found:
+        root = routing.root and routing.root()
+        if root is not None and not part and root is not model and root not in set(model.modules()):
+            raise StateError(
+                f"can't {verb}: this is a part of a model that was injected as a whole",
+                way_out=f"call it on the whole {type(root).__name__}",
+            )
+        if routing.context and not nested:
+            raise StateError(f"can't {verb} inside {routing.context}(...)", way_out="leave the context first")
+    if not merged and (folded := sorted({name for routing in found for name in routing.merged})):
+        raise StateError(f"can't {verb} while {', '.join(map(repr, folded))} is merged", way_out="unmerge(model) first")
+    return on
+
+
+def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[str, Host]:
+    """The same, for a verb that needs adapters, and these `names` among them."""
+    found = ready(model, verb, **allowed)
+    if not found:
+        raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
+    known = names_of(model, found)
+    if unknown := [name for name in names if name not in known]:
+        raise StateError(
+            f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}"
+        )
+    return found
+
+
+def switches(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[Routing]:
+    """The routings by which these adapters are switched: at once for a model that was injected as a whole, however many layers it has."""
+    routing = ROOTS.get(model)
+    if (
+        routing is not None
+        and routing.before
+        and not routing.merged
+        and (nested or not routing.context)
+        and routing.before.keys() >= set(names)
+    ):
+        return [routing]
+    return routings(model, mounted(model, verb, *names, nested=nested))
+
+
+def placement(module: nn.Module, parameter: str) -> torch.device:
+    """The device on which the weight is used: its own, or the one that accelerate brings an offloaded weight to."""
+    weight = module._parameters[parameter]
+    assert weight is not None
+    execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+    return torch.device(execution) if weight.is_meta and execution is not None else weight.device

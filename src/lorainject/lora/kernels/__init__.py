@@ -1,0 +1,1 @@
+"""Every special case for speed, behind one door."""

@@ -1,0 +1,1 @@
+"""Merge adapters into the weights of a model in memory, and restore the weights to the bit."""

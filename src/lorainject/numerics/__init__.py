@@ -1,0 +1,1 @@
+"""Exact arithmetic on tensors and files: no modules and no models."""

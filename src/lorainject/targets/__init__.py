@@ -1,0 +1,1 @@
+"""Which weights of a model a target names."""

@@ -1,0 +1,366 @@
+"""Files that strangers made: every one is refused for a stated reason, in time, in bounds, and nothing in it is run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+
+import lorainject as li
+
+from oracle import FIXTURES, alike
+
+PAIR = {"base_model.model.a.lora_A.weight": torch.ones(2, 3), "base_model.model.a.lora_B.weight": torch.ones(4, 2)}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]}
+
+
+def peft(folder: Path, tensors=PAIR, **config: object) -> Path:
+    """A directory as PEFT writes it."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return folder
+
+
+class Bomb:
+    """What runs when it is unpickled by the wrong hands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_pickle_runs_nothing(allow, legacy, tmp_path):
+    """With or without the switch, in torch's zip or in the old form."""
+    torch.save(
+        {"a.lora_A": torch.ones(2, 3), "a.lora_B": Bomb(tmp_path / "ran")},
+        tmp_path / "x.bin",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(
+        li.FileError,
+        match="no pickle of tensors alone"
+        if allow
+        else r"could run code when it is opened(.*\n)*=> .*allow_pickle=True",
+    ):
+        li.read(tmp_path / "x.bin", allow_pickle=allow, hints=li.Hints(alpha=1))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_only_when_allowed(tmp_path):
+    """Whatever their name: content decides, and allowing is explicit."""
+    torch.save({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(4, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(li.FileError, match="allow_pickle=True"):
+        li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=1))
+    assert li.read(tmp_path / "x.safetensors", allow_pickle=True, hints=li.Hints(alpha=1)).format == "loralib"
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
+    with pytest.raises(li.FileError):
+        li.read(tmp_path / "plain.pkl", allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tensor_larger_than_its_storage(tmp_path):
+    """One element seen as 10^12 takes a stride of zero and no room on disk: refused before anything touches them all."""
+    huge = torch.ones(1).expand(10**6, 10**6)
+    torch.save({"a.lora_A": huge, "a.lora_B": torch.ones(4, 2)}, tmp_path / "x.bin")
+    with pytest.raises(li.FileError, match=r"a\.lora_A: its elements are not all in the file"):
+        li.read(tmp_path / "x.bin", allow_pickle=True, hints=li.Hints(alpha=1))
+
+
+def test_a_npz_of_objects(tmp_path):
+    """numpy's pickles stay shut."""
+    numpy.savez(tmp_path / "x.npz", **{"a.lora_a": numpy.array([Bomb(tmp_path / "ran")], dtype=object)})
+    with pytest.raises(li.FileError, match="no whole npz file of numbers"):
+        li.read(tmp_path / "x.npz", allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_zip_bomb(tmp_path, monkeypatch):
+    """What an archive says it unpacks to is looked at first."""
+    monkeypatch.setattr("lorainject.files.io.containers.SMALL", 2**16)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a.lora_a.npy", bytes(2**24))
+    with pytest.raises(li.FileError, match=r"would unpack to 16,777,216 bytes"):
+        li.read(tmp_path / "x.npz")
+
+
+def archive(path: Path, *members: tuple[str, bytes], link: str = "") -> Path:
+    """A tar of these members."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        if link:
+            info = tarfile.TarInfo("link")
+            info.type, info.linkname = tarfile.SYMTYPE, link
+            tar.addfile(info)
+    return path
+
+
+WHOLE = (("x/adapter_model.safetensors", save(PAIR)), ("x/adapter_config.json", json.dumps(CONFIG).encode()))
+
+
+def test_a_tinker_archive(tmp_path):
+    """Its two files are read where they are; nothing is unpacked."""
+    assert alike(li.read(archive(tmp_path / "a.tar.gz", *WHOLE)), li.read(peft(tmp_path / "b")))
+
+
+@pytest.mark.parametrize(
+    ("members", "link", "message"),
+    [
+        ((*WHOLE, ("../../evil", b"x")), "", r"'\.\./\.\./evil' leads out of it"), ((*WHOLE, ("/etc/evil", b"x")), "", r"'/etc/evil' leads out of it"),
+        (WHOLE, "/etc/passwd", r"'link' leads out of it, or is a link or device"), (WHOLE[:1], "", r"an archive without"),
+        ((("model_config.yaml", b""), ("model_weights.ckpt", b"")), "", r"is NeMo's(.*\n)*=> export it"),
+    ],
+)  # fmt: skip
+def test_archives_that_are_refused(members, link, message, tmp_path):
+    """Members that lead out of it spoil the whole archive, whatever else it holds."""
+    with pytest.raises(li.FileError, match=message):
+        li.read(archive(tmp_path / "a.nemo", *members, link=link))
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_patterns_that_never_end(field, tmp_path):
+    """A pattern from a file has a second; ours is done long before a greedy one would be."""
+    path = "base_model.model." + "a" * 40
+    tensors = {f"{path}!.lora_A.weight": torch.ones(2, 3), f"{path}!.lora_B.weight": torch.ones(4, 2)}
+    extra = {"target_parameters": ["a" * 40 + "!.p"]} if field == "rank_pattern" else {}
+    start = time.monotonic()
+    with pytest.raises(li.FileError, match="can't be used: it never ends"):
+        li.read(peft(tmp_path / "a", tensors, **{field: {"(a|aa)+$": 4}}, **extra))
+    assert time.monotonic() - start < 30
+
+
+HEADERS = {
+    "a header longer than the file": struct.pack("<Q", 2**40) + b"{}", "a header of 2^63": struct.pack("<Q", 2**63) + b"{}",
+    "offsets beyond the end": (lambda h: struct.pack("<Q", len(h)) + h)(b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000000]}}'),
+    "tensors that overlap": (lambda h: struct.pack("<Q", len(h)) + h)(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}') + bytes(6),
+    "no JSON": struct.pack("<Q", 4) + b"{[}]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS)
+def test_safetensors_headers(data, tmp_path):
+    """Lengths and offsets are a stranger's word."""
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(li.FileError, match="not a whole safetensors file"):
+        li.read(tmp_path / "x.safetensors")
+
+
+def gguf(*parts: bytes, tensors: int = 0, keys: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + b"".join(parts)
+
+
+def text(s: bytes) -> bytes:
+    return struct.pack("<Q", len(s)) + s
+
+
+GGUFS = {
+    "2^60 keys": gguf(keys=2**60), "2^60 tensors": gguf(tensors=2**60), "a string of 2^50": gguf(text(b"k"), struct.pack("<IQ", 8, 2**50), keys=1),
+    "an array of 2^60 strings": gguf(text(b"k"), struct.pack("<IIQ", 9, 8, 2**60), keys=1), "an array of 2^60": gguf(text(b"k"), struct.pack("<IIQ", 9, 4, 2**60), keys=1),
+    "arrays in arrays": gguf(text(b"k"), struct.pack("<I", 9), *[struct.pack("<IQ", 9, 1)] * 100, keys=1), "a type that is none": gguf(text(b"k"), struct.pack("<I", 99), keys=1),
+    "a tensor of 2^60": gguf(text(b"t"), struct.pack("<IQQIQ", 2, 2**30, 2**30, 0, 0), tensors=1), "nothing": b"GGUF",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", GGUFS.values(), ids=GGUFS)
+def test_gguf_headers(data, tmp_path):
+    """Counts are checked against the file's size before the package loops over them."""
+    (tmp_path / "x.gguf").write_bytes(data)
+    start = time.monotonic()
+    with pytest.raises(li.FileError, match="no whole GGUF file"):
+        li.read(tmp_path / "x.gguf")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "fixture",
+    ["gguf/lora.gguf", "onnx_adapter/a.onnx_adapter", "kohya_lycoris/lora.safetensors", "litgpt/lit_model.pth.lora"],
+)
+def test_cut_short(fixture, tmp_path):
+    """Half a file of any container is an error of ours, never a crash or half an adapter."""
+    data, hints = (FIXTURES / fixture).read_bytes(), li.Hints(alpha=1, heads=(4, 2))
+    for n in (0, 5, 9, len(data) // 3, len(data) - 1):
+        (tmp_path / "x").write_bytes(data[:n])
+        try:
+            file = li.read(tmp_path / "x", allow_pickle=True, hints=hints)
+        except li.FileError:
+            continue
+        assert n == len(data) - 1  # padding, behind the last tensor
+        assert alike(file, li.read(FIXTURES / fixture, allow_pickle=True, hints=hints))
+
+
+STARTS = {
+    b"ggla....": "old llama.cpp",
+    b"age-encryption.org/v1\n": "encrypted",
+    b"version https://git-lfs.github.com": "git-lfs pointer",
+    b"<html>": "a web page",
+}
+
+
+@pytest.mark.parametrize(("data", "message"), STARTS.items())
+def test_what_only_looks_like_a_file(data, message, tmp_path):
+    """Told by the first bytes, in words."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(data + bytes(100))
+    with pytest.raises(li.FileError, match=message):
+        li.read(tmp_path)
+
+
+def test_sizes_that_a_conversion_would_make(tmp_path):
+    """Small factors may ask for a tensor without bound (a kernel of 10^4 x 10^4 on 10^4 channels): refused before it is made."""
+    tensors = {"lora_unet_a.lora_down.weight": torch.ones(1, 10**4, 1, 1), "lora_unet_a.lora_up.weight": torch.ones(4, 1, 1, 1),
+               "lora_unet_a.lora_mid.weight": torch.ones(1, 1, 10**3, 10**3)}  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(li.FileError, match=r"would need a tensor \(1, 10000, 1000, 1000\)"):
+        li.read(tmp_path / "x.safetensors")
+
+
+JUNK = (None, "x", -1, 0, 1e400, [], {}, [[1]], {"a": {"b": 2}}, True, "../../x")
+CONFIGS = (
+    "peft_plain",
+    "peft_params",
+    "peft_tokens",
+    "peft_dora",
+    "mlx_lora",
+    "adapterhub_gpt2",
+    "peft_target_parameters/0.18.1/gptoss_ad",
+)
+
+
+@pytest.mark.parametrize("fixture", CONFIGS)
+def test_configs_of_any_nonsense(fixture, tmp_path):
+    """Each field of a config with each kind of junk in it: the file is read or refused, and never ends as Python's own error."""
+    source = FIXTURES / fixture
+    for p in source.iterdir():
+        (tmp_path / p.name).write_bytes(p.read_bytes())
+    config = json.loads((source / "adapter_config.json").read_text())
+    inner = config["config"] if "config" in config else config.get("lora_parameters", config)
+    for fields in [config] if inner is config else [config, inner]:
+        for field, value in list(fields.items()):
+            for junk in JUNK:
+                fields[field] = junk
+                (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+                with contextlib.suppress(li.FileError):
+                    assert li.read(tmp_path, allow_pickle=True).sites
+            fields[field] = value
+
+
+ODD = (torch.zeros(0), torch.ones(()), torch.ones(3), torch.ones(2, 3), torch.ones(3, 0), torch.ones(2, 1, 2, 1, 2), torch.full((2, 2), float("nan")),
+       torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.complex64))  # fmt: skip
+TABLES = {
+    "peft_dora": "adapter_model.safetensors", "peft_params": "adapter_model.safetensors", "peft_bias_all": "adapter_model.safetensors",
+    "mlx_lora": "adapters.safetensors", "kohya_lycoris": "lora.safetensors", "diffusers": "pytorch_lora_weights.safetensors", "litgpt": "lit_model.pth.lora",
+    "loralib": "lora_bias.pt", "torchtune": "adapter_model.pt", "adapterhub_gpt2": "pytorch_adapter.bin",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folder", "name"), TABLES.items())
+def test_tensors_of_any_nonsense(folder, name, tmp_path):
+    """Each tensor in turn with no elements, too many axes, another dtype, or missing: refused as ours, never read as something else."""
+    source = FIXTURES / folder
+    for p in source.iterdir():
+        (tmp_path / p.name).write_bytes(p.read_bytes())
+    safe, metadata = name.endswith(".safetensors"), {}
+    if safe:
+        with safe_open(source / name, framework="pt") as f:
+            tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    else:
+        tensors = torch.load(source / name, weights_only=True)
+        tensors = tensors.get("model", tensors)
+    hints = li.Hints(
+        alpha=6, heads=(4, 2), groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}
+    )
+    for key, t in list(tensors.items())[:6]:
+        for odd in (*ODD, None):
+            table = {k: v for k, v in tensors.items() if k != key} | ({} if odd is None else {key: odd})
+            if safe:
+                save_file(table, tmp_path / name, metadata)
+            else:
+                torch.save(table, tmp_path / name)
+            with contextlib.suppress(li.FileError):
+                file = li.read(tmp_path / name, allow_pickle=True, hints=hints)
+                for s in file.sites:
+                    assert s.A.numel()
+                    assert s.A.shape[-2] == s.B.shape[-1]
+                    assert s.A.is_floating_point()
+                    assert s.A.isfinite().all()
+                    assert s.B.isfinite().all()
+        tensors[key] = t
+
+
+def test_names_without_end(tmp_path):
+    """A tensor's name is matched with patterns: it may not be longer than any module's."""
+    save_file({"a." * 10**5 + "lora_A.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(li.FileError, match="names of more than 1024 characters"):
+        li.read(tmp_path / "x.safetensors")
+
+
+def test_configs_are_data(tmp_path):
+    """An import path in a config is never followed, deep and long JSON never parsed to its end, YAML never builds objects."""
+    folder = peft(
+        tmp_path / "a",
+        auto_mapping={"base_model_class": "system", "parent_library": "os"},
+        runtime_config={"x": "os.mkdir"},
+    )
+    assert li.read(folder).sites
+    (folder / "adapter_config.json").write_text("[" * 10**5)
+    with pytest.raises(li.FileError, match="can't be read as JSON"):
+        li.read(folder)
+    (folder / "adapter_config.json").write_text(" " * 2**25)
+    with pytest.raises(li.FileError, match="33,554,432 bytes"):
+        li.read(folder)
+    litgpt = tmp_path / "b"
+    litgpt.mkdir()
+    (litgpt / "lit_model.pth.lora").write_bytes((FIXTURES / "litgpt" / "lit_model.pth.lora").read_bytes())
+    (litgpt / "hyperparameters.yaml").write_text(f"!!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']")
+    with pytest.raises(li.FileError, match="can't be read as YAML"):
+        li.read(litgpt, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a/b", ".."])
+def test_names_lead_nowhere(name, tmp_path):
+    """An adapter's name from a file never becomes a path, and not an adapter's name on a model either."""
+    from dataclasses import replace
+
+    file = replace(li.read(peft(tmp_path / "a")), name=name)
+    inside = tmp_path / "deep" / "er"
+    before = set(tmp_path.rglob("*"))
+    for format, form in li.FORMATS.items():
+        place = inside / f"{format}{form.suffix}"
+        try:
+            li.write(file, place, format=format, hints=li.Hints(heads=(1, 1), architecture="llama", component="unet"))
+        except li.FileError:
+            continue
+    assert all(p == inside.parent or p.is_relative_to(inside) for p in set(tmp_path.rglob("*")) - before)
+    with pytest.raises(li.LoraError):
+        li.load(torch.nn.Sequential(), inside / "lorainject")
+
+
+def test_forged_record_of_a_huge_slice(tmp_path):
+    """A slice whose whole would be absurd is not padded to it."""
+    s = li.StoredSite(
+        path="a", label="0:4", rows=(range(4),), shape=(2**40, 3), A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2
+    )
+    file = li.AdapterFile(path=tmp_path, format="lorainject", sites=(s,))
+    with pytest.raises(li.FileError, match="would need a tensor"):
+        li.write(file, tmp_path / "a", format="peft")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,811 @@
+"""What save writes, what load takes, and every file that must be refused with the model untouched."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import resource
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorainject as li
+from lorainject.files.formats import native
+from lorainject.files.io import safetensors_file
+from lorainject.lora.adapter_dict import hosts
+from lorainject.numerics.fingerprint import agree, sample
+
+from models import bert, bits, gpt2, ids, llama, mapped, randomise, run, state
+
+X = {"input_ids": ids()}
+TARGETS = ["q_proj", "v_proj", "embed_tokens"]
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return llama()
+
+
+@pytest.fixture
+def model(base) -> nn.Module:
+    model = li.inject(
+        copy.deepcopy(base), TARGETS, r=4, alpha=8, dropout=0.1, overrides={"layers.1.*": {"r": 2, "alpha": 6}}
+    )
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("place", ["adapter", "adapter.safetensors"])
+def test_round_trip(base, model, tmp_path, place):
+    """Onto a fresh base: the same output to the bit, the same settings, and the same bytes when saved again."""
+    path = li.save(model, tmp_path / place)
+    assert path == tmp_path / place
+    li.load(base, path)
+    assert torch.equal(run(base, X), run(model, X))
+    assert base.model.layers[1].self_attn.q_proj.lora["default"].dropout == 0.1
+    again = li.save(base, tmp_path / f"again-{place}")
+    for name in ("adapter_model.safetensors", "adapter_config.json") if place == "adapter" else ("",):
+        assert (again / name if name else again).read_bytes() == (path / name if name else path).read_bytes()
+
+
+def test_only_a_and_b(model, tmp_path):
+    """Nothing of the base is in the file, an adapted embedding's weight included, and its size is A, B and a header."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in li.parameters(model))
+    assert all(
+        key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")) for key in tensors
+    )
+    assert path.stat().st_size < sum(t.nbytes for t in tensors.values()) + 4096
+
+
+def test_the_same_bytes_in_any_process(tmp_path):
+    """Two processes with different hash seeds write the same file."""
+    code = """
+import sys, torch; sys.path.insert(0, sys.argv[2])
+from models import llama, randomise
+import lorainject as li
+torch.manual_seed(0)
+m = li.inject(llama(), ["q_proj", "v_proj"], r=4); randomise(m); li.save(m, sys.argv[1])
+"""
+    here = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support")
+    for seed in "12":
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{seed}.safetensors", here], check=True, timeout=120,
+                       env=os.environ | {"PYTHONHASHSEED": seed})  # fmt: skip
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_mode_follows_the_umask(model, tmp_path):
+    """Files are as readable as the user's umask says, not 0600."""
+    old = os.umask(0o027)
+    try:
+        path = li.save(model, tmp_path / "a")
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in path.iterdir()} == {0o640}
+    assert sorted(f.name for f in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_read_without_a_model(model, tmp_path):
+    """li.read gives every site with A (r, in), B (out, r) and its scale."""
+    file = li.read(li.save(model, tmp_path / "a"))
+    sites = {s.path: s for s in file.sites}
+    assert file.format == "lorainject"
+    assert file.parameters == sum(p.numel() for p in li.parameters(model))
+    assert sites["model.embed_tokens"].embedding
+    assert sites["model.layers.0.self_attn.q_proj"].scale == 2
+    assert (sites["model.layers.1.self_attn.q_proj"].r, sites["model.layers.1.self_attn.q_proj"].scale) == (2, 3)
+    assert file.config["target_modules"] == ["embed_tokens", "q_proj", "v_proj"]
+
+
+def test_names(base, model, tmp_path):
+    """Several adapters, one saved: no tensor of another comes along or is lost, whatever it is called."""
+    li.inject(model, ["up_proj"], r=2, name="mlp")
+    file = li.read(li.save(model, tmp_path / "a"))
+    assert len(file.sites) == 5
+    li.load(base, tmp_path / "a", name="renamed")
+    assert list(base.model.embed_tokens.lora) == ["renamed"]
+    with pytest.raises(li.StateError, match=r"no adapter named 'default'\n=> this model has 'renamed'"):
+        li.save(base, tmp_path / "b")
+
+
+def test_saved_while_merged_is_the_same(model, tmp_path):
+    """A merge does not change what is saved, the base's fingerprint included."""
+    before = li.save(model, tmp_path / "a.safetensors").read_bytes()
+    li.merge(model)
+    assert li.save(model, tmp_path / "b.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_another_dtype_is_recognised(model, base, dtype, tmp_path):
+    """The same base, rounded to half precision, is the same base; A and B keep the file's dtype or take the one asked for."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    half = base.to(dtype)
+    li.load(half, path)
+    assert {p.dtype for p in li.parameters(half)} == {torch.float32}
+    li.eject(half)
+    li.load(half, path, dtype=dtype)
+    assert {p.dtype for p in li.parameters(half)} == {dtype}
+
+
+def test_fingerprint():
+    """Samples agree across dtypes up to rounding, and tell a weight from one that was trained a little further."""
+    w = torch.randn(64, 64)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert agree(sample(w), sample(w.to(dtype)), torch.float32, dtype)
+        assert agree(sample(w.to(torch.bfloat16)), sample(w.to(torch.float16)), torch.bfloat16, torch.float16)
+    assert not agree(sample(w), sample(w * 1.0001), torch.float32, torch.float32)
+    assert not agree(sample(w), sample(w + 0.02 * torch.randn(64, 64)), torch.float32, torch.bfloat16)
+    assert sample(w).shape == (8,)
+
+
+def test_another_base_is_refused(model, tmp_path):
+    """Same shapes, other weights: refused, unless asked for."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(1)
+    other = llama()
+    before = state(other)
+    with pytest.raises(
+        li.FileError,
+        match=r"made for another base model; nothing was loaded:(.*\n)*.*q_proj: another base weight(.*\n)*=> load it onto its own base, or pass check_base=False",
+    ):
+        li.load(other, path)
+    assert state(other) == before
+    li.load(other, path, check_base=False)
+
+
+def test_a_file_for_another_model(model, tmp_path):
+    """Everything that does not fit is listed at once, with both shapes."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    wide = llama(hidden_size=64, num_hidden_layers=1)
+    before = state(wide)
+    with pytest.raises(li.FileError) as e:
+        li.load(wide, path)
+    assert (
+        "model.layers.0.self_attn.q_proj: the file has A (4, 32) and B (32, 4), this model's weight needs A (4, 64) and B (64, 4)"
+        in e.value.problems
+    )
+    assert "model.layers.1.self_attn.q_proj: is not in this model" in e.value.problems
+    assert len(e.value.problems) == 5
+    assert state(wide) == before
+    with pytest.raises(li.FileError, match="is not in this model"):
+        li.load(bert(), path)
+
+
+def test_loading_twice_under_one_name(base, model, tmp_path):
+    """The second needs another name; then both are there, and the last is on."""
+    path = li.save(model, tmp_path / "a")
+    li.load(base, path)
+    with pytest.raises(
+        li.StateError, match=r"already carries an adapter named 'default': eject it, or pass another name="
+    ):
+        li.load(base, path)
+    li.load(base, path, name="again")
+    assert base.model.embed_tokens.lora.routing.active == ("again",)
+
+
+def spoil(path, change):
+    """Rewrite the file's bytes."""
+    data = bytearray(path.read_bytes())
+    changed = change(data)
+    path.write_bytes(data if changed is None else changed)
+
+
+def flip(at):
+    def change(data):
+        data[at if at >= 0 else len(data) + at] ^= 4
+
+    return change
+
+
+DAMAGE = {
+    "truncated": (lambda d: d[: len(d) // 2], r"is not a whole safetensors file"),
+    "cut by a byte": (lambda d: d[:-1], r"is not a whole safetensors file"),
+    "empty": (lambda d: bytearray(b""), r"is empty"),
+    "only zeros": (lambda d: bytearray(len(d)), r"is not a whole safetensors file"),
+    "a pickle": (lambda d: bytearray(b"\x80\x02}q\x00."), r"it looks like a pickle"),
+    "a zip": (lambda d: bytearray(b"PK\x03\x04" + bytes(100)), r"it looks like a zip, perhaps a torch pickle"),
+    "a web page": (lambda d: bytearray(b"<!DOCTYPE html>" + bytes(100)), r"it looks like a web page"),
+    "an lfs pointer": (lambda d: bytearray(b"version https://git-lfs.github.com/spec/v1\n"), r"git-lfs pointer"),
+    "a header of 2 GB": (lambda d: bytearray(struct.pack("<Q", 2**31)) + d[8:], r"is not a whole safetensors file"),
+    "a bit of a tensor": (flip(-5), r"its digest does not match: bits were changed"),
+    "a bit of the header": (
+        flip(400),
+        r"digest does not match|not a whole safetensors file|record is damaged|holds no record|missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in DAMAGE.items()])
+def test_damaged_files(base, model, tmp_path, change, message):
+    """Truncated, empty, foreign or bit-flipped: refused with the next step, the model untouched."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    spoil(path, change)
+    before = state(base)
+    with pytest.raises(li.FileError, match=message) as e:
+        li.load(base, path)
+    assert "\n=> " in str(e.value)
+    assert state(base) == before
+
+
+def test_loaded_tensors_are_apart(base, model, tmp_path):
+    """Each tensor has memory of its own: it keeps none of the others alive, may be written to, and the file may go."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    first, second = li.read(path), li.read(path)
+    li.load(base, path)
+    path.write_bytes(b"another")
+    loaded = [p.detach() for p in li.parameters(base)]
+    tensors = [t for file in (first, second) for s in file.sites for t in (s.A, s.B)] + loaded
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    first.sites[0].A.add_(1)
+    assert torch.equal(first.sites[0].A, second.sites[0].A + 1)
+    assert [bits(t) for t in loaded] == [bits(p) for p in li.parameters(model)]
+
+
+@pytest.mark.parametrize("read", [safetensors_file.read, safetensors_file.spool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint16]
+)
+def test_the_container_holds_any_shape(dtype, read, tmp_path):
+    """Single numbers, nothing at all, and what is no contiguous memory: as the safetensors package reads it, in the order of the names."""
+    whole = torch.arange(24).view(4, 6).to(dtype)
+    tensors = {
+        "z": whole,
+        "a": whole[:, ::2],
+        "column": whole[:, 1],
+        "row": whole.t(),
+        "one": whole[1, 2],
+        "none": whole[:0],
+        "grad": whole,
+    }
+    if dtype.is_floating_point:
+        tensors["grad"] = whole.clone().requires_grad_()
+    (tmp_path / "x").write_bytes(b"".join(safetensors_file.dump(tensors, {"key": "value"})))
+    found, metadata = read(tmp_path / "x")
+    assert metadata == {"key": "value"}
+    assert list(found) == sorted(tensors)
+    for key, t in load_file(tmp_path / "x").items():
+        assert t.dtype == found[key].dtype == dtype
+        assert torch.equal(t, found[key])
+        assert torch.equal(t, tensors[key])
+
+
+@pytest.mark.parametrize("read", [safetensors_file.read, safetensors_file.spool])
+def test_every_type_of_a_header_is_read(read, tmp_path):
+    """Those that no adapter has too, in any order of the bytes: what they hold is then refused by name."""
+    dtypes = [d for d in safetensors_file.READ.values() if d not in safetensors_file.DTYPES]
+    save_file(
+        {
+            str(d): torch.ones(3, dtype=torch.uint8 if d.itemsize == 1 else d).to(d)
+            for d in [*safetensors_file.DTYPES, *dtypes]
+        },
+        tmp_path / "x",
+    )
+    found, _ = read(tmp_path / "x")
+    assert {key: (t.dtype, bits(t.view(torch.uint8))) for key, t in found.items()} == {
+        key: (t.dtype, bits(t.view(torch.uint8))) for key, t in load_file(tmp_path / "x").items()
+    }
+
+
+def test_a_spool_takes_memory_only_for_what_somebody_has(model, tmp_path):
+    """And what is done to the file afterwards does not reach it."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    before, expected = mapped(), safetensors_file.read(path)[0]
+    tensors, _ = safetensors_file.spool(path)
+    assert isinstance(tensors, safetensors_file.Spool)
+    assert mapped() == before
+    key = next(iter(tensors))
+    mine, others = tensors[key], dict(tensors)
+    assert mapped() == before
+    path.write_bytes(b"")
+    assert bits_of(others) == bits_of(expected)
+    assert mapped() > before
+    del others
+    assert torch.equal(mine, expected[key])
+    del mine
+    assert mapped() == before
+
+
+class OneByOne(Mapping):
+    """Tensors of which whoever asks for one may still have the last, and no other."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors, self.given = tensors, []
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        assert all(t() is None for t in self.given[:-1]), (
+            f"others than the last are still there when {key} is asked for"
+        )
+        t = self.tensors[key].clone()
+        self.given.append(weakref.ref(t))
+        return t
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def test_the_digest_takes_tensor_by_tensor(model, tmp_path):
+    """Or a mapped adapter would be in memory as a whole before the first of a checkpoint's weights is merged."""
+    tensors, metadata = safetensors_file.read(li.save(model, tmp_path / "a.safetensors"))
+    body = json.loads(metadata[native.KEY])
+    assert len(tensors) > 2
+    assert body.pop("digest") == native._digest(native._text(body), OneByOne(tensors))
+
+
+def test_a_spool_needs_no_more_files_than_a_process_may_open(tmp_path):
+    """Many tensors, all there at once."""
+    few = resource.getrlimit(resource.RLIMIT_NOFILE)
+    save_file({f"{i}": torch.full((3,), i) for i in range(300)}, tmp_path / "x")
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 50, few[1]))
+    try:
+        tensors, _ = safetensors_file.spool(tmp_path / "x")
+        found = dict(tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, few)
+    assert isinstance(tensors, safetensors_file.Spool)
+    assert all(int(t[0]) == int(key) for key, t in found.items())
+
+
+def test_what_cannot_be_spooled_is_read(model, tmp_path, monkeypatch):
+    """Where there is no room for a temporary file."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = li.save(model, tmp_path / "a.safetensors")
+    monkeypatch.setattr(safetensors_file.shutil, "copyfileobj", full)
+    tensors, _ = safetensors_file.spool(path)
+    assert isinstance(tensors, dict)
+    assert bits_of(tensors) == bits_of(load_file(path))
+
+
+def bits_of(tensors):
+    return {key: bits(t) for key, t in tensors.items()}
+
+
+def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
+    """Cut short after its header was checked, it is refused; replaced by another, that one is read, whole."""
+    path, other = li.save(model, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    randomise(model, seed=1)
+    li.save(model, other)
+    opened, changes = (
+        safetensors_file.safe_open,
+        [lambda: os.replace(other, path), lambda: None, lambda: os.truncate(path, path.stat().st_size - 8)],
+    )
+
+    def then_changed(*args, **settings):
+        header = opened(*args, **settings)
+        changes.pop(0)()
+        return header
+
+    monkeypatch.setattr(safetensors_file, "safe_open", then_changed)
+    file = li.read(path)
+    by_name = {s.name: s for s in file.sites}
+    assert all(torch.equal(host.adapters["default"].A, by_name[at].A) for at, host in hosts(model).items())
+    li.save(model, other)
+    with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
+        li.read(path)
+    changes.append(lambda: os.truncate(other, other.stat().st_size - 8))
+    with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
+        safetensors_file.spool(other)
+    assert not changes
+    li.save(model, path)
+    monkeypatch.setattr(safetensors_file, "safe_open", opened)
+    monkeypatch.setattr(os.path, "samestat", lambda mine, theirs: False)
+    with pytest.raises(li.FileError, match="can't be read: other files take its place again and again"):
+        li.read(path)
+
+
+def test_any_flipped_bit_is_seen(model, tmp_path):
+    """A bit flipped anywhere in the file, header or tensors, never loads as something else."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    whole = path.read_bytes()
+    good = [(s.path, s.scale, bits(s.A), bits(s.B)) for s in li.read(path).sites]
+    for at in range(0, len(whole), 13):
+        spoilt = bytearray(whole)
+        spoilt[at] ^= 1 << at % 8
+        path.write_bytes(spoilt)
+        try:
+            file = li.read(path)
+        except li.FileError:
+            continue
+        assert [(s.path, s.scale, bits(s.A), bits(s.B)) for s in file.sites] == good  # padding, or {"format": ...}
+
+
+def rewritten(model, folder, change):
+    """A PEFT-like directory (no record of ours) whose tensors and config were changed."""
+    path = li.save(model, folder)
+    tensors, config = (
+        load_file(path / "adapter_model.safetensors"),
+        json.loads((path / "adapter_config.json").read_text()),
+    )
+    change(tensors, config)
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+PEFT_LIKE = {
+    "missing B": (lambda t, c: t.pop(Q + "B.weight"), r"q_proj\.lora_B\.weight: missing"),
+    "missing site": (lambda t, c: [t.pop(Q + "A.weight"), t.pop(Q + "B.weight")], r"layers\.0\.self_attn\.q_proj: missing in the file, though its config targets it"),
+    "unexpected": (lambda t, c: t.update({"x.y": torch.ones(1)}), r"x\.y: unexpected, neither A nor B"),
+    "NaN": (lambda t, c: t[Q + "A.weight"].fill_(float("nan")), r"q_proj\.lora_A\.weight: holds NaN or infinity"),
+    "integers": (lambda t, c: t.update({Q + "A.weight": torch.ones(4, 32, dtype=torch.int32)}), r"torch\.int32 is not a floating-point type"),
+    "zero elements": (lambda t, c: t.update({Q + "A.weight": torch.ones(0), Q + "B.weight": torch.ones(0)}), r"no pair|is empty"),
+    "ranks that differ": (lambda t, c: t.update({Q + "A.weight": torch.ones(3, 32)}), r"A \(3, 32\) with B \(32, 4\) is no pair"),
+    "IA3": (lambda t, c: c.update(peft_type="IA3"), r"peft_type is 'IA3': only LORA"),
+    "DoRA": (lambda t, c: c.update(use_dora=True), r"use_dora is set, which is not plain LoRA"),
+    "modules_to_save": (lambda t, c: c.update(modules_to_save=["lm_head"]), r"modules_to_save is set"),
+    "bias": (lambda t, c: c.update(bias="all"), r"bias is 'all'"),
+    "pissa": (lambda t, c: c.update(init_lora_weights="pissa_niter_4"), r"belongs to an altered base"),
+    "an evil pattern": (lambda t, c: c.update(alpha_pattern={"(.|.|..)+p": 2}), r"can't be used: it never ends"),
+    "a broken pattern": (lambda t, c: c.update(alpha_pattern={"(": 2}), r"pattern .* can't be used"),
+    "another base embedding": (lambda t, c: t.update({"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(99, 32)}), r"whole base weight that is not this model's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in PEFT_LIKE.items()])
+def test_peft_files_that_are_refused(base, model, tmp_path, change, message):
+    """Strict where PEFT is silent: each by name, the model untouched."""
+    path = rewritten(model, tmp_path / "a", change)
+    before = state(base)
+    with pytest.raises(li.FileError, match=message):
+        li.load(base, path)
+    assert state(base) == before
+
+
+def test_all_that_is_wrong_at_once(base, model, tmp_path):
+    """Several faults in one file are one error."""
+
+    def change(t, c):
+        t[Q + "A.weight"].fill_(float("inf"))
+        t["x.y"] = torch.ones(1)
+        t.pop("base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight")
+        c["use_dora"] = True
+
+    with pytest.raises(li.FileError) as e:
+        li.load(base, rewritten(model, tmp_path / "a", change))
+    assert len(e.value.problems) == 4
+
+
+def test_a_config_spoilt_beside_our_own_file(base, model, tmp_path):
+    """A config of the wrong types beside a file with our record is our error too, not Python's."""
+    path = li.save(model, tmp_path / "a")
+    config = path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": "much"'))
+    with pytest.raises(li.FileError, match="is not a config as PEFT writes it"):
+        li.load(base, path)
+
+
+def test_a_config_edited_by_hand_is_not_passed_over(base, model, tmp_path):
+    """The header and adapter_config.json must say the same scale."""
+    path = li.save(model, tmp_path / "a")
+    config = path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    with pytest.raises(li.FileError, match=r"q_proj: adapter_config\.json says scale 4, the tensor file 2"):
+        li.load(base, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nothing", r"can't be read: No such file"),
+        (lambda p: p, r"holds no adapter_model\.safetensors(.*\n)*.*it holds nothing"),
+        (
+            lambda p: (
+                save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, p / "b.safetensors")
+                or p / "b.safetensors"
+            ),
+            r"no record of alpha",
+        ),
+    ],
+)
+def test_places_that_hold_no_adapter(base, tmp_path, make, message):
+    """A missing path, an empty folder, a bare tensor file."""
+    with pytest.raises(li.FileError, match=message):
+        li.load(base, make(tmp_path))
+
+
+def test_places_that_cannot_be_written(model, tmp_path):
+    """A file in the way, a folder that is a device: one clear error, nothing left behind."""
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below", "file/below.safetensors"):
+        with pytest.raises(li.FileError, match="=> "):
+            li.save(model, tmp_path / place)
+    with pytest.raises(li.FileError, match=r"can't be written"):
+        li.save(model, "/proc/nowhere")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_disk_full_halfway(model, tmp_path):
+    """When the space ends in the middle of a save, the old file is still there, whole, and no temporary one."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    old = path.read_bytes()
+    randomise(model, seed=3)
+    torch.save(model, tmp_path / "m.pt")
+    code = f"""
+import resource, signal, torch, lorainject as li
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = torch.load({str(tmp_path / "m.pt")!r}, weights_only=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    li.save(model, {str(path)!r})
+except li.FileError as e:
+    assert "can't be written: File too large" in str(e) and "untouched" in str(e), e
+else:
+    raise SystemExit("saved?")
+"""
+    assert hasattr(signal, "SIGXFSZ")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    assert path.read_bytes() == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "m.pt"]
+
+
+def test_a_reader_during_a_save_sees_one_whole_file(model, tmp_path):
+    """The new file takes the old one's place by a rename: who has the old one open reads it to its end."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    old = path.read_bytes()
+    with open(path, "rb") as reader:
+        randomise(model, seed=3)
+        li.save(model, path)
+        assert reader.read() == old
+    assert path.read_bytes() != old
+
+
+def test_names_in_the_header(model, tmp_path):
+    """The safetensors package reads what our own writer wrote, in alphabetical order and aligned to 8 bytes."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as f:
+        keys = list(f.keys())
+        record = json.loads(f.metadata()["lorainject"])
+    assert len(keys) == 10
+    assert record["sites"]["model.layers.1.self_attn.v_proj"] == {
+        "alpha": 6.0,
+        "scaling": "standard",
+        "dropout": 0.1,
+        "aliases": [],
+    }
+    assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
+
+
+def test_conv1d_files(tmp_path):
+    """GPT-2: the layout is a linear's, and fan_in_fan_out says what PEFT needs to know."""
+    torch.manual_seed(0)
+    model = gpt2()
+    fresh = copy.deepcopy(model)
+    li.inject(model, ["c_attn"], r=4)
+    randomise(model)
+    path = li.save(model, tmp_path / "a")
+    assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert torch.equal(run(li.load(fresh, path), X), run(model, X))
+
+
+class Pair(nn.Module):
+    """Two linears, or one at two paths."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(4, 4)
+        self.b = self.a if shared else nn.Linear(4, 4)
+        self.b.load_state_dict(self.a.state_dict())
+
+
+def test_shared_and_unshared_modules(tmp_path):
+    """An adapter of one shared module does not fit two, nor two one: either would lose half of it in silence."""
+    for shared, message in (
+        (True, "a: was one module with b when the adapter was saved"),
+        (False, "b: is the same module as a in this model"),
+    ):
+        model = li.inject(Pair(shared), ["a", "b"], r=2)
+        randomise(model)
+        path = li.save(model, tmp_path / f"{shared}.safetensors")
+        with pytest.raises(li.FileError, match=message):
+            li.load(Pair(not shared), path)
+        li.load(Pair(shared), path)
+
+
+def test_what_trains_beside_is_named(base, model, tmp_path):
+    """A head that the user trains is not in the file: save says so, by name."""
+    model.lm_head.weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"lm_head\.weight train too, but save writes A and B alone"):
+        path = li.save(model, tmp_path / "a")
+    file = li.read(path)
+    assert not file.replaced
+    assert not any("lm_head" in site.name for site in file.sites)
+
+
+@pytest.mark.filterwarnings("ignore:Detected CUDA")
+def test_saved_through_a_wrapper(base, model, tmp_path):
+    """DataParallel's and torch.compile's names are none of the file's business."""
+    plain = li.save(model, tmp_path / "a.safetensors").read_bytes()
+    for wrapper in (nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))):
+        assert li.save(wrapper, tmp_path / "b.safetensors").read_bytes() == plain
+
+
+def test_a_bare_layer(tmp_path):
+    """A model may be one layer, whose path is empty."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    fresh = copy.deepcopy(layer)
+    li.inject(layer, lambda path, m: True, r=2)
+    randomise(layer)
+    x = torch.randn(2, 4)
+    for place in ("a", "a.safetensors"):
+        li.load(fresh, li.save(layer, tmp_path / place))
+        assert torch.equal(fresh(x), layer(x))
+        li.eject(fresh)
+
+
+def test_a_file_may_change_after_it_was_read(model, tmp_path):
+    """A and B are the reader's own: a file that is rewritten later does not reach into them."""
+    path = li.save(model, tmp_path / "a.safetensors")
+    sites = li.read(path).sites
+    before = [bits(s.A) + bits(s.B) for s in sites]
+    with open(path, "r+b") as f:
+        f.seek(-2000, os.SEEK_END)
+        f.write(bytes(2000))
+    assert [bits(s.A) + bits(s.B) for s in sites] == before
+
+
+def test_alpha_that_the_config_does_not_name_is_pefts_default(base, model, tmp_path):
+    """lora_alpha is 8 in PEFT where a config is silent, whatever r is."""
+    path = rewritten(model, tmp_path / "a", lambda t, c: [c.pop("lora_alpha"), c.pop("alpha_pattern")])
+    assert {s.alpha for s in li.read(path).sites} == {8.0}
+
+
+def test_mixed_and_narrow_dtypes(base, model, tmp_path):
+    """A and B of two dtypes load as the wider one; a dtype that can't hold them is refused, not rounded to infinity."""
+
+    def change(t, c):
+        t[Q + "A.weight"] = t[Q + "A.weight"].half()
+        t[Q + "B.weight"] *= 1e6
+
+    path = rewritten(model, tmp_path / "a", change)
+    with pytest.raises(
+        li.FileError, match=r"layers\.0\.self_attn\.q_proj: its A or B does not fit into torch\.float16"
+    ):
+        li.load(base, path, dtype=torch.float16)
+    li.load(base, path)
+    assert base.model.layers[0].self_attn.q_proj.lora["default"].A.dtype is torch.float32
+
+
+def test_a_named_peft_folder_is_pointed_at(model, tmp_path):
+    """PEFT puts an adapter that is not called "default" one folder down: the error says where."""
+    li.save(model, tmp_path / "a" / "fr")
+    with pytest.raises(li.FileError, match=rf"=> give {tmp_path}/a/fr"):
+        li.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": 5},
+        {"alpha_pattern": [1]},
+        {"lora_alpha": "8"},
+        {"lora_dropout": 7},
+        {"lora_alpha": float("nan")},
+    ],
+)
+def test_configs_that_make_no_sense(base, model, tmp_path, config):
+    """A config of the wrong types is our error, not Python's."""
+    path = rewritten(model, tmp_path / "a", lambda t, c: c.update(config))
+    with pytest.raises(li.FileError):
+        li.load(base, path)
+
+
+FORGED = {
+    "rows out of range": (lambda site: site | {"rows": [[100, 103, 1]]}, r"rows that are not all within 0:9"),
+    "negative rows": (lambda site: site | {"rows": [[-3, 0, 1]]}, r"rows that are not all within 0:9"),
+    "a row twice": (lambda site: site | {"rows": [[0, 1, 1]] * 3}, r"names a row twice"),
+    "more rows than memory": (lambda site: site | {"rows": [[0, 10**30, 1]]}, r"is damaged|not all within"),
+    "another kind": (
+        lambda site: site | {"kind": "linear^T", "shape": [4, 9]},
+        r"a weight of the kind linear\^T, this model has a linear there",
+    ),
+    "another shape": (lambda site: site | {"shape": [12, 4]}, r"on a weight \(12, 4\), this model's is \(9, 4\)"),
+    "a shape that A and B are not for": (
+        lambda site: site | {"shape": [9, 9]},
+        r"does not go with a weight \(9, 9\) of the kind linear",
+    ),
+    "a path that is no text": (lambda site: site | {"path": 3}, r"is damaged: ValueError: .*: 3 is no name"),
+    "a scaling that is none": (lambda site: site | {"scaling": "foo"}, r"a scaling is none that there is"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), [pytest.param(*w, id=name) for name, w in FORGED.items()])
+def test_forged_records(change, message, tmp_path):
+    """A record whose digest is right and whose slice is not: refused by name, nothing is loaded."""
+    from lorainject.files.io import atomic_write
+
+    model = li.inject(nn.Sequential(nn.Linear(4, 9)), ["0[0:3]"], r=2)
+    path = li.save(model, tmp_path / "a.safetensors")
+    tensors, metadata = safetensors_file.read(path)
+    body = json.loads(metadata[native.KEY])
+    del body["digest"]
+    body["sites"] = {name: change(site) for name, site in body["sites"].items()}
+    record = json.dumps(body | {"digest": native._digest(native._text(body), tensors)})
+    atomic_write.write({path: safetensors_file.dump(tensors, {"format": "pt", native.KEY: record})})
+    fresh = nn.Sequential(nn.Linear(4, 9))
+    before = state(fresh)
+    with pytest.raises(li.FileError, match=message):
+        li.load(fresh, path, check_base=False)
+    assert state(fresh) == before
+
+
+def test_a_tensor_that_the_record_does_not_know(tmp_path):
+    """Said by name, not passed over."""
+    from lorainject.files.io import atomic_write
+
+    path = li.save(li.inject(nn.Sequential(nn.Linear(4, 9)), ["0"], r=2), tmp_path / "a.safetensors")
+    tensors, metadata = safetensors_file.read(path)
+    tensors["stray"] = torch.zeros(2)
+    body = json.loads(metadata[native.KEY])
+    del body["digest"]
+    record = json.dumps(body | {"digest": native._digest(native._text(body), tensors)})
+    atomic_write.write({path: safetensors_file.dump(tensors, {"format": "pt", native.KEY: record})})
+    with pytest.raises(li.FileError, match="stray: unexpected, neither A nor B of a site"):
+        li.read(path)
+
+
+def test_a_part_of_another_layout(tmp_path):
+    """The slice q of two heads has other rows than that of four: refused, though every shape fits."""
+    from transformers import GPTNeoXConfig, GPTNeoXModel
+
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    two, four = (GPTNeoXModel(GPTNeoXConfig(**sizes, num_attention_heads=heads)) for heads in (2, 4))
+    path = li.save(li.inject(two, ["query_key_value[q]"], r=2), tmp_path / "a.safetensors")
+    with pytest.raises(li.FileError, match=r"its part 'q' has other rows in this model: the layouts differ"):
+        li.load(four, path, check_base=False)
+
+
+def test_the_order_of_injection_leaves_no_trace(tmp_path):
+    """Which adapter came first on a module's parameters and slices changes no byte, and none of PEFT's nested names."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.full((2, 4, 4), 1.0)), nn.Parameter(torch.full((2, 4, 4), 2.0))
+
+        def forward(self, x):
+            return x @ self.up[0] @ self.down[1]
+
+    written = []
+    for first in ([], ["down"], ["fused[2:4]"]):
+        model = nn.Sequential()
+        model.experts, model.fused = Experts(), nn.Linear(4, 4)
+        nn.init.zeros_(model.fused.weight)
+        if first:
+            li.inject(model, first, r=2, name="first")
+        li.inject(model, ["up", "down", "fused[0:2,2:4]"], r=2)
+        randomise(model)
+        with torch.no_grad():
+            for path, p in model.named_parameters():
+                if ".default." in path:
+                    p.fill_(len(path))
+        written.append(li.save(model, tmp_path / "a.safetensors").read_bytes())
+        li.eject(model)
+        li.load(model, tmp_path / "a.safetensors")  # the base's fingerprint goes by the same order
+    assert written[0] == written[1] == written[2]
+    up = next(s for s in li.read(tmp_path / "a.safetensors").sites if s.parameter == "up")
+    assert float(up.A[0, 0, 0]) == len("experts.lora_up.default.A")

@@ -1,0 +1,448 @@
+"""A frozen linear layer and its term as one step of the graph: what it computes, when it may, and what it takes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bench.measure import Setup, Timed, peak
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils import checkpoint
+
+import lorainject as li
+from lorainject.lora import forward_graft
+from lorainject.lora.adapter_dict import hosts
+from lorainject.lora.kernels import gemm, lora_linear
+
+I, O = 24, 20  # noqa: E741
+LARGE = [gemm.LARGE, 1]  # with 1, some tokens at a time are added to wherever they are float32
+
+
+def layer(target: str = "0", *, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] = (I, O),
+          r: int = 3) -> nn.Sequential:  # fmt: skip
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*sizes, bias=bias, dtype=dtype)).train()
+    li.inject(model, [target], r=r, alpha=5, dropout=dropout, dtype=dtype if dtype == torch.float64 else torch.float32)
+    for p in li.parameters(model):
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def is_together(y: Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "TogetherBackward"
+
+
+def apart(call, *args):
+    """The same by the base's own forward, and the term after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_graft, "LINEAR", None)
+        return call(*args)
+
+
+def found(model: nn.Module, x: Tensor, dy: Tensor, seed: int = 3) -> tuple[Tensor, list[Tensor | None]]:
+    """The output, and the gradients of x, A and B as far as they are wanted."""
+    torch.manual_seed(seed)
+    leaves = [x, *(p for host in hosts(model).values() for p in host.adapters.parameters())]
+    y = model(x)
+    grads = iter(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy))
+    return y, [next(grads) if t.requires_grad else None for t in leaves]
+
+
+def exact(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """The formula and the gradients of x, A and B, in float64."""
+    (host,) = hosts(model).values()
+    (low,) = host.adapters.on
+    x, A, B = (t.detach().double().requires_grad_() for t in (x, low.A, low.B))
+    term = low.scale * (x @ A.T @ B.T)
+    if low.rows is not None:
+        term = torch.zeros(*x.shape[:-1], O, dtype=torch.float64).index_add(-1, low.rows, term)
+    bias = host.module.bias
+    y = x @ host.module.weight.double().T + (0 if bias is None else bias.double()) + term
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy.double())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("instructions", [True, False])
+@given(data=st.data())
+def test_the_formula(dtype, instructions, data):
+    """Output and gradients, for each dtype, layout and size, a slice too, and whoever of x and B needs none; with dropout as by the other route."""
+    batch = data.draw(st.sampled_from([(), (1,), (17,), (131,), (2, 9), (3, 1, 4), (0,), (2, 0)]))
+    dropout = data.draw(st.sampled_from([0.0, 0.4]))
+    model = layer(
+        data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=dropout, dtype=dtype
+    )
+    x, dy = torch.randn(*batch, I).to(dtype), torch.randn(*batch, O).to(dtype)
+    if len(batch) > 1 and data.draw(st.booleans()):
+        x, dy = (t.mT.contiguous().mT for t in (x, dy))
+    x.requires_grad_(data.draw(st.booleans()))
+    next(iter(hosts(model).values())).adapters["default"].B.requires_grad_(data.draw(st.booleans()))
+    eps = torch.finfo(dtype).eps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "_has_instructions", lambda half: instructions)
+        patch.setattr(gemm, "CAST", 60)
+        patch.setattr(gemm, "LARGE", data.draw(st.sampled_from(LARGE)))
+        y, grads = found(model, x, dy)
+        other, others = apart(found, model, x, dy)
+    assert is_together(y)
+    assert not is_together(other)
+    want = [other, *others] if dropout else exact(model, x, dy)
+    for got, true in zip([y, *grads], want, strict=True):
+        if got is not None:
+            assert got.shape == true.shape
+            most = max(1.0, float(true.detach().abs().max()) if true.numel() else 1.0)
+            assert torch.allclose(got.double(), true.double(), rtol=20 * eps, atol=20 * eps * most)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("instructions", [True, False])
+@given(data=st.data())
+def test_the_formula_in_inference(dtype, instructions, data):
+    """The output, for each dtype, layout, size and slice, to within two roundings of it."""
+    batch = data.draw(st.sampled_from([(), (1,), (16,), (17,), (131,), (2, 40), (3, 1, 9), (0,), (2, 0)]))
+    model = layer(
+        data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=0.4, dtype=dtype
+    ).eval()
+    x = torch.randn(*batch, I).to(dtype)
+    if len(batch) > 1 and data.draw(st.booleans()):
+        x = x.mT.contiguous().mT
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode() if data.draw(st.booleans()) else torch.no_grad():
+        patch.setattr(gemm, "_has_instructions", lambda half: instructions)
+        patch.setattr(gemm, "CAST", 60)
+        patch.setattr(gemm, "LARGE", data.draw(st.sampled_from(LARGE)))
+        y = model(x)
+    want = exact(model, x, torch.zeros(*batch, O, dtype=dtype))[0]
+    assert (y.shape, y.dtype) == (want.shape, dtype)
+    if y.numel():
+        assert float((y.double() - want).norm() / want.norm()) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@given(
+    st.integers(1, 700),
+    st.one_of(st.integers(1, 300), st.sampled_from([768, 1376, 3000])),
+    st.integers(1, 300),
+    st.booleans(),
+    st.sampled_from(LARGE),
+)
+def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, width, out, bias, large):
+    """A term of zeros leaves the layer's output as it is."""
+    model = layer(bias=bias, dtype=dtype, sizes=(width, out))
+    nn.init.zeros_(model[0].lora["default"].B)
+    x = torch.randn(tokens, width, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(grad):
+        patch.setattr(gemm, "LARGE", large)
+        y = model(x)
+    assert torch.equal(y, nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
+def test_a_step_takes_the_memory_of_a_frozen_linear_layers(dtype, bias, shape):
+    """An output and a gradient of x; the gradients of A and B and what is r wide are small beside them. And by the other route it is more."""
+    model, x, dy = (
+        layer(bias=bias, dtype=dtype, sizes=(1024, 1024), r=4),
+        *(torch.randn(*shape, 1024, dtype=dtype) for _ in range(2)),
+    )
+    x.requires_grad_()
+
+    def step(model: nn.Module) -> None:
+        x.grad = None
+        model(x).backward(dy)
+
+    def most(model: nn.Module) -> int:
+        step(model)  # what is made at the first call
+        return peak(Timed(lambda: step(model), before=lambda: setattr(x, "grad", None)), Setup())
+
+    ours = most(model)
+    other = apart(most, model)
+    base = most(li.eject(model).requires_grad_(False))
+    assert ours <= 1.05 * base < other
+
+
+@pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
+def test_what_several_layers_give_x_is_summed_in_place(shape):
+    """As with frozen linear layers, of whose gradients two are there at a time; with more axes, three."""
+    model, x, dy = (
+        nn.ModuleList(nn.Linear(1024, 1024) for _ in range(4)),
+        *(torch.randn(*shape, 1024) for _ in range(2)),
+    )
+    x.requires_grad_()
+
+    def step() -> None:
+        x.grad = None
+        torch.autograd.backward([layer(x) for layer in model], [dy] * 4)
+
+    def most() -> int:
+        step()
+        return peak(Timed(step, before=lambda: setattr(x, "grad", None)), Setup())
+
+    model.requires_grad_(False)
+    base = most()
+    li.inject(model, list("0123"), r=2)
+    assert most() <= (1.05 if len(shape) == 1 else 0.9) * base
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("target", ["0", "0[1:4]"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_first_and_second_order(dropout, target, bias):
+    model = layer(target, dropout=dropout, dtype=torch.float64, bias=bias, sizes=(4, 5), r=2)
+    low = model[0]._modules["lora" if target == "0" else "lora[1:4]"]["default"]
+
+    def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        y = lora_linear.Together.apply(x, A, B, model[0].weight, model[0].bias, low.scale, dropout, 7, low.parts)
+        assert is_together(y)
+        return y
+
+    args = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), low.A, low.B)
+    assert torch.autograd.gradcheck(f, args)
+    assert torch.autograd.gradgradcheck(f, args)
+
+
+@pytest.mark.parametrize("target", ["0", "0[2:9]"])
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("large", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_gradients_at_once(target, tokens, large, dtype, monkeypatch):
+    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
+    monkeypatch.setattr(gemm, "CAST", 60)
+    monkeypatch.setattr(gemm, "LARGE", large)
+    monkeypatch.setattr(gemm, "_has_instructions", lambda half: False)
+    model = layer(target, dtype=dtype)
+    x, dys = torch.randn(tokens, I, dtype=dtype, requires_grad=True), torch.randn(4, tokens, O, dtype=dtype)
+    leaves = [x, *li.parameters(model)]
+    for y in (model(x), apart(model, x)):
+        one_by_one = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+        at_once = torch.autograd.grad(y, leaves, dys, is_grads_batched=True)
+        for found_at_once, each in zip(at_once, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(found_at_once, torch.stack(each))
+
+
+def test_second_order_of_a_layer():
+    """A penalty on the gradient of x trains A and B as by the other route."""
+    model, x = layer(), torch.randn(5, I, requires_grad=True)
+
+    def penalty() -> tuple[Tensor, ...]:
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [x, *li.parameters(model)])
+
+    for got, want in zip(penalty(), apart(penalty), strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, I), (2, 5, I)], ids=str)
+def test_what_may_be_done_around_it(shape):
+    """Writing to the output; a backward twice; hooks that see the output and the gradients; what is saved put elsewhere meanwhile; checkpointing."""
+    model, x = layer(dropout=0.3), torch.randn(shape, requires_grad=True)
+    dy = torch.randn(*shape[:-1], O)
+    _, want = found(model, x, dy)
+
+    def grads(run) -> list[Tensor | None]:
+        x.grad = None
+        model.zero_grad()
+        torch.manual_seed(3)
+        run()
+        return [x.grad, *(p.grad for p in li.parameters(model))]
+
+    def writes() -> None:
+        y = model(x)
+        assert is_together(y)
+        y.add_(1).mul_(2).backward(dy / 2)
+
+    def twice() -> None:
+        y = model(x)
+        y.backward(dy / 2, retain_graph=True)
+        y.backward(dy / 2)
+
+    seen = []
+
+    def hooked() -> None:
+        handles = [
+            model[0].register_forward_hook(lambda m, args, y: seen.append(y.shape)),
+            model[0].register_full_backward_hook(lambda m, dx, dy: seen.append(dy[0].shape)),
+        ]
+        model(x).backward(dy)
+        for handle in handles:
+            handle.remove()
+
+    def offloaded() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy):
+            y = model(x)
+        y.backward(dy)
+
+    def checkpointed(reentrant: bool) -> None:
+        checkpoint.checkpoint(model, x, use_reentrant=reentrant).backward(dy)
+
+    for run in (writes, twice, hooked, offloaded, lambda: checkpointed(True), lambda: checkpointed(False)):
+        for got, true in zip(grads(run), want, strict=True):
+            assert torch.allclose(got, true, rtol=1e-5, atol=1e-5)
+    assert seen == [dy.shape, dy.shape]
+
+
+def test_what_is_saved():
+    """x, and what is r wide; of the parameters no copies; and nothing is written to."""
+    model, x = layer(dtype=torch.bfloat16), torch.randn(2, 9, I, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    ours = {t.data_ptr() for t in (x, model[0].weight, *li.parameters(model))}
+    assert sum(t.numel() for t in kept if t.data_ptr() not in ours) == 18 * 3
+    before = x.detach().clone()
+    y.sum().backward()
+    assert torch.equal(x, before)
+
+
+def test_when_it_may():
+    """Not when somebody must see the base's product or the adapter by itself, nor when something else of the layer trains."""
+    x = torch.randn(5, I, requires_grad=True)
+    assert is_together(layer()(x))
+    assert is_together(layer(bias=False)(x))
+
+    model = layer()
+    model[0].weight.requires_grad_(True)
+    y = model(x)
+    y.sum().backward()
+    assert not is_together(y)
+    assert model[0].weight.grad is not None
+
+    model = layer()
+    model[0].bias.requires_grad_(True)
+    assert not is_together(model(x))
+
+    model = layer()
+    next(li.parameters(model)).requires_grad_(False)  # A, without whose gradient x need not be saved
+    assert not is_together(model(x))
+
+    for hooked in (lambda m: m[0].lora, lambda m: m[0].lora["default"]):
+        model, seen = layer(), []
+        hooked(model).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(m))
+        assert not is_together(model(x))
+        assert len(seen) == 1
+        model = layer()
+        hooked(model).register_forward_hook(lambda m, args, y, seen=seen: seen.append(type(y.grad_fn).__name__))
+        assert not is_together(model(x))
+        assert seen[1:] == ["AccumulateBackward"]
+    handle = torch_module.register_module_forward_hook(lambda m, args, y: None)
+    assert not is_together(layer()(x))
+    handle.remove()
+
+    model = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_together(model(x))
+    with li.disabled(model):
+        assert not model(x).requires_grad or not is_together(model(x))
+    li.inject(model, ["0"], r=2, name="other")
+    li.activate(model, "default", "other")
+    assert not is_together(model(x))
+    li.activate(model, "default")
+    with li.rows(model, ["default", "other"]):
+        assert not is_together(model(torch.randn(2, 3, I, requires_grad=True)))
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(I, O))
+    li.inject(model, ["0"], r=2)
+    assert torch.equal(model(x), 2 * nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "backward_hook")
+
+
+@pytest.mark.filterwarnings("ignore:Using non-full backward hooks:FutureWarning")
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("on", [lambda m: m[0].lora, lambda m: m[0].lora["default"]], ids=["all", "one"])
+def test_each_hook_on_an_adapter_is_called(kind, on):
+    """Whatever the kind of hook, after the layer has been called without."""
+    model, seen, x = layer(), [], torch.randn(1, 3, I, requires_grad=True)
+    model(x)
+    handle = getattr(on(model), f"register_{kind}")(lambda *args: seen.append(kind))
+    model(x).sum().backward()
+    assert seen == [kind]
+    handle.remove()
+    model(x).sum().backward()
+    assert seen == [kind]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_otherwise_is_respected(grad):
+    """Hooks on the adapters, a forward of their own, a computed bias, several adapters and none, with gradients and without."""
+    x = torch.randn(5, I)
+
+    def term(model: nn.Module, name: str = "default") -> Tensor:
+        low = model[0].lora[name]
+        return low.scale * (x @ low.A.T @ low.B.T)
+
+    with torch.set_grad_enabled(grad):
+        model = layer()
+        plain = nn.functional.linear(x, model[0].weight, model[0].bias)
+        whole = plain + term(model)
+        assert torch.allclose(model(x), whole, atol=1e-5)
+
+        for hooked in (lambda m: m[0].lora, lambda m: m[0].lora["default"]):
+            model, seen = layer(), []
+            hooked(model).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(m))
+            hooked(model).register_forward_hook(lambda m, args, y: y + 1)
+            assert torch.allclose(model(x), whole + 1, atol=1e-5)
+            assert len(seen) == 1
+            assert torch.allclose(copy.deepcopy(model)(x), whole + 1, atol=1e-5)
+            model = layer()
+            original = hooked(model).forward
+            hooked(model).forward = lambda *args, original=original: original(*args) + 1
+            assert torch.allclose(model(x), whole + 1, atol=1e-5)
+
+        model = layer()
+        nn.utils.parametrize.register_parametrization(model[0], "bias", Doubled())
+        assert torch.allclose(model(x), whole + model[0].parametrizations.bias.original, atol=1e-5)
+
+        model = layer()
+        with li.disabled(model):
+            assert torch.equal(model(x), plain)
+        li.inject(model, ["0"], r=2, name="other")
+        nn.init.normal_(model[0].lora["other"].B.data)
+        for on in ((), ("other",), ("default", "other")):
+            li.activate(model, *on)
+            assert torch.allclose(model(x), plain + sum(term(model, name) for name in on), atol=1e-4)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_another_forward_put_in_torchs_place_is_called(monkeypatch):
+    calls, original = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or original(self, x))
+    layer()(torch.randn(5, I))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_wrong_arguments_are_the_bases_to_refuse(grad):
+    model, base = layer(), nn.Linear(I, O)
+    wrong = [
+        torch.randn(40, I).double(),
+        torch.randn(40, I + 1),
+        torch.randn(2, 20, I - 1),
+        torch.randn(()),
+        torch.ones(40, I, dtype=torch.int64),
+    ]
+    with torch.set_grad_enabled(grad):
+        for args, kwargs in [((torch.randn(2, I),) * 2, {}), ((), {"nothing": torch.randn(2, I)})]:
+            with pytest.raises(TypeError):
+                model[0](*args, **kwargs)
+        assert model[0](input=torch.randn(2, I)).shape == (2, O)
+        for x in wrong:
+            with pytest.raises(RuntimeError) as refused:
+                base(x)
+            with pytest.raises(RuntimeError) as found:
+                model(x)
+            assert str(found.value) == str(refused.value)

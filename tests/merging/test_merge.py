@@ -1,0 +1,716 @@
+"""Fold and unfold: what merge reports, refuses, and leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lorainject as li
+from lorainject.numerics import tile_merge
+
+from models import TINY, bits, gpt2, ids, llama, randomise, run, state
+
+X = {"input_ids": ids(), "use_cache": False}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = li.inject(llama(), ["q_proj", "v_proj", "down_proj", "embed_tokens"], r=4, alpha=8)
+    randomise(model)
+    return model
+
+
+def one(dtype: torch.dtype = torch.float32, std: float = 0.1, features: int = 64) -> nn.Module:
+    """A single linear layer with an adapter whose delta is about std^2 * sqrt(r)."""
+    torch.manual_seed(0)
+    model = li.inject(nn.Sequential(nn.Linear(features, features, dtype=dtype)), ["0"], r=4)
+    randomise(model, std=std)
+    return model
+
+
+def test_merged_is_the_original_class_and_costs_nothing_more(model):
+    """type(m) is the original class for every module, and a forward runs exactly the base's operators."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operators(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def operators(m: nn.Module) -> list[str]:
+        with Operators() as mode, torch.no_grad():
+            run(m, X)
+        return mode.seen
+
+    base = llama()
+    li.merge(model)
+    assert [type(m) for p, m in model.named_modules() if ".lora" not in p] == [type(m) for m in base.modules()]
+    assert operators(model) == operators(base)
+    li.unmerge(model)
+    assert len(operators(model)) > len(operators(base))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper"])
+def test_eject_after_merge(name):
+    """After merge(reversible=False) eject leaves the folded weights; after a reversible merge, the base."""
+    tiny = TINY[name]
+    base = tiny.build()
+    before = state(base)
+    model = li.inject(copy.deepcopy(base), list(tiny.targets), r=4)
+    randomise(model)
+    y, plain = run(model, tiny.inputs()), run(base, tiny.inputs())
+    folded = copy.deepcopy(model)
+    report = li.merge(folded, reversible=False)
+    assert report.journal_bytes == 0
+    with pytest.raises(li.MergeError, match="reversible=False, which keeps nothing to go back by"):
+        li.unmerge(folded)
+    li.eject(folded)
+    assert [(type(m), list(m.__dict__), list(m._modules)) for m in folded.modules()] == [
+        (type(m), list(m.__dict__), list(m._modules)) for m in base.modules()
+    ]
+    assert [p.requires_grad for p in folded.parameters()] == [p.requires_grad for p in base.parameters()]
+    assert torch.allclose(run(folded, tiny.inputs()), y, atol=1e-4)
+    assert not torch.allclose(run(folded, tiny.inputs()), plain, atol=1e-4)
+    li.merge(model)
+    assert state(li.eject(model)) == before
+
+
+def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
+    """reversible=False writes at once: nothing is compared or kept on the way, unless a sum might overflow.
+
+    d is formed in float32 then, so that a float32 sum may be off by its last bit.
+    """
+    kept = []
+    monkeypatch.setattr(tile_merge, "_kept", spy(tile_merge._kept, kept))
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, reversible, large = one(dtype), one(dtype), one(dtype)
+        li.merge(plain, reversible=False)
+        assert not kept
+        li.merge(reversible)
+        torch.testing.assert_close(
+            plain[0].weight,
+            reversible[0].weight,
+            rtol=0,
+            atol=torch.finfo(dtype).eps * float(plain[0].weight.abs().max()),
+        )
+        with torch.no_grad():
+            large[0].weight[0, 0] = torch.finfo(dtype).max
+        before = state(large)
+        kept.clear()
+        li.merge(large, reversible=False)
+        assert kept
+        large = one(dtype)
+        with torch.no_grad():
+            large[0].weight[0, 0] = torch.finfo(dtype).max
+            large[0].lora["default"].B[0] = large[0].lora["default"].A[:, 0] * torch.finfo(dtype).max ** 0.5
+            large[0].lora["default"].A.mul_(torch.finfo(dtype).max ** 0.5)
+        before = state(large)
+        with pytest.raises(li.MergeError, match="not finite"):
+            li.merge(large, reversible=False)
+        assert state(large) == before
+        kept.clear()
+
+
+def spy(function, calls: list):
+    """`function`, which notes each call."""
+
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+def test_a_plain_merge_that_the_system_breaks_off_says_so(model, monkeypatch):
+    """Out of memory halfway, with nothing kept: an error that says that weights are spoiled, and the grafts still stand."""
+    original, calls = tile_merge.Desk.add, iter(range(100))
+
+    def broken(*args):
+        if next(calls) == 3:
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(tile_merge.Desk, "add", broken)
+    with pytest.raises(li.MergeError, match=r"some weights written.*\n=> load the base anew"):
+        li.merge(model, reversible=False)
+
+
+def test_survival_is_the_share_that_rounding_left():
+    """In bfloat16 a small delta drowns and the report says how much of it; in float32 all of it survives."""
+    assert li.merge(one(std=0.1)).survival == pytest.approx(1, abs=1e-5)
+    large = li.merge(one(torch.bfloat16, std=0.3))
+    with pytest.warns(
+        li.SurvivalWarning, match=r"(?s)less than 0\.9 of a delta survives.*- 0: 0\.4. of its delta, error 8.%\n=> keep"
+    ) as caught:
+        small = li.merge(one(torch.bfloat16, std=0.005))
+    assert caught[0].filename == __file__
+    assert large.sites[0].error < 0.05 < 0.5 < small.sites[0].error
+    model = one(torch.bfloat16, std=0.005)
+    w0, (_, _, d) = model[0].weight.float().clone(), next(li.deltas(model))
+    with pytest.warns(li.SurvivalWarning):
+        report = li.merge(model)
+    got = model[0].weight.float() - w0
+    assert report.survival == pytest.approx(float((got * d).sum() / (d * d).sum()), rel=1e-4)
+    assert report.sites[0].error == pytest.approx(float((got - d).norm() / d.norm()), rel=1e-4)
+    assert report.sites[0].norm == pytest.approx(float(d.norm()), rel=1e-4)
+    assert report.weight_bytes == w0.numel() * 2
+    factors = 4 * 4 * (64 + 64)
+    assert factors < report.journal_bytes < 1.1 * factors  # the delta is so small that hardly a guess misses
+    assert str(report).startswith(
+        f"merged default into 1 weights (8,192 bytes, {report.journal_bytes:,} kept for unmerge); 0.4"
+    )
+
+
+def test_strict_refuses_before_anything_is_written():
+    """strict=True measures first; strict=False only warns."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
+    li.inject(model, ["0", "1"], r=4)
+    randomise(model, std=0.3)
+    with torch.no_grad():
+        model[1].lora["default"].B *= 3e-4
+    before, versions = state(model), [p._version for p in model.parameters()]
+    with pytest.raises(
+        li.MergeError, match=r"(?s)nothing was merged: less than 0\.9.*- 1: 0\.4. of its delta, error 8.%\n=> keep"
+    ) as e:
+        li.merge(model, strict=True)
+    assert len(e.value.problems) == 1
+    assert (state(model), [p._version for p in model.parameters()]) == (before, versions)
+    with pytest.warns(li.SurvivalWarning):
+        li.merge(model, strict=False)
+    assert state(li.unmerge(model)) == before
+
+
+def test_journal_is_small_and_never_larger_than_a_backup():
+    """In bfloat16 a delta of 1 % of the weight costs 3 % of a backup, one of 10 times the weight no more than a backup."""
+    kept = {}
+    for share in (0.003, 0.01, 0.03, 0.1, 0.3, 10):
+        model = nn.Sequential(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
+        nn.init.normal_(model[0].weight, std=0.02)
+        li.inject(model, ["0"], r=4)
+        randomise(model, std=(0.02 * share / 2) ** 0.5)  # |d| = std^2 sqrt(r) per element
+        a = model[0].lora["default"]
+        report = li.merge(model)
+        kept[share] = (report.journal_bytes - a.A.nbytes - a.B.nbytes) / report.weight_bytes
+    assert kept[0.01] < 0.03 < kept[0.03] < 0.08
+    assert sorted(kept.values()) == list(kept.values())
+    assert kept[10] < 1.001
+
+
+def _drowned(model: nn.Module) -> li.MergeReport:
+    with pytest.warns(li.SurvivalWarning):
+        return li.merge(model)
+
+
+def two(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Three adapters of different ranks on two layers, one of them only on the first; and their deltas on the first, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 300), nn.Linear(300, 48)).to(dtype)
+    for i, (name, targets, r) in enumerate([("a", ["0", "1"], 2), ("b", ["0"], 5), ("c", ["0", "1"], 3)]):
+        li.inject(model, targets, r=r, alpha=3, name=name)
+        randomise(model, name, seed=i)
+    low = {n: model[0].lora[n] for n in "abc"}
+    return model, {n: (a.scale * a.B.double() @ a.A.double()).detach() for n, a in low.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stacking(dtype):
+    """Any set of adapters, reached by merges and unmerges in any order, gives the bits of one merge of them from W0."""
+    model, d = two(dtype)
+    li.activate(model, "a", "b", "c")
+    before, w0 = state(model), model[0].weight.detach().clone()
+    direct = {}
+    for names in ("a", "b", "c", "ab", "ac", "bc", "abc"):
+        li.activate(model, *names)
+        li.merge(model, list(names))
+        direct[names] = bits(model[0].weight), bits(model[1].weight)
+        exact = w0.double() + sum(d[n] for n in names)
+        assert (model[0].weight != exact.to(dtype)).float().mean() < {
+            torch.float32: 0.25,
+            torch.bfloat16: 2e-4,
+            torch.float16: 1e-3,
+        }[dtype]  # d is rounded to float32 first
+        li.unmerge(model)
+    li.activate(model, "a", "b", "c")
+    li.merge(model)
+    merged = state(model)
+
+    def now() -> tuple[bytes, bytes]:
+        return bits(model[0].weight), bits(model[1].weight)
+
+    assert now() == direct["abc"]
+    for first, then in ("bc", "cb", "ab", "ba", "ac", "ca"):
+        li.unmerge(model, first)
+        assert now() == direct["abc".replace(first, "")]
+        li.unmerge(model, [then])
+        left = next(n for n in "abc" if n not in (first, then))
+        assert now() == direct[left]
+        with pytest.raises(li.StateError, match=rf"'{first}' is not merged\n=> merged are '{left}'"):
+            li.unmerge(model, first)
+        li.merge(model, [first])
+        li.merge(model, then)
+        assert now()[0] == direct["abc"][0]  # (the order of the sum may differ, by float32's rounding)
+        with pytest.raises(li.StateError, match=rf"'{then}' is already merged"):
+            li.merge(model, then)
+        li.unmerge(model)
+        li.activate(model, "a", "b", "c")
+        assert state(model) == before
+        li.merge(model)
+        assert state(model) == merged
+
+
+def test_a_further_merge_that_fails_leaves_the_first(model):
+    """Law 4 while merged: what was folded stays folded, to the bit."""
+    li.inject(model, ["q_proj"], r=2, name="second")
+    randomise(model, "second")
+    li.activate(model, "default")
+    li.merge(model)
+    merged = state(model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.lora["second"].B.fill_(1e38).neg_()
+        model.model.layers[1].self_attn.q_proj.lora["second"].A.fill_(1e38)
+    merged = {k: v for k, v in state(model).items() if "lora" not in k}
+    with pytest.raises(li.MergeError, match="is not finite"):
+        li.merge(model, "second")
+    assert {k: v for k, v in state(model).items() if "lora" not in k} == merged
+    with pytest.raises(li.StateError, match="'default' is already merged"):
+        li.merge(model)
+
+
+@pytest.mark.parametrize("spoil", ["irreversible", "cast", "edited"])
+def test_a_further_merge_needs_w0(model, spoil):
+    """Where W0 can't be had again, nothing is folded on top: unmerge would give back what never was W0."""
+    li.inject(model, ["q_proj"], r=2, name="second")
+    randomise(model, "second")
+    li.activate(model, "default")
+    li.merge(model, reversible=spoil != "irreversible")
+    if spoil == "cast":
+        model.to(torch.bfloat16)
+    if spoil == "edited":
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    before = state(model)
+    match = {
+        "irreversible": "reversible=False, which keeps nothing",
+        "cast": r"is torch\.bfloat16 .* now",
+        "edited": "was changed since it was merged",
+    }
+    with pytest.raises(li.MergeError, match=match[spoil]):
+        li.merge(model, "second")
+    assert state(model) == before
+
+
+def test_after_a_partial_unmerge_the_adapter_is_off(model):
+    """What was taken out does not come back with the rest."""
+    li.inject(model, ["q_proj"], r=2, name="second")
+    randomise(model, "second")
+    li.activate(model, "second")
+    only = run(model, X)
+    li.activate(model, "default", "second")
+    li.merge(model)
+    li.unmerge(model, "default")
+    assert torch.allclose(run(model, X), only, atol=1e-6)
+    li.unmerge(model)
+    assert torch.equal(run(model, X), only)
+
+
+def test_a_fresh_process_can_unmerge(model, tmp_path):
+    """The journal is pickled along with the model."""
+    before = {k: bits(v) for k, v in model.state_dict().items() if "lora" not in k}
+    li.merge(model)
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import sys, torch, lorainject as li\n"
+        "model = li.unmerge(torch.load(sys.argv[1], weights_only=False))\n"
+        "torch.save({k: v for k, v in model.state_dict().items() if 'lora' not in k}, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt", tmp_path / "back.pt"], check=True)
+    assert {k: bits(v) for k, v in torch.load(tmp_path / "back.pt").items()} == before
+
+
+def test_where_the_delta_comes_out_otherwise(model, monkeypatch):
+    """On another device or BLAS library d may differ in its last bits: unmerge sees it, and changes nothing; a tile kept whole comes back all the same."""
+    before = state(model)
+    li.merge(model)
+    merged = state(model)
+    desk = sys.modules["lorainject.numerics.tile_merge"].Desk
+    right = desk._strips
+
+    def off_by(share: float) -> None:
+        monkeypatch.setattr(desk, "_strips", lambda *args: ((d * (1 + share), parts) for d, parts in right(*args)))
+
+    off_by(1e-5)
+    with pytest.raises(li.MergeError, match=r"s B A comes out otherwise here \(another machine or BLAS library\)"):
+        li.unmerge(model)
+    assert state(model) == merged
+    monkeypatch.setattr(desk, "_strips", right)
+    assert state(li.unmerge(model)) == before
+    whole = one(torch.bfloat16, std=5)
+    before = state(whole)
+    li.merge(whole)
+    off_by(1e-2)
+    assert state(li.unmerge(whole)) == before
+
+
+def test_an_unmerge_that_fails_at_the_last_weight_folds_the_first_again(model):
+    """Law 4 for unmerge, in place and with a tile that is kept whole."""
+    randomise(model, std=3)
+    li.merge(model)
+    last = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        last[0, 0] += 1
+    merged = state(model)
+    with pytest.raises(li.MergeError, match=r"layers\.1\.mlp\.down_proj: was changed") as e:
+        li.unmerge(model)
+    assert len(e.value.problems) == 1
+    assert state(model) == merged
+
+
+def test_untie(tmp_path):
+    """untie=True: the adapted end gets memory of its own, the other keeps W0, and unmerge ties them again: the very same Parameter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
+    li.inject(model, ["lm_head", "c_attn"], r=4)
+    randomise(model)
+    before, w0, y = state(model), bits(model.lm_head.weight), run(model, X)
+    li.merge(model, untie=True)
+    assert bits(model.transformer.wte.weight) == w0 != bits(model.lm_head.weight)
+    assert torch.allclose(run(model, X), y, atol=1e-4)
+    with torch.no_grad():
+        kept = model.lm_head.weight[0, 0].clone()
+        model.lm_head.weight[0, 0] += 1
+        with pytest.raises(li.MergeError, match="lm_head: was changed since it was merged"):
+            li.unmerge(model)
+        model.lm_head.weight[0, 0] = kept
+    li.unmerge(model)
+    assert state(model) == before
+    assert model.lm_head.weight is model.transformer.wte.weight
+    y = run(model, X)
+    li.merge(model, untie=True, reversible=False)
+    li.eject(model)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(run(GPT2LMHeadModel.from_pretrained(tmp_path), X), y, atol=1e-4)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_never_further_from_the_exact_sum_than_peft(dtype, reversible):
+    """Against W0 + s B A in float64, rounded: no more elements differ than in PEFT's merge, and none by more than a step.
+
+    For good, d is in float32 as PEFT's is: of half precision's elements those few differ that are as good as in the middle between two steps.
+    """
+    import peft
+
+    torch.manual_seed(0)
+    mine = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=dtype))
+    theirs = peft.get_peft_model(copy.deepcopy(mine), peft.LoraConfig(r=8, lora_alpha=12, target_modules=["0"]))
+    li.inject(mine, ["0"], r=8, alpha=12)
+    randomise(mine, std=0.05)
+    a, layer = mine[0].lora["default"], theirs.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(a.A)
+        layer.lora_B["default"].weight.copy_(a.B)
+    exact = mine[0].weight.detach().double() + (a.scale * a.B.double() @ a.A.double()).detach()
+    li.merge(mine, reversible=reversible)
+    theirs.merge_adapter()
+
+    def off(merged: torch.Tensor) -> tuple[float, float]:
+        return float((merged != exact.to(dtype)).float().mean()), float((merged.double() - exact).norm())
+
+    ours, peft_ = off(mine[0].weight.detach()), off(layer.get_base_layer().weight.detach())
+    assert ours[0] <= peft_[0] or (ours[0] < 2e-4 and not reversible and dtype is not torch.float32)
+    assert ours[1] <= peft_[1] * (1 + 1e-6)
+    assert ours[0] < {torch.float32: 0.3, torch.bfloat16: 2e-4, torch.float16: 2e-3}[dtype]
+
+
+def test_a_fresh_adapter_merges_to_the_base():
+    """B = 0: not a bit moves, and survival is 1 by convention."""
+    model = li.inject(nn.Sequential(nn.Linear(8, 8)), ["0"])
+    before = bits(model[0].weight)
+    report = li.merge(model)
+    assert (report.survival, report.sites[0].error) == (1.0, 0.0)
+    assert bits(model[0].weight) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_once(dtype):
+    """The merged weight is W0 + s B A in float32, rounded once: half precision equals the float64 sum rounded, but for near ties."""
+    model = one(dtype, std=0.2, features=256)
+    a, w0 = model[0].lora["default"], model[0].weight.detach().double()
+    d = (a.scale * a.B.double() @ a.A.double()).detach()
+    li.merge(model)
+    merged = model[0].weight.detach()
+    float32_error = torch.finfo(torch.float32).eps * (
+        w0.abs() + d.abs() + 4 * 0.2**2
+    )  # of the sum, and of r = 4 products
+    half_a_step = torch.finfo(dtype).eps / 2 * (w0 + d).abs() * (dtype is not torch.float32)
+    assert bool(((merged.double() - (w0 + d)).abs() <= half_a_step + float32_error + 2.0**-25).all())
+    if dtype is not torch.float32:
+        assert (merged != (w0 + d).to(dtype)).float().mean() < 1e-3
+
+
+def test_special_values_survive():
+    """-0, denormals, the largest finite, infinity and NaN in W0 come back to the bit."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = one(dtype)
+        info = torch.finfo(dtype)
+        odd = [-0.0, 0.0, info.smallest_normal / 4, info.max, -info.max, float("inf"), -float("inf"), float("nan")]
+        with torch.no_grad():
+            model[0].weight[0, : len(odd)] = torch.tensor(odd, dtype=dtype)
+            model[0].lora["default"].B[0] *= 1e-4  # keeps the largest finite below overflow
+        before = bits(model[0].weight)
+        li.merge(model)
+        li.unmerge(model)
+        assert bits(model[0].weight) == before
+
+
+def test_overflow_refuses_the_whole_merge(model):
+    """A result beyond the dtype's range at the last site leaves the first ones untouched too."""
+    model.half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 65504
+        last = model.model.layers[1].mlp.down_proj.lora["default"]
+        last.A.fill_(8)
+        last.B.fill_(8)
+    before = state(model)
+    with pytest.raises(
+        li.MergeError,
+        match=r"layers\.1\.mlp\.down_proj: W0 \+ s B A is not finite in torch\.float16; nothing was merged\n=> lower alpha",
+    ):
+        li.merge(model)
+    assert state(model) == before
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged(model):
+    """The second of either is an error that changes nothing."""
+    with pytest.raises(li.StateError, match=r"nothing is merged\n=> merge\(model\) comes first"):
+        li.unmerge(model)
+    li.merge(model)
+    before = state(model)
+    with pytest.raises(li.StateError, match=r"'default' is already merged\n=> unmerge\(model\) first"):
+        li.merge(model)
+    assert state(model) == before
+
+
+def test_while_merged_everything_else_waits(model, tmp_path):
+    """inject, load, activate, disabled, rows, parameters would act on W0 + s B A: each says to unmerge first."""
+    saved = li.save(model, tmp_path / "a.safetensors")
+    li.merge(model)
+    before = state(model)
+    verbs = {
+        "inject": lambda: li.inject(model, ["k_proj"], name="b"),
+        "load an adapter": lambda: li.load(model, saved, name="b"),
+        "activate": lambda: li.activate(model),
+        "disable the adapters": lambda: li.disabled(model).__enter__(),
+        "route rows": lambda: li.rows(model, [None]).__enter__(),
+        "train": lambda: li.parameters(model),
+    }
+    for verb, call in verbs.items():
+        with pytest.raises(li.StateError, match=rf"can't {verb} while 'default' is merged\n=> unmerge\(model\) first"):
+            call()
+    assert state(model) == before
+
+
+def test_training_while_merged_is_refused(model):
+    """An optimiser made before the merge can't step over A and B, which are out of the graph; after unmerge it can."""
+    head = model.lm_head.weight.requires_grad_()
+    optimizer = torch.optim.SGD([*li.parameters(model), head], lr=0.1)
+    li.merge(model)
+    before = bits(head)
+    run(model, X).sum().backward()
+    with pytest.raises(li.StateError, match=r"can't train while merged.*\n=> unmerge\(model\) first"):
+        optimizer.step()
+    assert bits(head) == before
+    li.unmerge(model)
+    optimizer.step()
+    assert bits(head) != before
+
+
+def test_a_weight_that_changed_since_is_not_overwritten(model):
+    """Unmerge puts W0 back only over the very bits that merge wrote."""
+    li.merge(model)
+    q = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        q.weight[0, 0] += 1
+    before = state(model)
+    with pytest.raises(li.MergeError, match=r"layers\.0\.self_attn\.q_proj: was changed since it was merged") as e:
+        li.unmerge(model)
+    assert len(e.value.problems) == 1
+    assert state(model) == before
+    with torch.no_grad():
+        q.weight[0, 0] -= 1
+
+
+def test_a_model_cast_while_merged_is_refused(model):
+    """In another dtype the folded bits are gone: refused, with both dtypes."""
+    li.merge(model)
+    model.to(torch.bfloat16)
+    before = state(model)
+    with pytest.raises(li.MergeError, match=r"q_proj: is torch\.bfloat16 .* but was torch\.float32"):
+        li.unmerge(model)
+    assert state(model) == before
+
+
+def test_a_and_b_may_change_while_merged(model):
+    """What unmerge gives back does not hang on A and B: they may be replaced in between."""
+    before = [bits(p) for k, p in model.named_parameters() if ".lora." not in k]
+    li.merge(model)
+    randomise(model, seed=7, std=3)
+    li.unmerge(model)
+    assert [bits(p) for k, p in model.named_parameters() if ".lora." not in k] == before
+
+
+def test_names(model):
+    """merge folds what is on; leaving one out that is on would change the output and is refused."""
+    li.inject(model, ["q_proj"], r=2, name="second")
+    randomise(model, "second")
+    li.activate(model, "default", "second")
+    with pytest.raises(li.StateError, match=r"'second' is on but would not be merged"):
+        li.merge(model, "default")
+    y = run(model, X)
+    li.merge(model, ["default", "second"])
+    assert torch.allclose(run(model, X), y, atol=1e-5)
+    li.unmerge(model)
+    li.activate(model)
+    with pytest.raises(li.StateError, match="no adapter is on"):
+        li.merge(model)
+    li.merge(model, "second")
+    li.unmerge(model)
+    assert torch.allclose(run(model, X), run(li.eject(model), X), atol=0)
+
+
+def test_tied_gpt2():
+    """GPT-2's wte is its lm_head: merging an adapter on either is refused, on others it is fine."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
+    for target in ("wte", "lm_head"):
+        li.inject(model, [target, "c_attn"])
+        with pytest.raises(li.MergeError, match=rf"{target}: its weight is tied to"):
+            li.merge(model)
+        li.eject(model)
+    li.inject(model, ["c_attn"])
+    assert li.merge(model).survival == 1
+
+
+def test_deltas_are_as_the_weight_is_stored():
+    """For Conv1D, whose weight is (in, out), the delta is transposed; for an embedding (V, d) too."""
+    model = li.inject(gpt2(), ["c_attn", "wte"], r=3, alpha=6)
+    randomise(model)
+    seen = {path: d for path, w, d in li.deltas(model) if d.shape == w.shape}
+    a = model.transformer.h[0].attn.c_attn.lora["default"]
+    assert torch.allclose(seen["transformer.h.0.attn.c_attn"], 2 * (a.B @ a.A).T, atol=1e-6)
+    assert set(seen) == {"transformer.wte", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}
+    assert not next(li.deltas(model, "default"))[2].requires_grad
+
+
+def test_ties_by_memory():
+    """A view of the weight, at any offset, and a buffer are ties too; a bias that two layers share is none of merge's business."""
+    model = nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "all": nn.Linear(4, 12, bias=False)})
+    model["q"].weight = nn.Parameter(model["all"].weight.data[4:8])
+    with pytest.raises(li.MergeError, match=r"q: its weight is tied to all\.weight"):
+        li.merge(li.inject(model, ["q"]))
+    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    model["q"].register_buffer("copy", model["q"].weight.detach())
+    with pytest.raises(li.MergeError, match=r"q: its weight is tied to q\.copy"):
+        li.merge(li.inject(model, ["q"]))
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
+    model["k"].bias = model["q"].bias
+    assert li.merge(li.inject(model, ["q", "k"])).survival == 1
+
+
+def test_a_permutation_since_is_seen():
+    """The checksum tells a weight from one with the same values in other places."""
+    for shuffle in (lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w.t(), lambda w: w.roll(1)):
+        model = one()
+        li.merge(model)
+        with torch.no_grad():
+            model[0].weight.copy_(shuffle(model[0].weight.clone()))
+        with pytest.raises(li.MergeError, match="was changed since it was merged"):
+            li.unmerge(model)
+
+
+def test_an_interrupted_unmerge_can_be_finished(model, monkeypatch):
+    """Law 4 for unmerge: after an interrupt the next call completes it, to the bit."""
+    before = state(model)
+    li.merge(model)
+    module, calls = sys.modules["lorainject.lora.weight_graft"], iter(range(100))
+    original = module.change_class
+
+    def bomb(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        original(*args)
+
+    monkeypatch.setattr(module, "change_class", bomb)
+    with pytest.raises(KeyboardInterrupt):
+        li.unmerge(model)
+    li.unmerge(model)
+    assert state(model) == before
+
+
+def test_loading_a_state_dict_while_merged_is_an_error(model):
+    """torch loads before it complains; the error says what to do, and that brings back what was loaded."""
+    checkpoint = copy.deepcopy(model.state_dict())
+    before = state(model)
+    li.merge(model)
+    with pytest.raises(RuntimeError, match=r"can't load while merged; unmerge\(model\) first"):
+        model.load_state_dict(checkpoint)
+    li.unmerge(model)
+    assert state(model) == before
+
+
+def test_the_optimisers_guard_follows_copies_and_ends_with_eject(model):
+    """A copy of a merged model is guarded too; after eject the optimiser is free."""
+    li.merge(model)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([p for k, p in twin.named_parameters() if ".lora." in k], lr=0.1)
+    with pytest.raises(li.StateError, match="can't train while merged"):
+        optimizer.step()
+    li.eject(twin)
+    optimizer.step()
+
+
+def test_a_weight_resized_since_is_refused(tmp_path):
+    """An embedding that grew under its adapter can't take the fold, and its A and B can't be saved as if they fitted."""
+    model = llama(tie_word_embeddings=False)
+    li.inject(model, ["embed_tokens"])
+    model.resize_token_embeddings(120, mean_resizing=False)
+    with pytest.raises(
+        li.MergeError, match=r"embed_tokens: its weight is \(120, 32\) now, for which A and B were not made"
+    ):
+        li.merge(model)
+    with pytest.raises(li.FileError, match=r"embed_tokens: its weight is \(120, 32\) now"):
+        li.save(model, tmp_path / "a")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_cuda(dtype):
+    """On a GPU: the merged output is the unmerged one, W0 comes back to the bit, also if the model moved in between."""
+    torch.manual_seed(0)
+    model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to(
+        "cuda", dtype
+    )
+    randomise(model, std=0.05)
+    before, y = state(model), run(model, X)
+    for _ in range(100):
+        li.merge(model)
+        li.unmerge(model)
+    assert state(model) == before
+    li.merge(model)
+    assert torch.allclose(run(model, X).float(), y.float(), atol=torch.finfo(dtype).eps * 30)
+    li.unmerge(model.cpu())
+    assert state(model) == before
