@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateError, UnreachedAdapter
-from .lora.adapter_dict import Host, mounted, walk
-from .lora.graft import bare
+from .lora.adapter_dict import AdaptedSite, mounted, walk
+from .lora.graft import base_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
         takes = ", ".join(inspect.signature(model.forward).parameters)
         raise StateError(
             f"the model can't be called with these inputs: {e}",
-            way_out=f"{bare(type(model)).__name__}.forward takes {takes}",
+            way_out=f"{base_class(type(model)).__name__}.forward takes {takes}",
         ) from None
     asked = {name: Counter(host.adapters.fallbacks) for name, host in on.items()}
     used, acting, idle = _gradients(model, on, args, inputs)
@@ -88,7 +88,7 @@ def _why(used: bool) -> str:
     return "this forward does not use the layer, or the output does not depend on it"
 
 
-def _way_out(on: Mapping[str, Host], read: set[str]) -> str:
+def _way_out(on: Mapping[str, AdaptedSite], read: set[str]) -> str:
     around = next((name for name in on if name in read and not on[name].adapters.read), None)
     if around is None:
         return "eject, and inject without them: exclude=[...]"
@@ -96,7 +96,7 @@ def _way_out(on: Mapping[str, Host], read: set[str]) -> str:
 
 
 def _gradients(
-    model: nn.Module, on: Mapping[str, Host], args: tuple[Any, ...], inputs: Mapping[str, Any]
+    model: nn.Module, on: Mapping[str, AdaptedSite], args: tuple[Any, ...], inputs: Mapping[str, Any]
 ) -> tuple[set[str], set[str], list[str]]:
     """The names whose weight has a gradient, those whose adapter has one (in B, or in A where B is trained), and idle experts."""
     weights = {

@@ -12,44 +12,45 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraftError, StateError
-from .lora.active import ROOTS, Routing, Rows
-from .lora.adapter import LowRank
+from .lora.active import ROOTS, AdapterState, RowAssignment
+from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import (
     FROZEN,
-    Adapters,
-    Host,
+    AdaptedSite,
+    AdapterDict,
+    adapter_states,
     adapters_of,
+    execution_device,
     hosts,
     merged_names,
     mounted,
     names_of,
-    placement,
     ready,
-    routings,
     switches,
     walk,
 )
-from .lora.dora import Payload
+from .lora.dora import DoraAdapter
 from .lora.kernels.lora_linear import accumulate
-from .lora.kernels.shared_input import Siblings, kin
-from .lora.replacement import Replaced
-from .lora.weight_graft import mount, objections, set_grafts, unmount
-from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, shape_of
+from .lora.kernels.shared_input import SharedInput
+from .lora.replacement import ReplacementTensor
+from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
+from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, weight_shape
 from .merging.merge import unmerge
 from .spec import LoraSpec, Override, Plan, Site, Target
 from .targets.resolve import find
+from .targets.roles import input_group
 
 Given = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A and B of a file, and m and b if it has them (payload.py)."""
 
 
-class Replacement(NamedTuple):
+class PlannedReplacement(NamedTuple):
     """A tensor of a module (under all its paths) that an adapter replaces, and the modules beside its own that read it."""
 
     paths: tuple[str, ...]
     parameter: str
     readers: tuple[tuple[str, nn.Module], ...]
-    adapter: Replaced
+    adapter: ReplacementTensor
 
 
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
@@ -71,38 +72,38 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
 
 
 def attach(model: nn.Module, plan: Plan, name: str, factors: Mapping[str, Given] | None = None,
-           replaced: Sequence[Replacement] = ()) -> nn.Module:  # fmt: skip
+           replaced: Sequence[PlannedReplacement] = ()) -> nn.Module:  # fmt: skip
     """Carry out a plan that `find` has checked. `factors` holds A and B (m and b) by site name; without it they are drawn afresh.
 
     All memory is taken before the first module is changed.
     """
     modules = dict(walk(model))
     adapters = [(s, _low_rank(modules[s.path], s, factors[s.name] if factors else None)) for s in plan]
-    routing = routings(model) or [Routing()]
+    state = adapter_states(model) or [AdapterState()]
     try:
         for s, adapter in adapters:
             module = modules[s.path]
             if (own := adapters_of(module, s.parameter, s.label)) is None:
-                own = Adapters(routing[0], KINDS[s.kind], s.parameter, s.label, named=s.named)
+                own = AdapterDict(state[0], KINDS[s.kind], s.parameter, s.label, named=s.named)
             mount((s.path, *s.aliases), module, own, [(path, modules[path]) for path in s.readers])
             vars(adapter)["training"] = module.training  # not by train(), which takes 5 us
             own[name] = adapter
         for new in replaced:
             module = modules[new.paths[0]]
             if (own := adapters_of(module, new.parameter)) is None:
-                own = Adapters(routing[0], kind_of(module, new.parameter) or WHOLE, new.parameter)
+                own = AdapterDict(state[0], kind_of(module, new.parameter) or WHOLE, new.parameter)
             mount(new.paths, module, own, [*new.readers, (new.paths[0], module)])
             own[name] = new.adapter
         _introduce(modules)
-        for each in routing:
+        for each in state:
             each.before[name], each.active = each.active, (name,)
         _freeze(modules)
     except BaseException:
         _remove(model, name)
         raise
-    routing[0].root = weakref.ref(getattr(model, "_orig_mod", model))
-    if len(routing) == 1:
-        ROOTS[model] = routing[0]
+    state[0].root = weakref.ref(getattr(model, "_orig_mod", model))
+    if len(state) == 1:
+        ROOTS[model] = state[0]
     return model
 
 
@@ -115,7 +116,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     if _finish(model) and not hosts(model):
         return model
     on = mounted(model, "eject", *([] if name is None else [name]), merged=True)
-    problems = objections(model)
+    problems = graft_obstacles(model)
     problems += [
         f"{path}: its A and B are sharded"
         for path, host in on.items()
@@ -132,9 +133,9 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
             f"can't eject {name!r} alone after merge(reversible=False)",
             way_out="eject(model) leaves the folded weights",
         )
-    for routing in routings(model):
-        routing.merged = ()
-    set_grafts(
+    for state in adapter_states(model):
+        state.merged = ()
+    set_grafted(
         model, True
     )  # what stays merged has its own classes still; unmount then takes off one graft after the other
     for each in names_of(model) if name is None else (name,):
@@ -154,8 +155,8 @@ def activate(model: nn.Module, *names: str) -> None:
     if len(names) > 1 and (shared := _shared(mounted(model, "activate", *names), names)):
         raise StateError("magnitudes (DoRA) and whole tensors can't be on with another adapter of the same weight:", shared,
                          "activate one at a time")  # fmt: skip
-    for routing in switches(model, "activate", *names):
-        routing.active = tuple(dict.fromkeys(names))
+    for state in switches(model, "activate", *names):
+        state.active = tuple(dict.fromkeys(names))
 
 
 @contextmanager
@@ -180,7 +181,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         )
     with _routed(
         switches(model, "route rows", *(n for n in names if n is not None), nested=True),
-        rows=Rows(names),
+        rows=RowAssignment(names),
         context="rows",
     ):
         yield
@@ -190,7 +191,7 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """A and B of the adapters that are on, for an optimiser. Raises StateError while merged, or if none is on: nothing would train."""
     on = mounted(model, "train", nested=True, part=True)
     adapters = [
-        host.adapters[name] for host in on.values() for name in host.adapters.routing.active if name in host.adapters
+        host.adapters[name] for host in on.values() for name in host.adapters.state.active if name in host.adapters
     ]
     if not adapters:
         raise StateError("no adapter is on", way_out="activate(model, name) first")
@@ -199,24 +200,24 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _introduce(modules: Mapping[str, nn.Module]) -> None:
     """Those to each other that probably read the same input."""
-    families: dict[tuple[str, int], list[Adapters]] = {}
+    families: dict[tuple[str, int], list[AdapterDict]] = {}
     for path, module in modules.items():
         for own in module._modules.values():
             if (
-                isinstance(own, Adapters)
+                isinstance(own, AdapterDict)
                 and own.kind.term is accumulate
-                and (family := kin(path) or (own.label and path))
+                and (family := input_group(path) or (own.label and path))
             ):
-                families.setdefault((family, own.kind.sizes(shape_of(module, own.parameter))[2]), []).append(own)
+                families.setdefault((family, own.kind.sizes(weight_shape(module, own.parameter))[2]), []).append(own)
     for members in families.values():
-        siblings = Siblings(dict.fromkeys(members))
+        siblings = SharedInput(dict.fromkeys(members))
         for each in members:
             each.siblings = siblings
 
 
-def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LowRank:
-    device, kind = placement(module, site.parameter), KINDS[site.kind]
-    make: Callable[..., LowRank] = LowRank
+def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LoraAdapter:
+    device, kind = execution_device(module, site.parameter), KINDS[site.kind]
+    make: Callable[..., LoraAdapter] = LoraAdapter
     stack, out, _ = kind.sizes(site.shape)
     if factors is None:
         A = torch.empty(*stack, site.r, site.in_features, dtype=site.dtype, device=device)
@@ -226,7 +227,7 @@ def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LowRank:
         A, B = A.to(device, site.dtype), B.to(device, site.dtype)
         m, b = (None if t is None else t.to(device) for t in beside)
         if m is not None or b is not None:
-            make = partial(Payload, module, kind.transposed, m, b)
+            make = partial(DoraAdapter, module, kind.transposed, m, b)
     adapter = make(
         A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout, init=site.init,
         padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None, slices=site.rows, out=out,
@@ -236,7 +237,7 @@ def _low_rank(module: nn.Module, site: Site, factors: Given | None) -> LowRank:
     return adapter
 
 
-def _shared(on: Mapping[str, Host], names: Sequence[str]) -> list[str]:
+def _shared(on: Mapping[str, AdaptedSite], names: Sequence[str]) -> list[str]:
     """The weights that several of these adapters are on, one with magnitudes or as a whole."""
     by_place: dict[tuple[int, str], dict[str, str]] = {}
     for at, host in on.items():
@@ -251,8 +252,8 @@ def _shared(on: Mapping[str, Host], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _stands_alone(adapter: LowRank) -> bool:
-    return isinstance(adapter, Replaced) or (isinstance(adapter, Payload) and adapter.m is not None)
+def _stands_alone(adapter: LoraAdapter) -> bool:
+    return isinstance(adapter, ReplacementTensor) or (isinstance(adapter, DoraAdapter) and adapter.m is not None)
 
 
 def _freeze(modules: Mapping[str, nn.Module]) -> None:
@@ -265,7 +266,7 @@ def _freeze(modules: Mapping[str, nn.Module]) -> None:
 
 def _remove(model: nn.Module, name: str) -> None:
     """Take the adapter off wherever it is; with the last one gone, the classes and requires_grad flags go back too."""
-    for each in routings(model):
+    for each in adapter_states(model):
         gone = each.before.pop(name, ())
         each.before = {n: gone if was == (name,) else was for n, was in each.before.items()}
         active = gone if each.active == (name,) else each.active
@@ -291,12 +292,12 @@ def _finish(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _routed(found: Sequence[Routing], **changes: object) -> Iterator[None]:
-    saved = [(routing, {key: getattr(routing, key) for key in changes}) for routing in found]
+def _routed(found: Sequence[AdapterState], **changes: object) -> Iterator[None]:
+    saved = [(state, {key: getattr(state, key) for key in changes}) for state in found]
     try:
-        for routing, _ in saved:
-            vars(routing).update(changes)
+        for state, _ in saved:
+            vars(state).update(changes)
         yield
     finally:
-        for routing, before in saved:
-            vars(routing).update(before)
+        for state, before in saved:
+            vars(state).update(before)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lorainject as li
-from lorainject.lora.adapter import LowRank
+from lorainject.lora.adapter import LoraAdapter
 from lorainject.lora.kernels import shared_input
 
 X = {"input_ids": torch.arange(12).view(2, 6)}
@@ -178,7 +178,7 @@ def test_another_base_is_refused(fresh, files):
 
 def test_another_scale_in_the_same_memory():
     """What was compiled reads s where it lay, and the number beside it says the same; one that float32 does not hold is infinite in s."""
-    low = LowRank(torch.ones(4, 3), torch.ones(5, 4), alpha=8, scaling="standard", dropout=0.0, init="kaiming")
+    low = LoraAdapter(torch.ones(4, 3), torch.ones(5, 4), alpha=8, scaling="standard", dropout=0.0, init="kaiming")
     s = low.s
     for alpha, scaling, want in ((6.0, "rslora", 3.0), (6.0, "standard", 1.5)):
         low.rescale(alpha, scaling)

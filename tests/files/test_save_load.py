@@ -25,7 +25,7 @@ import lorainject as li
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
 from lorainject.lora.adapter_dict import hosts
-from lorainject.numerics.fingerprint import agree, sample
+from lorainject.numerics.fingerprint import sample_values, samples_agree
 
 from models import bert, bits, gpt2, ids, llama, mapped, randomise, run, state
 
@@ -145,11 +145,15 @@ def test_fingerprint():
     """Samples agree across dtypes up to rounding, and tell a weight from one that was trained a little further."""
     w = torch.randn(64, 64)
     for dtype in (torch.bfloat16, torch.float16):
-        assert agree(sample(w), sample(w.to(dtype)), torch.float32, dtype)
-        assert agree(sample(w.to(torch.bfloat16)), sample(w.to(torch.float16)), torch.bfloat16, torch.float16)
-    assert not agree(sample(w), sample(w * 1.0001), torch.float32, torch.float32)
-    assert not agree(sample(w), sample(w + 0.02 * torch.randn(64, 64)), torch.float32, torch.bfloat16)
-    assert sample(w).shape == (8,)
+        assert samples_agree(sample_values(w), sample_values(w.to(dtype)), torch.float32, dtype)
+        assert samples_agree(
+            sample_values(w.to(torch.bfloat16)), sample_values(w.to(torch.float16)), torch.bfloat16, torch.float16
+        )
+    assert not samples_agree(sample_values(w), sample_values(w * 1.0001), torch.float32, torch.float32)
+    assert not samples_agree(
+        sample_values(w), sample_values(w + 0.02 * torch.randn(64, 64)), torch.float32, torch.bfloat16
+    )
+    assert sample_values(w).shape == (8,)
 
 
 def test_another_base_is_refused(model, tmp_path):
@@ -194,7 +198,7 @@ def test_loading_twice_under_one_name(base, model, tmp_path):
     ):
         li.load(base, path)
     li.load(base, path, name="again")
-    assert base.model.embed_tokens.lora.routing.active == ("again",)
+    assert base.model.embed_tokens.lora.state.active == ("again",)
 
 
 def spoil(path, change):

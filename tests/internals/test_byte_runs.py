@@ -10,7 +10,7 @@ import torch
 from lorainject.checkpoint.byte_runs import find, patches
 from lorainject.files.weight_map import Place, View
 from lorainject.numerics.delta import Factors
-from lorainject.numerics.tiled_matmul import double
+from lorainject.numerics.tiled_matmul import exact_product
 
 CASES = {  # shape in memory, stacked, elements on disk, disk view, memory view; how many patches, and their width
     "as it is": ((6, 8), False, 48, View(0, (6, 8), (8, 1)), View(0, (6, 8), (8, 1)), 1, 8),
@@ -70,7 +70,7 @@ def test_against_the_dense_delta(case):
     )
     found = list(patches(Place("key", disk, memory), shape, stacked, parts))
     for patch in found:
-        P, Q, _ = double(patch.factors())
+        P, Q, _ = exact_product(patch.factors())
         for start, values in zip(patch.starts, P @ Q, strict=True):
             got[start : start + patch.width] += values
     assert torch.allclose(got, want, rtol=0, atol=1e-12)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorainject.lora.lazy_weight import ANSWERS, LowRankSum
+from lorainject.lora.lazy_weight import ANSWERS, LazyWeight
 from lorainject.numerics.delta import Factors
 
 R = 3
 laws = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LowRankSum:
+def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LazyWeight:
     """A random sum of this stored shape, in float64, with `count` adapters."""
     g = torch.Generator().manual_seed(seed)
 
@@ -33,10 +33,10 @@ def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LowRankS
         Factors(randn(*shape[: stack + 1], R), randn(*shape[:stack], R, *shape[stack + 1 :]), scale)
         for _ in range(count)
     )
-    return LowRankSum(randn(*shape), factors, stack, Counter())
+    return LazyWeight(randn(*shape), factors, stack, Counter())
 
 
-def check(w: LowRankSum, function) -> None:
+def check(w: LazyWeight, function) -> None:
     """`function` of the sum equals that of the dense sum, gradients too, and the dense sum is not formed for it."""
     leaves = [w.W0, *(t for f in w.factors for t in (f.P, f.Q))]
     got = function(w)
@@ -137,7 +137,7 @@ def test_chains_of_views(stacked, names, right, seed):
 
     def function(v):
         for name in names:
-            v = VIEWS[name](v) if isinstance(v, LowRankSum) else VIEWS[name](_WithStack(v, int(stacked)))
+            v = VIEWS[name](v) if isinstance(v, LazyWeight) else VIEWS[name](_WithStack(v, int(stacked)))
         rows, columns = v.shape[-2:]
         return x(*v.shape[:-2], 3, rows) @ v if right else v @ x(*v.shape[:-2], columns, 3)
 
@@ -194,8 +194,8 @@ def test_dropout_drops_the_input():
     """In every product the adapter's input is dropped, not the base's; the mean over many masks is the undropped term."""
     torch.manual_seed(0)
     w = make(5, 4)
-    w = LowRankSum(w.W0, tuple(f._replace(dropout=0.5) for f in w.factors), 0, Counter())
-    plain = LowRankSum(w.W0, tuple(f._replace(dropout=0.0) for f in w.factors), 0, Counter())
+    w = LazyWeight(w.W0, tuple(f._replace(dropout=0.5) for f in w.factors), 0, Counter())
+    plain = LazyWeight(w.W0, tuple(f._replace(dropout=0.0) for f in w.factors), 0, Counter())
     many = x(1, 4).expand(20000, 4)
     for product in (
         lambda v: F.linear(many, v),
@@ -235,7 +235,7 @@ def test_nothing_of_the_weights_size_is_made(product):
     """Neither forward nor backward makes a tensor as large as one expert; the dense sum would make the whole stack."""
     w = make(16, 48, 64, stack=1)
     w.W0.requires_grad_(False)
-    w = LowRankSum(w.W0.float(), w.factors, 1, w.fallbacks)
+    w = LazyWeight(w.W0.float(), w.factors, 1, w.fallbacks)
     with Largest() as seen:
         product(w).square().sum().backward()
     assert seen.most < 16 * 64 * 8  # A and B of all experts, padded; the stack is six times that
@@ -247,14 +247,14 @@ def test_nothing_of_the_weights_size_is_made(product):
 def test_every_answer_is_tested():
     """A function that is answered occurs in the cases above (the others are the views' and their aliases)."""
     seen: set[object] = set()
-    original = LowRankSum.__torch_function__.__func__
+    original = LazyWeight.__torch_function__.__func__
 
     def record(cls, function, types, args=(), kwargs=None):
         seen.add(function)
         return original(cls, function, types, args, kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LowRankSum, "__torch_function__", classmethod(record))
+        patch.setattr(LazyWeight, "__torch_function__", classmethod(record))
         for shape, stack, function in PRODUCTS.values():
             function(make(*shape, stack=stack))
     aliases = {operator.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.mv, torch.addmv, Tensor.__rmatmul__, Tensor.__matmul__,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject.lora.adapter import LowRank
+from lorainject.lora.adapter import LoraAdapter
 from lorainject.lora.kernels import gemm, per_row
 from lorainject.lora.kernels.lora_linear import accumulate
-from lorainject.lora.weight_kinds import makes_output
+from lorainject.lora.weight_kinds import returns_fresh_output
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 I, O = 24, 20  # noqa: E741
@@ -21,14 +21,14 @@ I, O = 24, 20  # noqa: E741
 
 def low_rank(
     r: int = 3, *, slices: tuple[range, ...] | None = None, dropout: float = 0.0, dtype: torch.dtype = torch.float32
-) -> LowRank:
+) -> LoraAdapter:
     g = torch.Generator().manual_seed(1)
     rows = O if slices is None else sum(map(len, slices))
     A, B = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((r, I), (rows, r)))
-    return LowRank(A, B, alpha=5, scaling="standard", dropout=dropout, init="kaiming", slices=slices, out=O)
+    return LoraAdapter(A, B, alpha=5, scaling="standard", dropout=dropout, init="kaiming", slices=slices, out=O)
 
 
-def exact(a: LowRank, y: Tensor, x: Tensor, dy: Tensor) -> list[Tensor]:
+def exact(a: LoraAdapter, y: Tensor, x: Tensor, dy: Tensor) -> list[Tensor]:
     """y + s x A^T B^T and the gradients for y, x, A and B, in float64, by autograd through the formula."""
     y, x, A, B = (t.detach().double().requires_grad_() for t in (y, x, a.A, a.B))
     term = a.scale * (x @ A.T @ B.T)
@@ -113,7 +113,7 @@ def test_gradients_of_first_and_second_order(dropout, slices, own):
     """gradcheck and gradgradcheck, with a seed that is the same each time."""
     rows = 5 if slices is None else 3
     A, B = torch.randn(2, 4, dtype=torch.float64), torch.randn(rows, 2, dtype=torch.float64)
-    a = LowRank(A, B, alpha=3, scaling="standard", dropout=dropout, init="kaiming", slices=slices, out=5).train()
+    a = LoraAdapter(A, B, alpha=3, scaling="standard", dropout=dropout, init="kaiming", slices=slices, out=5).train()
 
     def f(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(3)
@@ -307,10 +307,10 @@ def test_whose_output_may_be_written_to():
             self.last = super().forward(x)
             return self.last
 
-    assert makes_output(nn.Linear)
-    assert makes_output(type("Plain", (nn.Linear,), {}))
-    assert not makes_output(Remembers)
-    assert not makes_output(nn.Conv1d)
+    assert returns_fresh_output(nn.Linear)
+    assert returns_fresh_output(type("Plain", (nn.Linear,), {}))
+    assert not returns_fresh_output(Remembers)
+    assert not returns_fresh_output(nn.Conv1d)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -370,7 +370,7 @@ def test_short_rows_of_many_adapters(dtype, target, mixed, tokens, names, lanes,
     names = [None if name == "." else name for name in names]
     x, want = torch.randn(len(names), tokens, 64, dtype=dtype), []
     monkeypatch.setattr(
-        per_row.Batched, "add", lambda self, y, x, add=per_row.Batched.add: used.append(self) or add(self, y, x)
+        per_row.PerRowTerms, "add", lambda self, y, x, add=per_row.PerRowTerms.add: used.append(self) or add(self, y, x)
     )
     with torch.no_grad():
         for name, row in zip(names, x, strict=True):
@@ -415,7 +415,7 @@ def test_rows_see_adapters_that_change(change, monkeypatch):
             p.normal_(std=0.3)
     made = []
     monkeypatch.setattr(
-        per_row.Batched, "add", lambda self, y, x, add=per_row.Batched.add: made.append(self) or add(self, y, x)
+        per_row.PerRowTerms, "add", lambda self, y, x, add=per_row.PerRowTerms.add: made.append(self) or add(self, y, x)
     )
     with torch.no_grad(), li.rows(model, [*names, None]):
         first = model(x)

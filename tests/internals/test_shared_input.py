@@ -18,7 +18,6 @@ from torch.utils import checkpoint
 import lorainject as li
 from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.kernels import gemm, shared_input
-from lorainject.lora.kernels.shared_input import kin
 
 D = 16
 
@@ -319,5 +318,5 @@ def test_adapters_that_came_one_by_one():
     ],
 )
 def test_who_may_be_siblings(paths, together):
-    one, other = map(kin, paths.split())
+    one, other = map(input_group, paths.split())
     assert (bool(one) and one == other) == together

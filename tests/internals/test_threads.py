@@ -12,7 +12,7 @@ from torch import nn
 
 import lorainject as li
 from lorainject.numerics import tiled_matmul
-from lorainject.numerics.threads import uninterrupted, workers
+from lorainject.numerics.threads import defer_interrupt, thread_pool
 
 from models import bits, randomise
 
@@ -55,7 +55,7 @@ def test_an_error_ends_all(threads):
         finally:
             running.discard(i)
 
-    with pytest.raises(ValueError, match="five"), workers() as each:
+    with pytest.raises(ValueError, match="five"), thread_pool() as each:
         each(work, ((i,) for i in range(100)))
     assert not running
     assert threading.active_count() == most
@@ -70,7 +70,7 @@ def test_an_error_ends_all(threads):
 def test_an_interrupt_waits():
     """Ctrl-C within `uninterrupted` comes when it ends, and the handler is the old one again; in another thread it is not touched."""
     before, reached = signal.getsignal(signal.SIGINT), False
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), defer_interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         reached = True
     assert reached
@@ -78,7 +78,7 @@ def test_an_interrupt_waits():
     inside = []
 
     def elsewhere() -> None:
-        with uninterrupted():
+        with defer_interrupt():
             inside.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)

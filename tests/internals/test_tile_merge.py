@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lorainject.numerics import tiled_matmul
 from lorainject.numerics.checksum import LANE, checksum
 from lorainject.numerics.delta import Factors
-from lorainject.numerics.tile_merge import ENOUGH, Desk, Fold, wide
-from lorainject.numerics.tiled_matmul import Product, chain, double, quick
+from lorainject.numerics.tile_merge import ENOUGH, TileMerger, TileWorkspace, sum_dtype
+from lorainject.numerics.tiled_matmul import LowRankProduct, chain, exact_product, fast_product
 
 SHAPES = [(1, 1), (3, 5), (7, 33), (64, 64), (1, 2 * LANE + 1), (63, 1111), (128, 512)]
 
@@ -56,8 +56,8 @@ def test_an_exchange_and_opposite_steps_change_the_checksum(shape, data):
     assert len({checksum(t.view(torch.float32)) for t in (bits, exchanged, stepped)}) == 3
 
 
-def of(P: torch.Tensor, Q: torch.Tensor, s: float = 1.0, dtype: torch.dtype = torch.float32) -> Product:
-    return quick([Factors(P, Q, torch.tensor(s))], dtype)
+def of(P: torch.Tensor, Q: torch.Tensor, s: float = 1.0, dtype: torch.dtype = torch.float32) -> LowRankProduct:
+    return fast_product([Factors(P, Q, torch.tensor(s))], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,7 +68,7 @@ def test_the_part_that_is_measured_stands_for_all(dtype):
         weight((256, 4), torch.float32, 1) * 0.002,
         weight((4, 2048), torch.float32, 2) * 0.05,
     )
-    m, measured = Desk().sum(w0, of(P, Q))
+    m, measured = TileWorkspace().sum(w0, of(P, Q))
     d = P.double() @ Q.double()
     error = m.double() - w0.double() - d
     assert measured.survival == pytest.approx(float(1 + (error * d).sum() / (d * d).sum()), abs=0.02)
@@ -82,7 +82,7 @@ def test_a_delta_of_one_row_or_column_is_not_missed(axis):
     for at in (0, 18, 63):
         P, Q = weight((64, 2), torch.float32, 1), weight((2, 4096), torch.float32, 2)
         (P if axis == 0 else Q.T)[torch.arange(64 if axis == 0 else 4096) != at] = 0
-        _, measured = Desk().sum(weight((64, 4096), torch.bfloat16) * 0.02, of(P * 1e-5, Q))
+        _, measured = TileWorkspace().sum(weight((64, 4096), torch.bfloat16) * 0.02, of(P * 1e-5, Q))
         assert measured.asked > 0
         assert measured.survival < 0.9
         assert measured.lost > 0.1 * measured.asked
@@ -92,7 +92,7 @@ def test_little_is_measured():
     """Of a large tile: to measure all of it would take as long as the sum."""
     P = torch.zeros(768, 1)
     P[1] = 1  # not among the rows that stand for all
-    _, seen = Desk().sum(weight((768, 1024), torch.float32), of(P + 1e-6, torch.ones(1, 1024)))
+    _, seen = TileWorkspace().sum(weight((768, 1024), torch.float32), of(P + 1e-6, torch.ones(1, 1024)))
     assert seen.asked < 1e-6
     assert 8 * ENOUGH < 768 * 1024
 
@@ -100,8 +100,8 @@ def test_little_is_measured():
 def test_a_delta_too_small_to_be_squared_is_measured():
     """Its squares vanish in float32; nothing of it survives, and that is said."""
     w0 = torch.ones(8, 64)
-    for d in (of, lambda P, Q: double([Factors(P, Q, torch.tensor(1.0))])):
-        _, measured = Desk().sum(w0, d(torch.full((8, 1), 1e-15), torch.full((1, 64), 1e-15)))
+    for d in (of, lambda P, Q: exact_product([Factors(P, Q, torch.tensor(1.0))])):
+        _, measured = TileWorkspace().sum(w0, d(torch.full((8, 1), 1e-15), torch.full((1, 64), 1e-15)))
         assert measured.survival == 0
         assert measured.lost == measured.asked
 
@@ -111,13 +111,13 @@ def test_add_is_sum_in_place(dtype):
     """The same bits, the same measures; and of the fold that can be taken out, the same but for the last bit."""
     w0, P, Q = weight((64, 3000), dtype), weight((64, 4), dtype, 1), weight((4, 3000), dtype, 2)
     d = of(P, Q, 1.7, dtype)
-    m, measured = Desk().sum(w0, d)
-    there, tally = w0.clone(), Fold()
+    m, measured = TileWorkspace().sum(w0, d)
+    there, tally = w0.clone(), TileMerger()
     tally.measure(0, there, d)
     tally.desk.add(there, d, there)
     assert torch.equal(there, m)
     assert tally.measured == measured
-    exact, also, _ = Desk().fold(w0, double([Factors(P, Q, torch.tensor(1.7))]))
+    exact, also, _ = TileWorkspace().fold(w0, exact_product([Factors(P, Q, torch.tensor(1.7))]))
     step = torch.finfo(dtype).eps * (
         w0.abs().double() + 1.7 * 4 * P.double().abs() @ Q.double().abs()
     )  # for each of the four ranks
@@ -129,9 +129,9 @@ def test_add_is_sum_in_place(dtype):
 def test_m_must_be_what_it_was(dtype):
     """Even where what was kept of W0 would cover the change."""
     desk, w0, d = (
-        Desk(),
+        TileWorkspace(),
         weight((96, 1100), dtype),
-        double([Factors(weight((96, 4), dtype, 1), weight((4, 1100), dtype, 2), torch.tensor(0.02))]),
+        exact_product([Factors(weight((96, 4), dtype, 1), weight((4, 1100), dtype, 2), torch.tensor(0.02))]),
     )
     m, _, kept = desk.fold(w0, d)
     m = m.clone()
@@ -155,12 +155,12 @@ def test_a_sum_is_the_same_however_the_matrix_is_cut(data):
     )
     w0, P, Q = weight((rows, width), dtype), weight((rows, r), torch.float32, 1), weight((r, width), torch.float32, 2)
     d = of(P, Q, s, dtype)
-    m, _ = Desk().sum(w0, d)
-    turned, _ = Desk().sum(w0.T.contiguous(), of(Q.T, P.T, s, dtype))
+    m, _ = TileWorkspace().sum(w0, d)
+    turned, _ = TileWorkspace().sum(w0.T.contiguous(), of(Q.T, P.T, s, dtype))
     narrow = d.P.dtype == torch.float32
     exact = (
-        (w0.double() + (s * chain(P, Q).double() if narrow else (d.P @ d.Q).to(wide(dtype)).double()))
-        .to(wide(dtype))
+        (w0.double() + (s * chain(P, Q).double() if narrow else (d.P @ d.Q).to(sum_dtype(dtype)).double()))
+        .to(sum_dtype(dtype))
         .to(dtype)
     )
     off = 0.0 if narrow else torch.finfo(dtype).eps  # where float64 is taken, d may be on the edge between two numbers
@@ -184,7 +184,7 @@ def test_a_sum_for_good_has_the_bits_of_its_definition(data):
         w0 if in_place else torch.empty_like(w0),
         torch.add(w0.float(), tiled_matmul.chain(d.P, d.Q), alpha=s).to(dtype),
     )
-    Desk().add(w0, d, out)
+    TileWorkspace().add(w0, d, out)
     assert not tiled_matmul.chained() or torch.equal(out, exact)
 
 
@@ -198,13 +198,13 @@ def test_where_the_library_adds_up_in_another_order_float64_is_taken(monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_product_and_sum_may_be_one_call_they_are(dtype, monkeypatch):
     monkeypatch.setattr(tiled_matmul, "_adds", lambda r, width, s: True)
-    monkeypatch.setattr(Desk, "_strips", None)
+    monkeypatch.setattr(TileWorkspace, "_strips", None)
     w0, d = (
         weight((4 * tiled_matmul.FEW, 100), dtype),
-        Product(weight((4 * tiled_matmul.FEW, 8), torch.float32, 1), weight((8, 100), torch.float32, 2), 2.0),
+        LowRankProduct(weight((4 * tiled_matmul.FEW, 8), torch.float32, 1), weight((8, 100), torch.float32, 2), 2.0),
     )
     exact, out = w0.double() + 2 * d.P.double() @ d.Q.double(), torch.empty_like(w0)
-    Desk().add(w0, d, out)
+    TileWorkspace().add(w0, d, out)
     assert torch.allclose(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
@@ -215,7 +215,7 @@ def test_a_library_that_adds_otherwise_in_one_call_is_found_out(monkeypatch):
         for p, q in zip(P.T, Q, strict=True):
             out.addr_(p, q, alpha=s)
 
-    monkeypatch.setattr(tiled_matmul, "add", from_w0_on)
+    monkeypatch.setattr(tiled_matmul, "add_product_by_rows", from_w0_on)
     assert not tried(8, 100, 2.0)
 
 
@@ -238,7 +238,7 @@ def test_a_sum_has_all_bits_whatever_torch_is_told(fewer_bits):
         weight((96, 128), torch.float32, 1),
         weight((128, 512), torch.float32, 2),
     )
-    m, _ = Desk().sum(w0, of(P, Q))
+    m, _ = TileWorkspace().sum(w0, of(P, Q))
     assert torch.allclose(m.double(), w0.double() + P.double() @ Q.double(), rtol=1e-6, atol=1e-4)
 
 
@@ -249,7 +249,7 @@ def test_factors_that_float32_does_not_hold_are_multiplied_in_float64(size):
         weight((8, 4), torch.float32, 1) * size**2,
         weight((4, 64), torch.float32, 2) / size**2,
     )
-    m, _ = Desk().sum(w0, of(P, Q))
+    m, _ = TileWorkspace().sum(w0, of(P, Q))
     assert torch.allclose(m.double(), w0.double() + P.double() @ Q.double(), rtol=1e-6, atol=1e-6)
 
 
@@ -259,7 +259,7 @@ def test_several_adapters_are_one_product():
         Factors(weight((8, 4), torch.float32, i), weight((4, 64), torch.float32, i + 9), torch.tensor(s))
         for i, s in enumerate((0.3, 2.0))
     ]
-    d = quick(parts, torch.float32)
+    d = fast_product(parts, torch.float32)
     assert not tiled_matmul.chained() or torch.equal(d.P[:, :4], parts[0].P)
     expected = sum(float(f.s) * f.P.double() @ f.Q.double() for f in parts)
     assert torch.allclose(d.whole().double(), expected, rtol=1e-5, atol=1e-5)

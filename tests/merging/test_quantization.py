@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lorainject as li
-from lorainject.lora.weight_kinds import is_quantised
+from lorainject.lora.weight_kinds import is_quantized
 from lorainject.merging.quantization import scheme
 
 from models import randomise
@@ -440,7 +440,7 @@ def own(layer: nn.Module) -> nn.Module:
 def test_what_has_no_scheme(make):
     """Quantised, but not in a way that this table can do again."""
     layer = make()
-    assert is_quantised(layer)
+    assert is_quantized(layer)
     assert scheme(layer) is None
 
 

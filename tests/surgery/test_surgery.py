@@ -10,7 +10,7 @@ from torch import nn
 
 import lorainject as li
 from lorainject.lora import adapter_dict
-from lorainject.lora.adapter import LowRank
+from lorainject.lora.adapter import LoraAdapter
 
 from models import bits, ids, llama, randomise, run, state
 
@@ -228,7 +228,7 @@ def test_init(init, deviation):
     torch.manual_seed(0)
     model = li.inject(nn.Sequential(nn.Linear(768, 8)), ["0"], r=64, init=init)
     adapter = model[0].lora["default"]
-    assert isinstance(adapter, LowRank)
+    assert isinstance(adapter, LoraAdapter)
     assert adapter.A.std().item() == pytest.approx(deviation, rel=0.02)
     assert not adapter.B.any()
 
@@ -450,8 +450,8 @@ def test_switching_asks_no_layer(two, monkeypatch):
     assert not walked
     li.activate(twin, "de")
     assert walked
-    assert [r.active for r in adapter_dict.routings(model)] == [("fr",)]
-    assert [r.active for r in adapter_dict.routings(twin)] == [("de",)]
+    assert [r.active for r in adapter_dict.adapter_states(model)] == [("fr",)]
+    assert [r.active for r in adapter_dict.adapter_states(twin)] == [("de",)]
     with pytest.raises(li.StateError, match="no adapter named 'es'"):
         li.activate(model, "es")
     with pytest.raises(li.StateError, match="part of a model that was injected as a whole"):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorainject.targets.fused_layouts import TABLE, Layout, name_of, parts
+from lorainject.targets.fused_layouts import TABLE, Layout, fused_parts, name_of
 
 transformers = pytest.importorskip("transformers")
 TOKENS, WIDTH, MOVED = (
@@ -478,7 +478,7 @@ CASES = (
 def test_the_model_itself_agrees_row_by_row(case: Case) -> None:
     owner = build(case)
     observed = observe(owner, case)
-    table = parts(None, owner, case.leaf, len(observed))
+    table = fused_parts(None, owner, case.leaf, len(observed))
     assert table is not None
     assert labels(table, len(observed)) == observed
     for a, b in combinations(table, 2):  # and it would not have agreed with these
@@ -652,11 +652,11 @@ def test_unknown_owners_and_sizes_are_none() -> None:
             self.c_attn = nn.Linear(4, 12)
 
     mha = nn.MultiheadAttention(WIDTH, 2)
-    assert parts(None, Attention(), "c_attn", 12) is None
-    assert parts(None, mha, "out_proj", WIDTH) is None
-    assert parts(None, mha, "in_proj_weight", 49) is None
-    assert parts(None, mha, "in_proj_weight", 0) is None
-    assert parts(None, nn.MultiheadAttention(WIDTH, 2, kdim=3), "in_proj_weight", 48) is None
+    assert fused_parts(None, Attention(), "c_attn", 12) is None
+    assert fused_parts(None, mha, "out_proj", WIDTH) is None
+    assert fused_parts(None, mha, "in_proj_weight", 49) is None
+    assert fused_parts(None, mha, "in_proj_weight", 0) is None
+    assert fused_parts(None, nn.MultiheadAttention(WIDTH, 2, kdim=3), "in_proj_weight", 48) is None
 
 
 def test_a_subclass_counts_unless_its_forward_is_its_own() -> None:
@@ -667,19 +667,23 @@ def test_a_subclass_counts_unless_its_forward_is_its_own() -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    assert parts(None, Same(WIDTH, 2), "in_proj_weight", 48) == {
+    assert fused_parts(None, Same(WIDTH, 2), "in_proj_weight", 48) == {
         "q": (range(16),),
         "k": (range(16, 32),),
         "v": (range(32, 48),),
     }
-    assert parts(None, Other(WIDTH, 2), "in_proj_weight", 48) is None
+    assert fused_parts(None, Other(WIDTH, 2), "in_proj_weight", 48) is None
 
 
 def test_what_the_owner_does_not_know_its_model_s_config_does() -> None:
     owner = build(next(c for c in CASES if c.owner == "phi3.Phi3Attention"))
     config, owner.config = owner.config, None
-    assert parts(None, owner, "qkv_proj", 32) is None
-    assert parts(config, owner, "qkv_proj", 32) == {"q": (range(16),), "k": (range(16, 24),), "v": (range(24, 32),)}
+    assert fused_parts(None, owner, "qkv_proj", 32) is None
+    assert fused_parts(config, owner, "qkv_proj", 32) == {
+        "q": (range(16),),
+        "k": (range(16, 24),),
+        "v": (range(24, 32),),
+    }
 
 
 def test_a_layout_that_does_not_come_out_even_is_none() -> None:

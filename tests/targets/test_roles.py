@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorainject.targets.fused_layouts import is_fused, parts
+from lorainject.targets.fused_layouts import fused_parts, is_fused
 from lorainject.targets.roles import PART_ROLES, ROLES, role_names
 
 transformers = pytest.importorskip("transformers")
@@ -204,7 +204,7 @@ def test_what_holds_of_any_model(kind: str) -> None:
         if is_fused(owners[-1], leaf):
             assert not roles & {"query", "key", "value"}, path
         if "attention" in roles:
-            fused = parts(model(kind).config, owners[-1], leaf, rows(owners[-1], leaf, p)) or {}
+            fused = fused_parts(model(kind).config, owners[-1], leaf, rows(owners[-1], leaf, p)) or {}
             by_attention[attention_of(path, owners)] |= roles | {
                 PART_ROLES[part] for part in fused if part in PART_ROLES
             }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..files.record import AdapterFile
-from ..merging.merge import MergeReport, judge
+from ..merging.merge import MergeReport, check_survival
 from .copying import Meter, Progress, building, copy, new, opened
 from .plan import plan_merge
 from .shards import INDEX, OTHER_WEIGHTS, Shard
@@ -50,7 +50,7 @@ def merge_checkpoint(base_dir: str | Path, adapters: str | Path | AdapterFile | 
             with opened(shard) as source, new(folder / shard.path.name) as f:
                 plan.write(shard, source, f, meter)
         report = plan.report()
-        judge(report.sites, strict, stacklevel=3)
+        check_survival(report.sites, strict, stacklevel=3)
     return report
 
 

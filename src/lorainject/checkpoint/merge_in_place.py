@@ -23,10 +23,10 @@ import torch
 from ..errors import FileError, MergeError, StateError, system_errors
 from ..files.io import atomic_write, safetensors_file
 from ..files.record import AdapterFile
-from ..merging.merge import MergeReport, judge
+from ..merging.merge import MergeReport, check_survival
 from ..numerics.delta import Factors
-from ..numerics.tile_merge import Desk, Fold, Journal
-from ..numerics.tiled_matmul import double
+from ..numerics.tile_merge import Journal, TileMerger, TileWorkspace
+from ..numerics.tiled_matmul import exact_product
 from .byte_runs import Patch
 from .copying import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
 from .plan import plan_merge
@@ -60,7 +60,7 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
             for shard in touched:
                 with opened(shard) as source:
                     plan.write(shard, source, None, Meter(0, None))
-            judge(plan.report().sites, strict, stacklevel=3)
+            check_survival(plan.report().sites, strict, stacklevel=3)
             plan.forget()
         shutil.rmtree(folder, ignore_errors=True)  # a merge that was killed before it had a manifest
         folder.mkdir()
@@ -78,7 +78,7 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
                 shutil.rmtree(folder)
             raise
     report = plan.report()
-    judge(report.sites, strict=False, stacklevel=3)
+    check_survival(report.sites, strict=False, stacklevel=3)
     return report
 
 
@@ -107,7 +107,7 @@ def _merge_shard(base: Path, shard: Shard, plan: MergePlan, state: dict[str, Any
     folder, temporary = base / FOLDER, base / UNFINISHED.format(shard.path.name)
     records: list[dict[str, Any]] = []
 
-    def keep(key: str, patch: Patch, tally: Fold) -> None:
+    def keep(key: str, patch: Patch, tally: TileMerger) -> None:
         name = f"{sum(len(s['patches']) for s in state['shards'].values()) + len(records):06}.safetensors"
         atomic_write.write({folder / name: safetensors_file.dump(_journal(patch, tally), {})})
         records.append({"file": name, "key": key, "width": patch.width, "s": [float(f.s) for f in patch.parts]})
@@ -132,7 +132,7 @@ def _merge_shard(base: Path, shard: Shard, plan: MergePlan, state: dict[str, Any
     sync(base)
 
 
-def _journal(patch: Patch, tally: Fold) -> dict[str, torch.Tensor]:
+def _journal(patch: Patch, tally: TileMerger) -> dict[str, torch.Tensor]:
     """The patch's runs, its P and Q, and what the fold has kept: everything that is needed to take it out."""
     rows, columns = torch.from_numpy(patch.rows), torch.from_numpy(patch.columns)
     cut = [patch.cut(f, rows, columns) for f in patch.parts]
@@ -178,7 +178,7 @@ def _restore(base: Path, meter: Meter) -> None:
 
 def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | None, meter: Meter) -> str | None:
     """W0's bytes into `target`, or nowhere; what is wrong, or None."""
-    desk = Desk()
+    desk = TileWorkspace()
     with (base / name).open("rb") as f:
         source = f.fileno()
         if target is not None:
@@ -196,7 +196,7 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             patch = Patch(
                 entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False
             )
-            of = double(patch.factors())
+            of = exact_product(patch.factors())
             of_tiles = list(of.tiles())
             for rows, kept in zip(
                 of_tiles, journal.kept((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True

@@ -22,10 +22,9 @@ from ..files.record import AdapterFile, BasePrint, StoredSite
 from ..files.rename import named_as
 from ..files.save_load import fitted
 from ..files.weight_map import Place, meta_model, places
-from ..lora.adapter import LowRank, factors
-from ..numerics.delta import Factors, flattened
-from ..numerics.fingerprint import agree
-from ..numerics.fingerprint import places as sample_places
+from ..lora.adapter import LoraAdapter, delta_factors
+from ..numerics.delta import Factors, flatten_factors
+from ..numerics.fingerprint import sample_positions, samples_agree
 from ..spec import Site, site_name
 from ..targets.model_weights import Weight
 from ..targets.model_weights import weights as weights_of
@@ -127,7 +126,7 @@ def full_name(w: Weight) -> str:
 
 def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
     _, out, _ = w.kind.sizes(site.shape)
-    low = LowRank(
+    low = LoraAdapter(
         ours.A,
         ours.B,
         alpha=ours.alpha * times,
@@ -137,7 +136,7 @@ def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
         slices=ours.rows,
         out=out,
     )
-    return flattened(factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
+    return flatten_factors(delta_factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
 
 
 def _unwritable(w: Weight, model: nn.Module, lies: Sequence[Place], disk: Disk) -> str | None:
@@ -156,9 +155,9 @@ def _unwritable(w: Weight, model: nn.Module, lies: Sequence[Place], disk: Disk) 
 
 
 def _same(disk: Disk, lies: Sequence[Place], w: Weight, base: BasePrint, name: str) -> bool:
-    found = [find(lies, i) for i in sample_places(w.module._parameters[w.parameter].numel())]  # type: ignore[union-attr]
+    found = [find(lies, i) for i in sample_positions(w.module._parameters[w.parameter].numel())]  # type: ignore[union-attr]
     mine = torch.cat([disk.read(key, i).float() for key, i in found])
-    return agree(mine, base.sample[name], DTYPES[disk.tensors[found[0][0]].dtype], base.dtype[name])
+    return samples_agree(mine, base.sample[name], DTYPES[disk.tensors[found[0][0]].dtype], base.dtype[name])
 
 
 def _replaced(w: Weight | None, tensor: Tensor, at: Mapping[str, Sequence[Place]], disk: Disk) -> str | None:

@@ -19,9 +19,9 @@ from ..errors import MergeError
 from ..files.weight_map import Place
 from ..merging.merge import MergeReport, merged_site
 from ..numerics.delta import Factors
-from ..numerics.threads import workers
-from ..numerics.tile_merge import Desk, Fold, Measured
-from ..numerics.tiled_matmul import Product, double, quick
+from ..numerics.threads import thread_pool
+from ..numerics.tile_merge import DeltaStats, TileMerger, TileWorkspace
+from ..numerics.tiled_matmul import LowRankProduct, exact_product, fast_product
 from .byte_runs import Patch, patches
 from .copying import Meter, copy, hasten
 from .shards import BYTES, DTYPES, Shard, Stored
@@ -37,7 +37,7 @@ class Sum:
     stacked: bool
     places: tuple[Place, ...]
     parts: tuple[Factors, ...]
-    measured: Measured = field(default_factory=lambda: Measured.total(()))
+    measured: DeltaStats = field(default_factory=lambda: DeltaStats.total(()))
     """Of what has been folded."""
     norm: float = 0.0
     """Of all of it, once all of it has been written."""
@@ -57,7 +57,7 @@ class Sum:
         """This tensor is written; after the last one A and B are not needed any more."""
         self.written.add(key)
         if self.written == {place.key for place in self.places}:
-            self.norm, self.parts = double(self.parts).norm, ()
+            self.norm, self.parts = exact_product(self.parts).norm, ()
 
 
 @dataclass
@@ -74,11 +74,11 @@ class MergePlan:
         source: int,
         target: int | None,
         meter: Meter,
-        keep: Callable[[str, Patch, Fold], None] | None = None,
+        keep: Callable[[str, Patch, TileMerger], None] | None = None,
     ) -> None:
         """Copy a shard, with the sums in it. Without a target they are only measured; `keep` takes each patch's journal."""
-        done, by_key, problems, desk = 0, self._by_key(), [], Desk()
-        with workers() as each:
+        done, by_key, problems, desk = 0, self._by_key(), [], TileWorkspace()
+        with thread_pool() as each:
             for key, stored in shard.tensors.items():
                 if key not in by_key:
                     continue
@@ -89,9 +89,9 @@ class MergePlan:
                 if target is not None:
                     copy(source, target, done, stored.start if streamed else stored.stop, meter)
                 for s, patch in found:
-                    tally = Fold(desk)
+                    tally = TileMerger(desk)
                     cut = patch.factors()
-                    of = double(cut) if keep else quick(cut, DTYPES[stored.dtype])
+                    of = exact_product(cut) if keep else fast_product(cut, DTYPES[stored.dtype])
                     try:
                         each(
                             partial(_fold, tally, patch, stored, source, target, of, keep is not None),
@@ -100,7 +100,7 @@ class MergePlan:
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
-                    s.measured = Measured.total((s.measured, tally.measured))
+                    s.measured = DeltaStats.total((s.measured, tally.measured))
                     if keep is not None:
                         keep(key, patch, tally)
                     if streamed and target is not None:
@@ -131,20 +131,23 @@ class MergePlan:
     def forget(self) -> None:
         """What was measured."""
         for s in self.sums:
-            s.measured = Measured.total(())
+            s.measured = DeltaStats.total(())
 
     def report(self) -> MergeReport:
         """What became of the deltas."""
         sites = (
             merged_site(
-                s.name, double(s.parts).norm if s.parts else s.norm, s.measured, math.prod(s.shape) * BYTES[s.dtype]
+                s.name,
+                exact_product(s.parts).norm if s.parts else s.norm,
+                s.measured,
+                math.prod(s.shape) * BYTES[s.dtype],
             )
             for s in self.sums
         )
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
-def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
+def get(desk: TileWorkspace, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
     """A tile's elements (runs, width). This thread's next call overwrites them."""
     values = desk.room("read", (rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
     for offset, run in _extents(stored, patch, rows, values):
@@ -154,12 +157,12 @@ def get(desk: Desk, source: int, stored: Stored, patch: Patch, rows: slice) -> T
 
 
 def _fold(
-    tally: Fold,
+    tally: TileMerger,
     patch: Patch,
     stored: Stored,
     source: int,
     target: int | None,
-    of: Product,
+    of: LowRankProduct,
     keep: bool,
     i: int,
     rows: slice,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from ..numerics.delta import norm
+from ..numerics.delta import product_norm
 from .record import AdapterFile, StoredSite
 
 # Where formats tell of the base that the adapter was made for.
@@ -69,4 +69,4 @@ def _base(config: Mapping[str, Any]) -> str | None:
 
 
 def _norm(s: StoredSite) -> float:
-    return s.scale * norm(s.B, s.A)
+    return s.scale * product_norm(s.B, s.A)

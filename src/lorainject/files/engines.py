@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import SpecError
-from ..lora.weight_kinds import shape_of
+from ..lora.weight_kinds import weight_shape
 from .format import Format
 from .formats import gguf, peft_reader
 from .io.open_adapter import Hints
@@ -87,7 +87,7 @@ def _value_beside_query(file: AdapterFile, hints: Hints, problems: list[str]) ->
 def _rows(path: str, hints: Hints) -> int | None:
     """The outputs of a layer of the model."""
     module = dict(hints.model.named_modules()).get(path) if hints.model is not None else None
-    return None if module is None else shape_of(module, "weight")[0]
+    return None if module is None else weight_shape(module, "weight")[0]
 
 
 def _vllm_start(file: AdapterFile) -> str | None:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..lora.adapter import LowRank
-from ..lora.adapter_dict import Adapters, Host, placement, walk
-from ..lora.dora import Payload
-from ..lora.replacement import Replaced
-from ..lora.weight_kinds import is_quantised, refusal
+from ..lora.adapter import LoraAdapter
+from ..lora.adapter_dict import AdaptedSite, AdapterDict, execution_device, walk
+from ..lora.dora import DoraAdapter
+from ..lora.replacement import ReplacementTensor
+from ..lora.weight_kinds import is_quantized, why_unsupported
 from ..spec import site_name
-from ..surgery import Given, Replacement
+from ..surgery import Given, PlannedReplacement
 from ..targets.model_weights import Weight
 from .record import AdapterFile, StoredSite, TokenRows
 
@@ -38,12 +38,12 @@ def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> 
         return f"{what} on a weight of the kind {w.kind.name}: not supported"
     if m is not None and stored.magnitude_axis == "in":
         return "magnitudes by input (LyCORIS's DoRA without wd_on_output): not supported, merge them with LyCORIS"
-    if m is not None and is_quantised(w.module):
+    if m is not None and is_quantized(w.module):
         return "magnitudes (DoRA) on a quantised weight: not supported, since their norm is of the weight's own numbers"
     if (
         b is not None
         and w.kind.name != "conv"
-        and (w.readers or any(a.read for a in w.module.children() if isinstance(a, Adapters)))
+        and (w.readers or any(a.read for a in w.module.children() if isinstance(a, AdapterDict)))
     ):
         return "an update of a bias that the model's own code reads, or that another adapter replaces: not supported"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
@@ -53,7 +53,7 @@ def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> 
 
 def replacements(
     model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]
-) -> list[Replacement]:
+) -> list[PlannedReplacement]:
     """The whole tensors and rows of tokens for this model, but for those that it has already; what is wrong goes into `problems`."""
     if not file.replaced and not file.tokens:
         return []
@@ -83,13 +83,13 @@ def replacements(
         if reason := _unreplaceable(file, name, module, parameter, value, ids, [paths[id(m)][0] for m, _ in twins]):
             problems.append(f"{name}: {reason}")
             continue
-        tensor = nn.Parameter(value.to(placement(module, parameter)))
+        tensor = nn.Parameter(value.to(execution_device(module, parameter)))
         for m, p in [(module, parameter), *(twins if ids is not None else [])]:
             readers = by_name[paths[id(m)][0]].readers if paths[id(m)][0] in by_name else ()
             found.append(
-                Replacement(
+                PlannedReplacement(
                     tuple(paths[id(m)]), p, tuple((paths[id(r)][0], r) for r in readers if r is not m),
-                    Replaced(tensor, tuple(m._parameters[p].shape), ids, twin=m is not module),  # type: ignore[union-attr]
+                    ReplacementTensor(tensor, tuple(m._parameters[p].shape), ids, twin=m is not module),  # type: ignore[union-attr]
                 )
             )  # fmt: skip
     return found
@@ -100,9 +100,9 @@ def _unreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: s
     W0 = module._parameters.get(parameter)
     if W0 is None:
         return "is not in this model, but the file replaces it"
-    if (reason := refusal(module, parameter)) is not None:
+    if (reason := why_unsupported(module, parameter)) is not None:
         return reason
-    if is_quantised(module):
+    if is_quantized(module):
         return "its layer is quantised, and the file replaces a tensor of it: not supported"
     if any(site_name(s.path, s.parameter) == name for s in file.sites) or (ids is not None and name in file.replaced):
         return "the file brings a whole base weight that is not this model's, and A and B (or rows of tokens) for it as well: not supported"
@@ -118,23 +118,23 @@ def _unreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: s
         return f"is tied to {', '.join(tied)}, and the file does not say whether it replaces both"
     if not bool(value.to(W0.dtype).isfinite().all()):
         return f"does not fit into {W0.dtype}"
-    others = [a for own in module.children() if isinstance(own, Adapters) for a in own.children()]
+    others = [a for own in module.children() if isinstance(own, AdapterDict) for a in own.children()]
     if any(s.bias is not None and site_name(s.path, "bias") == name for s in file.sites) or any(
-        isinstance(a, Payload) and a.b is not None for a in others
+        isinstance(a, DoraAdapter) and a.b is not None for a in others
     ):
         return "is replaced, where another adapter, or the file itself, has an update of the bias: not supported"
     return None
 
 
-def beside(on: Mapping[str, Host], name: str) -> Iterator[tuple[str, Tensor | TokenRows]]:
+def beside(on: Mapping[str, AdaptedSite], name: str) -> Iterator[tuple[str, Tensor | TokenRows]]:
     """The whole tensors and rows of tokens of an adapter on a model, each once, as a record has them."""
     for at, host in on.items():
         a = host.adapters[name]
-        if isinstance(a, Replaced) and not a.twin:
+        if isinstance(a, ReplacementTensor) and not a.twin:
             yield at, a.value.detach() if a.ids is None else TokenRows(ids=a.ids, rows=a.value.detach())
 
 
-def m_and_b(adapter: LowRank) -> tuple[Tensor | None, Tensor | None]:
+def m_and_b(adapter: LoraAdapter) -> tuple[Tensor | None, Tensor | None]:
     """The magnitudes and the update of the bias of one, as a record has them."""
-    m, b = (adapter.m, adapter.b) if isinstance(adapter, Payload) else (None, None)
+    m, b = (adapter.m, adapter.b) if isinstance(adapter, DoraAdapter) else (None, None)
     return None if m is None else m.detach(), None if b is None else b.detach()

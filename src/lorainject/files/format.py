@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
-from ..numerics.delta import norm
+from ..numerics.delta import product_norm
 from . import transforms
 from .io.open_adapter import Hints, Source
 from .record import AdapterFile, StoredSite
@@ -197,5 +197,6 @@ def _apart(s: StoredSite) -> list[StoredSite]:
 def _norm(s: StoredSite) -> float:
     return (
         s.scale
-        * sum(norm(B, A) ** 2 for A, B in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (s.A, s.B)), strict=True)) ** 0.5
+        * sum(product_norm(B, A) ** 2 for A, B in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (s.A, s.B)), strict=True))
+        ** 0.5
     )

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..lora.adapter import LowRank
-from ..lora.adapter_dict import Host, mounted
+from ..lora.adapter import LoraAdapter
+from ..lora.adapter_dict import AdaptedSite, mounted
 from ..lora.weight_kinds import is_sharded
-from ..numerics.threads import uninterrupted
+from ..numerics.threads import defer_interrupt
 from ..spec import site_name
 from ..targets.model_weights import weights
 from . import transforms
@@ -56,13 +56,13 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     sites = fitted(model, file, by_name, None, wrong)
     if check_base:
         require_base(file, by_name, sites)
-    with torch.no_grad(), uninterrupted():
+    with torch.no_grad(), defer_interrupt():
         for place, (_, host) in on.items():
             _fill(host.adapters[name], new.get(place))
     return model
 
 
-def _unfit(s: StoredSite, low: LowRank | None) -> str | None:
+def _unfit(s: StoredSite, low: LoraAdapter | None) -> str | None:
     if low is None:
         return "carries no such adapter in this model: inject one there before compiling"
     if s.magnitude is not None or s.bias is not None:
@@ -74,16 +74,16 @@ def _unfit(s: StoredSite, low: LowRank | None) -> str | None:
     return f"rank {s.r}, and there is room for {low.r}: inject with r={s.r} or more" if s.r > low.r else None
 
 
-def _fixed(host: Host, name: str) -> str | None:
+def _fixed(host: AdaptedSite, name: str) -> str | None:
     low = host.adapters[name]
-    if type(low) is not LowRank:
+    if type(low) is not LoraAdapter:
         return "the adapter on the model is more than A and B: eject it, and load the file"
     if any(p.is_meta or is_sharded(p) for p in low.parameters()):
         return "A and B lie on the meta device, or are sharded"
     return None
 
 
-def _fill(low: LowRank, s: StoredSite | None) -> None:
+def _fill(low: LoraAdapter, s: StoredSite | None) -> None:
     if s is None:
         low.B.zero_()
         return

@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import FileError, StateError
-from ..lora.adapter import LowRank
-from ..lora.adapter_dict import Adapters, Host, misfit, mounted, ready, walk
-from ..lora.graft import bare
-from ..lora.replacement import Replaced
-from ..lora.weight_kinds import is_quantised, is_sharded, shape_of
+from ..lora.adapter import LoraAdapter
+from ..lora.adapter_dict import AdaptedSite, AdapterDict, mounted, ready, shape_mismatch, walk
+from ..lora.graft import base_class
+from ..lora.replacement import ReplacementTensor
+from ..lora.weight_kinds import is_quantized, is_sharded, weight_shape
 from ..numerics.delta import is_finite
-from ..numerics.fingerprint import agree, sample
+from ..numerics.fingerprint import sample_values, samples_agree
 from ..spec import Plan, Site, site_name
 from ..surgery import attach
 from ..targets.matcher import Pick, parts_of
 from ..targets.model_weights import Weight, weights
-from ..targets.resolve import name_problems, site, total, unfit, wrapped
+from ..targets.resolve import count_parameters, make_site, name_problems, why_unsuitable, wrapper_problems
 from . import extras, transforms
 from .convert import FORMATS, read
 from .formats import peft_layout
@@ -67,8 +67,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
             stacklevel=2,
         )
     beside = dict(extras.beside(on, name))
-    on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], Replaced)}
-    by_place: dict[tuple[int, str], list[Host]] = {}
+    on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], ReplacementTensor)}
+    by_place: dict[tuple[int, str], list[AdaptedSite]] = {}
     for host in on.values():
         by_place.setdefault(host.place, []).append(host)
     # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
@@ -114,7 +114,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     for note in file.notes:
         warnings.warn(f"{file.path}: {note}", stacklevel=2)
     name = file.name if name is None else name
-    if clashes := name_problems(model, name) + wrapped(model):
+    if clashes := name_problems(model, name) + wrapper_problems(model):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
     by_name = {n: w for w in weights(model) for n in w.names}
     wrong = [
@@ -127,7 +127,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     if check_base:
         require_base(file, by_name, sites)
     factors = {s.name: extras.given(s, dtype) for s in file.sites}
-    return attach(model, Plan(sites=tuple(sites), total=total(model)), name, factors, replaced)
+    return attach(model, Plan(sites=tuple(sites), total=count_parameters(model)), name, factors, replaced)
 
 
 def require_base(file: AdapterFile, by_name: Mapping[str, Weight], sites: Sequence[Site]) -> None:
@@ -158,7 +158,7 @@ def _target_modules(paths: Sequence[str], sites: Sequence[StoredSite]) -> list[s
     return sorted(leaves if meant == chosen else chosen)
 
 
-def _stored(w: Weight, host: Host, name: str) -> StoredSite:
+def _stored(w: Weight, host: AdaptedSite, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
     (m, b), A, B = extras.m_and_b(a), a._parameters["A"], a._parameters["B"]
     assert A is not None
@@ -168,7 +168,7 @@ def _stored(w: Weight, host: Host, name: str) -> StoredSite:
                       scaling=a.scaling, dropout=a.dropout, magnitude=m, bias=b)  # fmt: skip
 
 
-def _first_row(host: Host) -> int:
+def _first_row(host: AdaptedSite) -> int:
     if not host.adapters.label:  # the whole weight
         return 0
     return min((part.start for a in host.adapters for part in host.adapters[a].slices or ()), default=0)
@@ -178,13 +178,13 @@ def _beyond_peft(w: Weight) -> str | None:
     """Why PEFT would apply an adapter on this layer wrongly, or not at all; None if it would not."""
     m = w.module
     if w.bypassed and w.kind.term is not None:
-        return f"{bare(type(w.readers[0])).__name__} reads its weight, where PEFT's layer does nothing"
+        return f"{base_class(type(w.readers[0])).__name__} reads its weight, where PEFT's layer does nothing"
     if isinstance(m, _ConvNd) and (m.groups > 1 or m.padding_mode != "zeros" or any(d != 1 for d in m.dilation)):
         return "PEFT passes over groups, dilation and padding_mode"
     return None
 
 
-def _base(on: Mapping[str, Host]) -> BasePrint | None:
+def _base(on: Mapping[str, AdaptedSite]) -> BasePrint | None:
     """The fingerprint of the base; None if a part of it is not there to be read."""
     samples = {
         at: p.cpu() for at, host in on.items() if (p := _print(host.module, host.adapters.parameter)) is not None
@@ -198,14 +198,14 @@ def _base(on: Mapping[str, Host]) -> BasePrint | None:
 
 def _print(module: nn.Module, parameter: str) -> Tensor | None:
     for own in module._modules.values():
-        if isinstance(own, Adapters) and own.parameter == parameter and own.folded:
+        if isinstance(own, AdapterDict) and own.parameter == parameter and own.folded:
             return own.folded.sample
     weight = module._parameters[parameter]
-    return None if weight is None or is_quantised(module) else sample(weight)
+    return None if weight is None or is_quantized(module) else sample_values(weight)
 
 
-def _unwritable(host: Host, a: LowRank) -> str | None:
-    if misfit(host, a):
+def _unwritable(host: AdaptedSite, a: LoraAdapter) -> str | None:
+    if shape_mismatch(host, a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
     for p in a._parameters.values():
         if p is None:
@@ -271,13 +271,13 @@ def _fit(
                 first = (stored.path, *(p for p in w.paths if p != stored.path))
                 w = replace(w, paths=first, readers=w.owners if stored.named else w.readers, named=stored.named)
             pick = Pick(w, stored.label, stored.rows)
-            sites.append(site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
+            sites.append(make_site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
                               dtype=dtype or stored.dtype))  # fmt: skip
     return sites
 
 
 def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype: torch.dtype | None) -> str | None:
-    if (reason := unfit(w, stored.label)) is not None:
+    if (reason := why_unsuitable(w, stored.label)) is not None:
         return reason
     if apart := [p for p in stored.aliases if by_name.get(site_name(p, stored.parameter)) is not w]:
         return f"was one module with {', '.join(apart)} when the adapter was saved, and is not in this model"
@@ -285,7 +285,7 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
         return f"the file has it on a weight of the kind {stored.kind}, this model has a {w.kind.name} there"
     if stored.embedding != (w.kind.name == "embedding"):
         return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {w.kind.name} there"
-    shape = shape_of(w.module, w.parameter)
+    shape = weight_shape(w.module, w.parameter)
     stack, out, in_ = w.kind.sizes(shape)
     if stored.shape and stored.shape != shape:
         return f"the file has it on a weight {stored.shape}, this model's is {shape}"
@@ -316,4 +316,6 @@ def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
 
 def _same_base(w: Weight, name: str, base: BasePrint) -> bool:
     mine, weight = _print(w.module, w.parameter), w.module._parameters[w.parameter]
-    return mine is None or weight is None or agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
+    return (
+        mine is None or weight is None or samples_agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
+    )

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from .adapter import LowRank, Term
+from .adapter import LoraAdapter, Term
 from .kernels.lora_linear import accumulate, is_watched
-from .kernels.per_row import Batched
+from .kernels.per_row import PerRowTerms
 
 SHORT = 24  # tokens an adapter up to which two batched products for all rows are faster than two for each adapter,
 SOME = 3  # and from so many adapters on
 
 
 @dataclass
-class Routing:
+class AdapterState:
     """Which adapters are on: shared by all modules of one model, copied and pickled along with them (but not the context that is open).
 
     The state is the process's, not a thread's.
@@ -33,7 +33,7 @@ class Routing:
 
     active: tuple[str, ...] = ()
     """The adapters whose terms are added, in this order."""
-    rows: Rows | None = None
+    rows: RowAssignment | None = None
     """While `rows(...)` is open."""
     context: str | None = None
     """The context that is open: "disabled" or "rows"."""
@@ -43,19 +43,19 @@ class Routing:
     """For each adapter, what was on when it came: what eject goes back to."""
     root: weakref.ref[nn.Module] | None = None
     """The model that was injected. Unknown in a copy, which may be of a part."""
-    loading: Loading | None = None
+    loading: StateDictLoad | None = None
     """The load_state_dict that is under way, or was last."""
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"root": None, "loading": None, "rows": None, "context": None}
 
 
-ROOTS: weakref.WeakKeyDictionary[nn.Module, Routing] = weakref.WeakKeyDictionary()
+ROOTS: weakref.WeakKeyDictionary[nn.Module, AdapterState] = weakref.WeakKeyDictionary()
 """By model, where all of it was injected as a whole."""
 
 
 @dataclass
-class Loading:
+class StateDictLoad:
     """One call of load_state_dict: a checkpoint with all of an adapter's keys or with none is fine, one with some is not."""
 
     missing: list[str]
@@ -66,7 +66,7 @@ class Loading:
     """Whether it has any key of A or B."""
 
 
-class Rows:
+class RowAssignment:
     """A batch whose row i (axis 0) uses the adapter names[i], or the base where that is None."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
@@ -82,7 +82,7 @@ class Rows:
             self.places.append(
                 (name, own[0] if len(own) == 1 else torch.tensor([i for i, other in enumerate(names) if other == name]))
             )
-        self.batched: dict[int, Batched] = {}
+        self.batched: dict[int, PerRowTerms] = {}
 
     names: tuple[str | None, ...]
     used: tuple[str, ...]
@@ -91,10 +91,10 @@ class Rows:
     """Rows one after the other with the same adapter; the base's among them."""
     places: list[tuple[str, slice | Tensor]]
     """All rows of each adapter: a run, or their numbers."""
-    batched: dict[int, Batched]
+    batched: dict[int, PerRowTerms]
     """By layer: its adapters, row by row. They go with the context."""
 
-    def add(self, lows: Mapping[str | None, LowRank], term: Term, y: Tensor, x: Tensor, own: bool) -> Tensor:
+    def add(self, lows: Mapping[str | None, LoraAdapter], term: Term, y: Tensor, x: Tensor, own: bool) -> Tensor:
         """y (batch, tokens, ..., out) with each adapter's term of x on its own rows. `lows` are those of one layer, by name."""
         used = [name for name in self.used if name in lows]
         if not used:
@@ -120,8 +120,8 @@ class Rows:
         return y
 
     def _batched(
-        self, lows: Mapping[str | None, LowRank], names: Sequence[str], y: Tensor, x: Tensor
-    ) -> Batched | None:
+        self, lows: Mapping[str | None, LoraAdapter], names: Sequence[str], y: Tensor, x: Tensor
+    ) -> PerRowTerms | None:
         """Of this layer, as its A and B are now; None if they can't be taken together, or are as fast one by one."""
         short = len(names) >= SOME and y.shape[:-1].numel() <= SHORT * len(names)
         if not short or is_watched(y) or torch.is_autocast_enabled(y.device.type):
@@ -129,12 +129,12 @@ class Rows:
         used = [lows[name] for name in names]
         if (found := self.batched.get(id(lows))) is None or not found.holds(used):
             rows = tuple(names.index(name) if name in names else None for name in self.names)
-            if not Batched.can_hold(used, rows, y, x):
+            if not PerRowTerms.can_hold(used, rows, y, x):
                 return None
-            found = self.batched[id(lows)] = Batched(used, rows, y)
+            found = self.batched[id(lows)] = PerRowTerms(used, rows, y)
         return found
 
-    def _check(self, lows: Mapping[str | None, LowRank], y: Tensor, x: Tensor) -> None:
+    def _check(self, lows: Mapping[str | None, LoraAdapter], y: Tensor, x: Tensor) -> None:
         """Axis 0 must be the batch for certain: an input without a sequence axis may be tokens in any order (experts), and one whose axis 1
         is as long may be transposed. Raises StateError where it is not."""
         batch, axes = len(self.names), y.shape[:-1]

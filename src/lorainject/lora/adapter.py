@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics.delta import Factors, scale
-from .hooks import Asked
+from .hooks import HookAware
 
-Term = Callable[["LowRank", Tensor, Tensor, bool], Tensor]
+Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
 """(adapter, output y, input x, whether y may be written to) -> y with the low-rank term of x added."""
 Parts = tuple[tuple[slice, slice], ...]
 """Of a slice: runs of the outputs, and the rows of B that stand for them; empty for the whole weight."""
 
 
-class LowRank(Asked):
+class LoraAdapter(HookAware):
     """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d buffer.
 
     s is in float32, or float64 beside such an A. It is a buffer, since a Python float would make torch.compile build anew whenever it
@@ -86,7 +86,7 @@ class LowRank(Asked):
             self.A[:, self.padding_idx] = 0
         nn.init.zeros_(self.B)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraAdapter:
         super()._apply(fn, recurse)
         self._rebuild()
         return self
@@ -126,20 +126,20 @@ def _parts(slices: tuple[range, ...] | None) -> Parts | None:
     )
 
 
-def add(adapter: LowRank, y: Tensor, term: Callable[[LowRank, Tensor], Tensor], x: Tensor) -> Tensor:
+def add_term(adapter: LoraAdapter, y: Tensor, term: Callable[[LoraAdapter, Tensor], Tensor], x: Tensor) -> Tensor:
     """y + term(x), in y's dtype; a slice's term goes to the outputs that are its rows."""
     t = term(adapter, x).to(y.dtype)
     return y + t if adapter.rows is None else y.index_add(-1, adapter.rows, t)
 
 
-def project(adapter: LowRank, x: Tensor) -> Tensor:
+def lora_term(adapter: LoraAdapter, x: Tensor) -> Tensor:
     """s (x A^T) B^T for x (..., in) -> (..., out), in x's dtype."""
     x = F.dropout(x, adapter.dropout, adapter.training)
     h_R = F.linear(x, adapter.A.to(x.dtype)) * adapter.s
     return F.linear(h_R, adapter.B.to(h_R.dtype))
 
 
-def look_up(adapter: LowRank, ids: Tensor) -> Tensor:
+def embedding_term(adapter: LoraAdapter, ids: Tensor) -> Tensor:
     """The same for an embedding, whose x is one-hot: column `id` of A. ids (...) -> (..., width), in A's dtype.
 
     Dropout on a one-hot row drops or keeps its single 1, so it acts on whole tokens.
@@ -149,12 +149,12 @@ def look_up(adapter: LowRank, ids: Tensor) -> Tensor:
     return F.linear(h_R, adapter.B)
 
 
-def add_looked_up(adapter: LowRank, y: Tensor, ids: Tensor, own: bool) -> Tensor:
+def add_embedding_term(adapter: LoraAdapter, y: Tensor, ids: Tensor, own: bool) -> Tensor:
     """y plus what `look_up` finds."""
-    return add(adapter, y, look_up, ids)
+    return add_term(adapter, y, embedding_term, ids)
 
 
-def factors(adapter: LowRank, transposed: bool, rest: tuple[int, ...]) -> Factors:
+def delta_factors(adapter: LoraAdapter, transposed: bool, rest: tuple[int, ...]) -> Factors:
     """The delta as factors in the stored orientation: rows are `out`, or `in` where the weight is stored transposed.
 
     `rest` is the stored shape after the rows' axis: (in,), (in, kernel, kernel), or (out,) if transposed. A slice's missing rows

@@ -19,12 +19,12 @@ from ..errors import StateError
 from ..numerics.delta import Factors
 from ..numerics.tile_merge import Journal
 from ..spec import site_name
-from .active import ROOTS, Loading, Routing
-from .adapter import LowRank
-from .hooks import Asked
-from .kernels.shared_input import Siblings
-from .replacement import Replaced
-from .weight_kinds import Kind, shape_of
+from .active import ROOTS, AdapterState, StateDictLoad
+from .adapter import LoraAdapter
+from .hooks import HookAware
+from .kernels.shared_input import SharedInput
+from .replacement import ReplacementTensor
+from .weight_kinds import Kind, weight_shape
 
 FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
 
@@ -34,7 +34,7 @@ Terms = dict[str, tuple[Factors, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folded:
+class MergeRecord:
     """What merge leaves on a weight, for unmerge."""
 
     how: str
@@ -73,20 +73,20 @@ class Folded:
         return self.journal is not None or self.original is not None
 
 
-class Adapters(Asked):
+class AdapterDict(HookAware):
     """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y (see Term)."""
 
     def __init__(
-        self, routing: Routing, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
+        self, state: AdapterState, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
     ) -> None:
         super().__init__()
         vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
-            routing=routing, kind=kind, parameter=parameter, label=label, named=named, read=False, folded=None, fallbacks=Counter(), siblings=None,
+            state=state, kind=kind, parameter=parameter, label=label, named=named, read=False, folded=None, fallbacks=Counter(), siblings=None,
         )  # fmt: skip
 
-    routing: Routing
+    state: AdapterState
     kind: Kind
-    folded: Folded | None
+    folded: MergeRecord | None
     parameter: str
     """The name of the weight in its module."""
     label: str
@@ -97,13 +97,13 @@ class Adapters(Asked):
     """Whether the weight itself was named as a target, so that all modules it lies in read it."""
     fallbacks: Counter[str]
     """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
-    siblings: Siblings | None
+    siblings: SharedInput | None
     """With those of other weights that read the same input."""
 
-    def __getitem__(self, name: str) -> LowRank:
-        return cast(LowRank, self._modules[name])
+    def __getitem__(self, name: str) -> LoraAdapter:
+        return cast(LoraAdapter, self._modules[name])
 
-    def __setitem__(self, name: str, adapter: LowRank) -> None:
+    def __setitem__(self, name: str, adapter: LoraAdapter) -> None:
         self._modules[name] = adapter  # not add_module, which reserves names such as "train" and "half"
         self._mark(adapter)
 
@@ -117,21 +117,21 @@ class Adapters(Asked):
         return iter(self._modules)
 
     @property
-    def on(self) -> list[LowRank]:
+    def on(self) -> list[LoraAdapter]:
         """Those of the active adapters that this weight has."""
-        return [self[name] for name in self.routing.active if name in self._modules]
+        return [self[name] for name in self.state.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
         """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was called with, by which
         siblings know their input."""
-        routing, term, lows = self.routing, self.kind.term, cast("dict[str | None, LowRank]", self._modules)
+        state, term, lows = self.state, self.kind.term, cast("dict[str | None, LoraAdapter]", self._modules)
         assert term is not None
-        if routing.rows is not None:
-            return routing.rows.add(lows, term, y, x, own)
-        made: Mapping[LowRank, Tensor] = {}
+        if state.rows is not None:
+            return state.rows.add(lows, term, y, x, own)
+        made: Mapping[LoraAdapter, Tensor] = {}
         if self.siblings is not None and given is not None and not torch.compiler.is_compiling():
-            made = self.siblings.lowered(self, routing.active, y, x, given)
-        for name in routing.active:
+            made = self.siblings.lowered(self, state.active, y, x, given)
+        for name in state.active:
             if (low := lows.get(name)) is not None:
                 y, own = low(term, y, x, own, made[low]) if low in made else low(term, y, x, own), True
         return y
@@ -139,13 +139,13 @@ class Adapters(Asked):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self._modules.values():
-            self._mark(cast(LowRank, adapter))  # a copied Parameter loses its attributes
+            self._mark(cast(LoraAdapter, adapter))  # a copied Parameter loses its attributes
 
-    def _mark(self, adapter: LowRank) -> None:
+    def _mark(self, adapter: LoraAdapter) -> None:
         """Let the optimiser's guard ask whether A and B are merged (by an attribute of theirs, since it sees nothing else)."""
         for p in adapter._parameters.values():
             if p is not None:
-                p._lora_routing = self.routing  # type: ignore[attr-defined]
+                p._lora_routing = self.state  # type: ignore[attr-defined]
 
     def _load_from_state_dict(
         self,
@@ -158,11 +158,11 @@ class Adapters(Asked):
         errors: list[str],
     ) -> None:
         """The base's own checkpoint has no A and B, and nothing is missing then; one that has some must have all."""
-        if self.routing.merged:
+        if self.state.merged:
             errors.append(f"{prefix}: can't load while merged; unmerge(model) first")
-        if self.routing.loading is None or self.routing.loading.missing is not missing:
-            self.routing.loading = Loading(missing)
-        loading = self.routing.loading
+        if self.state.loading is None or self.state.loading.missing is not missing:
+            self.state.loading = StateDictLoad(missing)
+        loading = self.state.loading
         for keys in ([f"{prefix}{name}.{p}" for p, _ in self[name].named_parameters()] for name in self):
             if any(key in state_dict for key in keys):
                 loading.some = True  # what is missing of these, torch finds itself
@@ -174,16 +174,16 @@ class Adapters(Asked):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """While merged a model's state dict is the base's keys alone: its weights already hold A and B."""
-        if self.routing.merged:
+        if self.state.merged:
             return kwargs.get("destination", {})
         return super().state_dict(*args, **kwargs)
 
 
-class Host(NamedTuple):
+class AdaptedSite(NamedTuple):
     """A weight of the base, or a slice of one, that carries adapters."""
 
     module: nn.Module
-    adapters: Adapters
+    adapters: AdapterDict
 
     @property
     def weight(self) -> Tensor:
@@ -200,12 +200,12 @@ class Host(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole weight as stored, or as it was before it was quantised."""
-        return shape_of(self.module, self.adapters.parameter)
+        return weight_shape(self.module, self.adapters.parameter)
 
 
-def misfit(host: Host, adapter: LowRank) -> bool:
+def shape_mismatch(host: AdaptedSite, adapter: LoraAdapter) -> bool:
     """Whether A and B were made for another shape than the weight has now (resize_token_embeddings)."""
-    if isinstance(adapter, Replaced):
+    if isinstance(adapter, ReplacementTensor):
         return adapter.shape != host.shape
     stack, out, in_ = host.adapters.kind.sizes(host.shape)
     rows = out if adapter.slices is None else sum(map(len, adapter.slices))
@@ -220,10 +220,10 @@ def child_name(parameter: str, label: str) -> str:
     return "lora" + (f"_{parameter}" if parameter != "weight" else "") + (f"[{label}]" if label else "")
 
 
-def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -> Adapters | None:
+def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -> AdapterDict | None:
     """The adapters on this weight of the module; None if there are none."""
     child = module._modules.get(child_name(parameter, label))
-    return child if isinstance(child, Adapters) else None
+    return child if isinstance(child, AdapterDict) else None
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -239,29 +239,29 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = found.pop()
         yield path, module
         for name, child in reversed(module._modules.items()):
-            if child is not None and not isinstance(child, Adapters):
+            if child is not None and not isinstance(child, AdapterDict):
                 found.append((path if name in hidden else f"{path}.{name}" if path else name, child))
         hidden = ("_orig_mod",)
 
 
-def hosts(model: nn.Module) -> dict[str, Host]:
+def hosts(model: nn.Module) -> dict[str, AdaptedSite]:
     """The weights that carry adapters, each once, by the first of its names; none, if there are none."""
-    found: dict[int, tuple[str, Host]] = {}
+    found: dict[int, tuple[str, AdaptedSite]] = {}
     for path, module in walk(model):
         for child in module._modules.values():
-            if isinstance(child, Adapters):
-                found.setdefault(id(child), (site_name(path, child.parameter, child.label), Host(module, child)))
+            if isinstance(child, AdapterDict):
+                found.setdefault(id(child), (site_name(path, child.parameter, child.label), AdaptedSite(module, child)))
     return dict(found.values())
 
 
-def routings(model: nn.Module, on: Mapping[str, Host] | None = None) -> list[Routing]:
+def adapter_states(model: nn.Module, on: Mapping[str, AdaptedSite] | None = None) -> list[AdapterState]:
     """The routings of a model (with these hosts): one, unless its parts were injected one by one."""
     return list(
-        {id(h.adapters.routing): h.adapters.routing for h in (hosts(model) if on is None else on).values()}.values()
+        {id(h.adapters.state): h.adapters.state for h in (hosts(model) if on is None else on).values()}.values()
     )
 
 
-def names_of(model: nn.Module, on: Mapping[str, Host] | None = None) -> tuple[str, ...]:
+def names_of(model: nn.Module, on: Mapping[str, AdaptedSite] | None = None) -> tuple[str, ...]:
     """The adapters on the model (with these hosts), in the order they came."""
     return tuple(
         dict.fromkeys(name for host in (hosts(model) if on is None else on).values() for name in host.adapters)
@@ -270,34 +270,34 @@ def names_of(model: nn.Module, on: Mapping[str, Host] | None = None) -> tuple[st
 
 def merged_names(model: nn.Module) -> list[str]:
     """The adapters that are folded into the weights."""
-    return sorted({name for routing in routings(model) for name in routing.merged})
+    return sorted({name for state in adapter_states(model) for name in state.merged})
 
 
 def ready(
     model: nn.Module, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False
-) -> dict[str, Host]:
+) -> dict[str, AdaptedSite]:
     """The modules that carry adapters, if `verb` may act on the model now; raises StateError if not.
 
     It may not while adapters are folded into the weights, when it would act on W0 + s B A instead of W0; nor inside `disabled`
     or `rows`; nor on a part of what was injected as a whole. Each of the three can be allowed.
     """
     on = hosts(model)
-    found = routings(model, on)
-    for routing in found:
-        root = routing.root and routing.root()
+    found = adapter_states(model, on)
+    for state in found:
+        root = state.root and state.root()
         if root is not None and not part and root is not model and root not in set(model.modules()):
             raise StateError(
                 f"can't {verb}: this is a part of a model that was injected as a whole",
                 way_out=f"call it on the whole {type(root).__name__}",
             )
-        if routing.context and not nested:
-            raise StateError(f"can't {verb} inside {routing.context}(...)", way_out="leave the context first")
-    if not merged and (folded := sorted({name for routing in found for name in routing.merged})):
+        if state.context and not nested:
+            raise StateError(f"can't {verb} inside {state.context}(...)", way_out="leave the context first")
+    if not merged and (folded := sorted({name for state in found for name in state.merged})):
         raise StateError(f"can't {verb} while {', '.join(map(repr, folded))} is merged", way_out="unmerge(model) first")
     return on
 
 
-def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[str, Host]:
+def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[str, AdaptedSite]:
     """The same, for a verb that needs adapters, and these `names` among them."""
     found = ready(model, verb, **allowed)
     if not found:
@@ -310,21 +310,21 @@ def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[s
     return found
 
 
-def switches(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[Routing]:
+def switches(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[AdapterState]:
     """The routings by which these adapters are switched: at once for a model that was injected as a whole, however many layers it has."""
-    routing = ROOTS.get(model)
+    state = ROOTS.get(model)
     if (
-        routing is not None
-        and routing.before
-        and not routing.merged
-        and (nested or not routing.context)
-        and routing.before.keys() >= set(names)
+        state is not None
+        and state.before
+        and not state.merged
+        and (nested or not state.context)
+        and state.before.keys() >= set(names)
     ):
-        return [routing]
-    return routings(model, mounted(model, verb, *names, nested=nested))
+        return [state]
+    return adapter_states(model, mounted(model, verb, *names, nested=nested))
 
 
-def placement(module: nn.Module, parameter: str) -> torch.device:
+def execution_device(module: nn.Module, parameter: str) -> torch.device:
     """The device on which the weight is used: its own, or the one that accelerate brings an offloaded weight to."""
     weight = module._parameters[parameter]
     assert weight is not None

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.delta import Factors
-from ..numerics.tile_merge import wide
-from ..numerics.tiled_matmul import tiles
-from .adapter import LowRank, factors
+from ..numerics.tile_merge import sum_dtype
+from ..numerics.tiled_matmul import row_tiles
+from .adapter import LoraAdapter, delta_factors
 
 CAST = 1 << 18  # elements that are cast at a time
 
 
-class Payload(LowRank):
+class DoraAdapter(LoraAdapter):
     """An adapter with m, b or both. It is used as any other, through `adapter(function, ...)`, so who uses it need not know.
 
     It knows the layer that it sits on, since the norm is W0's too.
@@ -56,7 +56,7 @@ class Payload(LowRank):
 
     def forward(self, use: Callable[..., Any], *args: Any) -> Any:
         """The function's answer for A and B, with m and b in it: that of `factors`, or of a Term."""
-        if use is factors:
+        if use is delta_factors:
             return self._factors(*args)
         y, x, own = args
         done, dtype, bias = use(self, y, x, own), y.dtype, self.layer._parameters.get("bias")
@@ -86,7 +86,7 @@ class Payload(LowRank):
         return part.new_full((self.out, *part.shape[1:]), rest).index_copy(0, self.rows, part)
 
     def _factors(self, transposed: bool, rest: tuple[int, ...]) -> Factors:
-        f = factors(self, transposed, rest)._replace(update=None if self.b is None else self.update())
+        f = delta_factors(self, transposed, rest)._replace(update=None if self.b is None else self.update())
         if self.m is None:
             return f
         g = self.gain()
@@ -100,10 +100,10 @@ class Payload(LowRank):
 @torch.no_grad()
 def norm_by_output(W0: Tensor, A: Tensor, B: Tensor, s: float, transposed: bool) -> Tensor:
     """|W0 + s B A| (out,) for W0 as stored; in float32 or better, to which no more than a tile of W0 is cast at a time."""
-    W, dtype = W0.flatten(1), wide(W0.dtype)
+    W, dtype = W0.flatten(1), sum_dtype(W0.dtype)
     A, B = A.to(dtype), B.to(dtype)
     norms, WA = [], []
-    for rows in tiles(W.shape[0], W.shape[1], W.device, CAST) if W.dtype != dtype else (slice(None),):
+    for rows in row_tiles(W.shape[0], W.shape[1], W.device, CAST) if W.dtype != dtype else (slice(None),):
         w = W[rows].to(dtype)
         norms.append(torch.linalg.vector_norm(w, dim=0 if transposed else 1))
         WA.append(w.mT @ A[:, rows].mT if transposed else w @ A.mT)

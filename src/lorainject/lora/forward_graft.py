@@ -12,13 +12,13 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from .adapter import LowRank
-from .adapter_dict import Adapters
+from .adapter import LoraAdapter
+from .adapter_dict import AdapterDict
 from .graft import Graft
 from .hooks import HOOKED, is_hooked
 from .kernels.gemm import FEW
 from .kernels.lora_linear import accumulate_eagerly, in_inference, joins, together
-from .weight_kinds import makes_output
+from .weight_kinds import returns_fresh_output
 
 LINEAR = nn.Linear.forward  # torch's own: what somebody puts in its place later may compute anything
 
@@ -44,7 +44,7 @@ class LoraForward(Graft):
                 return accumulate_eagerly(low, linear(args[0], weight, self._parameters["bias"]), args[0], True)
             if joins(low, args[0], self):
                 return together(low, args[0], weight, self._parameters["bias"])
-        own = own and makes_output(base)  # type: ignore[arg-type]
+        own = own and returns_fresh_output(base)  # type: ignore[arg-type]
         x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
         shape = x.shape if own and is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
@@ -52,12 +52,12 @@ class LoraForward(Graft):
             args, kwargs = (x,), {}
         y = base.forward(self, *args, **kwargs)
         for child in self._modules.values():
-            if isinstance(child, Adapters):
+            if isinstance(child, AdapterDict):
                 y = child(x, y, own, given)
         return y if shape is None else y.unflatten(0, shape[:-1])
 
 
-def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
+def _only(linear: nn.Module, x: Tensor) -> LoraAdapter | None:
     """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share what it computes. What can be
     otherwise is asked elsewhere, which costs more than the products with a single token."""
     own = linear.__dict__  # an attribute of a module costs as much as a few of these
@@ -66,17 +66,17 @@ def _only(linear: nn.Module, x: Tensor) -> LowRank | None:
         return None
     (child,) = children.values()
     of = child.__dict__
-    if type(child) is not Adapters or is_hooked(child) or "forward" in of:
+    if type(child) is not AdapterDict or is_hooked(child) or "forward" in of:
         return None
-    routing, siblings = of["routing"], of["siblings"]
-    if routing.rows is not None or len(routing.active) != 1 or (siblings is not None and siblings.may_share(child, x)):
+    state, siblings = of["state"], of["siblings"]
+    if state.rows is not None or len(state.active) != 1 or (siblings is not None and siblings.may_share(child, x)):
         return None
-    low = of["_modules"].get(routing.active[0])
-    return low if type(low) is LowRank and HOOKED not in low.__dict__ and "forward" not in low.__dict__ else None
+    low = of["_modules"].get(state.active[0])
+    return low if type(low) is LoraAdapter and HOOKED not in low.__dict__ and "forward" not in low.__dict__ else None
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
     """Whether torch would flatten the input itself and return a view, of whose gradient autograd makes a copy when it is written to."""
     if linear._parameters.get("bias") is None or x.ndim < 3 or not x.is_contiguous() or not x.numel():
         return False
-    return all(child.routing.rows is None for child in linear._modules.values() if isinstance(child, Adapters))
+    return all(child.state.rows is None for child in linear._modules.values() if isinstance(child, AdapterDict))

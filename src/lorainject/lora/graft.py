@@ -40,13 +40,13 @@ class Graft(nn.Module):
 
 def _regrow(base: type[nn.Module], mixin: type[Graft], *args: Any) -> nn.Module:
     """Unpickle one grafted module, in this process or in a fresh one."""
-    return object.__new__(grafted(mixin, base), *args)
+    return object.__new__(grafted_class(mixin, base), *args)
 
 
 _CLASSES: dict[tuple[type[Graft], type[nn.Module]], type[nn.Module]] = {}  # a handful: one per class of layer
 
 
-def grafted(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
+def grafted_class(mixin: type[Graft], base: type[nn.Module]) -> type[nn.Module]:
     """The one class that puts `mixin` on top of `base`, such as LoraLinear(Linear, LoraForward).
 
     The base comes first, since Python lets an object change to a class only if that extends its own memory layout; the mixin's
@@ -70,12 +70,12 @@ def is_grafted(cls: type) -> bool:
     return "_lora_base" in cls.__dict__
 
 
-def bare(cls: type[nn.Module]) -> type[nn.Module]:
+def base_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class under the graft; `cls` itself if there is none."""
     return cls.__bases__[0] if is_grafted(cls) else cls
 
 
-def objection(module: nn.Module) -> str | None:
+def graft_obstacle(module: nn.Module) -> str | None:
     """Why the class of `module` can't be changed, up or back; None if it can."""
     cls = type(module)
     if isinstance(module, torch.jit.ScriptModule):

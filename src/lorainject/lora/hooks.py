@@ -21,7 +21,7 @@ def _noting(register: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
-class Asked(nn.Module):
+class HookAware(nn.Module):
     """A module that every token asks: it notes when it gets hooks, since to look through the four dictionaries of them, which have left the cache
     since the last token, takes as long as a product with one."""
 
@@ -35,6 +35,6 @@ class Asked(nn.Module):
         return super().__call__(*args) if is_hooked(self) else self.forward(*args)
 
 
-def is_hooked(module: Asked) -> bool:
+def is_hooked(module: HookAware) -> bool:
     """Whether a call of the module has to go through torch, for somebody's hooks."""
     return HOOKED in module.__dict__ or bool(_has_any_global_hook())

@@ -29,7 +29,7 @@ ANSWERS: dict[Any, Handler] = {}  # torch function -> what it does to a LowRankS
 BY_NAME: dict[str, Handler] = {}  # the same for operators that exist only where their library is installed
 
 
-class LowRankSum:
+class LazyWeight:
     """W0 + the sum of s P Q over `factors`. No Tensor, and no copy of one: it lives as long as one forward."""
 
     def __init__(self, W0: Tensor, factors: tuple[Factors, ...], stack: int, fallbacks: Counter[str]) -> None:
@@ -74,14 +74,14 @@ class LowRankSum:
 
     def view_of(
         self, W: Tensor, on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor], rest: int
-    ) -> LowRankSum:
+    ) -> LazyWeight:
         """The sum whose parts are these functions of the parts, W of W0: a view of this one, with so many axes after the rows'."""
         factors = tuple(f._replace(P=on_P(f.P), Q=on_Q(f.Q)) for f in self.factors)
-        return LowRankSum(W, factors, W.ndim - 1 - rest, self.fallbacks)
+        return LazyWeight(W, factors, W.ndim - 1 - rest, self.fallbacks)
 
     # Views.
 
-    def __getitem__(self, index: Any) -> LowRankSum | Tensor:
+    def __getitem__(self, index: Any) -> LazyWeight | Tensor:
         where = index if isinstance(index, tuple) else (index,)
         if (split := _split_index(where, self.W0.ndim, self.stack)) is None:
             return self.dense("__getitem__")[index]
@@ -91,30 +91,30 @@ class LowRankSum:
     def __len__(self) -> int:
         return len(self.W0)
 
-    def __iter__(self) -> Iterator[LowRankSum | Tensor]:
+    def __iter__(self) -> Iterator[LazyWeight | Tensor]:
         return iter(self.unbind())
 
-    def transpose(self, a: int, b: int) -> LowRankSum | Tensor:
+    def transpose(self, a: int, b: int) -> LazyWeight | Tensor:
         n = self.W0.ndim
         if self.is_matrix and {a % n, b % n} == {n - 2, n - 1}:
             swapped = tuple(f._replace(P=f.Q.mT, Q=f.P.mT) for f in self.factors)
-            return LowRankSum(self.W0.mT, swapped, self.stack, self.fallbacks)
+            return LazyWeight(self.W0.mT, swapped, self.stack, self.fallbacks)
         return self.dense("transpose").transpose(a, b)
 
     swapaxes = transpose
 
-    def t(self) -> LowRankSum | Tensor:
+    def t(self) -> LazyWeight | Tensor:
         return self.transpose(0, 1)
 
     @property
-    def T(self) -> LowRankSum | Tensor:
+    def T(self) -> LazyWeight | Tensor:
         return self.transpose(0, 1) if self.W0.ndim == 2 else self.dense("T").T
 
     @property
-    def mT(self) -> LowRankSum | Tensor:
+    def mT(self) -> LazyWeight | Tensor:
         return self.transpose(-2, -1)
 
-    def permute(self, *dims: Any) -> LowRankSum | Tensor:
+    def permute(self, *dims: Any) -> LazyWeight | Tensor:
         n, order = (
             self.W0.ndim,
             tuple(d % self.W0.ndim for d in (dims[0] if isinstance(dims[0], list | tuple) else dims)),
@@ -123,29 +123,29 @@ class LowRankSum:
             return self.transpose(-2, -1)
         return self if order == tuple(range(n)) else self.dense("permute").permute(order)
 
-    def split(self, size: int | list[int], dim: int = 0) -> tuple[LowRankSum | Tensor, ...]:
+    def split(self, size: int | list[int], dim: int = 0) -> tuple[LazyWeight | Tensor, ...]:
         return self._parts(self.W0.split(size, dim), dim)
 
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[LowRankSum | Tensor, ...]:
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[LazyWeight | Tensor, ...]:
         return self._parts(self.W0.chunk(chunks, dim), dim)
 
-    def unbind(self, dim: int = 0) -> tuple[LowRankSum | Tensor, ...]:
+    def unbind(self, dim: int = 0) -> tuple[LazyWeight | Tensor, ...]:
         return tuple(self[_at(dim % self.W0.ndim, i)] for i in range(self.W0.shape[dim]))
 
-    def narrow(self, dim: int, start: int, length: int) -> LowRankSum | Tensor:
+    def narrow(self, dim: int, start: int, length: int) -> LazyWeight | Tensor:
         start %= self.W0.shape[dim]
         return self[_at(dim % self.W0.ndim, slice(start, start + length))]
 
-    def select(self, dim: int, index: int) -> LowRankSum | Tensor:
+    def select(self, dim: int, index: int) -> LazyWeight | Tensor:
         return self[_at(dim % self.W0.ndim, index)]
 
-    def index_select(self, dim: int, index: Tensor) -> LowRankSum | Tensor:
+    def index_select(self, dim: int, index: Tensor) -> LazyWeight | Tensor:
         return self[_at(dim % self.W0.ndim, index.reshape(-1))]
 
-    def unsqueeze(self, dim: int) -> LowRankSum | Tensor:
+    def unsqueeze(self, dim: int) -> LazyWeight | Tensor:
         return self[_at(dim % (self.W0.ndim + 1), None)]
 
-    def squeeze(self, dim: int) -> LowRankSum | Tensor:
+    def squeeze(self, dim: int) -> LazyWeight | Tensor:
         W, dim, rest = self.W0.squeeze(dim), dim % self.W0.ndim, self.W0.ndim - self.stack - 1
         if dim <= self.stack or (rest == 1 and W.ndim < self.W0.ndim):
             return self.dense("squeeze").squeeze(dim)
@@ -153,7 +153,7 @@ class LowRankSum:
             W, lambda P: P, lambda Q: Q.squeeze(dim), W.ndim - self.stack - 1
         )  # Q has r where W has the rows: the same axis
 
-    def reshape(self, *shape: Any) -> LowRankSum | Tensor:
+    def reshape(self, *shape: Any) -> LazyWeight | Tensor:
         W, n = self.W0.reshape(*shape), self.stack
         rest = self.W0.shape[n + 1 :]
         if W.ndim > n + 1 and W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only the rest is arranged anew
@@ -171,13 +171,13 @@ class LowRankSum:
 
     view = reshape
 
-    def flatten(self, start: int = 0, end: int = -1) -> LowRankSum | Tensor:
+    def flatten(self, start: int = 0, end: int = -1) -> LazyWeight | Tensor:
         return self.reshape(self.W0.flatten(start, end).shape)
 
-    def view_as(self, other: Tensor) -> LowRankSum | Tensor:
+    def view_as(self, other: Tensor) -> LazyWeight | Tensor:
         return self.reshape(other.shape)
 
-    def _parts(self, parts: tuple[Tensor, ...], dim: int) -> tuple[LowRankSum | Tensor, ...]:
+    def _parts(self, parts: tuple[Tensor, ...], dim: int) -> tuple[LazyWeight | Tensor, ...]:
         found, start, dim = [], 0, dim % self.W0.ndim
         for part in parts:
             found.append(self[_at(dim, slice(start, start + part.shape[dim]))])
@@ -195,23 +195,23 @@ class LowRankSum:
     def size(self, dim: int | None = None) -> Any:
         return self.W0.shape if dim is None else self.W0.shape[dim]
 
-    def to(self, *args: Any, **kwargs: Any) -> LowRankSum | Tensor:
+    def to(self, *args: Any, **kwargs: Any) -> LazyWeight | Tensor:
         W = self.W0.to(*args, **kwargs)
         if W.is_meta:  # accelerate puts an offloaded parameter away while it is hidden
             return W
         factors = tuple(Factors(f.P.to(W.device), f.Q.to(W.device), f.s.to(W.device), f.dropout) for f in self.factors)
-        return LowRankSum(W, factors, self.stack, self.fallbacks)
+        return LazyWeight(W, factors, self.stack, self.fallbacks)
 
-    def type(self, dtype: torch.dtype) -> LowRankSum | Tensor:
+    def type(self, dtype: torch.dtype) -> LazyWeight | Tensor:
         return self.to(dtype)
 
-    def type_as(self, other: Tensor) -> LowRankSum | Tensor:
+    def type_as(self, other: Tensor) -> LazyWeight | Tensor:
         return self.to(other.dtype)
 
-    def float(self) -> LowRankSum | Tensor:
+    def float(self) -> LazyWeight | Tensor:
         return self.to(torch.float32)
 
-    def contiguous(self) -> LowRankSum:
+    def contiguous(self) -> LazyWeight:
         return self
 
     def __matmul__(self, x: Tensor) -> Any:
@@ -247,15 +247,15 @@ METADATA = frozenset({
 })  # fmt: skip
 
 
-def _dense_operator(name: str) -> Callable[[LowRankSum, Any], Any]:
+def _dense_operator(name: str) -> Callable[[LazyWeight, Any], Any]:
     return lambda self, other: getattr(self.dense(name), name)(other)
 
 
 for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     for _name in (f"__{_operator}__", f"__r{_operator}__"):
-        setattr(LowRankSum, _name, _dense_operator(_name))
+        setattr(LazyWeight, _name, _dense_operator(_name))
 for _operator in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(LowRankSum, f"__{_operator}__", _dense_operator(f"__{_operator}__"))
+    setattr(LazyWeight, f"__{_operator}__", _dense_operator(f"__{_operator}__"))
 
 
 def _at(dim: int, index: Any) -> tuple[Any, ...]:
@@ -314,7 +314,7 @@ VIEWS = ("transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind", "n
 def _or_dense(name: str, method: Handler) -> Handler:
     """The method; called in a way that it does not foresee, that of the dense sum."""
 
-    def call(self: LowRankSum, *args: Any, **kwargs: Any) -> Any:
+    def call(self: LazyWeight, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except (TypeError, IndexError):
@@ -324,7 +324,7 @@ def _or_dense(name: str, method: Handler) -> Handler:
 
 
 for _view in VIEWS:
-    setattr(LowRankSum, _view, _or_dense(_view, getattr(LowRankSum, _view)))
+    setattr(LazyWeight, _view, _or_dense(_view, getattr(LazyWeight, _view)))
     if hasattr(torch, _view):
         answers(getattr(torch, _view))(
             lambda function, w, *args, _view=_view, **kwargs: getattr(w, _view)(*args, **kwargs)

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lazy_weight import BY_NAME, LowRankSum, answers
+from .lazy_weight import BY_NAME, LazyWeight, answers
 
 
 @answers(F.linear)
 def _linear(function: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     x, w = input, weight
-    if not isinstance(x, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
+    if not isinstance(x, Tensor) or not isinstance(w, LazyWeight) or not w.is_matrix:
         return NotImplemented
     y = function(x, w.W0, bias)
     for P, Q, s, p, *_ in w.factors:
@@ -46,7 +46,7 @@ def _linear(function: Any, input: Any, weight: Any, bias: Tensor | None = None) 
 )
 def _matmul(function: Any, input: Any, other: Any) -> Any:
     a, b = input, other
-    w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
+    w, x = (b, a) if isinstance(b, LazyWeight) else (a, b)
     if not isinstance(x, Tensor) or not w.is_matrix or (x.ndim == 1 and w.stack):
         return NotImplemented
     return _product(torch.matmul(a, w.W0) if w is b else torch.matmul(w.W0, b), w, x, right=w is b)
@@ -59,16 +59,16 @@ def _rmatmul(function: Any, b: Any, a: Any) -> Any:
 
 @answers(torch.addmm, torch.baddbmm, torch.addmv, Tensor.addmm, Tensor.baddbmm)
 def _addmm(function: Any, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    w, x = (b, a) if isinstance(b, LowRankSum) else (a, b)
-    if isinstance(c, LowRankSum) and isinstance(w, LowRankSum):  # a bias that is replaced
+    w, x = (b, a) if isinstance(b, LazyWeight) else (a, b)
+    if isinstance(c, LazyWeight) and isinstance(w, LazyWeight):  # a bias that is replaced
         c = c.dense("addmm")
-    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not isinstance(w, LowRankSum) or not w.is_matrix:
+    if not isinstance(x, Tensor) or not isinstance(c, Tensor) or not isinstance(w, LazyWeight) or not w.is_matrix:
         return NotImplemented
     y = function(c, a, w.W0, beta=beta, alpha=alpha) if w is b else function(c, w.W0, b, beta=beta, alpha=alpha)
     return _product(y, w, x, right=w is b, alpha=alpha)
 
 
-def _product(y: Tensor, w: LowRankSum, x: Tensor, *, right: bool, alpha: Any = 1) -> Tensor:
+def _product(y: Tensor, w: LazyWeight, x: Tensor, *, right: bool, alpha: Any = 1) -> Tensor:
     """y plus the low-rank terms of x @ W (right) or W @ x."""
     for P, Q, s, p, *_ in w.factors:
         dropped = F.dropout(x, p, p > 0)
@@ -85,7 +85,7 @@ def _product(y: Tensor, w: LowRankSum, x: Tensor, *, right: bool, alpha: Any = 1
 @answers(F.grouped_mm, torch._grouped_mm)
 def _grouped_mm(function: Any, x: Any, w: Any, offs: Any = None, **kwargs: Any) -> Any:
     """x (tokens, in) sorted by expert, w (E, in, out), offs (E,): where each expert's tokens end."""
-    if not isinstance(w, LowRankSum) or w.stack != 1 or any(v is not None for v in kwargs.values()):
+    if not isinstance(w, LazyWeight) or w.stack != 1 or any(v is not None for v in kwargs.values()):
         return NotImplemented
     y = function(x, w.W0, offs=offs)
     for P, Q, s, p, *_ in w.factors:
@@ -123,7 +123,7 @@ def _aligned(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 @answers(torch.einsum)
 def _einsum(function: Any, equation: Any, *operands: Any) -> Any:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    at = [i for i, o in enumerate(operands) if isinstance(o, LowRankSum)]
+    at = [i for i, o in enumerate(operands) if isinstance(o, LazyWeight)]
     if not isinstance(equation, str) or len(at) != 1 or "->" not in equation or len(operands) > 2:
         return NotImplemented
     w, n = operands[at[0]], operands[at[0]].stack
@@ -151,7 +151,7 @@ def _conv(function: Any, input: Any, weight: Any, bias: Any = None, stride: Any 
           groups: int = 1) -> Any:  # fmt: skip
     """W (out, in/groups, *kernel): all groups share Q (r, in/groups, *kernel), a group's outputs their rows of P."""
     x, w = input, weight
-    if not isinstance(w, LowRankSum) or w.stack:
+    if not isinstance(w, LazyWeight) or w.stack:
         return NotImplemented
     y = function(x, w.W0, w.biased(bias), stride, padding, dilation, groups)
     for P, Q, s, p, *_ in w.factors:
@@ -166,7 +166,7 @@ def _conv_transpose(function: Any, input: Any, weight: Any, bias: Any = None, st
                     groups: int = 1, dilation: Any = 1) -> Any:  # fmt: skip
     """W (in, out/groups, *kernel): x meets the rows of P (in, r) first, and then Q (r, out/groups, *kernel)."""
     x, w = input, weight
-    if not isinstance(w, LowRankSum) or w.stack:
+    if not isinstance(w, LazyWeight) or w.stack:
         return NotImplemented
     y = function(x, w.W0, bias, stride, padding, output_padding, groups, dilation)
     for P, Q, s, p, *_ in w.factors:
@@ -198,7 +198,7 @@ def _embedding(
 ) -> Any:
     """W (V, D). Options that concern W0's own gradient (scale_grad_by_freq, sparse) do not apply to the factors."""
     ids, w = input, weight
-    if not isinstance(w, LowRankSum) or not w.is_matrix or max_norm is not None:
+    if not isinstance(w, LazyWeight) or not w.is_matrix or max_norm is not None:
         return NotImplemented
     y = function(ids, w.W0, padding_idx, max_norm, *rest, **options)
     for P, Q, s, p, *_ in w.factors:

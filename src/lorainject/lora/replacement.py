@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.delta import Factors
-from .adapter import LowRank, factors
+from .adapter import LoraAdapter, delta_factors
 
 
-class Replaced(LowRank):
+class ReplacementTensor(LoraAdapter):
     """An adapter without A and B: `value` (*shape), or with `ids` the rows (len(ids), *shape[1:]) alone. In the dtype of the file."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Replaced(LowRank):
     """Whether it is there for a tied weight, with the value of another, which a file names."""
 
     def forward(self, use: Callable[..., Any], *args: Any) -> Any:
-        return self._factors(*args) if use is factors else use(self, *args)
+        return self._factors(*args) if use is delta_factors else use(self, *args)
 
     def of(self, W0: Tensor) -> Tensor:
         """What stands in W0's place, in its dtype."""

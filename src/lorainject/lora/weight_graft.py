@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..numerics.delta import Factors, gain
-from .active import Routing
-from .adapter import LowRank, factors
-from .adapter_dict import Adapters, Host, child_name, hosts, walk
-from .dora import Payload
+from ..numerics.delta import Factors, total_gain
+from .active import AdapterState
+from .adapter import LoraAdapter, delta_factors
+from .adapter_dict import AdaptedSite, AdapterDict, child_name, hosts, walk
+from .dora import DoraAdapter
 from .forward_graft import LoraForward
-from .graft import Graft, bare, change_class, grafted, objection
-from .lazy_weight import LowRankSum
+from .graft import Graft, base_class, change_class, graft_obstacle, grafted_class
+from .lazy_weight import LazyWeight
 from .lazy_weight_ops import teach_dynamo
-from .replacement import Replaced
+from .replacement import ReplacementTensor
 
 READS = "_lora_reads"  # on a reader: [(path of the owner from the reader, as parts, the parameter's name)]
 _LOCK = threading.Lock()
@@ -40,8 +40,8 @@ class LoraReader(Graft):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward; around it each weight that it reads is hidden, and shown again whatever happens."""
-        if (routing := _routed(self)) is not None:
-            return _by_rows(self, routing, args, kwargs)
+        if (state := _routed(self)) is not None:
+            return _by_rows(self, state, args, kwargs)
         opened: list[tuple[nn.Module, str, Any]] = []
         try:
             for path, name in self.__dict__[READS]:
@@ -55,28 +55,28 @@ class LoraReader(Graft):
                 opened.pop()
 
 
-def _routed(reader: nn.Module) -> Routing | None:
+def _routed(reader: nn.Module) -> AdapterState | None:
     """The routing, if the reader is a stack of experts in whose batch each row has an adapter of its own."""
     found = [a for path, name in reader.__dict__[READS] for a in _siblings(_owner(reader, path), name)]
-    if not found or (rows := found[0].routing.rows) is None or not all(a.kind.stacked for a in found):
+    if not found or (rows := found[0].state.rows) is None or not all(a.kind.stacked for a in found):
         return None
-    return found[0].routing if any(name in a for name in rows.names if name is not None for a in found) else None
+    return found[0].state if any(name in a for name in rows.names if name is not None for a in found) else None
 
 
-def _by_rows(experts: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _by_rows(experts: nn.Module, state: AdapterState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Experts treat each token by itself, so each adapter's tokens go through them on their own.
 
     Raises StateError if the inputs are not for certain the batch's tokens in their order: (rows * tokens, in), or with the batch on an axis of
     its own, and beside it the experts that each token chose, (rows * tokens, k). Without these they may be sorted or repeated (Llama 4).
     """
-    rows, tensors = routing.rows, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    rows, tensors = state.rows, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     assert rows is not None
     batch, n, axes = len(rows.names), len(tensors[0]), tensors[0].ndim - 1
     chosen = [t for t in tensors if not t.is_floating_point() and t.ndim == 2]
     in_order = n % batch == 0 if axes == 1 else n == batch and (tensors[0].shape[1] != batch or batch == 1)
     if not chosen or not in_order or any(len(t) != n for t in tensors):
         raise StateError(
-            f"rows(...) names {batch} rows, but a {bare(type(experts)).__name__} with adapters got inputs of the shapes"
+            f"rows(...) names {batch} rows, but a {base_class(type(experts)).__name__} with adapters got inputs of the shapes"
             f" {', '.join(str(tuple(t.shape)) for t in tensors)}, which are not for certain these rows' tokens in their order",
             way_out="give one name per row of the batch, or inject the adapters without its weights: exclude=[...]",
         )
@@ -84,21 +84,21 @@ def _by_rows(experts: nn.Module, routing: Routing, args: tuple[Any, ...], kwargs
     def part(value: Any, tokens: slice) -> Any:
         return value[tokens] if isinstance(value, Tensor) else value
 
-    found, before = [], routing.active
+    found, before = [], state.active
     try:
-        routing.rows = None
+        state.rows = None
         for name, run in rows.runs:
             tokens = slice(run.start * n // batch, run.stop * n // batch)
-            routing.active = () if name is None else (name,)
+            state.active = () if name is None else (name,)
             found.append(
                 experts.forward(*(part(a, tokens) for a in args), **{key: part(v, tokens) for key, v in kwargs.items()})
             )
     finally:
-        routing.rows, routing.active = rows, before
+        state.rows, state.active = rows, before
     return torch.cat(found)
 
 
-class Hidden(LowRankSum):
+class ShadowedWeight(LazyWeight):
     """What hides a parameter: W0 + s B A of the adapters that are on *when it is used*, in any thread and grad mode."""
 
     def __init__(self, owner: nn.Module, name: str) -> None:
@@ -109,7 +109,9 @@ class Hidden(LowRankSum):
         self.under = owner.__dict__.get(name)  # a replica of DataParallel has its parameters there
         self.users: set[Any] = set()
         self.traced = 0
-        self.payload = any(isinstance(low, Payload | Replaced) for a in self.adapters for low in a.children())
+        self.payload = any(
+            isinstance(low, DoraAdapter | ReplacementTensor) for a in self.adapters for low in a.children()
+        )
 
     users: set[Any]
     """The forwards that read it now."""
@@ -129,28 +131,28 @@ class Hidden(LowRankSum):
         """The parameter, or what replaces it; with DoRA times its gain, which takes the weight's size while it is used."""
         W0 = self.stored
         if self.payload:
-            c = gain(self.factors)
+            c = total_gain(self.factors)
             for low in self.on:
-                W0 = low(Replaced.of, W0) if isinstance(low, Replaced) else W0
+                W0 = low(ReplacementTensor.of, W0) if isinstance(low, ReplacementTensor) else W0
             W0 = W0 if c is None else (W0 * c).to(W0.dtype)
         return W0
 
     def biased(self, bias: Tensor | None) -> Tensor | None:
         """The layer's bias, with the updates of the adapters that are on."""
         for low in self.on if self.payload else ():
-            if isinstance(low, Payload) and low.b is not None:
+            if isinstance(low, DoraAdapter) and low.b is not None:
                 update = low.update().to(self.stored.dtype)
                 bias = update if bias is None else bias + update
         return bias
 
     @property
-    def on(self) -> list[LowRank]:
+    def on(self) -> list[LoraAdapter]:
         """The adapters that are on."""
-        routing = self.adapters[0].routing
-        if routing.rows is not None:
-            if any(name in a for name in routing.rows.names if name is not None for a in self.adapters):
+        state = self.adapters[0].state
+        if state.rows is not None:
+            if any(name in a for name in state.rows.names if name is not None for a in self.adapters):
                 raise StateError(
-                    f"rows(...): the weight {self.name!r} of a {bare(type(self.owner)).__name__} is read by the model's own code, which may"
+                    f"rows(...): the weight {self.name!r} of a {base_class(type(self.owner)).__name__} is read by the model's own code, which may"
                     " see the batch in any order",
                     way_out="inject the adapters without it: exclude=[...]",
                 )
@@ -161,11 +163,13 @@ class Hidden(LowRankSum):
     def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
         """Of these, as far as they have A and B."""
         rest = tuple(self.stored.shape[self.stack + 1 :])
-        return tuple(low(factors, self.kind.transposed, rest) for low in self.on if not isinstance(low, Replaced))
+        return tuple(
+            low(delta_factors, self.kind.transposed, rest) for low in self.on if not isinstance(low, ReplacementTensor)
+        )
 
 
 def mount(
-    paths: Sequence[str], module: nn.Module, adapters: Adapters, readers: Sequence[tuple[str, nn.Module]]
+    paths: Sequence[str], module: nn.Module, adapters: AdapterDict, readers: Sequence[tuple[str, nn.Module]]
 ) -> None:
     """Give a module (under all its paths) the child that holds a weight's adapters, and graft it, or the weight's readers, each with a path.
 
@@ -182,7 +186,7 @@ def mount(
         readers = list(dict.fromkeys([*readers, (paths[0], module)]))
         adapters.read = True
         for other in module._modules.values():
-            if isinstance(other, Adapters) and not other.read and other is not adapters:
+            if isinstance(other, AdapterDict) and not other.read and other is not adapters:
                 mount(paths, module, other, [(paths[0], module)])
     adapters.read = adapters.read or bool(readers)
     for reader_path, reader in readers:
@@ -196,7 +200,7 @@ def mount(
         _regraft(module, True)
 
 
-def unmount(model: nn.Module, gone: Sequence[Host]) -> None:
+def unmount(model: nn.Module, gone: Sequence[AdaptedSite]) -> None:
     """Take these children away again, and the grafts of modules that have nothing left to do.
 
     The children go last: where an interrupt leaves one, the next eject finds it and finishes.
@@ -212,12 +216,12 @@ def unmount(model: nn.Module, gone: Sequence[Host]) -> None:
                 (path, name) for path, name in module.__dict__[READS] if stay(_siblings(_owner(module, path), name))
             ]
             if not kept:
-                change_class(module, bare(type(module)))
+                change_class(module, base_class(type(module)))
                 del module.__dict__[READS]
             else:
                 module.__dict__[READS] = kept
-        elif not stay(child for child in module._modules.values() if isinstance(child, Adapters)):
-            change_class(module, bare(type(module)))
+        elif not stay(child for child in module._modules.values() if isinstance(child, AdapterDict)):
+            change_class(module, base_class(type(module)))
     for host in gone:
         _forget(host.module)
         del host.module._modules[child_name(host.adapters.parameter, host.adapters.label)]
@@ -233,12 +237,14 @@ def grafts(model: nn.Module) -> dict[str, nn.Module]:
     return dict(found.values())
 
 
-def objections(model: nn.Module) -> list[str]:
+def graft_obstacles(model: nn.Module) -> list[str]:
     """Every grafted module whose class can't be changed, and why."""
-    return [f"{path}: {reason}" for path, module in grafts(model).items() if (reason := objection(module)) is not None]
+    return [
+        f"{path}: {reason}" for path, module in grafts(model).items() if (reason := graft_obstacle(module)) is not None
+    ]
 
 
-def set_grafts(model: nn.Module, on: bool) -> None:
+def set_grafted(model: nn.Module, on: bool) -> None:
     """Give all of them the grafted class, or their own."""
     for host in hosts(model).values():
         _forget(host.module)
@@ -247,13 +253,13 @@ def set_grafts(model: nn.Module, on: bool) -> None:
 
 
 def _regraft(module: nn.Module, on: bool) -> None:
-    cls = bare(type(module))
-    change_class(module, grafted(LoraReader if READS in module.__dict__ else LoraForward, cls) if on else cls)
+    cls = base_class(type(module))
+    change_class(module, grafted_class(LoraReader if READS in module.__dict__ else LoraForward, cls) if on else cls)
 
 
-def _siblings(owner: nn.Module, name: str) -> list[Adapters]:
+def _siblings(owner: nn.Module, name: str) -> list[AdapterDict]:
     """The adapters of one weight: on the whole of it, or on its slices."""
-    return [child for child in owner._modules.values() if isinstance(child, Adapters) and child.parameter == name]
+    return [child for child in owner._modules.values() if isinstance(child, AdapterDict) and child.parameter == name]
 
 
 def _owner(reader: nn.Module, path: tuple[str, ...]) -> nn.Module:
@@ -269,8 +275,8 @@ def _open(owner: nn.Module, name: str, me: Any) -> None:
         return
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:  # a lock can't be traced
         hidden = owner.__dict__.get(name)
-        if not isinstance(hidden, Hidden):
-            hidden = owner.__dict__[name] = Hidden(owner, name)
+        if not isinstance(hidden, ShadowedWeight):
+            hidden = owner.__dict__[name] = ShadowedWeight(owner, name)
             _tell_kernel(owner)
         if me is None:
             hidden.traced += 1
@@ -282,7 +288,7 @@ def _close(owner: nn.Module, name: str, me: Any) -> None:
     """Done with it; the last one shows the parameter again. May be called twice."""
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
         hidden = owner.__dict__.get(name)
-        if isinstance(hidden, Hidden):
+        if isinstance(hidden, ShadowedWeight):
             if me is None:
                 hidden.traced -= 1
             else:
@@ -291,7 +297,7 @@ def _close(owner: nn.Module, name: str, me: Any) -> None:
                 _show(owner, name, hidden)
 
 
-def _show(owner: nn.Module, name: str, hidden: Hidden) -> None:
+def _show(owner: nn.Module, name: str, hidden: ShadowedWeight) -> None:
     if hidden.under is None:
         del owner.__dict__[name]
     else:
@@ -310,5 +316,5 @@ def _tell_kernel(owner: nn.Module) -> None:
 def _forget(owner: nn.Module) -> None:
     """Show what a forward that was interrupted while it cleaned up has left hidden."""
     for name, hidden in list(owner.__dict__.items()):
-        if isinstance(hidden, Hidden):
+        if isinstance(hidden, ShadowedWeight):
             _show(owner, name, hidden)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .adapter import Term, add_looked_up
-from .graft import bare, objection
+from .adapter import Term, add_embedding_term
+from .graft import base_class, graft_obstacle
 from .kernels.lora_linear import accumulate
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +53,7 @@ class Kind:
 LAYERS = (
     Kind(name="linear", type="torch.nn.modules.linear.Linear", term=accumulate),
     Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, term=accumulate),
-    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, term=add_looked_up),
+    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, term=add_embedding_term),
     Kind(name="conv^T", type="torch.nn.modules.conv._ConvTransposeNd", transposed=True),
     Kind(name="conv", type="torch.nn.modules.conv._ConvNd"),
 )
@@ -71,20 +71,20 @@ def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:
     return _row(cls)[0] if parameter == "weight" else None
 
 
-def is_plain(module: nn.Module) -> bool:
+def has_standard_forward(module: nn.Module) -> bool:
     """Whether the module's forward is that of its kind, and not one of its own."""
     cls: Any = type(module)
-    return bare(cls).forward is _row(cls)[1].forward or is_quantised(module)
+    return base_class(cls).forward is _row(cls)[1].forward or is_quantized(module)
 
 
 @cache
-def makes_output(cls: type[nn.Module]) -> bool:
+def returns_fresh_output(cls: type[nn.Module]) -> bool:
     """Whether such a layer's forward returns memory that it has just taken, which nothing else sees: that of its kind does."""
     kind, row = _row(cls)  # type: ignore[arg-type]
     return kind is not None and kind.term is not None and cls.forward is row.forward
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether the weight is stored in a form that only the module's own forward can use."""
     weight = module._parameters.get("weight")
     cls: Any = type(module)
@@ -99,19 +99,19 @@ def _quantise(*classes: Any) -> bool:
     return any(f"{c.__module__}.".startswith(QUANTISED) for cls in classes for c in cls.__mro__)
 
 
-def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
+def weight_shape(module: nn.Module, parameter: str) -> tuple[int, ...]:
     """The weight's shape; a quantised one's is packed, and the layer's sizes tell."""
-    if parameter == "weight" and is_quantised(module):
+    if parameter == "weight" and is_quantized(module):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     weight = module._parameters[parameter]
     assert weight is not None
     return tuple(weight.shape)
 
 
-def refusal(module: nn.Module, parameter: str = "weight") -> str | None:
+def why_unsupported(module: nn.Module, parameter: str = "weight") -> str | None:
     """Why this weight can't carry an adapter all the same; None if it can."""
     weight = module._parameters.get(parameter)
-    if (reason := objection(module)) is not None:
+    if (reason := graft_obstacle(module)) is not None:
         return reason
     if "parametrizations" in module._modules or weight is None:
         return "its weight is computed (parametrised, or weight_norm): torch.nn.utils.parametrize.remove_parametrizations first"
@@ -121,7 +121,7 @@ def refusal(module: nn.Module, parameter: str = "weight") -> str | None:
         return "its weight is already sharded (DTensor): inject first, shard after"
     if weight.numel() == 0:
         return f"its weight is empty: {tuple(weight.shape)}"
-    if weight.dtype not in DTYPES and not is_quantised(module):
+    if weight.dtype not in DTYPES and not is_quantized(module):
         return f"its weight is {weight.dtype}: only {', '.join(str(d).removeprefix('torch.') for d in DTYPES)} are supported"
     if vars(module).get("max_norm") is not None:
         return "max_norm rewrites the base weight in every forward: set it to None first"

@@ -7,34 +7,34 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..lora.adapter_dict import misfit, walk
-from ..lora.dora import Payload
-from ..lora.graft import bare
-from ..lora.replacement import Replaced
-from ..lora.weight_kinds import is_quantised, is_sharded
+from ..lora.adapter_dict import shape_mismatch, walk
+from ..lora.dora import DoraAdapter
+from ..lora.graft import base_class
+from ..lora.replacement import ReplacementTensor
+from ..lora.weight_kinds import is_quantized, is_sharded
 from ..numerics.delta import is_finite
 from .exchange import can_be_linear
 from .quantization import scheme
-from .strategies import Whole, mark
+from .strategies import AdaptedWeight, parameter_checksum
 
 
-def unfoldable(
-    w: Whole, names: Sequence[str], ties: Mapping[tuple[int, str], list[str]], dequantise: bool
+def why_not_mergeable(
+    w: AdaptedWeight, names: Sequence[str], ties: Mapping[tuple[int, str], list[str]], dequantise: bool
 ) -> str | None:
     """Why nothing can be folded into this weight; None if it can."""
     host = w.hosts[0]
     weight = host.module._parameters.get(host.adapters.parameter)
     if weight is None:
         return "its weight is computed (parametrised since inject)"
-    if dequantise and is_quantised(host.module) and not can_be_linear(host.module):
-        return f"a {bare(type(host.module)).__name__} can't become an nn.Linear: merge without dequantise=True, or before quantising"
-    if is_quantised(host.module) and scheme(host.module) is None:
+    if dequantise and is_quantized(host.module) and not can_be_linear(host.module):
+        return f"a {base_class(type(host.module)).__name__} can't become an nn.Linear: merge without dequantise=True, or before quantising"
+    if is_quantized(host.module) and scheme(host.module) is None:
         return "its weight is quantised in a way that can't be redone: keep the adapter unmerged, or merge into the model before quantising"
     if is_sharded(weight):
         return "its weight is sharded"
     if weight.is_inference():
         return "its weight was made under torch.inference_mode and can't be changed"
-    if any(misfit(h, a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
+    if any(shape_mismatch(h, a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
         return f"its weight is {tuple(weight.shape)} now, for which A and B were not made (resized since inject?)"
     if weight.is_meta or any(p.is_meta for a in w.adapters(names) for p in a.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
@@ -42,14 +42,14 @@ def unfoldable(
         return f"its weight is tied to {', '.join(ties[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
     if not all(is_finite(p) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
-    if is_quantised(host.module) and any(isinstance(a, Payload | Replaced) for a in w.adapters(names)):
+    if is_quantized(host.module) and any(isinstance(a, DoraAdapter | ReplacementTensor) for a in w.adapters(names)):
         return "its weight is quantised, and magnitudes or an update of the bias come with A and B: keep the adapter unmerged"
-    if w.bias is None and any(isinstance(a, Payload) and a.b is not None for a in w.adapters(names)):
+    if w.bias is None and any(isinstance(a, DoraAdapter) and a.b is not None for a in w.adapters(names)):
         return "its layer has no bias for the update of the bias to be folded into (a new one would be a new key in the state dict)"
     return None
 
 
-def stuck(w: Whole) -> str | None:
+def why_not_reversible(w: AdaptedWeight) -> str | None:
     """Why W0 can't be given back to this weight; None if it can, as far as one sees."""
     if (folded := w.folded) is None:
         return None
@@ -63,13 +63,13 @@ def stuck(w: Whole) -> str | None:
     if (
         folded.original is not None
         and w.weight is not folded.original
-        and mark(w, folded.bias is not None) != folded.mark
+        and parameter_checksum(w, folded.bias is not None) != folded.mark
     ):
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 
 
-def tied(model: nn.Module) -> dict[tuple[int, str], list[str]]:
+def tied_weights(model: nn.Module) -> dict[tuple[int, str], list[str]]:
     """For each weight (module's id, parameter) that other tensors of the model share memory with, in whole or in part: their paths."""
     spans: dict[int, list[tuple[int, int, tuple[int, str], str]]] = {}
     for path, module in walk(model):
@@ -85,9 +85,9 @@ def tied(model: nn.Module) -> dict[tuple[int, str], list[str]]:
                 spans.setdefault(t.untyped_storage().data_ptr(), []).append(
                     (t.data_ptr(), t.data_ptr() + extent * t.itemsize, (id(module), name), f"{path}.{name}")
                 )
-    tied: dict[tuple[int, str], list[str]] = {}
+    tied_weights: dict[tuple[int, str], list[str]] = {}
     for sharing in spans.values():
         for start, end, mine, _ in sharing:
             if others := [p for s, e, whose, p in sharing if s < end and start < e and whose != mine]:
-                tied.setdefault(mine, others)
-    return tied
+                tied_weights.setdefault(mine, others)
+    return tied_weights

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..lora.adapter_dict import Folded, Terms
-from ..lora.graft import bare, change_class
+from ..lora.adapter_dict import MergeRecord, Terms
+from ..lora.graft import base_class, change_class
 from ..lora.replacement import placed
-from ..numerics.delta import gain
-from ..numerics.threads import Each
-from ..numerics.tile_merge import Measured
-from ..numerics.tiled_matmul import Product
+from ..numerics.delta import total_gain
+from ..numerics.threads import ForEach
+from ..numerics.tile_merge import DeltaStats
+from ..numerics.tiled_matmul import LowRankProduct
 from .quantization import Scheme, scheme
-from .strategies import InPlace, Whole, flat, mark, summed
+from .strategies import AdaptedWeight, InPlace, flat, parameter_checksum, summed
 
 
 class Untied(InPlace):
     """The fold goes into memory of its own; others that share W0 keep it."""
 
-    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad) if write else None
         self._tiled(of, new, each, keep=False, plain=not keep)
         if new is not None:
@@ -36,7 +36,7 @@ class Untied(InPlace):
     def undo(self) -> None:
         self.w.weight = self.before
 
-    def folded(self, reversible: bool) -> Folded:
+    def folded(self, reversible: bool) -> MergeRecord:
         return self._folded(reversible, None, self.before if reversible else None)
 
 
@@ -47,7 +47,7 @@ class Tried(Untied):
         return False
 
     @functools.cached_property
-    def quick(self) -> Product:
+    def quick(self) -> LowRankProduct:
         """In float64 too: what is tried first is what is done."""
         return summed(self.terms)
 
@@ -58,11 +58,11 @@ class Exchanged(Tried):
     What was there is kept whole, since the difference is not of low rank. The sums are formed in float64, and rounded once.
     """
 
-    def __init__(self, w: Whole, terms: Terms) -> None:
+    def __init__(self, w: AdaptedWeight, terms: Terms) -> None:
         super().__init__(w, terms)
         self.bias, self.updates = w.bias, [f.update for parts in terms.values() for f in parts if f.update is not None]
 
-    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
         new = nn.Parameter(torch.empty_like(self.before), self.before.requires_grad)
         c, start = beside(self.terms, self.before.detach())
         tiles = (self.w.tiles(t, of) for t in (self.before, new, start, c.expand(self.before.shape)))
@@ -73,7 +73,7 @@ class Exchanged(Tried):
             if bool((W0.isfinite() & ~flat(out).isfinite()).any()):
                 raise MergeError(f"the sum is not finite in {out.dtype}")
             change, error = (M - W0).flatten().nan_to_num(), (flat(out).double() - M).flatten().nan_to_num()
-            self.tally.tiles[i] = Measured(float(change @ change), float(error @ error), float(error @ change))
+            self.tally.tiles[i] = DeltaStats(float(change @ change), float(error @ error), float(error @ change))
         self.norm = self.tally.measured.asked**0.5
         if write:
             self.w.weight = new
@@ -86,19 +86,23 @@ class Exchanged(Tried):
         if self.updates:
             self.w.module._parameters["bias"] = self.bias
 
-    def folded(self, reversible: bool) -> Folded:
+    def folded(self, reversible: bool) -> MergeRecord:
         folded = super().folded(reversible)
-        return replace(folded, bias=self.bias, mark=mark(self.w, True)) if reversible and self.updates else folded
+        return (
+            replace(folded, bias=self.bias, mark=parameter_checksum(self.w, True))
+            if reversible and self.updates
+            else folded
+        )
 
 
-class Requantised(Tried):
+class Requantized(Tried):
     """Dequantised, summed, and quantised anew by the same scheme."""
 
-    def __init__(self, w: Whole, terms: Terms) -> None:
+    def __init__(self, w: AdaptedWeight, terms: Terms) -> None:
         super().__init__(w, terms)
         self.scheme = cast(Scheme, scheme(w.module))
 
-    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
         W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
         new = self.scheme.requantise(self.w.module, W0 + d)
         self.scheme.install(self.w.module, new)
@@ -112,17 +116,17 @@ class Requantised(Tried):
             raise MergeError("W0 + s B A is not finite as it is stored")
         error = (M - W0 - d).flatten()
         d = d.flatten()
-        self.tally.tiles[0] = Measured(float(d @ d), float(error @ error), float(error @ d))
+        self.tally.tiles[0] = DeltaStats(float(d @ d), float(error @ error), float(error @ d))
 
     def undo(self) -> None:
         if self.w.weight is not self.before:
             self.scheme.install(self.w.module, self.before)
 
 
-class Dequantised(Requantised):
+class Dequantized(Requantized):
     """The layer is an nn.Linear, in its bias's dtype, or without one in bfloat16."""
 
-    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
         W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
         bias = self.w.module._parameters.get("bias")
         M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
@@ -140,7 +144,7 @@ class Dequantised(Requantised):
 
 def can_be_linear(module: nn.Module) -> bool:
     """Whether Python lets such an object become an nn.Linear (quanto's can't)."""
-    other = object.__new__(bare(type(module)))
+    other = object.__new__(base_class(type(module)))
     try:
         other.__class__ = nn.Linear
     except TypeError:
@@ -148,7 +152,7 @@ def can_be_linear(module: nn.Module) -> bool:
     return True
 
 
-WAYS = {way.__name__: way for way in (InPlace, Untied, Exchanged, Requantised, Dequantised)}
+WAYS = {way.__name__: way for way in (InPlace, Untied, Exchanged, Requantized, Dequantized)}
 
 
 def beside(terms: Terms, W0: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,5 +163,5 @@ def beside(terms: Terms, W0: Tensor) -> tuple[Tensor, Tensor]:
         raise MergeError(
             "nothing was merged: one of several adapters replaces the whole tensor", way_out="merge one at a time"
         )
-    c = gain(parts)
+    c = total_gain(parts)
     return W0.new_ones(()) if c is None else c, placed(W0, *values[0]) if values else W0

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import MergeError, StateError, SurvivalWarning
-from ..lora.adapter_dict import Host, Terms, merged_names, mounted, names_of, routings
-from ..lora.weight_graft import objections, set_grafts
-from ..lora.weight_kinds import is_quantised
-from ..numerics.threads import Each, uninterrupted, workers
-from ..numerics.tile_merge import Desk, Measured, wide
-from .checks import stuck, tied, unfoldable
+from ..lora.adapter_dict import AdaptedSite, Terms, adapter_states, merged_names, mounted, names_of
+from ..lora.weight_graft import graft_obstacles, set_grafted
+from ..lora.weight_kinds import is_quantized
+from ..numerics.threads import ForEach, defer_interrupt, thread_pool
+from ..numerics.tile_merge import DeltaStats, TileWorkspace, sum_dtype
+from .checks import tied_weights, why_not_mergeable, why_not_reversible
 from .exchange import WAYS, beside
-from .strategies import Before, InPlace, Whole, fold_again, summed, unfold, wholes
+from .strategies import AdaptedWeight, Before, InPlace, adapted_weights, fold_again, summed, unfold
 
 SURVIVAL = 0.9  # of a delta: less is worth a warning, or is refused
 
@@ -101,7 +101,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     if again := [n for n in merged if names is None or n in asked]:
         raise StateError(f"{', '.join(map(repr, again))} is already merged", way_out="unmerge(model) first")
     on = mounted(model, "merge", *asked, merged=True)
-    active = tuple(dict.fromkeys(n for r in routings(model) for n in r.active))
+    active = tuple(dict.fromkeys(n for r in adapter_states(model) for n in r.active))
     chosen = active if names is None else asked
     if not chosen:
         raise StateError("no adapter is on" if names is None else "no adapter was named",
@@ -109,13 +109,17 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     if not merged and (dropped := [n for n in active if n not in chosen]):
         raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
-    weights = wholes(on)
-    ties = tied(model)
+    weights = adapted_weights(on)
+    ties = tied_weights(model)
     asked_of = [w for w in weights if w.adapters(chosen)]
-    problems = objections(model) + [
-        f"{w.name}: {reason}" for w in asked_of if (reason := unfoldable(w, chosen, {} if untie else ties, dequantise))
+    problems = graft_obstacles(model) + [
+        f"{w.name}: {reason}"
+        for w in asked_of
+        if (reason := why_not_mergeable(w, chosen, {} if untie else ties, dequantise))
     ]
-    problems += [f"{w.name}: {reason}" for w in weights if (reason := stuck(w))]  # the sum is formed from W0
+    problems += [
+        f"{w.name}: {reason}" for w in weights if (reason := why_not_reversible(w))
+    ]  # the sum is formed from W0
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
     before = _unfold(weights) if merged else {}
@@ -142,7 +146,7 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     Raises StateError if nothing is merged, MergeError (and changes nothing) where W0 can't be given back: after
     merge(reversible=False), or if a weight's dtype or values were changed in between.
     """
-    on = {path: host for path, host in mounted(model, "unmerge", merged=True).items() if host.adapters.routing.merged}
+    on = {path: host for path, host in mounted(model, "unmerge", merged=True).items() if host.adapters.state.merged}
     if not on:
         raise StateError("nothing is merged", way_out="merge(model) comes first")
     merged = merged_names(model)
@@ -151,8 +155,10 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
         raise StateError(
             f"{', '.join(map(repr, unknown))} is not merged", way_out=f"merged are {', '.join(map(repr, merged))}"
         )
-    weights = wholes(on)
-    if problems := objections(model) + [f"{w.name}: {reason}" for w in weights if (reason := stuck(w))]:
+    weights = adapted_weights(on)
+    if problems := graft_obstacles(model) + [
+        f"{w.name}: {reason}" for w in weights if (reason := why_not_reversible(w))
+    ]:
         raise MergeError(
             "nothing was unmerged:", problems, "load the base anew; an adapter's A and B are still there to be saved"
         )
@@ -164,20 +170,20 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
             for w in weights:
                 w.folded = None
             _merge(model, on, jobs, left, reversible=True, strict=False)
-        for routing in routings(model):
-            routing.active = tuple(n for n in routing.active if n not in gone)
+        for state in adapter_states(model):
+            state.active = tuple(n for n in state.active if n not in gone)
         return model
     # Each step can be done again, so that an unmerge that is interrupted here is finished by the next.
-    set_grafts(model, True)
+    set_grafted(model, True)
     for w in weights:
         w.folded = None
     _set_merged(on, ())
     return model
 
 
-def _set_merged(on: Mapping[str, Host], names: tuple[str, ...]) -> None:
+def _set_merged(on: Mapping[str, AdaptedSite], names: tuple[str, ...]) -> None:
     for host in on.values():
-        host.adapters.routing.merged = names
+        host.adapters.state.merged = names
 
 
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -188,8 +194,8 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
     The delta is formed in float32 (float64 for float64 weights), one weight at a time.
     """
     on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
-    for w in wholes(on):
-        asked = w.hosts[0].adapters.routing.active if name is None else (name,)
+    for w in adapted_weights(on):
+        asked = w.hosts[0].adapters.state.active if name is None else (name,)
         terms = (
             w.terms(asked)
             if w.folded is None or not _beside(w.folded.terms)
@@ -201,28 +207,28 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
                 W0 = (w.weight if w.folded is None or w.folded.original is None else w.folded.original).detach()
                 c, start = beside(terms, W0)
                 d = d + c.double() * start - W0
-            yield w.name, w.weight.detach(), d.to(wide(w.weight.dtype))
+            yield w.name, w.weight.detach(), d.to(sum_dtype(w.weight.dtype))
 
 
-def _merge(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
+def _merge(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
            strict: bool | None) -> MergeReport:  # fmt: skip
     """Fold into weights that are all W0; all or nothing."""
     if strict or reversible or not all(job.fits() for job in jobs):
         return _carry_out(model, on, jobs, names, reversible, strict)
     # None of these sums can fail, so no way back is kept meanwhile: that would take half of the time.
     try:
-        with uninterrupted():
+        with defer_interrupt():
             report = _carry_out(model, on, jobs, names, reversible, strict, keep=False)
     except Exception as e:  # the system's (out of memory)
         raise MergeError("the merge broke off with some weights written; reversible=False keeps nothing to go back by",
                          way_out="load the base anew") from e  # fmt: skip
-    judge(report.sites, strict, stacklevel=4)
+    check_survival(report.sites, strict, stacklevel=4)
     return report
 
 
-def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool, strict: bool | None,
+def _carry_out(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool, strict: bool | None,
                keep: bool = True) -> MergeReport:  # fmt: skip
-    desk = Desk()
+    desk = TileWorkspace()
     try:
         for write in (False, True) if strict else (True,):
             with _workers([job.w for job in jobs]) as each:
@@ -235,10 +241,10 @@ def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace]
                 )
             sites = [merged_site(j.w.name, j.norm, j.tally.measured, j.w.weight.nbytes, j.codes_changed) for j in jobs]
             if keep:
-                judge(sites, strict, stacklevel=6)
+                check_survival(sites, strict, stacklevel=6)
         for job in jobs:
             job.w.folded = job.folded(reversible)
-        set_grafts(model, False)
+        set_grafted(model, False)
         for job in jobs:
             job.finish()
         _set_merged(on, names)
@@ -250,22 +256,22 @@ def _carry_out(model: nn.Module, on: Mapping[str, Host], jobs: Sequence[InPlace]
         for job in jobs:
             job.undo()
             job.w.folded = None
-        set_grafts(model, True)
+        set_grafted(model, True)
         _set_merged(on, ())
         raise
 
 
-def _unfold(weights: Sequence[Whole]) -> dict[str, Before]:
+def _unfold(weights: Sequence[AdaptedWeight]) -> dict[str, Before]:
     with _workers(weights) as each:
         return unfold(weights, each)
 
 
-def _workers(weights: Sequence[Whole]) -> AbstractContextManager[Each]:
-    return workers("cpu" if all(w.weight.device.type == "cpu" for w in weights) else "cuda")
+def _workers(weights: Sequence[AdaptedWeight]) -> AbstractContextManager[ForEach]:
+    return thread_pool("cpu" if all(w.weight.device.type == "cpu" for w in weights) else "cuda")
 
 
 def merged_site(
-    path: str, norm: float, measured: Measured, weight_bytes: int, codes_changed: float | None = None
+    path: str, norm: float, measured: DeltaStats, weight_bytes: int, codes_changed: float | None = None
 ) -> MergedSite:
     """A site of which nothing is kept yet."""
     error = measured.lost**0.5 / norm if norm else 0.0
@@ -273,7 +279,7 @@ def merged_site(
                       codes_changed=codes_changed)  # fmt: skip
 
 
-def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> None:
+def check_survival(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> None:
     """Warn of what does not survive, or refuse it: with `strict`, or where it is None quantised weights alone."""
     drowned = {
         s: f"{s.path}: {max(s.survival, 0.0):.2f} of its delta, error {s.error:.0%}"
@@ -294,10 +300,10 @@ def judge(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> 
         warnings.warn(str(warning), SurvivalWarning, stacklevel=stacklevel)
 
 
-def _way(w: Whole, terms: Terms, tied: bool, dequantise: bool) -> str:
-    if is_quantised(w.module):
-        return "Dequantised" if dequantise else "Requantised"
-    return "Exchanged" if _beside(terms) else "Untied" if tied else "InPlace"
+def _way(w: AdaptedWeight, terms: Terms, tied_weights: bool, dequantise: bool) -> str:
+    if is_quantized(w.module):
+        return "Dequantized" if dequantise else "Requantized"
+    return "Exchanged" if _beside(terms) else "Untied" if tied_weights else "InPlace"
 
 
 def _beside(terms: Terms) -> bool:
@@ -307,14 +313,14 @@ def _beside(terms: Terms) -> bool:
 
 @contextmanager
 def _else_again(
-    model: nn.Module, weights: Sequence[Whole], before: Mapping[str, Before], merged: Sequence[str]
+    model: nn.Module, weights: Sequence[AdaptedWeight], before: Mapping[str, Before], merged: Sequence[str]
 ) -> Iterator[None]:
     """If this fails, what was unfolded for it is folded once more."""
     try:
         yield
     except BaseException:
         if before:
-            set_grafts(model, False)
+            set_grafted(model, False)
             fold_again(weights, before)
             _set_merged({w.name: host for w in weights for host in w.hosts}, tuple(merged))
         raise

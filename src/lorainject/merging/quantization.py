@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora.graft import bare
+from ..lora.graft import base_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def scheme(module: nn.Module) -> Scheme | None:
     for row in SCHEMES:
         if (
             _dotted(type(weight)) in row.weights
-            and _computes_as(bare(type(module)), row.layer)
+            and _computes_as(base_class(type(module)), row.layer)
             and (kind := row.kind(module)) is not None
         ):
             return dataclasses.replace(row, name=f"{row.name} {kind}")

@@ -17,25 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..lora.adapter import LowRank, factors
-from ..lora.adapter_dict import Folded, Host, Terms
-from ..lora.graft import bare, change_class
-from ..lora.weight_kinds import is_quantised
-from ..numerics.checksum import checksum, same
-from ..numerics.delta import copied, flattened
-from ..numerics.fingerprint import sample
-from ..numerics.threads import Each
-from ..numerics.tile_merge import Desk, Fold, Journal, Kept, at_most, wide
-from ..numerics.tiled_matmul import TILE, Product, double, quick
+from ..lora.adapter import LoraAdapter, delta_factors
+from ..lora.adapter_dict import AdaptedSite, MergeRecord, Terms
+from ..lora.graft import base_class, change_class
+from ..lora.weight_kinds import is_quantized
+from ..numerics.checksum import checksum, same_bits
+from ..numerics.delta import clone_factors, flatten_factors
+from ..numerics.fingerprint import sample_values
+from ..numerics.threads import ForEach
+from ..numerics.tile_merge import Journal, TileJournal, TileMerger, TileWorkspace, max_abs_bound, sum_dtype
+from ..numerics.tiled_matmul import TILE, LowRankProduct, exact_product, fast_product
 from .quantization import scheme
 
 
 @dataclass
-class Whole:
+class AdaptedWeight:
     """One weight with all that is adapted of it: the whole, or several slices."""
 
     name: str
-    hosts: tuple[Host, ...]
+    hosts: tuple[AdaptedSite, ...]
 
     @property
     def module(self) -> nn.Module:
@@ -51,17 +51,17 @@ class Whole:
     def weight(self, value: nn.Parameter) -> None:
         self.module._parameters[self.hosts[0].adapters.parameter] = value
 
-    def adapters(self, names: Sequence[str]) -> list[LowRank]:
+    def adapters(self, names: Sequence[str]) -> list[LoraAdapter]:
         """Those of these names."""
         return [host.adapters[n] for n in names for host in self.hosts if n in host.adapters]
 
     @property
-    def folded(self) -> Folded | None:
+    def folded(self) -> MergeRecord | None:
         """What merge left: on the first of its hosts that says so."""
         return next((host.adapters.folded for host in self.hosts if host.adapters.folded is not None), None)
 
     @folded.setter
-    def folded(self, value: Folded | None) -> None:
+    def folded(self, value: MergeRecord | None) -> None:
         for host in self.hosts:
             host.adapters.folded = value
 
@@ -69,24 +69,28 @@ class Whole:
         """The deltas of these adapters as they are now, in the stored orientation; copies, if they are to stay so."""
         kind, shape = self.hosts[0].adapters.kind, self.hosts[0].shape
         rest = tuple(shape[kind.stacked + 1 :])
-        found = {n: [a(factors, kind.transposed, rest) for a in self.adapters([n])] for n in names}
-        return {n: tuple(copied(f) if copy else flattened(f) for f in parts) for n, parts in found.items() if parts}
+        found = {n: [a(delta_factors, kind.transposed, rest) for a in self.adapters([n])] for n in names}
+        return {
+            n: tuple(clone_factors(f) if copy else flatten_factors(f) for f in parts)
+            for n, parts in found.items()
+            if parts
+        }
 
-    def tiles(self, weight: Tensor, of: Product) -> Iterator[tuple[Tensor, Product]]:
+    def tiles(self, weight: Tensor, of: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
         """Each tile (rows, *rest), a view of the weight, with its delta."""
         return ((W[rows], d.at(rows)) for W, d in self.matrices(weight, of) for rows in d.tiles())
 
-    def matrices(self, weight: Tensor, of: Product) -> Iterator[tuple[Tensor, Product]]:
+    def matrices(self, weight: Tensor, of: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
         """Each of a stack, or the weight itself, with its delta."""
         whole = zip(weight, of.P, of.Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, of.P, of.Q)]
-        return ((W, Product(P, Q, of.s)) for W, P, Q in whole)
+        return ((W, LowRankProduct(P, Q, of.s)) for W, P, Q in whole)
 
     @property
     def bias(self) -> nn.Parameter | None:
         """Its module's."""
         return self.module._parameters.get("bias")
 
-    def kept_tiles(self, folded: Folded) -> Iterator[tuple[Tensor, Product, Kept]]:
+    def kept_tiles(self, folded: MergeRecord) -> Iterator[tuple[Tensor, LowRankProduct, TileJournal]]:
         """The same of what is merged in place, each with what was kept of it."""
         assert folded.journal is not None
         found = list(self.tiles(self.weight, summed(folded.terms)))
@@ -96,12 +100,12 @@ class Whole:
         )
 
 
-def wholes(on: Mapping[str, Host]) -> list[Whole]:
+def adapted_weights(on: Mapping[str, AdaptedSite]) -> list[AdaptedWeight]:
     """The adapted weights, each once."""
-    places: dict[tuple[int, str], list[tuple[str, Host]]] = {}
+    places: dict[tuple[int, str], list[tuple[str, AdaptedSite]]] = {}
     for name, host in on.items():
         places.setdefault(host.place, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
-    return [Whole(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
+    return [AdaptedWeight(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
 
 
 class InPlace:
@@ -111,45 +115,45 @@ class InPlace:
     norm = 0.0
     """|d|, Frobenius."""
 
-    def __init__(self, w: Whole, terms: Terms) -> None:
-        self.w, self.terms, self.before, self.cls = w, terms, w.weight, bare(type(w.module))
-        self.sample = None if is_quantised(w.module) else sample(w.weight)
-        self.tally = Fold()
+    def __init__(self, w: AdaptedWeight, terms: Terms) -> None:
+        self.w, self.terms, self.before, self.cls = w, terms, w.weight, base_class(type(w.module))
+        self.sample = None if is_quantized(w.module) else sample_values(w.weight)
+        self.tally = TileMerger()
 
-    def fold(self, write: bool, keep: bool, each: Each, desk: Desk) -> str | None:
+    def fold(self, write: bool, keep: bool, each: ForEach, desk: TileWorkspace) -> str | None:
         """Measure; write, and keep the way back, too. What is wrong, or None."""
         of = summed(self.terms) if keep else self.quick
         self.norm = of.norm
-        if not self.norm < torch.finfo(wide(self.before.dtype)).max:
+        if not self.norm < torch.finfo(sum_dtype(self.before.dtype)).max:
             return f"{self.w.name}: s B A is not finite"
         try:
-            self.tally = Fold(desk)
+            self.tally = TileMerger(desk)
             self._fold(of, write, keep, each)
         except MergeError as e:
             return f"{self.w.name}: {e}; nothing was merged"
         return None
 
     @functools.cached_property
-    def quick(self) -> Product:
+    def quick(self) -> LowRankProduct:
         """The deltas, for a sum in place that nobody takes out again."""
-        return quick([f for parts in self.terms.values() for f in parts], self.before.dtype)
+        return fast_product([f for parts in self.terms.values() for f in parts], self.before.dtype)
 
     def fits(self) -> bool:
         """Whether the sum can't overflow: then it may be written at once, and nothing kept for the case that it does."""
-        bound = self.quick.at_most + at_most(self.before.detach()) if self.before.is_contiguous() else math.inf
+        bound = self.quick.at_most + max_abs_bound(self.before.detach()) if self.before.is_contiguous() else math.inf
         return bound < torch.finfo(self.before.dtype).max / 2  # not if NaN or infinity is in it
 
-    def _fold(self, of: Product, write: bool, keep: bool, each: Each) -> None:
+    def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
         self._tiled(of, self.before if write else None, each, keep, plain=not keep)
 
-    def _tiled(self, of: Product, target: Tensor | None, each: Each, keep: bool, plain: bool) -> None:
+    def _tiled(self, of: LowRankProduct, target: Tensor | None, each: ForEach, keep: bool, plain: bool) -> None:
         if plain and target is not None:
             each(self.tally.measure, ((i, flat(W), d) for i, (W, d) in enumerate(self.w.matrices(self.before, of))))
             both = zip(self.w.tiles(self.before, of), self.w.tiles(target, of), strict=True)
             each(self.tally.desk.add, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
             return
 
-        def fold(i: int, view: Tensor, d: Product, out: Tensor | None) -> None:
+        def fold(i: int, view: Tensor, d: LowRankProduct, out: Tensor | None) -> None:
             m = self.tally.keep(i, flat(view), d) if keep else self.tally.sum(i, flat(view), d)
             if out is not None:
                 out.copy_(m.view(out.shape))
@@ -172,43 +176,43 @@ class InPlace:
             if (w0 := self.tally.desk.unfold(flat(view), d, kept)) is not None:
                 view.copy_(w0.view(view.shape))
 
-    def folded(self, reversible: bool) -> Folded:
+    def folded(self, reversible: bool) -> MergeRecord:
         """What is left on the weight."""
         return self._folded(reversible, Journal.of(self.tally) if reversible else None, None)
 
-    def _folded(self, reversible: bool, journal: Journal | None, original: nn.Parameter | None) -> Folded:
+    def _folded(self, reversible: bool, journal: Journal | None, original: nn.Parameter | None) -> MergeRecord:
         like = (self.w.weight.dtype, tuple(self.w.weight.shape))
-        return Folded(how=type(self).__name__, terms=self.terms if reversible else {}, journal=journal, original=original, cls=self.cls,
-                      like=like, mark=0 if original is None else mark(self.w), sample=self.sample)  # fmt: skip
+        return MergeRecord(how=type(self).__name__, terms=self.terms if reversible else {}, journal=journal, original=original, cls=self.cls,
+                      like=like, mark=0 if original is None else parameter_checksum(self.w), sample=self.sample)  # fmt: skip
 
 
 class Before(NamedTuple):
     """A folded weight, as it was before it was unfolded."""
 
-    folded: Folded
+    folded: MergeRecord
     weight: nn.Parameter
     bias: nn.Parameter | None
     cls: type[nn.Module]
 
 
-def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
+def unfold(weights: Sequence[AdaptedWeight], each: ForEach) -> dict[str, Before]:
     """W0 again in all of them, in place or as the parameter that it was; what was there, by name. All or nothing.
 
     Raises MergeError with every weight that does not come out as W0.
     """
     before = {w.name: Before(w.folded, w.weight, w.bias, type(w.module)) for w in weights if w.folded is not None}
-    done: list[tuple[Tensor, int, Product, Tensor | None]] = []
+    done: list[tuple[Tensor, int, LowRankProduct, Tensor | None]] = []
     stuck: list[str] = []
-    desk = Desk()
+    desk = TileWorkspace()
 
-    def take_out(name: str, view: Tensor, d: Product, kept: Kept) -> None:
+    def take_out(name: str, view: Tensor, d: LowRankProduct, kept: TileJournal) -> None:
         """One tile."""
         M = flat(view)
         if (w0 := desk.unfold(M, d, kept)) is None:
             if checksum(M) != kept.before:  # else an unmerge that was interrupted has been here
                 stuck.append(name)
             return
-        again = kept.gaps is not None or same(desk.refold(w0, d), M)
+        again = kept.gaps is not None or same_bits(desk.refold(w0, d), M)
         done.append((view, kept.before, d, None if again else M.clone()))  # before it is written
         view.copy_(w0.view(view.shape))
 
@@ -235,9 +239,9 @@ def unfold(weights: Sequence[Whole], each: Each) -> dict[str, Before]:
     return before
 
 
-def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
+def fold_again(weights: Sequence[AdaptedWeight], before: Mapping[str, Before]) -> None:
     """What `unfold` took out, to the bit."""
-    desk = Desk()
+    desk = TileWorkspace()
     for w in weights:
         if (was := before.get(w.name)) is not None:
             if was.folded.journal is not None:
@@ -249,9 +253,9 @@ def fold_again(weights: Sequence[Whole], before: Mapping[str, Before]) -> None:
             w.folded = was.folded
 
 
-def _put(w: Whole, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cls: type[nn.Module]) -> None:
+def _put(w: AdaptedWeight, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cls: type[nn.Module]) -> None:
     """Exchange the parameter, and what goes with it."""
-    if how == "Requantised" and (found := scheme(w.module)) is not None:
+    if how == "Requantized" and (found := scheme(w.module)) is not None:
         found.install(w.module, weight)
     else:
         w.weight = weight
@@ -261,12 +265,12 @@ def _put(w: Whole, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cl
         w.module._parameters["bias"] = bias
 
 
-def summed(terms: Terms) -> Product:
+def summed(terms: Terms) -> LowRankProduct:
     """The sum of the deltas, as it comes out the same each time."""
-    return double([f for parts in terms.values() for f in parts])
+    return exact_product([f for parts in terms.values() for f in parts])
 
 
-def mark(w: Whole, bias: bool = False) -> int:
+def parameter_checksum(w: AdaptedWeight, bias: bool = False) -> int:
     """By which a parameter of its own is known again: a checksum of all of it, and of its layer's bias if that is exchanged too."""
     found = scheme(w.module)
     values = w.weight.detach() if found is None else found.codes(w.weight)

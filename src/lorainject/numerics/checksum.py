@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tiled_matmul import padded
+from .tiled_matmul import pad_to_multiple
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 LANE = 64  # words of a checksum that are summed without mixing
 
 
-def differing(a: Tensor, b: Tensor) -> np.ndarray:
+def differing_positions(a: Tensor, b: Tensor) -> np.ndarray:
     """Where two contiguous tensors of one dtype have other bits: int64, in order."""
     a, b = (t.view(-1).view(BITS[t.itemsize]) for t in (a, b))
     if a.device.type != "cpu":
@@ -22,7 +22,7 @@ def differing(a: Tensor, b: Tensor) -> np.ndarray:
     return np.flatnonzero(a.numpy() != b.numpy())  # torch takes three times as long
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype have the same bits."""
     a, b = a.view(BITS[a.itemsize]), b.view(BITS[b.itemsize])
     return bool(
@@ -36,7 +36,7 @@ def checksum(tile: Tensor) -> int:
     Of such a number times a word's highest bits little is left: so after each LANE of words their sum is mixed before it goes on.
     """
     raw = tile.reshape(-1).view(torch.uint8)
-    words = padded(raw, 0, 8 * LANE).view(torch.int64).view(-1, LANE)
+    words = pad_to_multiple(raw, 0, 8 * LANE).view(torch.int64).view(-1, LANE)
     sums = _weighted(words, _weights(LANE, raw.device))
     sums ^= sums >> 32
     total = _weighted(sums.view(1, -1), _weights(1 << (len(sums) - 1).bit_length(), raw.device)[: len(sums)])

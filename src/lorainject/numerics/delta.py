@@ -47,22 +47,27 @@ def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
     return (P * s) @ Q.flatten(P.ndim - 1)
 
 
-def flattened(f: Factors) -> Factors:
+def flatten_factors(f: Factors) -> Factors:
     """Detached, with Q (*stack, r, width)."""
     return f._replace(P=f.P.detach(), Q=f.Q.detach().flatten(f.P.ndim - 1), s=f.s.detach())
 
 
-def copied(f: Factors) -> Factors:
+def clone_factors(f: Factors) -> Factors:
     """The same, as a copy that no training, replacing or moving of A and B changes."""
-    gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
+    total_gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
     value = None if f.value is None else (f.value[0].detach().clone(), f.value[1])
-    P, Q, s, *_ = flattened(f)
+    P, Q, s, *_ = flatten_factors(f)
     return Factors(
-        P.clone(memory_format=torch.contiguous_format), Q.clone(), s.clone(), gain=gain, update=update, value=value
+        P.clone(memory_format=torch.contiguous_format),
+        Q.clone(),
+        s.clone(),
+        gain=total_gain,
+        update=update,
+        value=value,
     )
 
 
-def norm(P: Tensor, Q: Tensor) -> float:
+def product_norm(P: Tensor, Q: Tensor) -> float:
     """|P Q|, Frobenius, without forming it: its square is <P^T P, Q Q^T>, both (r, r), in float64."""
     return float((_gram(P.mT) * _gram(Q)).sum().clamp(min=0)) ** 0.5
 
@@ -72,7 +77,7 @@ def _gram(Q: Tensor) -> Tensor:
     return Q @ Q.mT
 
 
-def joined(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
+def concat_factors(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
     """P (*stack, rows, R) and Q (*stack, R, width), float64, with P Q the sum of all s P Q: one product however many there are.
 
     In float64, so that it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine.
@@ -81,7 +86,7 @@ def joined(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
     return torch.cat(P, -1), torch.cat(Q, -2)
 
 
-def gain(parts: Iterable[Factors]) -> Tensor | None:
+def total_gain(parts: Iterable[Factors]) -> Tensor | None:
     """What W0 is multiplied with in W0 + the sum of all (W - W0); None if that is 1."""
     gains = [f.gain for f in parts if f.gain is not None]
     return None if not gains else sum((g - 1 for g in gains[1:]), start=gains[0])

@@ -16,7 +16,7 @@ EPS = {torch.float64: 0.0, torch.float32: 2.0**-23, torch.float16: 2.0**-10, tor
 TINY = 2.0**-24  # float16 has nothing between 0 and this
 
 
-def sample(weight: Tensor) -> Tensor | None:
+def sample_values(weight: Tensor) -> Tensor | None:
     """SAMPLES values of a weight (float32, on the weight's device), at fixed places spread over it; None on the meta device."""
     if weight.is_meta or weight.numel() == 0:
         return None
@@ -25,15 +25,15 @@ def sample(weight: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=64)
 def _where(numel: int, device: torch.device) -> Tensor:
-    return torch.tensor(places(numel), device=device)
+    return torch.tensor(sample_positions(numel), device=device)
 
 
-def places(numel: int) -> list[int]:
+def sample_positions(numel: int) -> list[int]:
     """Which elements of a weight are its sample."""
     return [(2 * i + 1) * numel // (2 * SAMPLES) for i in range(SAMPLES)]
 
 
-def agree(mine: Tensor, theirs: Tensor, my_dtype: torch.dtype, their_dtype: torch.dtype) -> bool:
+def samples_agree(mine: Tensor, theirs: Tensor, my_dtype: torch.dtype, their_dtype: torch.dtype) -> bool:
     """Whether two samples (float32, (SAMPLES,)) can come from the same weight, stored in these dtypes."""
     if my_dtype == their_dtype:
         return torch.equal(mine, theirs)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-Each = Callable[[Callable[..., object], Iterable[Any]], None]
+ForEach = Callable[[Callable[..., object], Iterable[Any]], None]
 """Call a function with each of these tuples of arguments. The first error is raised when no call is under way any more."""
 
 
 @contextmanager
-def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
+def thread_pool(device: torch.device | str = "cpu") -> Iterator[ForEach]:
     """As many as torch has threads; on a GPU, or where torch has one, the calling thread."""
     before = torch.get_num_threads()
     threads = min(before, 8)  # more would wait for Python
@@ -53,7 +53,7 @@ def workers(device: torch.device | str = "cpu") -> Iterator[Each]:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_interrupt() -> Iterator[None]:
     """An interrupt (SIGINT) within it comes at its end. Other threads than the main one get none anyway."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .delta import Factors, joined, norm
-from .threads import workers
+from .delta import Factors, concat_factors, product_norm
+from .threads import thread_pool
 
 TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
 GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
@@ -52,7 +52,7 @@ class Strip(NamedTuple):
         return d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
 
 
-class Product(NamedTuple):
+class LowRankProduct(NamedTuple):
     """d = s P Q, in the dtype of the factors."""
 
     P: Tensor
@@ -64,7 +64,7 @@ class Product(NamedTuple):
     @property
     def norm(self) -> float:
         """|d|, Frobenius."""
-        return abs(self.s) * norm(self.P, self.Q)
+        return abs(self.s) * product_norm(self.P, self.Q)
 
     @property
     def at_most(self) -> float:
@@ -75,13 +75,13 @@ class Product(NamedTuple):
         """d itself."""
         return (self.P * self.s) @ self.Q
 
-    def at(self, rows: slice) -> Product:
+    def at(self, rows: slice) -> LowRankProduct:
         """Of some rows."""
-        return Product(self.P[rows], self.Q, self.s)
+        return LowRankProduct(self.P[rows], self.Q, self.s)
 
     def tiles(self) -> Iterator[slice]:
         """The rows of all its tiles."""
-        return tiles(len(self.P), self.Q.shape[-1], self.P.device)
+        return row_tiles(len(self.P), self.Q.shape[-1], self.P.device)
 
     def adds(self, s: float) -> bool:
         """Whether s P Q may be added in one call (`add`): fast, and with the bits of the product and the sum."""
@@ -94,34 +94,34 @@ class Product(NamedTuple):
             and _adds(r, width, s)
         )
 
-    def strips(self, *tiles: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
+    def strips(self, *row_tiles: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
         """All of one tile, each with those of these matrices of its shape. (To split them at once takes less than a slice of each.)"""
         on_cpu, (rows, width) = self.P.device.type == "cpu", (self.P.shape[0], self.Q.shape[1])
         tall, broad = (TALL, BROAD) if on_cpu else (rows, (width,))
         for left in range(0, width, broad[-1]):
             Q = self.Q[:, left : left + broad[-1]]
-            n, Q = Q.shape[1], padded(Q, 1, next(b for b in broad if b >= Q.shape[1]))
+            n, Q = Q.shape[1], pad_to_multiple(Q, 1, next(b for b in broad if b >= Q.shape[1]))
             step = LARGEST // Q.shape[1] if on_cpu else rows
             for P, *parts in zip(
-                *(t.split(step) for t in (self.P, *(tile[:, left : left + n] for tile in tiles))), strict=True
+                *(t.split(step) for t in (self.P, *(tile[:, left : left + n] for tile in row_tiles))), strict=True
             ):
                 edge = (P.shape[0], n) if P.shape[0] % tall or n != Q.shape[1] else None
-                yield Strip(padded(P, 0, tall) if edge else P, Q, edge), parts
+                yield Strip(pad_to_multiple(P, 0, tall) if edge else P, Q, edge), parts
 
 
-def double(parts: Sequence[Factors]) -> Product:
+def exact_product(parts: Sequence[Factors]) -> LowRankProduct:
     """The sum of the deltas, in float64."""
-    return Product(*joined(parts))
+    return LowRankProduct(*concat_factors(parts))
 
 
-def quick(parts: Sequence[Factors], dtype: torch.dtype) -> Product:
+def fast_product(parts: Sequence[Factors], dtype: torch.dtype) -> LowRankProduct:
     """The same for a weight of this dtype: in float32 where that does, else as it is."""
     s = float(parts[0].s)
     if dtype == torch.float64 or not _in_range(parts, s) or not chained():
-        return double(parts)
+        return exact_product(parts)
     # The first scale is taken out, which leaves a B of float32 as it is.
     P = [f.P.float() if float(f.s) == s else (f.P.double() * (float(f.s) / s)).float() for f in parts]
-    return Product(_beside(P, -1), _beside([f.Q.float() for f in parts], -2), s)
+    return LowRankProduct(_beside(P, -1), _beside([f.Q.float() for f in parts], -2), s)
 
 
 def _beside(factors: Sequence[Tensor], axis: int) -> Tensor:
@@ -138,7 +138,7 @@ def _in_range(parts: Sequence[Factors], s: float) -> bool:
     return s != 0 and all(x == 0 or 1e-18 < abs(x) < 1e18 for x in sizes)
 
 
-def tiles(rows: int, width: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
+def row_tiles(rows: int, width: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
     """Whole rows of a matrix, as many as fit (on a CPU into this size), in whole blocks."""
     size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, TALL)
     step = max(unit, size // width // unit * unit)
@@ -164,12 +164,12 @@ def _chained() -> bool:
         some = torch.cat([torch.arange(0, broad, 61), torch.arange(broad - 64, broad)])
         found.append(torch.equal(multiplied(P, Q, _new)[:, some], chain(P, Q[:, some])))
 
-    with workers() as each:  # in one thread, as it will be
+    with thread_pool() as each:  # in one thread, as it will be
         each(one, (*sizes, (TALL, DEEPEST, BROAD[0])))
     return all(found)
 
 
-def add(P: Tensor, Q: Tensor, s: float, out: Tensor, few: int = FEW, beta: int = 1) -> None:
+def add_product_by_rows(P: Tensor, Q: Tensor, s: float, out: Tensor, few: int = FEW, beta: int = 1) -> None:
     """out = beta out + s P Q, of a multiple of `few` rows, so many at a time in one call: a library takes less for few ranks than for all at once."""
     many = len(P) // few
     out.view(many, few, -1).baddbmm_(P.view(many, few, -1), Q.expand(many, *Q.shape), beta=beta, alpha=s)
@@ -181,9 +181,9 @@ def _adds(r: int, width: int, s: float) -> bool:
     g = torch.Generator().manual_seed(0)
     P, Q, out = (torch.rand(shape, generator=g) for shape in ((TALL, r), (r, width), (TALL, width)))
     want = out.clone()
-    for strip, (part,) in Product(P, Q).strips(want):
+    for strip, (part,) in LowRankProduct(P, Q).strips(want):
         part.add_(strip.product(_new, out.dtype), alpha=s)
-    add(P, Q, s, out)
+    add_product_by_rows(P, Q, s, out)
     return torch.equal(out, want)
 
 
@@ -205,6 +205,6 @@ def chain(P: Tensor, Q: Tensor) -> Tensor:
     return total
 
 
-def padded(x: Tensor, axis: int, n: int) -> Tensor:
+def pad_to_multiple(x: Tensor, axis: int, n: int) -> Tensor:
     """With zeros behind, up to the next multiple of n."""
     return pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, -x.shape[axis] % n)) if x.shape[axis] % n else x

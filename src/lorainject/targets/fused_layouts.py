@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import nn
 
-from ..lora.graft import bare
+from ..lora.graft import base_class
 
 Parts = dict[str, tuple[range, ...]]
 
 
-def parts(model_config: Any, owner: nn.Module, leaf: str, out: int) -> Parts | None:
+def fused_parts(model_config: Any, owner: nn.Module, leaf: str, out: int) -> Parts | None:
     """The rows of each part of the fused weight `leaf` of `owner`; None if it isn't fused or its layout is not known.
 
     Rows are those of W (out, in), whichever way it is stored; of stacked experts, those of each expert. The ranges are disjoint
@@ -346,7 +346,7 @@ _BY_NAME = {(row.leaf, name): row for row in TABLE for name in row.classes.split
 
 
 def _row(owner: nn.Module, leaf: str) -> Row | None:
-    cls = bare(type(owner))
+    cls = base_class(type(owner))
     for c in cls.__mro__:
         if (row := _BY_NAME.get((leaf, name_of(c)))) is not None:
             return row if cls.forward is c.__dict__.get("forward") else None

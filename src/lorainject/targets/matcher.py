@@ -14,9 +14,9 @@ from torch import nn
 
 from ..errors import SpecError
 from ..lora.adapter_dict import walk
-from ..lora.weight_kinds import kind_of, shape_of
+from ..lora.weight_kinds import kind_of, weight_shape
 from ..spec import KEYWORDS, Target
-from .fused_layouts import parts
+from .fused_layouts import fused_parts
 from .model_weights import Weight, heads, weights
 from .roles import PART_ROLES, ROLES, role_names
 
@@ -195,7 +195,7 @@ def _home(w: Weight) -> tuple[tuple[nn.Module, ...], str]:
 def parts_of(w: Weight) -> dict[str, tuple[range, ...]]:
     """The rows of each part of a fused weight; none if it is not fused, or how is not known."""
     owners, leaf = _home(w)
-    return (parts(getattr(owners[0], "config", None), owners[-1], leaf, out_of(w)) or {}) if owners else {}
+    return (fused_parts(getattr(owners[0], "config", None), owners[-1], leaf, out_of(w)) or {}) if owners else {}
 
 
 def _roles(w: Weight) -> frozenset[str]:
@@ -205,7 +205,7 @@ def _roles(w: Weight) -> frozenset[str]:
 
 
 def out_of(w: Weight) -> int:
-    return w.kind.sizes(shape_of(w.module, w.parameter))[1]
+    return w.kind.sizes(weight_shape(w.module, w.parameter))[1]
 
 
 def sliced(entry: str) -> tuple[str, list[str]]:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..lora.adapter_dict import walk
-from ..lora.graft import bare
-from ..lora.weight_kinds import MATRIX, STACKS, Kind, is_plain, kind_of
+from ..lora.graft import base_class
+from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of
 from ..spec import site_name
 from .source_analysis import source_of
 
@@ -72,7 +72,7 @@ def weights(model: nn.Module, walked: Iterable[tuple[str, nn.Module]] | None = N
         is_layer = kind_of(module) is not None
         if not is_layer and not module._parameters:
             continue
-        owners, plain = way[paths[key][0]], is_plain(module)
+        owners, plain = way[paths[key][0]], has_standard_forward(module)
         for name, kind in _kinds(module):
             readers = tuple(dict.fromkeys(read.get((key, name), ())))
             if kind.term is None or readers or key in read_by or not plain:
@@ -146,7 +146,9 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _sums_over(module: nn.Module, name: str) -> bool:
     """Whether all axes of this parameter take part in one product (an einsum, a convolution): then it is no stack of matrices."""
-    return any(f == "einsum" or f.startswith("conv") for f in source_of(bare(type(module))).products.get(name, ()))
+    return any(
+        f == "einsum" or f.startswith("conv") for f in source_of(base_class(type(module))).products.get(name, ())
+    )
 
 
 Keys = set[tuple[int, str]]
@@ -158,7 +160,7 @@ def _read(modules: Sequence[nn.Module]) -> tuple[dict[tuple[int, str], list[nn.M
     multiplied: Keys = set()
     bypassed: Keys = set()
     for reader in modules:
-        source = source_of(bare(type(reader)))
+        source = source_of(base_class(type(reader)))
         for dotted, parts in source.ways:
             for owner, name in _resolve(reader, parts):
                 if owner is not reader:

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import TargetError
 from ..lora.adapter_dict import adapters_of, child_name, names_of, walk
-from ..lora.graft import bare, objection
-from ..lora.weight_kinds import is_quantised, refusal, shape_of
+from ..lora.graft import base_class, graft_obstacle
+from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
 from ..spec import LoraSpec, Override, Plan, Site, Target
 from .matcher import Matcher, Pick, is_pattern, out_of, sliced
 from .model_weights import Weight, towers
@@ -41,12 +41,12 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
     matcher = Matcher(model)
-    problems = name_problems(model, name) + wrapped(model)
+    problems = name_problems(model, name) + wrapper_problems(model)
     excluded = _excluded(spec, matcher, problems)
     chosen = _in_layers(spec, _targeted(spec, matcher, excluded, problems), problems)
     settings = _settings(spec, matcher, chosen, problems)
     problems += _overlaps(chosen)
-    problems += [f"{p.name}: {reason}" for p in chosen if (reason := unfit(p.weight, p.label))]
+    problems += [f"{p.name}: {reason}" for p in chosen if (reason := why_unsuitable(p.weight, p.label))]
     if problems:
         raise TargetError(
             "this can't be injected; nothing was changed:",
@@ -54,13 +54,13 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
             "correct these and call again; exclude=[...] leaves modules out",
         )
     sites = tuple(
-        site(p, matcher.paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
+        make_site(p, matcher.paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
         for p, s in zip(chosen, settings, strict=True)
     )  # fmt: skip
     taken = {p.weight.key for p in chosen}
     all_linear = any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets)
     left_out = tuple(w.names[0] for w in matcher.aside if w.key not in taken) if all_linear else ()
-    return Plan(sites=sites, total=total(model), left_out=left_out, towers=towers(model))
+    return Plan(sites=sites, total=count_parameters(model), left_out=left_out, towers=towers(model))
 
 
 def _excluded(spec: LoraSpec, matcher: Matcher, problems: list[str]) -> set[tuple[int, str]]:
@@ -148,33 +148,33 @@ def _settings(spec: LoraSpec, matcher: Matcher, chosen: Sequence[Pick], problems
     return settings
 
 
-def unfit(weight: Weight, label: str = "") -> str | None:
+def why_unsuitable(weight: Weight, label: str = "") -> str | None:
     """Why this weight can't take an adapter; None if it can."""
     child = child_name(weight.parameter, label)
     if adapters_of(weight.module, weight.parameter, label) is None and hasattr(weight.module, child):
         return f"has an attribute `{child}` of its own (another library's adapter?)"
-    if (reason := refusal(weight.module, weight.parameter)) is not None:
+    if (reason := why_unsupported(weight.module, weight.parameter)) is not None:
         return reason
     if any(
         inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f)
-        for f in (bare(type(m)).forward for m in weight.readers)
+        for f in (base_class(type(m)).forward for m in weight.readers)
     ):
         return (
             "it is read by a forward that is a generator or a coroutine, which would run after the adapter is off again"
         )
-    if weight.readers and is_quantised(weight.module):
-        return f"{bare(type(weight.readers[0])).__name__} reads its weight itself, which is quantised"
+    if weight.readers and is_quantized(weight.module):
+        return f"{base_class(type(weight.readers[0])).__name__} reads its weight itself, which is quantised"
     return next(
         (
-            f"{bare(type(m)).__name__} reads it, and {reason}"
+            f"{base_class(type(m)).__name__} reads it, and {reason}"
             for m in weight.readers
-            if (reason := objection(m)) is not None
+            if (reason := graft_obstacle(m)) is not None
         ),
         None,
     )
 
 
-def wrapped(model: nn.Module) -> list[str]:
+def wrapper_problems(model: nn.Module) -> list[str]:
     """Whose model this is already: data-parallel wrappers, under which the ranks' new parameters would silently differ, and PEFT."""
     found = list(walk(model))
     classes = {type(module) for _, module in found}
@@ -196,15 +196,15 @@ def name_problems(model: nn.Module, name: str) -> list[str]:
     return []
 
 
-def site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, scaling: str, dropout: float, init: str,
+def make_site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, scaling: str, dropout: float, init: str,
          dtype: torch.dtype | None) -> Site:  # fmt: skip
     """The site that this weight becomes under these settings (see LoraSpec); `paths` are those of the model's modules, by id."""
     w, rows = pick.weight, pick.rows
-    shape = shape_of(w.module, w.parameter)
+    shape = weight_shape(w.module, w.parameter)
     stack, out_features, in_features = w.kind.sizes(shape)
     stored = w.module._parameters[w.parameter]
     assert stored is not None
-    wide = torch.float32 if is_quantised(w.module) else torch.promote_types(stored.dtype, torch.float32)
+    wide = torch.float32 if is_quantized(w.module) else torch.promote_types(stored.dtype, torch.float32)
     return Site(
         path=w.paths[0], aliases=w.paths[1:], parameter=w.parameter, label=pick.label, rows=rows,
         kind=w.kind.name, shape=shape, stack=stack[0] if stack else 1, readers=tuple(paths[id(m)] for m in w.readers), named=w.named,
@@ -213,7 +213,7 @@ def site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, s
     )  # fmt: skip
 
 
-def total(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters of the base: each once, the adapters' not counted."""
     own = {id(p): p for _, module in walk(model) for p in module._parameters.values() if p is not None}
     return sum(p.numel() for p in own.values())

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..lora.graft import bare
+from ..lora.graft import base_class
 from .fused_layouts import is_fused
 
 ROLES = ("attention", "mlp", "experts", "query", "key", "value", "output", "router", "head")
@@ -97,7 +97,7 @@ def role_names(path: str, owners: Sequence[nn.Module], leaf: str) -> frozenset[s
     Empty for what is none of these: embeddings, norms, Mamba's mixers, projectors between towers.
     """
     called = ["", *path.split(".")[: len(owners) - 1]]
-    classes = [bare(type(owner)).__name__ for owner in owners]
+    classes = [base_class(type(owner)).__name__ for owner in owners]
     places = [_place(cls, name) for cls, name in zip(classes, called, strict=True)]
     at = max((i for i, place in enumerate(places) if place), default=-1)
     place, outer = (places[at] if at >= 0 else ""), places[: max(at, 0)]
@@ -145,3 +145,17 @@ def _in_attention(between: Sequence[str], owner: nn.Module, leaf: str) -> frozen
     if len(makes) == 1 and not words & NOT_WITH and name not in DISTANCES:
         return frozenset(makes)
     return frozenset({"output"}) if not makes and name in OUTPUTS else frozenset()
+
+
+PROJECTIONS = frozenset().union(*WORDS.values())
+GATED = frozenset(("gate_proj", "up_proj", "gate", "up", "w1", "w3", "wi_0", "wi_1"))
+CROSS = re.compile(r"cross|enc\w*dec|encoder_attn", re.IGNORECASE)  # attention whose q reads another input than k and v
+
+
+def input_group(path: str) -> str:
+    """Projections for which this is the same probably read the same input; empty for one that reads its own."""
+    owner, _, name = path.rpartition(".")
+    words = set(name.lower().split("_"))
+    if words & PROJECTIONS and not words & NOT_WITH:
+        return f"{owner}: {'q' if CROSS.search(owner) and words & WORDS['query'] else 'attention'}"
+    return f"{owner}: gated" if name in GATED else ""

@@ -25,7 +25,7 @@ from torch import (
 )  # by their own names: torch's dictionary has left the cache since the last token
 from torch.nn.functional import linear
 
-from ...numerics.tiled_matmul import add
+from ...numerics.tiled_matmul import add_product_by_rows
 from ..adapter import Parts
 
 FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
@@ -82,7 +82,7 @@ def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float, beta: int = 
     if not is_large or len(B_RO) not in THIN or is_grad_enabled():  # (autograd would not follow a part of a part)
         y_MO.addmm_(h_MR, B_RO, beta=beta, alpha=s)
         return
-    add(h_MR.narrow(0, 0, whole), B_RO, s, y_MO.narrow(0, 0, whole), SOME, beta)
+    add_product_by_rows(h_MR.narrow(0, 0, whole), B_RO, s, y_MO.narrow(0, 0, whole), SOME, beta)
     if rest := len(y_MO) - whole:
         add_product(y_MO.narrow(0, whole, rest), h_RM.narrow(1, whole, rest), B_OR, s, beta)
 

@@ -34,23 +34,23 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from ..adapter import LowRank, Parts, add, project
+from ..adapter import LoraAdapter, Parts, add_term, lora_term
 from ..hooks import HOOKED
 from .gemm import FEW, FEW_HALF, HALVES, accumulated, applied, computed_in, projected, to_B, to_h, to_x_and_A
 
 
-def accumulate(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
+def accumulate(adapter: LoraAdapter, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
     """y + s (x A^T) B^T for x (..., in) and y (..., out), in y's dtype; in y's memory if it is our `own`, made just now and seen by nobody.
     `h_RM` is A x^T, where siblings have it already."""
-    return add(adapter, y, project, x) if is_compiling() else accumulate_eagerly(adapter, y, x, own, h_RM)
+    return add_term(adapter, y, lora_term, x) if is_compiling() else accumulate_eagerly(adapter, y, x, own, h_RM)
 
 
-def accumulate_eagerly(adapter: LowRank, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
+def accumulate_eagerly(adapter: LoraAdapter, y: Tensor, x: Tensor, own: bool, h_RM: Tensor | None = None) -> Tensor:
     """The same where torch.compile does not look on."""
     of = adapter.__dict__  # an attribute of a module takes longer
     parts, factors, s = of["parts"], of["_parameters"], of["scale"]
     if parts is None or is_watched(y):
-        return add(adapter, y, project, x)
+        return add_term(adapter, y, lora_term, x)
     B: Tensor = factors["B"]
     if h_RM is None:
         A: Tensor = factors["A"]
@@ -87,7 +87,7 @@ def lowered(x_MI: Tensor, A: Tensor, p: float = 0.0) -> Tensor:
     return Project.apply(x_MI, A, p, _seed() if p else 0) if p or x_MI.dtype != A.dtype else torch.mm(A, x_MI.t())
 
 
-def in_inference(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+def in_inference(adapter: LoraAdapter, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
     """x W0^T + bias + s (x A^T) B^T of many tokens in inference, of a linear layer of torch's own with this adapter alone."""
     if (
         adapter.parts is not None
@@ -101,13 +101,13 @@ def in_inference(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -
     return accumulate_eagerly(adapter, linear(x, W0, bias), x, True)
 
 
-def together(adapter: LowRank, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+def together(adapter: LoraAdapter, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
     """x W0^T + bias + s (x A^T) B^T, where the adapter `joins`."""
     p, factors = _dropout(adapter), adapter._parameters
     return Together.apply(x, factors["A"], factors["B"], W0, bias, adapter.scale, p, _seed() if p else 0, adapter.parts)
 
 
-def joins(adapter: LowRank, x: Tensor, layer: nn.Module) -> bool:
+def joins(adapter: LoraAdapter, x: Tensor, layer: nn.Module) -> bool:
     """Whether its term may be taken together with the linear layer's product: that is frozen, and nobody must see either by itself. (For an A that
     does not train x need not be saved, which `Together` does.)"""
     for p in layer._parameters.values():
@@ -124,7 +124,7 @@ def _takes(W0: Tensor, x: Tensor) -> bool:
     return x.dtype == W0.dtype and x.ndim > 0 and x.shape[-1] == W0.shape[-1]
 
 
-def _dropout(adapter: LowRank) -> float:
+def _dropout(adapter: LoraAdapter) -> float:
     return adapter.__dict__["dropout"] if adapter.__dict__["training"] else 0.0
 
 
@@ -229,13 +229,13 @@ class Together(Function):
         )
 
 
-def is_plain(adapter: LowRank, device: torch.device) -> bool:
+def is_plain(adapter: LoraAdapter, device: torch.device) -> bool:
     """Whether A and B may be used before the layer is called: nothing brings, gathers or exchanges them then, and the outputs are in runs."""
     A: Tensor | None = adapter._parameters.get("A")
-    return (type(adapter) is LowRank and type(A) is nn.Parameter and A.shape[:-1] == (adapter.r,) and A.device == device
+    return (type(adapter) is LoraAdapter and type(A) is nn.Parameter and A.shape[:-1] == (adapter.r,) and A.device == device
             and HOOKED not in adapter.__dict__ and "forward" not in adapter.__dict__ and adapter.parts is not None)  # fmt: skip
 
 
-def is_shareable(adapter: LowRank, device: torch.device) -> bool:
+def is_shareable(adapter: LoraAdapter, device: torch.device) -> bool:
     """Whether A and B may be used together with others': nothing is dropped."""
     return is_plain(adapter, device) and not _dropout(adapter)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..adapter import LowRank
+from ..adapter import LoraAdapter
 from ..hooks import HOOKED
 from .gemm import computed_in
 from .lora_linear import is_shareable
@@ -54,10 +54,10 @@ def lanes(rows: tuple[int | None, ...], device: torch.device) -> Lanes:
     return Lanes(of, (torch.tensor(order, device=device), torch.tensor(back, device=device)))
 
 
-class Batched:
+class PerRowTerms:
     """The adapters of one layer, row by row."""
 
-    def __init__(self, used: Sequence[LowRank], rows: tuple[int | None, ...], y: Tensor) -> None:
+    def __init__(self, used: Sequence[LoraAdapter], rows: tuple[int | None, ...], y: Tensor) -> None:
         """`used` are the adapters themselves, `rows` says which of them each row has, None the base."""
         self.made_of, dtype = [_state(low) for low in used], computed_in(y, 1)
         A, B = [A for A, *_ in self.made_of], [B.t() for _, B, *_ in self.made_of]
@@ -77,13 +77,13 @@ class Batched:
         self.parts = used[0].parts or ((slice(None), slice(None)),)
 
     @staticmethod
-    def can_hold(used: Sequence[LowRank], rows: tuple[int | None, ...], y: Tensor, x: Tensor) -> bool:
+    def can_hold(used: Sequence[LoraAdapter], rows: tuple[int | None, ...], y: Tensor, x: Tensor) -> bool:
         """Whether these may be used so: all stand for the same outputs, and the copies are no larger than the base's own weight."""
         parts, ins, outs = used[0].parts, x.shape[-1], y.shape[-1]
         fits = len(lanes(rows, y.device).of) * max(low.r for low in used) * (ins + outs) <= ins * outs
         return fits and all(is_shareable(low, y.device) and low.parts == parts for low in used)
 
-    def holds(self, used: Sequence[LowRank]) -> bool:
+    def holds(self, used: Sequence[LoraAdapter]) -> bool:
         """Whether it is still what these are."""
         return len(used) == len(self.made_of) and all(map(_is_still, used, self.made_of))
 
@@ -105,14 +105,14 @@ class Batched:
         return y
 
 
-def _state(low: LowRank) -> State:
+def _state(low: LoraAdapter) -> State:
     A, B = low._parameters["A"], low._parameters["B"]
     assert A is not None
     assert B is not None
     return A, B, A._version, B._version, A.data_ptr(), B.data_ptr()
 
 
-def _is_still(low: LowRank, state: State) -> bool:
+def _is_still(low: LoraAdapter, state: State) -> bool:
     """Whether nobody has replaced, moved or written to A and B, or wants to be asked before they are used."""
     of, (A, B, *rest) = low.__dict__, state
     factors = of["_parameters"]

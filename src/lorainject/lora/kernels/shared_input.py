@@ -14,7 +14,6 @@ checkpointing, under tracing and transforms, with dropout, and where hooks bring
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
@@ -23,24 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from ...targets.roles import NOT_WITH, WORDS
-from ..adapter import LowRank
+from ..adapter import LoraAdapter
 from .gemm import computed_in
 from .lora_linear import is_shareable, is_watched, lowered
 
 WORTH = 1 << 16  # elements of an input from which sharing it may save more than it costs
-PROJECTIONS = frozenset().union(*WORDS.values())
-GATED = frozenset(("gate_proj", "up_proj", "gate", "up", "w1", "w3", "wi_0", "wi_1"))
-CROSS = re.compile(r"cross|enc\w*dec|encoder_attn", re.IGNORECASE)  # attention whose q reads another input than k and v
-
-
-def kin(path: str) -> str:
-    """Projections for which this is the same probably read the same input; empty for one that reads its own."""
-    owner, _, name = path.rpartition(".")
-    words = set(name.lower().split("_"))
-    if words & PROJECTIONS and not words & NOT_WITH:
-        return f"{owner}: {'q' if CROSS.search(owner) and words & WORDS['query'] else 'attention'}"
-    return f"{owner}: gated" if name in GATED else ""
 
 
 def pays(x: Tensor) -> bool:
@@ -58,11 +44,11 @@ class Made(NamedTuple):
     may_grad: bool
     h: Tensor | TensorWeakRef
     """(S, M); one that needs a gradient is kept by the graph alone."""
-    places: Mapping[LowRank, tuple[int, int]]
+    places: Mapping[LoraAdapter, tuple[int, int]]
     """For each adapter the first of its rows, and the version of its A."""
 
 
-class Siblings:
+class SharedInput:
     """The adapters of such projections."""
 
     def __init__(self, members: Iterable[nn.Module]) -> None:
@@ -85,7 +71,7 @@ class Siblings:
 
     def lowered(
         self, mine: nn.Module, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor
-    ) -> Mapping[LowRank, Tensor]:
+    ) -> Mapping[LoraAdapter, Tensor]:
         """A x^T (r, M) for the adapters of one of them, as far as it was made for all. `given` is what the module was called with; x is that, or
         a view of it."""
         if not self.may_share(mine, given) or is_watched(y):
@@ -103,7 +89,7 @@ class Siblings:
             return {}
         found = {}
         for name in active:
-            low = cast("LowRank | None", mine._modules.get(name))
+            low = cast("LoraAdapter | None", mine._modules.get(name))
             if low is not None and low in made.places:
                 start, version = made.places[low]
                 if low.A._version == version:
@@ -114,7 +100,7 @@ class Siblings:
         self, active: tuple[str, ...], y: Tensor, x: Tensor, given: Tensor, dtype: torch.dtype, may_grad: bool
     ) -> None:
         self.made = None
-        lows = [cast(LowRank, m._modules[name]) for m in self.members for name in active if name in m._modules]
+        lows = [cast(LoraAdapter, m._modules[name]) for m in self.members for name in active if name in m._modules]
         lows = [low for low in lows if is_shareable(low, y.device)]
         if len(lows) < 2:
             return
