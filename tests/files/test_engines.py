@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
-from test_formats import TOLD, records
 
 import lorainject as li
 from lorainject.files.transforms import in_halves
 
+from adapter_files import LLAMA_HINTS, records
 from oracle import delta, deltas
 
 
@@ -84,7 +84,7 @@ def test_the_same_update(engine, tmp_path_factory):
     def check(file):
         place = tmp_path_factory.mktemp("engine") / "a.gguf"
         place = place if engine == "llama.cpp" else place.with_suffix("")
-        done = li.write(file, place, engine=engine, hints=TOLD)
+        done = li.write(file, place, engine=engine, hints=LLAMA_HINTS)
         found, wanted = READ[engine](place), deltas(file)
         assert done.lost == ()
         for name, d in found.items():
@@ -133,7 +133,9 @@ def test_experts_and_slices(tmp_path):
 
 def test_sglang_gets_a_value_beside_each_query(tmp_path):
     """Of zeros, with the model's own size."""
-    done = li.write(record(site("model.layers.0.self_attn.q_proj", 16, 8)), tmp_path / "a", engine="sglang", hints=TOLD)
+    done = li.write(
+        record(site("model.layers.0.self_attn.q_proj", 16, 8)), tmp_path / "a", engine="sglang", hints=LLAMA_HINTS
+    )
     assert done.changed == (
         "1 sites of zeros are added, without which SGLang refuses it: model.layers.0.self_attn.v_proj",
     )

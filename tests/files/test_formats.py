@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import lorainject as li
 
+from adapter_files import LLAMA_HINTS, LORALIB_HINTS, records
 from oracle import FIXTURES, alike, deltas, error, merged, tree
 
 
@@ -30,25 +30,11 @@ class Fixture:
     format: str = ""
 
 
-class Loralib(nn.Module):
-    """The base of loralib's fixture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers.pytorch_utils import Conv1D
-
-        self.lin, self.m101, self.m111, self.mf = nn.Linear(5, 4), nn.Linear(5, 12), nn.Linear(5, 12), Conv1D(12, 5)
-        self.conv, self.emb, self.head = nn.Conv2d(3, 4, 3), nn.Embedding(7, 4), nn.Linear(4, 2)
-
-
 def kohya() -> li.Hints:
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
     return li.Hints(component="unet", model=tree({key: tuple(t.shape) for key, t in base.items()}))
 
 
-LORALIB = li.Hints(
-    alpha=6, groups={"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}, model=Loralib()
-)
 FOUND = {
     "torchtune": Fixture("torchtune", "expected_peft_adapter_model.safetensors", hints=li.Hints(alpha=6, heads=(4, 2))),
     "mlx": Fixture("mlx_lora", "expected_merged.safetensors", "base.safetensors"),
@@ -58,7 +44,7 @@ FOUND = {
     "diffusers": Fixture("diffusers/pytorch_lora_weights.safetensors", "expected_delta.safetensors"),
     "gguf": Fixture("gguf/lora.gguf", "expected_delta_hf.safetensors", hints=li.Hints(heads=(4, 2))),
     "onnx": Fixture("onnx_adapter/a.onnx_adapter", "expected_delta.safetensors"),
-    "loralib": Fixture("loralib/lora.pt", "expected_merged.safetensors", "base.safetensors", LORALIB, ("mf.weight", "emb.weight")),
+    "loralib": Fixture("loralib/lora.pt", "expected_merged.safetensors", "base.safetensors", LORALIB_HINTS, ("mf.weight", "emb.weight")),
 }  # fmt: skip
 
 
@@ -146,43 +132,14 @@ def test_there_and_back(name, fixture, tmp_path):
 
 # --- each format into each other, on adapters that any of them can hold -------------------------------------------------
 
-HEADS = (4, 2)
-LEAVES = {"self_attn.q_proj": (16, 8), "self_attn.k_proj": (8, 8), "self_attn.v_proj": (8, 8), "self_attn.o_proj": (8, 16), "mlp.gate_proj": (12, 8),
-          "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12)}  # fmt: skip
-MODEL = tree({f"model.layers.{layer}.{leaf}.weight": shape for layer in range(3) for leaf, shape in LEAVES.items()})
-TOLD = li.Hints(heads=HEADS, architecture="llama", component="unet", model=MODEL)
-
-
-@st.composite
-def records(draw: st.DrawFn) -> li.AdapterFile:
-    """Linears of a small Llama, with ranks, scales and dtypes of their own."""
-    g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    chosen = draw(
-        st.lists(st.tuples(st.integers(0, 2), st.sampled_from(sorted(LEAVES))), min_size=1, max_size=6, unique=True)
-    )
-    dtype, sites = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])), []
-    even = draw(st.booleans())
-    r, alpha, scaling = 2, 6.0, "standard"
-    for layer, leaf in chosen:
-        out, in_ = LEAVES[leaf]
-        if not even:
-            r, alpha, scaling = (
-                draw(st.integers(1, 4)),
-                draw(st.sampled_from([1.0, 3.0, 16.0])),
-                draw(st.sampled_from(["standard", "rslora"])),
-            )
-        A, B = (torch.randn(shape, generator=g).to(dtype) for shape in ((r, in_), (out, r)))
-        sites.append(li.StoredSite(path=f"model.layers.{layer}.{leaf}", A=A, B=B, alpha=alpha, scaling=scaling))
-    return li.AdapterFile(path=Path("drawn"), format="lorainject", sites=tuple(sites))
-
 
 def through(file: li.AdapterFile, format: str, folder: Path) -> li.AdapterFile:
     """Written and read again, with what the format does not hold told anew."""
     place = folder / f"{format}{li.FORMATS[format].suffix}"
-    done = li.write(file, place, format=format, hints=TOLD)
+    done = li.write(file, place, format=format, hints=LLAMA_HINTS)
     assert done.lost == ()
     s = done.file.sites[0]
-    told = replace(TOLD, alpha=s.scale * s.r) if "alpha" in li.FORMATS[format].asks else TOLD
+    told = replace(LLAMA_HINTS, alpha=s.scale * s.r) if "alpha" in li.FORMATS[format].asks else LLAMA_HINTS
     return li.read(place, allow_pickle=True, hints=told)
 
 
@@ -253,7 +210,9 @@ def test_what_has_no_place_is_refused_by_name(format, case, tmp_path):
     """All of it at once, and nothing is written."""
     variant, message = case
     with pytest.raises(li.FileError, match=message):
-        li.convert(FIXTURES / f"peft_{variant}", tmp_path / f"a{li.FORMATS[format].suffix}", format=format, hints=TOLD)
+        li.convert(
+            FIXTURES / f"peft_{variant}", tmp_path / f"a{li.FORMATS[format].suffix}", format=format, hints=LLAMA_HINTS
+        )
     assert not list(tmp_path.iterdir())
 
 

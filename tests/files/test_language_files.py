@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_formats import LORALIB, Loralib
 from torch import nn
 
 import lorainject as li
 
+from adapter_files import LORALIB_HINTS, LoralibBase
 from oracle import FIXTURES, alike, error, tree
 
 
@@ -122,18 +122,18 @@ def test_adapterhub_before_it_scaled(version, scale, tmp_path):
 
 def test_loralib_onto_a_model():
     """MergedLinear's groups, an embedding, a convolution: loaded, and merged as loralib does."""
-    model, at = Loralib(), FIXTURES / "loralib"
+    model, at = LoralibBase(), FIXTURES / "loralib"
     model.load_state_dict(
         {key.replace("conv.conv", "conv"): t for key, t in load_file(at / "base.safetensors").items()}
     )
-    li.merge(li.load(model, at / "lora.pt", allow_pickle=True, hints=LORALIB), reversible=False)
+    li.merge(li.load(model, at / "lora.pt", allow_pickle=True, hints=LORALIB_HINTS), reversible=False)
     wanted = {key.replace("conv.conv", "conv"): t for key, t in load_file(at / "expected_merged.safetensors").items()}
     assert error(li.eject(model).state_dict(), wanted) < 1e-5
 
 
 def test_biases_become_pefts(tmp_path):
     """loralib's lora_bias.pt as PEFT's files: the biases are of adapted layers, and the config says so."""
-    file = li.read(FIXTURES / "loralib" / "lora_bias.pt", allow_pickle=True, hints=LORALIB)
+    file = li.read(FIXTURES / "loralib" / "lora_bias.pt", allow_pickle=True, hints=LORALIB_HINTS)
     li.write(file, tmp_path / "a", format="peft")
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["bias"] == "lora_only"
     assert set(li.read(tmp_path / "a").replaced) == {"lin.bias", "m101.bias", "m111.bias", "mf.bias"}
@@ -149,7 +149,7 @@ def test_loralib_reads_what_we_write(tmp_path):
             self.lin, self.emb = loralib.Linear(5, 4, r=2, lora_alpha=6), loralib.Embedding(7, 4, r=2, lora_alpha=6)
             self.m101 = loralib.MergedLinear(5, 12, r=2, lora_alpha=6, enable_lora=[True, False, True])
 
-    file = li.read(FIXTURES / "loralib" / "lora.pt", allow_pickle=True, hints=LORALIB)
+    file = li.read(FIXTURES / "loralib" / "lora.pt", allow_pickle=True, hints=LORALIB_HINTS)
     file = replace(file, sites=tuple(s for s in file.sites if s.path in ("lin", "emb", "m101")))
     done = li.write(file, tmp_path / "a.pt", format="loralib")
     theirs, base = Theirs().train(), load_file(FIXTURES / "loralib" / "base.safetensors")
@@ -168,7 +168,7 @@ def test_loralib_whole_checkpoints(tmp_path):
     """Saved in eval mode the weights hold the update already: A and B are read, the weights passed over, and it says so."""
     at = FIXTURES / "loralib"
     whole, alone = (
-        li.read(at / n, allow_pickle=True, hints=LORALIB) for n in ("full_eval_mode_already_merged.pt", "lora.pt")
+        li.read(at / n, allow_pickle=True, hints=LORALIB_HINTS) for n in ("full_eval_mode_already_merged.pt", "lora.pt")
     )
     assert all(torch.equal(a.A, b.A) and torch.equal(a.B, b.B) for a, b in zip(whole.sites, alone.sites, strict=True))
     assert "may hold them already" in whole.notes[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import lorainject as li
 from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.graft import Graft
 
+from interrupts import interrupted
 from models import TINY, bits, randomise, run, state, weight_at
 from strategies import DTYPES, Case, cases
 
@@ -224,35 +223,43 @@ def test_a_thousand_cycles(dtype):
 
 
 @laws
-@given(cases(), st.sampled_from(["mount", "_freeze", "_low_rank"]), st.integers(0, 3))
+@given(cases(), st.sampled_from(["surgery.mount", "surgery._freeze", "surgery._low_rank"]), st.integers(0, 3))
 def test_interrupted_inject(case, where, when):
     """Law 4: an interrupt in the middle of inject leaves no trace."""
     before = state(case.model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(li.surgery, where, bomb(getattr(li.surgery, where), when))
-        try:
+    try:
+        with interrupted(where, when):
             li.inject(case.model, **case.settings)
-        except KeyboardInterrupt:
-            assert state(case.model) == before
+    except KeyboardInterrupt:
+        assert state(case.model) == before
 
 
 @laws
-@given(cases(), st.sampled_from(["_finish", "unmount", "change_class"]), st.integers(0, 4))
+@given(
+    cases(),
+    st.sampled_from(["surgery._finish", "surgery.unmount", "lora.weight_graft.change_class"]),
+    st.integers(0, 4),
+)
 def test_interrupted_eject(case, where, when):
     """An eject that was interrupted is finished by the next: no graft, no child, no frozen parameter is left."""
     before = state(case.model)
     li.inject(case.model, **case.settings)
-    module = sys.modules["lorainject.lora.weight_graft" if where == "change_class" else "lorainject.surgery"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, where, bomb(getattr(module, where), when))
-        with contextlib.suppress(KeyboardInterrupt):
-            li.eject(case.model)
+    with contextlib.suppress(KeyboardInterrupt), interrupted(where, when):
+        li.eject(case.model)
     with contextlib.suppress(li.StateError):  # it had finished
         li.eject(case.model)
     assert state(case.model) == before
 
 
-WHERE = st.sampled_from(["merge.set_grafts", "change.flat", "fold.checksum", "change.checksum", "readers.change_class"])
+WHERE = st.sampled_from(
+    [
+        "merging.merge.set_grafted",
+        "merging.strategies.flat",
+        "numerics.tile_merge.checksum",
+        "merging.strategies.checksum",
+        "lora.weight_graft.change_class",
+    ]
+)
 
 
 @laws
@@ -293,26 +300,3 @@ def test_interrupted_unmerge(case, where, when):
 
 def _unmerged(model: nn.Module) -> nn.Module:
     return li.unmerge(copy.deepcopy(model))
-
-
-@contextlib.contextmanager
-def interrupted(where: str, when: int):
-    """Within it, the call of a function of ours after so many calls is an interrupt; inside the clean-up there are no more."""
-    module, name = where.split(".")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys.modules[f"lorainject.{module}"], name, bomb(getattr(sys.modules[f"lorainject.{module}"], name), when)
-        )
-        yield
-
-
-def bomb(function, calls: int):
-    """`function`, interrupted at the call after so many."""
-    left = itertools.count(calls, -1)
-
-    def fuse(*args):
-        if next(left) == 0:
-            raise KeyboardInterrupt
-        return function(*args)
-
-    return fuse

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_laws import interrupted
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorainject as li
 from lorainject.lora.adapter_dict import hosts
 
+from interrupts import interrupted
 from models import bits, ids, llama, state
 from oracle import FIXTURES, alike, merged
 
@@ -430,7 +430,14 @@ def test_magnitudes_of_a_slice(tmp_path):
     assert torch.allclose(put(model, tmp_path, s).lin(x), F.linear(x, W, model.lin.bias), atol=1e-5)
 
 
-WHERE = ("change.flat", "change.mark", "change.checksum", "merge.set_grafts", "change._put", "readers.change_class")
+WHERE = (
+    "merging.strategies.flat",
+    "merging.strategies.parameter_checksum",
+    "merging.strategies.checksum",
+    "merging.merge.set_grafted",
+    "merging.strategies._put",
+    "lora.weight_graft.change_class",
+)
 
 
 @pytest.mark.parametrize("where", WHERE)
