@@ -28,8 +28,9 @@ from .files.io.open_adapter import Hints
 from .files.record import AdapterFile, StoredSite, TokenRows
 from .files.save_load import load, save
 from .merging.merge import MergedSite, MergeReport, deltas, merge, unmerge
+from .plan import Plan, Site
 from .probe import Reach, probe
-from .spec import LoraSpec, Override, Plan, Site
+from .spec import LoraSpec, Override
 from .surgery import activate, disabled, eject, inject, parameters, rows
 from .targets.resolve import find
 

@@ -36,7 +36,8 @@ from .lora.replacement import ReplacementTensor
 from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, weight_shape
 from .merging.merge import unmerge
-from .spec import LoraSpec, Override, Plan, Site, Target
+from .plan import Plan, Site
+from .spec import LoraSpec, Override, Target
 from .targets.resolve import find
 from .targets.roles import input_group
 

@@ -25,7 +25,7 @@ from ..files.weight_map import Place, meta_model, places
 from ..lora.adapter import LoraAdapter, delta_factors
 from ..numerics.delta import Factors, flatten_factors
 from ..numerics.fingerprint import sample_positions, samples_agree
-from ..spec import Site, site_name
+from ..plan import Site, site_name
 from ..targets.model_weights import Weight
 from ..targets.model_weights import weights as weights_of
 from .byte_runs import find

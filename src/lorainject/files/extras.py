@@ -12,7 +12,7 @@ from ..lora.adapter_dict import AdaptedSite, AdapterDict, execution_device, walk
 from ..lora.dora import DoraAdapter
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, why_unsupported
-from ..spec import site_name
+from ..plan import site_name
 from ..surgery import Given, PlannedReplacement
 from ..targets.model_weights import Weight
 from .record import AdapterFile, StoredSite, TokenRows

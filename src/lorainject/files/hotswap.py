@@ -17,7 +17,7 @@ from ..lora.adapter import LoraAdapter
 from ..lora.adapter_dict import AdaptedSite, mounted
 from ..lora.weight_kinds import is_sharded
 from ..numerics.threads import defer_interrupt
-from ..spec import site_name
+from ..plan import site_name
 from ..targets.model_weights import weights
 from . import transforms
 from .convert import read

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..lora.weight_kinds import DTYPES, KINDS
 from ..numerics.delta import is_finite, scale
-from ..spec import is_alpha, site_name
+from ..plan import site_name
+from ..spec import is_alpha
 
 NONE = torch.empty(0)  # in place of A and B until they are found
 

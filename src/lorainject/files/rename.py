@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import FileError
 from ..lora.adapter_dict import walk
-from ..spec import site_name
+from ..plan import site_name
 from ..targets.matcher import parts_of
 from ..targets.model_weights import Weight, weights
 from . import transforms

@@ -26,7 +26,7 @@ from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, is_sharded, weight_shape
 from ..numerics.delta import is_finite
 from ..numerics.fingerprint import sample_values, samples_agree
-from ..spec import Plan, Site, site_name
+from ..plan import Plan, Site, site_name
 from ..surgery import attach
 from ..targets.matcher import Pick, parts_of
 from ..targets.model_weights import Weight, weights

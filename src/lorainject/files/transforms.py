@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import FileError
 from ..lora.weight_kinds import KINDS
-from ..spec import site_name
+from ..plan import site_name
 from .record import StoredSite
 
 LARGEST = 2**31

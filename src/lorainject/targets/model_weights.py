@@ -17,7 +17,7 @@ from torch import nn
 from ..lora.adapter_dict import walk
 from ..lora.graft import base_class
 from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of
-from ..spec import site_name
+from ..plan import site_name
 from .source_analysis import source_of
 
 

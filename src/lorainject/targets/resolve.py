@@ -17,7 +17,8 @@ from ..errors import TargetError
 from ..lora.adapter_dict import adapters_of, child_name, names_of, walk
 from ..lora.graft import base_class, graft_obstacle
 from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
-from ..spec import LoraSpec, Override, Plan, Site, Target
+from ..plan import Plan, Site
+from ..spec import LoraSpec, Override, Target
 from .matcher import Matcher, Pick, is_pattern, out_of, sliced
 from .model_weights import Weight, towers
 

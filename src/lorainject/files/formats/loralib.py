@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...spec import site_name
+from ...plan import site_name
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source

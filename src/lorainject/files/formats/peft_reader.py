@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...spec import site_name
+from ...plan import site_name
 from ..format import Format
 from ..io.open_adapter import Hints, Source
 from ..record import NONE, AdapterFile, StoredSite, TokenRows

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...lora.weight_kinds import STACKS
-from ...spec import site_name
+from ...plan import site_name
 from .. import transforms
 from ..io.open_adapter import Hints
 from ..record import NONE, StoredSite, checked
