@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraftError, StateError
-from .lora.active import ROOTS, AdapterState, RowAssignment
+from .lora.active import ROOTS, AdapterState
 from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import (
     FROZEN,
@@ -31,6 +31,7 @@ from .lora.adapter_dict import (
 )
 from .lora.dora import DoraAdapter
 from .lora.kernels.lora_linear import accumulate
+from .lora.kernels.per_row import RowAssignment
 from .lora.kernels.shared_input import SharedInput
 from .lora.replacement import ReplacementTensor
 from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
