@@ -30,7 +30,6 @@ from .lora.adapter_dict import (
     walk,
 )
 from .lora.dora import DoraAdapter
-from .lora.kernels.lora_linear import accumulate
 from .lora.kernels.per_row import RowAssignment
 from .lora.kernels.shared_input import SharedInput
 from .lora.replacement import ReplacementTensor
@@ -207,7 +206,7 @@ def _introduce(modules: Mapping[str, nn.Module]) -> None:
         for own in module._modules.values():
             if (
                 isinstance(own, AdapterDict)
-                and own.kind.term is accumulate
+                and own.kind.form == "linear"
                 and (family := input_group(path) or (own.label and path))
             ):
                 families.setdefault((family, own.kind.sizes(weight_shape(module, own.parameter))[2]), []).append(own)

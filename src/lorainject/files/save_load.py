@@ -177,7 +177,7 @@ def _first_row(host: AdaptedSite) -> int:
 def _beyond_peft(w: Weight) -> str | None:
     """Why PEFT would apply an adapter on this layer wrongly, or not at all; None if it would not."""
     m = w.module
-    if w.bypassed and w.kind.term is not None:
+    if w.bypassed and w.kind.form is not None:
         return f"{base_class(type(w.readers[0])).__name__} reads its weight, where PEFT's layer does nothing"
     if isinstance(m, _ConvNd) and (m.groups > 1 or m.padding_mode != "zeros" or any(d != 1 for d in m.dilation)):
         return "PEFT passes over groups, dilation and padding_mode"

@@ -23,6 +23,7 @@ from .active import ROOTS, AdapterState, StateDictLoad
 from .adapter import LoraAdapter
 from .hooks import HookAware
 from .kernels.shared_input import SharedInput
+from .kernels.terms import TERMS
 from .replacement import ReplacementTensor
 from .weight_kinds import Kind, weight_shape
 
@@ -124,8 +125,8 @@ class AdapterDict(HookAware):
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
         """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was called with, by which
         siblings know their input."""
-        state, term, lows = self.state, self.kind.term, cast("dict[str | None, LoraAdapter]", self._modules)
-        assert term is not None
+        assert self.kind.form is not None
+        state, term, lows = self.state, TERMS[self.kind.form], cast("dict[str | None, LoraAdapter]", self._modules)
         if state.rows is not None:
             return state.rows.add(lows, term, y, x, own)
         made: Mapping[LoraAdapter, Tensor] = {}

@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .adapter import Term, add_embedding_term
 from .graft import base_class, graft_obstacle
-from .kernels.lora_linear import accumulate
 
+Form = Literal["linear", "embedding"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED = (
     "bitsandbytes.",
@@ -41,8 +40,9 @@ class Kind:
     """Whether the first axis (after a stack's) is `in`: Conv1D's (in, out), where nn.Linear has (out, in)."""
     stacked: bool = False
     """Whether the first axis counts experts, each with an A and a B of its own."""
-    term: Term | None = None
-    """What adds the low-rank term to the output, for the forward graft; None for the weight graft."""
+    form: Form | None = None
+    """What the layer computes with its weight, by which kernels/terms.py knows the function that adds the low-rank term to
+    the output, for the forward graft; None for the weight graft."""
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
         """(stack, out, in) of a stored shape."""
@@ -51,9 +51,9 @@ class Kind:
 
 
 LAYERS = (
-    Kind(name="linear", type="torch.nn.modules.linear.Linear", term=accumulate),
-    Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, term=accumulate),
-    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, term=add_embedding_term),
+    Kind(name="linear", type="torch.nn.modules.linear.Linear", form="linear"),
+    Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, form="linear"),
+    Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, form="embedding"),
     Kind(name="conv^T", type="torch.nn.modules.conv._ConvTransposeNd", transposed=True),
     Kind(name="conv", type="torch.nn.modules.conv._ConvNd"),
 )
@@ -81,7 +81,7 @@ def has_standard_forward(module: nn.Module) -> bool:
 def returns_fresh_output(cls: type[nn.Module]) -> bool:
     """Whether such a layer's forward returns memory that it has just taken, which nothing else sees: that of its kind does."""
     kind, row = _row(cls)  # type: ignore[arg-type]
-    return kind is not None and kind.term is not None and cls.forward is row.forward
+    return kind is not None and kind.form is not None and cls.forward is row.forward
 
 
 def is_quantized(module: nn.Module) -> bool:

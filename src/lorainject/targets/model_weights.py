@@ -75,7 +75,7 @@ def weights(model: nn.Module, walked: Iterable[tuple[str, nn.Module]] | None = N
         owners, plain = way[paths[key][0]], has_standard_forward(module)
         for name, kind in _kinds(module):
             readers = tuple(dict.fromkeys(read.get((key, name), ())))
-            if kind.term is None or readers or key in read_by or not plain:
+            if kind.form is None or readers or key in read_by or not plain:
                 readers = tuple(dict.fromkeys((*readers, module)))  # for a direct call of the module
             found_to = (key, name) in multiplied and (not is_layer or (kind.name == "embedding" and not plain))
             linear = kind.name in ("linear", "linear^T") or found_to or (not is_layer and _is_experts(module))
