@@ -1,9 +1,13 @@
-"""Every reader against mutations of real files (mutations.py): `scripts/fuzz [--minutes N] [--only READER] [--first N]`.
+"""Feed mutations of real adapter files to every reader: `scripts/fuzz [--minutes N] [--only READER] [--first N]`.
 
-Each input is read, and what can be read is surveyed, written in our own format and in another, and read back. It must end in time, within
-MEMORY more than the process began with, and raise nothing but LoraError. A child process does it, under RLIMIT_AS; the parent kills it when
-an input takes longer than SECONDS, and begins a new one after whatever kills it. An input is known by its reader and number, which make it
-again: `--only READER --first N --count 1`. What is found is written to --out, one folder for each kind.
+An input is one of a reader's real files with something wrong in it (mutations.py). It is read; if that succeeds, it is
+described, written in lorainject's own format and in one other format, and read back. All of this must end within
+SECONDS, must take at most MEMORY bytes of address space more than the process had at its start, and must raise nothing
+but LoraError.
+
+A child process does this under RLIMIT_AS. The parent kills the child when an input takes longer than SECONDS, and
+starts a new child after whatever kills it. A reader and a number name an input: `--only READER --first N --count 1`
+repeats it. The first input of each kind of failure is written to a folder in --out.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors.torch import load_file
@@ -41,116 +45,145 @@ from mutations import mutated
 from oracle import FIXTURES, tree
 
 SECONDS = 10.0  # for one input
-MEMORY = 2**31  # bytes of address space beyond what the process begins with
-BATCH = 3000  # inputs of one child process
+MEMORY = 2**31  # bytes of address space for one child, in addition to what it starts with
+BATCH = 3000  # inputs per child process
+TURN = 20.0  # seconds after which the next reader takes its turn
+PACKAGE = Path(li.__file__).resolve().parent
 LINEARS = {
-    f"model.layers.{i}.{at}.weight": shape
-    for i in range(2)
-    for at, shape in (("self_attn.q_proj", (16, 8)), ("self_attn.k_proj", (8, 8)), ("mlp.up_proj", (12, 8)))
+    f"model.layers.{layer}.{path}.weight": shape
+    for layer in range(2)
+    for path, shape in (("self_attn.q_proj", (16, 8)), ("self_attn.k_proj", (8, 8)), ("mlp.up_proj", (12, 8)))
 }
 
 
 @dataclass
 class Seed:
-    """A real file or directory to begin with."""
+    """A real adapter, file or directory, that mutations start from."""
 
     files: dict[str, bytes]
     file: str = ""
-    """Which of them is given to read; empty for the directory."""
+    """The one of `files` whose path is passed to `li.read`; empty for the path of the directory."""
     hints: li.Hints = field(default_factory=li.Hints)
 
 
-def folder(at: Path, **told: Any) -> Seed:
-    return Seed(
-        {p.name: p.read_bytes() for p in sorted(at.iterdir()) if p.name in (*FILES, *CONFIGS)}, hints=li.Hints(**told)
-    )
+def directory_seed(path: Path, **hints: Any) -> Seed:
+    """Return the seed that consists of all adapter and config files of a directory."""
+    files = {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.name in (*FILES, *CONFIGS)}
+    return Seed(files, hints=li.Hints(**hints))
 
 
-def single(at: Path, **told: Any) -> Seed:
-    return Seed({at.name: at.read_bytes()}, at.name, li.Hints(**told))
+def file_seed(path: Path, **hints: Any) -> Seed:
+    """Return the seed that consists of one file."""
+    return Seed({path.name: path.read_bytes()}, path.name, li.Hints(**hints))
 
 
 def seeds() -> dict[str, list[Seed]]:
-    """By reader, from the fixtures; of containers that no fixture has, one made of them."""
-    peft = [
-        folder(FIXTURES / f"peft_{v}")
-        for v in ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens", "params")
-    ]
-    peft += [folder(p) for p in sorted((FIXTURES / "peft_target_parameters").glob("*/*_ad"))]
+    """Return the seeds of each reader, from the fixtures. Containers without a fixture are made from other fixtures."""
+    names = ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens", "params")
+    peft = [directory_seed(FIXTURES / f"peft_{name}") for name in names]
+    peft += [directory_seed(p) for p in sorted((FIXTURES / "peft_target_parameters").glob("*/*_ad"))]
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
-    names = tree({key: tuple(t.shape) for key, t in base.items()})
+    model = tree({key: tuple(t.shape) for key, t in base.items()})
     groups = {"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}
-    with tempfile.TemporaryDirectory() as at:
-        natives = [_native(Path(at), v) for v in ("plain", "dora", "tokens", "params", "bias_all")]
+    with tempfile.TemporaryDirectory() as folder:
+        natives = [_native_seed(Path(folder), name) for name in ("plain", "dora", "tokens", "params", "bias_all")]
         llama = li.inject(tree(LINEARS), ["q_proj", "re:.*k_proj"], r=2)
-        natives += [folder(li.save(llama, Path(at) / "llama")), single(li.save(llama, Path(at) / "llama.safetensors"))]
+        natives.append(directory_seed(li.save(llama, Path(folder) / "llama")))
+        natives.append(file_seed(li.save(llama, Path(folder) / "llama.safetensors")))
+    loralib = [f"{name}.pt" for name in ("lora", "lora_bias", "full_train_mode")]
+    kohya, gguf = FIXTURES / "kohya_lycoris" / "lora.safetensors", FIXTURES / "gguf" / "lora.gguf"
+    torchtune, pipeline = FIXTURES / "torchtune", FIXTURES / "diffusers"
     return {
-        "lorainject": natives, "peft": peft, "tar": [_tar(peft[0], "w"), _tar(peft[1], "w:gz")],
-        "kohya": [single(FIXTURES / "kohya_lycoris" / "lora.safetensors"), single(FIXTURES / "kohya_lycoris" / "lora.safetensors", component="unet", model=names),
-                  single(FIXTURES / "diffusers" / "kohya.safetensors")],
-        "diffusers": [folder(FIXTURES / "diffusers"), single(FIXTURES / "diffusers" / "no_header.safetensors"), single(FIXTURES / "diffusers" / "pytorch_lora_weights.safetensors", component="unet")],
-        "mlx": [folder(FIXTURES / "mlx_lora"), _npz(FIXTURES / "mlx_lora")],
-        "gguf": [single(FIXTURES / "gguf" / "lora.gguf", heads=(4, 2)), single(FIXTURES / "gguf" / "lora.gguf", heads=(4, 2), model=tree(LINEARS))],
-        "torchtune": [folder(FIXTURES / "torchtune", alpha=6, heads=(4, 2)), single(FIXTURES / "torchtune" / "adapter_model.pt", alpha=6, heads=(4, 2))],
-        "litgpt": [folder(FIXTURES / "litgpt", heads=(4, 2)), folder(FIXTURES / "litgpt")],
-        "loralib": [single(FIXTURES / "loralib" / f"{n}.pt", alpha=6, groups=groups) for n in ("lora", "lora_bias", "full_train_mode")],
-        "adapterhub": [folder(FIXTURES / f"adapterhub_{n}") for n in ("bert", "gpt2")],
-        "onnx": [single(FIXTURES / "onnx_adapter" / "a.onnx_adapter")],
-    }  # fmt: skip
+        "lorainject": natives,
+        "peft": peft,
+        "tar": [_tar_seed(peft[0], "w"), _tar_seed(peft[1], "w:gz")],
+        "kohya": [
+            file_seed(kohya),
+            file_seed(kohya, component="unet", model=model),
+            file_seed(pipeline / "kohya.safetensors"),
+        ],
+        "diffusers": [
+            directory_seed(pipeline),
+            file_seed(pipeline / "no_header.safetensors"),
+            file_seed(pipeline / "pytorch_lora_weights.safetensors", component="unet"),
+        ],
+        "mlx": [directory_seed(FIXTURES / "mlx_lora"), _npz_seed(FIXTURES / "mlx_lora")],
+        "gguf": [file_seed(gguf, heads=(4, 2)), file_seed(gguf, heads=(4, 2), model=tree(LINEARS))],
+        "torchtune": [
+            directory_seed(torchtune, alpha=6, heads=(4, 2)),
+            file_seed(torchtune / "adapter_model.pt", alpha=6, heads=(4, 2)),
+        ],
+        "litgpt": [directory_seed(FIXTURES / "litgpt", heads=(4, 2)), directory_seed(FIXTURES / "litgpt")],
+        "loralib": [file_seed(FIXTURES / "loralib" / name, alpha=6, groups=groups) for name in loralib],
+        "adapterhub": [directory_seed(FIXTURES / f"adapterhub_{name}") for name in ("bert", "gpt2")],
+        "onnx": [file_seed(FIXTURES / "onnx_adapter" / "a.onnx_adapter")],
+    }
 
 
-def _native(at: Path, variant: str) -> Seed:
-    li.write(li.read(FIXTURES / f"peft_{variant}"), at / variant)
-    return folder(at / variant)
+def _native_seed(folder: Path, variant: str) -> Seed:
+    li.write(li.read(FIXTURES / f"peft_{variant}"), folder / variant)
+    return directory_seed(folder / variant)
 
 
-def _tar(seed: Seed, mode: Any) -> Seed:
+def _tar_seed(seed: Seed, mode: Any) -> Seed:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as tar:
         for name, data in seed.files.items():
-            about = tarfile.TarInfo(f"adapter/{name}")
-            about.size = len(data)
-            tar.addfile(about, io.BytesIO(data))
+            member = tarfile.TarInfo(f"adapter/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return Seed({"a.tar": out.getvalue()}, "a.tar")
 
 
-def _npz(at: Path) -> Seed:
+def _npz_seed(folder: Path) -> Seed:
     import numpy
 
     out = io.BytesIO()
-    numpy.savez(out, **{key: t.float().numpy() for key, t in load_file(at / "adapters.safetensors").items()})
-    return Seed({"adapters.npz": out.getvalue(), "adapter_config.json": (at / "adapter_config.json").read_bytes()})
+    numpy.savez(out, **{key: t.float().numpy() for key, t in load_file(folder / "adapters.safetensors").items()})
+    return Seed({"adapters.npz": out.getvalue(), "adapter_config.json": (folder / "adapter_config.json").read_bytes()})
 
 
-def made(reader: str, n: int, of: list[Seed]) -> tuple[Seed, dict[str, bytes]]:
-    """Input n of a reader."""
+def mutated_input(reader: str, n: int, reader_seeds: list[Seed]) -> tuple[Seed, dict[str, bytes]]:
+    """Return the seed that input `n` of a reader starts from, and the mutated files."""
     rng = random.Random(f"{reader} {n}")
-    seed = rng.choice(of)
+    seed = rng.choice(reader_seeds)
     return seed, mutated(seed.files, rng)
 
 
-def tried(at: Path, hints: li.Hints, n: int) -> str:
-    """Read it, and do with it what one does with a file. "read" or "refused"; whatever else is raised is a finding."""
+def write_files(files: dict[str, bytes], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def try_input(path: Path, hints: li.Hints, n: int) -> str:
+    """Read an adapter, describe it, write it in two formats and read those back.
+
+    Returns:
+        "refused" if reading raised a LoraError, else "read".
+
+    Raises:
+        Exception: Whatever is no LoraError, and MemoryError for an allocation that failed. Both are findings.
+    """
     try:
-        file = li.read(at, allow_pickle=True, hints=hints)
+        file = li.read(path, allow_pickle=True, hints=hints)
         json.dumps(survey(file))
     except li.LoraError as e:
-        _within(e)
+        _raise_memory_error(e)
         return "refused"
-    out = at.parent / "out"
-    for format in ("lorainject", list(li.FORMATS)[n % len(li.FORMATS)]):
-        form = li.FORMATS[format]
-        told = replace(hints, heads=(4, 2), architecture="llama", component=hints.component or "unet")
+    for name in ("lorainject", list(li.FORMATS)[n % len(li.FORMATS)]):
+        full_hints = replace(hints, heads=(4, 2), architecture="llama", component=hints.component or "unet")
+        target = path.parent / "out" / f"{name}{li.FORMATS[name].suffix}"
         try:
-            done = li.write(file, out / f"{format}{form.suffix}", format=format, lossy=n % 2 == 0, hints=told)
-            li.read(done.path, allow_pickle=True, hints=replace(told, alpha=1.0))
+            conversion = li.write(file, target, format=name, lossy=n % 2 == 0, hints=full_hints)
+            li.read(conversion.path, allow_pickle=True, hints=replace(full_hints, alpha=1.0))
         except li.LoraError as e:
-            _within(e)
+            _raise_memory_error(e)
     return "read"
 
 
-def _within(e: BaseException | None) -> None:
-    """An allocation that failed is none that a reader may hide."""
+def _raise_memory_error(e: BaseException | None) -> None:
+    """Raise MemoryError if a failed allocation is among the causes of `e`: a reader must not hide one."""
     while e is not None:
         if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
             raise MemoryError(str(e)) from e
@@ -158,148 +191,133 @@ def _within(e: BaseException | None) -> None:
 
 
 def signature(e: BaseException) -> str:
-    """What is raised, and where in our code."""
-    own = [f for f in traceback.extract_tb(e.__traceback__) if "/lorainject/" in f.filename]
-    where = f"{Path(own[-1].filename).name}:{own[-1].name}" if own else "outside"
-    return f"{type(e).__name__} in {where}: {str(e).splitlines()[0][:100] if str(e) else ''}"
+    """Return the exception's type, the innermost function of lorainject that it passed through, and its first line."""
+    frames = traceback.extract_tb(e.__traceback__)
+    inside = [frame for frame in frames if Path(frame.filename).resolve().is_relative_to(PACKAGE)]
+    where = f"in {Path(inside[-1].filename).name}:{inside[-1].name}" if inside else "outside lorainject"
+    return f"{type(e).__name__} {where}: {str(e).partition(chr(10))[0][:100]}"
 
 
-def work(reader: str, of: list[Seed], numbers: Iterator[int], say: Any) -> None:
-    """In the child: one input after another, each told before it is tried, and how it ended."""
-    torch.set_num_threads(1)  # a child has none of its parent's threads, and would wait for them
-    started = _pages()
-    resource.setrlimit(resource.RLIMIT_AS, (started + MEMORY, started + MEMORY))
+def run_in_child(reader: str, reader_seeds: list[Seed], first: int, count: int, report: TextIO) -> None:
+    """Try one input after another. Write a line with its number before each, and a line with its result after it."""
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     warnings.simplefilter("ignore")
-    for n in numbers:
-        seed, files = made(reader, n, of)
-        with tempfile.TemporaryDirectory(dir=os.environ.get("FUZZ_TMP")) as at:
-            place = Path(at) / "in"
-            put(files, place)
-            print(json.dumps({"n": n}), file=say, flush=True)
+    for n in range(first, first + count):
+        seed, files = mutated_input(reader, n, reader_seeds)
+        with tempfile.TemporaryDirectory(dir=os.environ.get("FUZZ_TMP")) as folder:
+            write_files(files, Path(folder) / "in")
+            print(json.dumps({"n": n}), file=report, flush=True)
             try:
-                end = tried(place / seed.file, seed.hints, n)
+                result = try_input(Path(folder) / "in" / seed.file, seed.hints, n)
             except Exception as e:
-                end = signature(e)
-        print(
-            json.dumps({"end": end, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}),
-            file=say,
-            flush=True,
-        )
+                result = signature(e)
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(json.dumps({"result": result, "rss": rss}), file=report, flush=True)
 
 
-def _pages() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+def run_batch(reader: str, reader_seeds: list[Seed], first: int, count: int) -> Iterator[tuple[int, str, int]]:
+    """Yield the number, result and peak memory (KiB) of each input.
 
-
-def put(files: dict[str, bytes], place: Path) -> None:
-    place.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (place / name).write_bytes(data)
-
-
-def batch(reader: str, of: list[Seed], first: int, count: int) -> Iterator[tuple[int, str, int]]:
-    """Number, end and peak memory of each input; a child that hangs or dies is an end too, and the last of its batch."""
-    read, write = os.pipe()
+    A child that hangs or dies ends the batch with that as a result.
+    """
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(read)
+        os.close(read_end)
         with open(os.devnull, "w") as null:
             os.dup2(null.fileno(), 2)
             with contextlib.suppress(BaseException):
-                work(reader, of, iter(range(first, first + count)), os.fdopen(write, "w"))
+                run_in_child(reader, reader_seeds, first, count, os.fdopen(write_end, "w"))
         os._exit(0)
-    os.close(write)
-    n, why, over = first, "", False
-    begun = done = first - 1
+    os.close(write_end)
+    hang, closed = "", False
+    started = finished = first - 1
     try:
-        with os.fdopen(read, "rb", buffering=0) as pipe:
+        with os.fdopen(read_end, "rb", buffering=0) as pipe:
             rest = b""
-            while not (why or over):
+            while not (hang or closed):
                 if not select.select([pipe], [], [], SECONDS)[0]:
-                    why = f"hang: more than {SECONDS:g} s"
+                    hang = f"hang: more than {SECONDS:g} s"
                 elif not (piece := pipe.read(65536)):
-                    over = True
+                    closed = True
                 else:
                     *lines, rest = (rest + piece).split(b"\n")
-                    for line in lines:
-                        told = json.loads(line)
-                        if "n" in told:
-                            n = begun = told["n"]
+                    for event in map(json.loads, lines):
+                        if "n" in event:
+                            started = event["n"]
                         else:
-                            done = n
-                            yield n, told["end"], told["rss"]
+                            finished = started
+                            yield started, event["result"], event["rss"]
     finally:
-        if not over:  # it hangs, or is not needed any more
+        if not closed:  # the child hangs, or the caller wants no more of its results
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-    if begun > done or why:
-        yield begun, why or f"death: signal {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 'none'}", 0
+    if started > finished or hang:
+        yield started, hang or f"death: signal {os.WTERMSIG(status) if os.WIFSIGNALED(status) else 'none'}", 0
 
 
-def warm(of: list[Seed]) -> None:
-    """The seeds as they are: what reading them imports, is imported once and not in each child."""
-    for seed in of:
-        with tempfile.TemporaryDirectory() as at:
-            put(seed.files, Path(at) / "in")
-            assert {tried(Path(at) / "in" / seed.file, seed.hints, n) for n in range(len(li.FORMATS))} == {"read"}
+def try_seeds(reader_seeds: list[Seed]) -> None:
+    """Try the seeds without a mutation, so that the parent has imported what reading them needs before it forks."""
+    for seed in reader_seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(seed.files, Path(folder) / "in")
+            results = {try_input(Path(folder) / "in" / seed.file, seed.hints, n) for n in range(len(li.FORMATS))}
+            assert results == {"read"}
 
 
 def main() -> None:
-    """Reader after reader, in turns, until the time is over."""
-    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args.add_argument("--minutes", type=float, default=5)
-    args.add_argument("--only", nargs="*", help="readers")
-    args.add_argument("--first", type=int, default=0, help="number of the first input of each reader")
-    args.add_argument("--count", type=int, help="inputs of each reader, instead of minutes")
-    args.add_argument("--out", type=Path, default=Path("fuzz-findings"))
-    given = args.parse_args()
+    """Run the readers in turns until the time is over, and print a table of the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--only", nargs="*", help="readers")
+    parser.add_argument("--first", type=int, default=0, help="number of the first input of each reader")
+    parser.add_argument("--count", type=int, help="inputs of each reader, instead of minutes")
+    parser.add_argument("--out", type=Path, default=Path("fuzz-findings"))
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    known = seeds()
-    readers = given.only or list(known)
+    all_seeds = seeds()
+    readers = args.only or list(all_seeds)
     for reader in readers:
-        warm(known[reader])
-    ends: dict[str, Counter[str]] = {reader: Counter() for reader in readers}
-    peak, number, start, found = dict.fromkeys(readers, 0), dict.fromkeys(readers, given.first), time.monotonic(), {}
-    spent = dict.fromkeys(readers, 0.0)
+        try_seeds(all_seeds[reader])
+    results: dict[str, Counter[str]] = {reader: Counter() for reader in readers}
+    peak, number, seconds = (dict.fromkeys(readers, start) for start in (0, args.first, 0.0))
+    findings: set[tuple[str, str]] = set()
+    start = time.monotonic()
 
-    def left() -> bool:
-        return (
-            (time.monotonic() - start < given.minutes * 60)
-            if given.count is None
-            else any(number[r] < given.first + given.count for r in readers)
-        )
+    def has_time_left() -> bool:
+        if args.count is None:
+            return time.monotonic() - start < args.minutes * 60
+        return any(number[reader] < args.first + args.count for reader in readers)
 
     for reader in itertools.cycle(readers):
-        if not left():
+        if not has_time_left():
             break
-        begun, count = (
-            time.monotonic(),
-            BATCH if given.count is None else min(BATCH, given.first + given.count - number[reader]),
-        )
-        for n, end, rss in batch(reader, known[reader], number[reader], count):
-            kind = end if end in ("read", "refused") else "found"
-            ends[reader][kind] += 1
+        turn = time.monotonic()
+        count = BATCH if args.count is None else min(BATCH, args.first + args.count - number[reader])
+        for n, result, rss in run_batch(reader, all_seeds[reader], number[reader], count):
+            kind = result if result in ("read", "refused") else "finding"
+            results[reader][kind] += 1
             peak[reader], number[reader] = max(peak[reader], rss), n + 1
-            if kind == "found" and (reader, end) not in found:
-                found[reader, end] = n
-                print(f"FOUND {reader} {n}: {end}", flush=True)
-                put(made(reader, n, known[reader])[1], given.out / f"{reader}-{n}")
-            if given.count is None and time.monotonic() - begun > 20:
+            if kind == "finding" and (reader, result) not in findings:
+                findings.add((reader, result))
+                print(f"FINDING {reader} {n}: {result}", flush=True)
+                write_files(mutated_input(reader, n, all_seeds[reader])[1], args.out / f"{reader}-{n}")
+            if args.count is None and time.monotonic() - turn > TURN:
                 break
-        spent[reader] += time.monotonic() - begun
-    print(
-        f"{sum(c.total() for c in ends.values()):,} inputs in {(time.monotonic() - start) / 60:.1f} minutes, {len(found)} kinds of findings"
-    )
-    print(
-        "| reader | inputs | read | refused | found | seconds | MiB above the start, at most |\n|---|---|---|---|---|---|---|"
-    )
-    for reader, c in ends.items():
-        print(
-            f"| {reader} | {c.total():,} | {c['read']:,} | {c['refused']:,} | {c['found']:,} | {spent[reader]:.0f} | {peak[reader] / 1024:.0f} |"
-        )
-    sys.exit(bool(found))
+        seconds[reader] += time.monotonic() - turn
+    total, minutes = sum(c.total() for c in results.values()), (time.monotonic() - start) / 60
+    print(f"{total:,} inputs in {minutes:.1f} minutes, {len(findings)} kinds of findings")
+    print("| reader | inputs | read | refused | findings | seconds | MiB above the start, at most |")
+    print("|---|---|---|---|---|---|---|")
+    for reader, c in results.items():
+        columns = [f"{n:,}" for n in (c.total(), c["read"], c["refused"], c["finding"])]
+        columns += [f"{seconds[reader]:.0f}", f"{peak[reader] / 1024:.0f}"]
+        print(f"| {reader} | {' | '.join(columns)} |")
+    sys.exit(bool(findings))
 
 
 if __name__ == "__main__":

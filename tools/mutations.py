@@ -255,7 +255,7 @@ def _metadata(data: bytes, rng: Rng) -> bytes:
 def _table(data: bytes, rng: Rng) -> bytes:
     """safetensors: its tensors."""
     tensors, metadata = safetensors_file.parse(data, Path("x"))
-    new = table(tensors, rng)
+    new = table(dict(sorted(tensors.items())), rng)
     known = {
         key: t if t.dtype in safetensors_file.DTYPES else t.double() if t.dtype.is_complex else t.int()
         for key, t in new.items()
@@ -311,9 +311,10 @@ def _members(data: bytes, rng: Rng) -> bytes:
     else:
         members["archive/bomb"] = bytes(10**6)
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as z:
+    compression = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(out, "w") as z:
         for n, content in members.items():
-            z.writestr(n, content)
+            z.writestr(zipfile.ZipInfo(n), content, compression)
     return out.getvalue()
 
 
