@@ -16,6 +16,7 @@ import lorainject as li
 from lorainject.cli import main
 
 from models import ids, llama, randomise, run
+from moe_models import mixtral, moe_model
 
 
 @pytest.fixture
@@ -78,9 +79,7 @@ def test_inspect(cli, saved):
 
 def test_slices_and_stacks(cli, tmp_path):
     """Found and inspected by their names, as a table and as JSON."""
-    import test_readers
-
-    model = test_readers.built(test_readers.mixtral)
+    model = moe_model(mixtral)
     model.save_pretrained(tmp_path / "base")
     targets = ("-t", "gate_up_proj[up]", "-t", "down_proj")
     assert "experts.gate_up_proj[up]  experts  8x32x32" in cli("find", tmp_path / "base", *targets)

@@ -18,10 +18,6 @@ from transformers import (
     BloomModel,
     DetrConfig,
     DetrForSegmentation,
-    GptOssConfig,
-    GptOssModel,
-    MixtralConfig,
-    MixtralModel,
     MobileBertConfig,
     MobileBertForMaskedLM,
     ResNetConfig,
@@ -33,38 +29,7 @@ from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.graft import Graft
 
 from models import randomise, state
-
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
-
-def mixtral() -> nn.Module:
-    return MixtralModel(MixtralConfig(**SIZES, num_local_experts=8))
-
-
-def gpt_oss() -> nn.Module:
-    return GptOssModel(GptOssConfig(**SIZES, head_dim=16, num_local_experts=8, num_experts_per_tok=2))
-
-
-def built(build, implementation: str = "eager", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model whose experts have random weights; gpt-oss's and Aria's are stored (E, in, out)."""
-    torch.manual_seed(0)
-    model = build().to(dtype).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape) * 0.2)
-    model.set_experts_implementation(implementation)
-    return model
-
-
-def output(model: nn.Module) -> Tensor:
-    return model(input_ids=torch.arange(14).reshape(2, 7)).last_hidden_state
+from moe_models import SIZES, gpt_oss, mixtral, moe_model, moe_output
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
@@ -79,21 +44,21 @@ implementations = pytest.mark.parametrize("implementation", ["eager", "batched_m
 @implementations
 def test_experts(build, implementation):
     """Adapted experts compute what merged ones do, no dense sum is formed, and A and B of all that got a token have gradients."""
-    model = built(build, implementation)
-    before, y = state(model), output(model)
+    model = moe_model(build, implementation)
+    before, y = state(model), moe_output(model)
     li.inject(model, ["experts"], r=4)
-    assert close(output(model), y, 1e-6)
+    assert close(moe_output(model), y, 1e-6)
     randomise(model)
-    adapted = output(model)
+    adapted = moe_output(model)
     assert not close(adapted, y, 0.01)
     reach = li.probe(model, input_ids=torch.arange(14).reshape(2, 7))
     assert not reach.dense
     assert len(reach.reached) == 4
     li.merge(model)
     assert not any(isinstance(m, Graft) for m in model.modules())
-    assert close(output(model), adapted)
+    assert close(moe_output(model), adapted)
     li.unmerge(model)
-    assert torch.equal(output(model), adapted)
+    assert torch.equal(moe_output(model), adapted)
     assert state(li.eject(model)) == before
 
 
@@ -104,42 +69,42 @@ def test_experts(build, implementation):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in transformers
 def test_experts_compile_as_one_graph(build, implementation, dtype):
     """torch.compile takes adapted experts whole, and gets the same numbers."""
-    model = built(build, implementation, dtype)
+    model = moe_model(build, implementation, dtype)
     li.inject(model, ["experts", "q_proj"], r=4)
     randomise(model)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    assert close(output(compiled), output(model), 1e-5 if dtype is torch.float32 else 3e-2)
+    assert close(moe_output(compiled), moe_output(model), 1e-5 if dtype is torch.float32 else 3e-2)
     torch._dynamo.reset()
 
 
 @implementations
 def test_experts_dropout(implementation):
     """LoRA dropout acts on the experts' inputs while training, and only then."""
-    model = built(mixtral, implementation)
+    model = moe_model(mixtral, implementation)
     li.inject(model, ["experts"], r=4, dropout=0.5)
     randomise(model)
-    assert torch.equal(output(model), output(model))
+    assert torch.equal(moe_output(model), moe_output(model))
     model.train()
-    assert not torch.equal(output(model), output(model))
+    assert not torch.equal(moe_output(model), moe_output(model))
 
 
 def test_bf16_experts_with_fp32_factors_keep_their_dtype():
     """A and B are float32 on a bfloat16 base; the output is bfloat16, and autocast changes nothing about that."""
-    model = built(mixtral, "grouped_mm", torch.bfloat16)
+    model = moe_model(mixtral, "grouped_mm", torch.bfloat16)
     li.inject(model, ["experts"], r=4)
     randomise(model)
-    assert output(model).dtype is torch.bfloat16
+    assert moe_output(model).dtype is torch.bfloat16
     assert all(p.dtype is torch.float32 for p in li.parameters(model))
-    wide = built(mixtral, "eager")
+    wide = moe_model(mixtral, "eager")
     li.inject(wide, ["experts"], r=4)
     randomise(wide)
     with torch.autocast("cpu", torch.bfloat16):
-        assert close(output(wide).float(), output(li.unmerge(wide) if li.merge(wide) else wide).float(), 0.1)
+        assert close(moe_output(wide).float(), moe_output(li.unmerge(wide) if li.merge(wide) else wide).float(), 0.1)
 
 
 def test_every_expert_without_a_token_is_said_apart():
     """probe names the experts of a stack, by number, that this input did not reach; they are no failure."""
-    model = built(mixtral)
+    model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4)
     randomise(model)
     reach = li.probe(model, input_ids=torch.tensor([[5]]))
@@ -459,22 +424,22 @@ def test_threads():
 
 def test_pickle_and_deepcopy():
     """A copy has its own readers: training it leaves the original alone."""
-    model = built(mixtral)
+    model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4)
     randomise(model)
-    y = output(model)
+    y = moe_output(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(output(twin), y)
+        assert torch.equal(moe_output(twin), y)
         randomise(twin, seed=1)
-        assert not torch.equal(output(twin), y)
-        assert torch.equal(output(model), y)
+        assert not torch.equal(moe_output(twin), y)
+        assert torch.equal(moe_output(model), y)
 
 
 @every
 @implementations
 def test_rows_through_experts(build, implementation):
     """Each row's tokens use its own adapter in experts too, in the forward and in its gradients, as each row alone would."""
-    model = built(build, implementation)
+    model = moe_model(build, implementation)
     x = torch.randint(0, 50, (3, 5), generator=torch.Generator().manual_seed(1))
     for seed, name in enumerate("ab"):
         li.inject(model, ["experts", "attention"], r=4, name=name)
@@ -502,7 +467,7 @@ def test_rows_through_experts(build, implementation):
 
 def test_rows_are_refused_where_the_batch_can_not_be_seen():
     """Weights read by a model's own code, tokens that are not the rows': rows(...) says so instead of mixing adapters up; the base's rows are fine."""
-    model = built(mixtral)
+    model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
     experts = model.layers[0].mlp.experts
     with (
@@ -514,7 +479,7 @@ def test_rows_are_refused_where_the_batch_can_not_be_seen():
         experts(torch.randn(4, 32))
     assert not shadows(model)
     with li.rows(model, [None, None]):
-        output(model)
+        moe_output(model)
     conv = nn.Sequential(nn.Conv1d(4, 4, 3))
     li.inject(conv, ["0"], r=2, name="a")
     with (
@@ -526,15 +491,15 @@ def test_rows_are_refused_where_the_batch_can_not_be_seen():
 
 def test_two_adapters_on_one_stack():
     """Their terms add up; merging both and taking them out again gives W0 to the bit."""
-    model = built(mixtral)
+    model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
     li.inject(model, ["down_proj"], r=2, name="b")
     randomise(model, "a")
     randomise(model, "b", seed=1)
     li.activate(model, "a", "b")
-    y = output(model)
+    y = moe_output(model)
     li.merge(model)
-    assert close(output(model), y)
+    assert close(moe_output(model), y)
     li.unmerge(model)
     li.eject(model, "b")
     assert len(hosts(model)) == 4

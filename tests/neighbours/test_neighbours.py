@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import lorainject as li
 
 from models import bits, ids, llama, randomise, run, state
+from moe_models import mixtral, moe_model, moe_output
 
 X = {"input_ids": ids(), "use_cache": False}
 TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
@@ -466,16 +467,15 @@ def test_cast_keeps_the_scale(base):
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_sharded_experts(implementation):
     """fully_shard over weights that the model reads itself: the sum is made of the gathered W0, A and B, once."""
-    import test_readers
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = li.inject(test_readers.built(test_readers.mixtral, implementation), ["experts", "q_proj"], r=4)
+    model = li.inject(moe_model(mixtral, implementation), ["experts", "q_proj"], r=4)
     randomise(model)
     plain, mesh = copy.deepcopy(model), init_device_mesh("cpu", (1,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
-    y, wanted = test_readers.output(model), test_readers.output(plain)
+    y, wanted = moe_output(model), moe_output(plain)
     assert torch.allclose(y, wanted, atol=1e-5)
     y.square().sum().backward()
     wanted.square().sum().backward()

@@ -14,6 +14,7 @@ import lorainject as li
 from lorainject.lora.kernels import shared_input
 
 from models import bits, gpt2, ids, llama, randomise, run
+from moe_models import gpt_oss, mixtral, moe_model, moe_output
 
 X = {"input_ids": ids()}
 SITES = {"llama": (llama, ["q_proj", "v_proj", "down_proj"]), "gpt2": (gpt2, ["c_attn", "mlp.c_proj"])}
@@ -296,21 +297,19 @@ EXPERTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("build", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("build", [mixtral, gpt_oss])
 @pytest.mark.parametrize(("targets", "settings"), [pytest.param(*w, id=name) for name, w in EXPERTS.items()])
 def test_peft_reads_our_experts(build, targets, settings, tmp_path):
     """Stacked experts, stored either way, in PEFT's layout for target_parameters: it computes what we do."""
-    import test_readers
-
-    base = test_readers.built(getattr(test_readers, build))
+    base = moe_model(build)
     model = li.inject(copy.deepcopy(base), targets, r=3, alpha=6, **settings)
     randomise(model)
     li.save(model, tmp_path, format="peft")
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     with torch.no_grad():
-        y = test_readers.output(model)
-        assert (test_readers.output(theirs) - y).abs().max() < 1e-4 * y.abs().max()
-        assert (test_readers.output(base) - y).abs().max() > 1e-2 * y.abs().max()
+        y = moe_output(model)
+        assert (moe_output(theirs) - y).abs().max() < 1e-4 * y.abs().max()
+        assert (moe_output(base) - y).abs().max() > 1e-2 * y.abs().max()
 
 
 def test_convolutions_both_ways(tmp_path):
