@@ -114,7 +114,7 @@ def test_add_is_sum_in_place(dtype):
     m, measured = TileWorkspace().sum(w0, d)
     there, tally = w0.clone(), TileMerger()
     tally.measure(0, there, d)
-    tally.desk.add(there, d, there)
+    tally.desk.merge_into(there, d, there)
     assert torch.equal(there, m)
     assert tally.measured == measured
     exact, also, _ = TileWorkspace().fold(w0, exact_product([Factors(P, Q, torch.tensor(1.7))]))
@@ -184,7 +184,7 @@ def test_a_sum_for_good_has_the_bits_of_its_definition(data):
         w0 if in_place else torch.empty_like(w0),
         torch.add(w0.float(), tiled_matmul.chain(d.P, d.Q), alpha=s).to(dtype),
     )
-    TileWorkspace().add(w0, d, out)
+    TileWorkspace().merge_into(w0, d, out)
     assert not tiled_matmul.chained() or torch.equal(out, exact)
 
 
@@ -204,7 +204,7 @@ def test_where_product_and_sum_may_be_one_call_they_are(dtype, monkeypatch):
         LowRankProduct(weight((4 * tiled_matmul.FEW, 8), torch.float32, 1), weight((8, 100), torch.float32, 2), 2.0),
     )
     exact, out = w0.double() + 2 * d.P.double() @ d.Q.double(), torch.empty_like(w0)
-    TileWorkspace().add(w0, d, out)
+    TileWorkspace().merge_into(w0, d, out)
     assert torch.allclose(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 

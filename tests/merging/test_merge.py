@@ -133,14 +133,14 @@ def spy(function, calls: list):
 
 def test_a_plain_merge_that_the_system_breaks_off_says_so(model, monkeypatch):
     """Out of memory halfway, with nothing kept: an error that says that weights are spoiled, and the grafts still stand."""
-    original, calls = tile_merge.TileWorkspace.add, iter(range(100))
+    original, calls = tile_merge.TileWorkspace.merge_into, iter(range(100))
 
     def broken(*args):
         if next(calls) == 3:
             raise MemoryError
         return original(*args)
 
-    monkeypatch.setattr(tile_merge.TileWorkspace, "add", broken)
+    monkeypatch.setattr(tile_merge.TileWorkspace, "merge_into", broken)
     with pytest.raises(li.MergeError, match=r"some weights written.*\n=> load the base anew"):
         li.merge(model, reversible=False)
 

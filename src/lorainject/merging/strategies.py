@@ -150,7 +150,7 @@ class InPlace:
         if plain and target is not None:
             each(self.tally.measure, ((i, flat(W), d) for i, (W, d) in enumerate(self.w.matrices(self.before, of))))
             both = zip(self.w.tiles(self.before, of), self.w.tiles(target, of), strict=True)
-            each(self.tally.desk.add, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
+            each(self.tally.desk.merge_into, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
             return
 
         def fold(i: int, view: Tensor, d: LowRankProduct, out: Tensor | None) -> None:

@@ -98,7 +98,7 @@ class TileWorkspace(threading.local):
         _check(m, w0, m)
         return m, measure_delta(w0, of)
 
-    def add_product_by_rows(self, w0: Tensor, of: LowRankProduct, out: Tensor) -> None:
+    def merge_into(self, w0: Tensor, of: LowRankProduct, out: Tensor) -> None:
         """M into `out`, which may be W0 itself; for a sum that is known to be finite."""
         self._plus(w0, of, of.s, out)
 
