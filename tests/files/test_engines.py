@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from safetensors.torch import load_file
 
 import lorainject as li
-from lorainject.files.transforms import in_halves
+from lorainject.files.transforms import halves_from_pairs
 
 from adapter_files import LLAMA_HINTS, records
 from oracle import delta, deltas
@@ -67,7 +67,7 @@ def plain_gguf(path: Path) -> dict[str, torch.Tensor]:
         if key.endswith(".lora_a"):
             _, layer, leaf, *_ = key.split(".")
             B = tensors[key.replace(".lora_a", ".lora_b")].double()
-            B = B[in_halves(len(B), {"attn_q": 4, "attn_k": 2}[leaf])] if leaf in ("attn_q", "attn_k") else B
+            B = B[halves_from_pairs(len(B), {"attn_q": 4, "attn_k": 2}[leaf])] if leaf in ("attn_q", "attn_k") else B
             found[f"model.layers.{layer}.{names[leaf]}.weight"] = alpha / B.shape[1] * (B @ A.double())
     return found
 
@@ -99,14 +99,14 @@ def test_what_was_changed_is_said(tmp_path):
     a, b = site("m.q_proj", r=2, alpha=4), site("m.v_proj", r=4, alpha=4, scaling="rslora")
     done = li.write(record(a, b, site("m.o_proj", r=4, alpha=8)), tmp_path / "a", engine="vllm")
     assert done.changed == (
-        "rank 4 at 1 sites, which had 2: filled up with zeros",
-        "rank-stabilised scales are written as plain alpha: 8",
+        "1 sites are padded with zeros from rank 2 to rank 4",
+        "rank-stabilized scales are written as plain alpha: 8",
     )
     assert done.asks == "start vLLM with --enable-lora --max-lora-rank 8"
     done = li.write(record(replace(a, alpha=3), b), tmp_path / "b", engine="vllm")
     assert (
-        "scale 1.5 at 1 sites, which had 2: the rest is in B" in done.changed
-        or "scale 2 at 1 sites, which had 1.5: the rest is in B" in done.changed
+        "1 sites are rescaled from scale 2 to scale 1.5: the rest of the scale is in B" in done.changed
+        or "1 sites are rescaled from scale 1.5 to scale 2: the rest of the scale is in B" in done.changed
     )
     assert li.write(record(site("m.v_proj", r=4)), tmp_path / "c", engine="vllm").changed == ()
 
@@ -119,7 +119,7 @@ def test_experts_and_slices(tmp_path):
     part = replace(site("m.qkv", out=3), label="k", rows=(range(3, 6),), shape=(9, 6))
     done = li.write(record(stack, part), tmp_path / "a", engine="sglang")
     assert done.changed[:2] == (
-        "1 stacks of experts are their experts' own linears",
+        "1 stacks of experts are written as one linear per expert",
         "1 slices are padded with zeros to the whole weight",
     )
     found, d = plain_peft(tmp_path / "a"), delta(stack)

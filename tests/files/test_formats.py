@@ -187,10 +187,10 @@ def test_a_second_time_changes_nothing(format, tmp_path_factory):
 )
 def test_folding_is_exact_in_every_dtype(factor, dtype):
     """A scale goes into bfloat16 factors where that loses nothing, and else makes them float32."""
-    from lorainject.files.transforms import folded
+    from lorainject.files.transforms import with_scale_folded
 
     s = li.StoredSite(path="a", A=torch.randn(2, 3).bfloat16(), B=torch.randn(64, 2).bfloat16(), alpha=2 * factor)
-    one = folded(s, 1.0)
+    one = with_scale_folded(s, 1.0)
     assert one.scale == 1
     assert one.B.dtype == dtype
     assert torch.allclose(one.B.double(), s.B.double() * factor, rtol=1e-7, atol=0)

@@ -730,7 +730,7 @@ FORGED = {
     "another shape": (lambda site: site | {"shape": [12, 4]}, r"on a weight \(12, 4\), this model's is \(9, 4\)"),
     "a shape that A and B are not for": (
         lambda site: site | {"shape": [9, 9]},
-        r"does not go with a weight \(9, 9\) of the kind linear",
+        r"does not fit a weight of shape \(9, 9\) and kind linear",
     ),
     "a path that is no text": (lambda site: site | {"path": 3}, r"is damaged: ValueError: .*: 3 is no name"),
     "a scaling that is none": (lambda site: site | {"scaling": "foo"}, r"a scaling is none that there is"),

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from ..errors import FileError, SpecError
 from . import engines
-from .format import Format, changes, fitted, method
+from .fit import describe_changes, fit_record
+from .format import Format
 from .formats import adapterhub, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
+from .formats.pairs import other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
 from .record import AdapterFile, payload_problems
@@ -100,8 +102,8 @@ def write(file: AdapterFile, path: str | Path, *, format: str | None = None, eng
     path, form = Path(path), _form(format or "lorainject") if served is None else served.form
     if not file.sites:
         raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
-    fit, lost = fitted(file, form, lossy)
-    changed, problems, n = changes(file, fit), list[str](), len(fit.sites)
+    fit, lost = fit_record(file, form, lossy)
+    changed, problems, n = describe_changes(file, fit), list[str](), len(fit.sites)
     for check in served.checks if served else ():
         fit = check(fit, hints or Hints(), problems)
     if problems:
@@ -159,7 +161,7 @@ def _unknown(source: Source) -> list[str]:
     """What can be said of a source that no format claims."""
     found = [
         f"it is {what}, which is no pair of low-rank factors"
-        for what in dict.fromkeys(map(method, source.tensors))
+        for what in dict.fromkeys(map(other_method, source.tensors))
         if what
     ]
     names = list(source.tensors)

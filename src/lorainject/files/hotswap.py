@@ -51,7 +51,9 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
             if reason := _unfit(s, None if found is None else found[1].adapters[name]):
                 wrong.append(f"{s.name}: {reason}")
             elif found is not None:
-                new[(*w.key, s.label)] = transforms.ranked(transforms.standard(s), found[1].adapters[name].r)
+                new[(*w.key, s.label)] = transforms.with_rank(
+                    transforms.to_standard_scaling(s), found[1].adapters[name].r
+                )
     wrong += [f"{at}: {reason}" for at, host in on.values() if (reason := _fixed(host, name))]
     sites = fitted(model, file, by_name, None, wrong)
     if check_base:

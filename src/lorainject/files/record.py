@@ -1,12 +1,16 @@
-"""What an adapter file says, whatever its format: one record that every format reads into and writes from.
+"""The record: what an adapter file says, in one form that every format is read into and written from.
 
-A record holds more than `load` can put onto a model: DoRA's magnitudes, biases, whole tensors and token rows are carried, so that a file
-can be inspected and converted without loss.
+A record (AdapterFile) has one StoredSite per adapted weight or slice, with A (r, in), B (out, r) and what gives the
+scale s of W0 + s B A. It also carries what a file may hold besides: DoRA's magnitudes, updates of biases, whole tensors
+in place of the base's, and trained rows of embeddings. So a file can be inspected and converted without loss even where
+a model could not take all of it.
+
+Readers build StoredSites from whatever a file says and pass them to `checked_sites`, which reports what is impossible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,127 +24,187 @@ from ..numerics.delta import is_finite, scale
 from ..plan import site_name
 from ..spec import is_alpha
 
-NONE = torch.empty(0)  # in place of A and B until they are found
+NONE = torch.empty(0)
+"""In place of A and B where a site is described before its factors have been read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSite:
-    """A and B of one weight or slice, normalised: A (r, in), B (out, r), one each for every expert of a stack; the update is scale * B @ A.
+    """A and B of one weight or slice; the update is scale * B @ A, for a stack one product per expert.
 
-    For a convolution `in` is in_channels * kernel, as in W.flatten(1); `shape` then tells the kernel. With a magnitude m it is DoRA
-    (arXiv 2402.09353): W = m * (W0 + D) / |W0 + D|, D the update, the norm taken for each output (`magnitude_axis` "out") or input ("in").
+    For a convolution `in` is in_channels * kernel size, as in W.flatten(1); `shape` then tells the kernel. A site with
+    a magnitude m is DoRA's (arXiv 2402.09353): W = m * (W0 + D) / |W0 + D|, where D is the update and the norm is taken
+    per output (`magnitude_axis` "out") or per input ("in").
     """
 
     path: str
-    """Of the module, in the naming of the model that the file was made for."""
+    """Path of the module, in the naming of the model that the file was made for."""
     parameter: str = "weight"
-    """The weight's name in its module."""
+    """Name of the weight in its module."""
     label: str = ""
-    """Which slice of the weight, if it is one."""
+    """Name of the slice, if the site is a slice of the weight; else empty."""
     rows: tuple[range, ...] | None = None
     """The slice's rows of W (out, in)."""
     kind: str = "linear"
-    """A row of kinds.KINDS; a file of another library does not tell linear from linear^T."""
+    """A name in weight_kinds.KINDS. Most formats do not tell "linear" from "linear^T"."""
     shape: tuple[int, ...] = ()
-    """Of the whole weight as stored; empty if the file does not tell."""
+    """Shape of the whole weight as stored; empty if the file does not tell."""
     named: bool = False
-    """Whether the weight itself was named as a target, so that all modules it lies in read it."""
+    """True if the weight itself was named as a target, so that every module that has this weight reads the sum."""
     peft: bool = True
-    """Whether PEFT, reading this site as its own, would apply it rightly."""
+    """True if PEFT, reading this site under PEFT's own names, would apply it correctly."""
     aliases: tuple[str, ...] = ()
-    """Further paths of the same module in the model that it was saved from."""
+    """Further paths of the same module in the model that the adapter was saved from."""
     A: Tensor
-    """(*stack, r, in)"""
+    """Shape (*stack, r, in)."""
     B: Tensor
-    """(*stack, out, r)"""
+    """Shape (*stack, out, r)."""
     alpha: float
+    """Numerator of the scale."""
     scaling: str = "standard"
+    """"standard" (s = alpha / r) or "rslora" (s = alpha / sqrt(r))."""
     dropout: float = 0.0
+    """Probability of dropping an element of the input while training."""
     magnitude: Tensor | None = None
-    """DoRA's m, (out,) or (in_channels,)."""
+    """DoRA's m, shape (out,) or (in_channels,)."""
     magnitude_axis: str = "out"
+    """"out" or "in"."""
     bias: Tensor | None = None
-    """(out,), added to the layer's bias times `scale` (PEFT's lora_bias)."""
+    """Shape (out,). Added to the layer's bias times `scale` (PEFT's lora_bias)."""
 
     @cached_property
     def name(self) -> str:
-        """The path; with the parameter, if that is not `weight`, and the slice."""
+        """The path, followed by the parameter if that is not `weight`, and by the slice if there is one."""
         return site_name(self.path, self.parameter, self.label)
 
     @property
     def embedding(self) -> bool:
-        """Whether it sits on an embedding, whose `in` is the vocabulary."""
+        """True if the site is on an embedding, whose `in` is the vocabulary."""
         return self.kind == "embedding"
 
     @property
     def r(self) -> int:
-        """The rank: by the tensor, whatever a config says."""
+        """The rank, read off A, whatever a config says."""
         return self.A.shape[-2]
 
     @property
     def dtype(self) -> torch.dtype:
-        """That holds both A and B without loss."""
+        """The dtype that holds both A and B without loss."""
         return torch.promote_types(self.A.dtype, self.B.dtype)
 
     @property
     def scale(self) -> float:
-        """s in W0 + s B A."""
+        """The s of W0 + s B A."""
         return scale(self.alpha, self.r, self.scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BasePrint:
-    """The fingerprint of the base that the adapter was made for (see fingerprint.py)."""
+    """The fingerprint of the base that the adapter was made for (see numerics/fingerprint.py)."""
 
     dtype: dict[str, torch.dtype]
-    """By site name."""
+    """The base weight's dtype by site name."""
     sample: dict[str, Tensor]
-    """By site name: float32 (SAMPLES,)."""
+    """Elements of the base weight by site name: float32, shape (SAMPLES,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Rows of an embedding that were trained as they are."""
+    """Rows of an embedding that were trained directly, without A and B."""
 
     ids: tuple[int, ...]
+    """The numbers of the rows in the embedding."""
     rows: Tensor
-    """(len(ids), width): the new rows, in place of the base's."""
+    """Shape (len(ids), width): the values that stand in place of the base's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
-    """One adapter, without a model."""
+    """One adapter that was read from a file: the record, which needs no model."""
 
     path: Path
-    """Where it was read from."""
+    """The file or directory that was read."""
     format: str
-    """A name in `li.FORMATS`."""
+    """Name of its format in `li.FORMATS`."""
     sites: tuple[StoredSite, ...]
+    """The adapted weights and slices, in the order of the file."""
     name: str = "default"
+    """Name of the adapter, where the file tells it."""
     init: str = "kaiming"
+    """How A was initialized, where the file tells it."""
     base: BasePrint | None = None
+    """The fingerprint of the base, where the file has one."""
     replaced: dict[str, Tensor] = field(default_factory=dict)
-    """Whole tensors in place of the base's, by their names (site_name): heads, biases, embeddings that PEFT let come along."""
+    """Whole tensors in place of the base's, by site name: heads, biases, and embeddings that PEFT saved as well."""
     tokens: dict[str, TokenRows] = field(default_factory=dict)
-    """By the path of the embedding."""
+    """Trained rows by the path of the embedding."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The config beside the tensors, or in their header, as it stands."""
+    """The config next to the tensors, or in their header, as it stands."""
     namespace: str = "hf"
-    """Whose names the paths are: "hf" (the model's own), "kohya" (dots became underscores) or "pipeline" (a component's name first)."""
+    """Whose names the paths are: "hf" (the model's own), "kohya" (dots became underscores) or "pipeline" (a component's
+    name comes first)."""
     notes: tuple[str, ...] = ()
-    """What was taken for granted while reading, since the file does not say."""
+    """What the reader assumed because the file does not say, one line each."""
 
     @property
     def parameters(self) -> int:
-        """Elements of all A and B."""
+        """The number of elements of all A and B."""
         return sum(s.A.numel() + s.B.numel() for s in self.sites)
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """What is neither A and B nor a whole tensor, one line each."""
+        """The magnitudes, bias updates and token rows that the file holds besides A and B, one line each."""
         dora = [f"{s.name}: a magnitude (DoRA)" for s in self.sites if s.magnitude is not None]
         biases = [f"{s.name}: an update of the bias (lora_bias)" for s in self.sites if s.bias is not None]
         return (*dora, *biases, *(f"{path}: {len(t.ids)} rows of trained tokens" for path, t in self.tokens.items()))
+
+
+def checked_sites(sites: Iterable[StoredSite], problems: list[str]) -> list[StoredSite]:
+    """Return the sites whose factors and settings are possible, with alpha and dropout as floats.
+
+    Args:
+        sites: Built from what a file says; alpha, scaling and dropout may be of any type here.
+        problems: Receives a line for everything that is wrong with the other sites.
+    """
+    good = []
+    for s in sites:
+        if wrong := _site_problems(s):
+            problems += [f"{s.name}: {problem}" for problem in wrong]
+        else:
+            good.append(replace(s, alpha=float(s.alpha), dropout=float(s.dropout)))
+    return good
+
+
+def _site_problems(s: StoredSite) -> list[str]:
+    A, B = tuple(s.A.shape), tuple(s.B.shape)
+    wrong = []
+    if not is_alpha(s.alpha):
+        wrong.append(f"alpha must be a finite number above 0, not {s.alpha!r}")
+    if not isinstance(s.dropout, int | float) or not 0 <= s.dropout < 1:
+        wrong.append(f"dropout must be a probability p with 0 <= p < 1, not {s.dropout!r}")
+    if 0 in (s.A.numel(), s.B.numel()):
+        wrong.append(f"A {A} with B {B} is empty: a sharded model was saved without gathering its parameters")
+    elif len(A) != len(B) or len(A) not in (2, 3) or A[-2] != B[-1] or A[:-2] != B[:-2]:
+        wrong.append(f"A {A} with B {B} is no pair (r, in) and (out, r)")
+    elif s.shape and _matrix_sizes(s) != (*A[:-2], B[-2], A[-1]):
+        wrong.append(f"A {A} with B {B} does not fit a weight of shape {s.shape} and kind {s.kind}")
+    else:
+        out, in_ = B[-2], s.shape[1] if s.kind == "conv" and s.shape else A[-1]
+        sizes = (("magnitude", s.magnitude, out if s.magnitude_axis == "out" else in_), ("bias update", s.bias, out))
+        wrong += [
+            f"the {what} has shape {tuple(t.shape)}, but ({n},) is needed"
+            for what, t, n in sizes
+            if t is not None and tuple(t.shape) != (n,)
+        ]
+    return wrong
+
+
+def _matrix_sizes(s: StoredSite) -> tuple[int, ...] | None:
+    """Return (*stack, out, in) of the site by the shape of its weight; None if no weight of the kind has the shape."""
+    if s.kind not in KINDS or len(s.shape) < 2:
+        return None
+    stack, out, in_ = KINDS[s.kind].sizes(s.shape)
+    return (*stack, out if s.rows is None else sum(map(len, s.rows)), in_)
 
 
 def checked(
@@ -153,47 +217,17 @@ def checked(
     scaling: Any = "standard",
     dropout: Any = 0.0,
 ) -> StoredSite | None:
-    """The site with these A (*stack, r, in) and B (*stack, out, r); None, and lines in `problems`, if they or the settings can't be meant."""
-    wrong = []
-    if not is_alpha(alpha):
-        wrong.append(f"{s.name}: alpha must be a finite number above 0, not {alpha!r}")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        wrong.append(f"{s.name}: dropout must be a probability p with 0 <= p < 1, not {dropout!r}")
-    if 0 in (A.numel(), B.numel()):
-        wrong.append(
-            f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is empty: a sharded run was saved without being gathered"
-        )
-    elif A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
-        wrong.append(f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} is no pair (r, in) and (out, r)")
-    elif s.shape and _sizes(s) != (*A.shape[:-2], B.shape[-2], A.shape[-1]):
-        wrong.append(
-            f"{s.name}: A {tuple(A.shape)} with B {tuple(B.shape)} does not go with a weight {s.shape} of the kind {s.kind}"
-        )
-    else:
-        out, in_ = B.shape[-2], s.shape[1] if s.kind == "conv" and s.shape else A.shape[-1]
-        wrong += [f"{s.name}: {what} {tuple(t.shape)}, where ({n},) is needed"
-                  for what, t, n in (("magnitude", s.magnitude, out if s.magnitude_axis == "out" else in_), ("bias update", s.bias, out))
-                  if t is not None and tuple(t.shape) != (n,)]  # fmt: skip
-    if wrong:
-        problems += wrong
-        return None
-    return replace(s, A=A, B=B, alpha=float(alpha), scaling=scaling, dropout=float(dropout))
-
-
-def _sizes(s: StoredSite) -> tuple[int, ...] | None:
-    """(*stack, out, in) of what A and B are for, by the weight's shape; None if there is no such weight."""
-    if s.kind not in KINDS or len(s.shape) < 2:
-        return None
-    stack, out, in_ = KINDS[s.kind].sizes(s.shape)
-    return (*stack, out if s.rows is None else sum(map(len, s.rows)), in_)
+    """Return the site with these factors and settings if `checked_sites` finds no fault with it, else None."""
+    site = replace(s, A=A, B=B, alpha=alpha, scaling=scaling, dropout=dropout)
+    return next(iter(checked_sites([site], problems)), None)
 
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that are not finite floats, whatever they are called; single numbers (kohya's alpha) may be whole."""
-    return [f"{key}: {wrong}" for key in tensors if (wrong := _wrong(tensors[key])) is not None]
+    """Return a line for each tensor that is not made of finite floats, but for 0-d integers (kohya's alpha)."""
+    return [f"{key}: {wrong}" for key in tensors if (wrong := _payload_problem(tensors[key])) is not None]
 
 
-def _wrong(t: Tensor) -> str | None:
+def _payload_problem(t: Tensor) -> str | None:
     if t.dtype in DTYPES:
         return None if is_finite(t) else "holds NaN or infinity"
     return f"{t.dtype} is not a floating-point type of 16 bits or more" if t.ndim else None

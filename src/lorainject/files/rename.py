@@ -145,7 +145,7 @@ def _unfused(s: StoredSite, by_name: Mapping[str, Weight]) -> list[StoredSite]:
     ends = [0, *itertools.accumulate(by_name[path].module._parameters["weight"].shape[0] for path in paths)]  # type: ignore[union-attr]
     if ends[-1] != s.B.shape[0]:
         return [s]
-    return transforms.parts(
+    return transforms.split_rows(
         s, {path: [range(start, end)] for path, start, end in zip(paths, ends, ends[1:], strict=False)}
     )
 
@@ -223,7 +223,7 @@ def _site(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSi
     """One site on these rows of the weight; of a stack, with zeros for the experts that have no adapter."""
     shape = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
     first, r = next(iter(experts.values())), max(s.r for s in experts.values())
-    alike = {e: transforms.folded(transforms.ranked(s, r), first.scale) for e, s in experts.items()}
+    alike = {e: transforms.with_scale_folded(transforms.with_rank(s, r), first.scale) for e, s in experts.items()}
     label = (
         ""
         if len(rows) == shape[-2]
@@ -238,5 +238,5 @@ def _site(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSi
 
 def _stacked(parts: list[Tensor | None]) -> Tensor:
     like = next(p for p in parts if p is not None)
-    transforms.bounded("a stack of experts", len(parts), *like.shape)
+    transforms.checked_shape("a stack of experts", len(parts), *like.shape)
     return torch.stack([torch.zeros_like(like) if p is None else p.to(like.dtype) for p in parts])

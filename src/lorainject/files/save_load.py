@@ -80,7 +80,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     sites = tuple(s for _, s in stored)
     if format == "peft":
         odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
-        sites = transforms.padded(sites)
+        sites = transforms.slices_to_whole(sites)
         if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft_layout.holds(s)]:
             raise FileError(
                 f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'"

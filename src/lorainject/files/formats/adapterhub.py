@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     for at, parts in found.items():
         s, A, B = StoredSite(path=at, A=NONE, B=NONE, alpha=0), parts["lora_A"], parts["lora_B"]
         merged = [letter in config.get("attn_matrices", ["q", "v"]) for letter in "qkv"]
-        for one, a, b in transforms.grouped(s, A, B, merged) if at.endswith("c_attn") else [(s, A, B)]:
+        whole = replace(s, A=A, B=B)
+        for one in transforms.split_merged_linear(whole, merged) if at.endswith("c_attn") else [whole]:
+            a, b = one.A, one.B
             made = checked(
                 one, a, b, problems, alpha=b.shape[-1] if unscaled else alpha, dropout=config.get("dropout", 0.0)
             )
@@ -98,7 +101,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     for at, group in by_path.items():
         switch = next((s for leaf, s in LEAVES.items() if f".{at}".endswith(f".{leaf}")), None)
         A, B = group[0].A, group[0].B
-        if at.endswith("c_attn") and (merged := transforms.merged_linear(group)) and len(merged[2]) == 3:
+        if at.endswith("c_attn") and (merged := transforms.join_merged_linear(group)) and len(merged[2]) == 3:
             A, B, on = merged
             switches |= {letter for letter, used in zip("qkv", on, strict=True) if used}
         elif switch is None or len(group) > 1 or group[0].rows is not None:

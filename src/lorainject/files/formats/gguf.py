@@ -78,7 +78,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         made = checked(s, A.mT.contiguous() if embedding else A, B, problems, alpha=alpha or B.shape[-1])
         if made is not None and made.A.ndim == 3:
             block, _, leaf = at.rpartition(".")
-            sites += transforms.apart(made, [f"{block}.{e}.{leaf}" for e in range(len(made.A))])
+            sites += transforms.split_experts(made, [f"{block}.{e}.{leaf}" for e in range(len(made.A))])
         elif made is not None:
             sites.append(reordered(made, heads, to_pairs=False) if heads and heads[0] else made)
     return AdapterFile(path=source.path, format="gguf", sites=tuple(sites), config=dict(about))
@@ -127,7 +127,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
         for s in sites:
-            own = transforms.folded(s, alpha / s.r)
+            own = transforms.with_scale_folded(s, alpha / s.r)
             own = reordered(own, heads, to_pairs=True) if heads and heads[0] else own
             for part, t in (("lora_a", own.A.mT if s.embedding else own.A), ("lora_b", own.B)):
                 _add(writer, f"{names[s.path]}.weight.{part}", t.contiguous())

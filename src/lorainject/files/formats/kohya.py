@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ...errors import FileError
 from .. import transforms
-from ..format import Files, Format, method
+from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source
 from ..record import NONE, AdapterFile, StoredSite, checked
 from ..rename import PREFIXES, prefix_of
+from .pairs import other_method
 
 KEY = re.compile(r"(?P<path>[^.]+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|scale)")
 SAME = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
@@ -40,7 +41,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         if known := KEY.fullmatch(key):
             found.setdefault(known["path"], {})[SAME.get(known["part"], known["part"])] = t
         else:
-            what = method(key)
+            what = other_method(key)
             problems.append(
                 f"{key}: {f'{what}, which is no pair of low-rank factors' if what else 'unexpected, neither lora_down nor lora_up'}"
             )
@@ -61,7 +62,7 @@ def _site(at: str, parts: dict[str, Tensor], problems: list[str]) -> StoredSite 
             f"{at}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} are no pair (r, in) and (out, r)"
         )
         return None
-    A = down if mid is None else transforms.tucker(at, mid, down)
+    A = down if mid is None else transforms.tucker_A(at, mid, down)
     r, out = A.shape[0], up.shape[0]
     alpha = (
         float(parts["scale"]) * r if "scale" in parts else float(parts["alpha"].flatten()[0]) if "alpha" in parts else r
@@ -79,7 +80,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     problems = []
-    for s in map(transforms.standard, file.sites):
+    for s in map(transforms.to_standard_scaling, file.sites):
         at = s.path if file.namespace == "kohya" else _flat(s.path, file, hints)
         if names.setdefault(at, s.path) != s.path:
             problems.append(f"{s.path} and {names[at]} are both {at}")
@@ -94,7 +95,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         raise FileError("kohya's names have no dots:", problems, "rename one of them, or choose another format")
     ranks, alphas = (
         {str(v) for v in values}
-        for values in ((s.r for s in file.sites), (transforms.standard(s).alpha for s in file.sites))
+        for values in ((s.r for s in file.sites), (transforms.to_standard_scaling(s).alpha for s in file.sites))
     )
     about = {"ss_network_module": "networks.lora", "ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
     return {path: safetensors_file.dump(tensors, file.config if file.format == "kohya" else about)}

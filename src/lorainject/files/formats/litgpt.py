@@ -110,8 +110,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in at if name.endswith(QKV)):
         parts = [at.get(f"{layer}.{part}") or _zero(f".attn.{part}", at, layer) for part in on]
         tensors |= {
-            f"{layer}.qkv{end}": transforms.together(f"{layer}.qkv", [getattr(s, end[-1]) for s in parts])
-            for end in ENDS
+            f"{layer}.qkv{end}": transforms.concat(f"{layer}.qkv", [getattr(s, end[-1]) for s in parts]) for end in ENDS
         }
     first, leaves = file.sites[0], {s.path.rpartition(".")[2] for s in file.sites}
     hyper: dict[str, Any] = {"lora_r": first.r, "lora_alpha": first.alpha, "lora_dropout": first.dropout}

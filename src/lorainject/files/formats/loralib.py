@@ -83,7 +83,7 @@ def _sites(
         parts = max(weight.shape) * k // B.shape[0] if weight.ndim == 2 else 0
         enabled = [True] * k if parts == k else None
     if enabled is not None:
-        return [(*part, alpha) for part in transforms.grouped(s, A, B, enabled)]
+        return [(p, p.A, p.B, alpha) for p in transforms.split_merged_linear(replace(s, A=A, B=B), enabled)]
     if k > 1:
         problems.append(f"{at}: A {tuple(A.shape)} and B {tuple(B.shape)} are {k} enabled groups of a MergedLinear: say which, as in"
                         f' Hints(groups={{"{at.rpartition(".")[2]}": [True, False, True]}})')  # fmt: skip
@@ -98,7 +98,7 @@ def _convolution(
 ) -> tuple[StoredSite, Tensor, Tensor, float]:
     """(out ks, in ks) seen as (out, in ks ks): a copy of A for each row of the kernel, so rank r ks^2, with the scale of rank r."""
     ks = layer.kernel_size[0]
-    transforms.bounded(s.name, ks * A.shape[0], ks * A.shape[1])
+    transforms.checked_shape(s.name, ks * A.shape[0], ks * A.shape[1])
     wide = torch.kron(torch.eye(ks, dtype=A.dtype), A)
     return (
         replace(s, kind="conv", shape=tuple(layer.weight.shape)),
@@ -119,8 +119,8 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         by_path.setdefault(s.path, []).append(s)
     tensors: dict[str, Tensor] = {}
     for at, group in by_path.items():
-        one = transforms.merged_linear(group) if group[0].rows is not None else None
-        A, B = one[:2] if one else next((s.A, s.B) for s in transforms.padded(group))
+        one = transforms.join_merged_linear(group) if group[0].rows is not None else None
+        A, B = one[:2] if one else next((s.A, s.B) for s in transforms.slices_to_whole(group))
         tensors |= {f"{at}.lora_A": A, f"{at}.lora_B": B}
     tensors |= {name if name.endswith(".bias") else f"{name}.weight": t for name, t in file.replaced.items()}
     return {path: [pickled(tensors)]}

@@ -76,7 +76,9 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
 def _experts(s: StoredSite) -> list[StoredSite]:
     """switch_mlp's stack as the experts that checkpoints have."""
     block, _, leaf = s.path.rpartition(".")
-    return transforms.apart(s, [f"{block.removesuffix('.switch_mlp')}.experts.{e}.{leaf}" for e in range(len(s.A))])
+    return transforms.split_experts(
+        s, [f"{block.removesuffix('.switch_mlp')}.experts.{e}.{leaf}" for e in range(len(s.A))]
+    )
 
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:

@@ -51,7 +51,9 @@ def reordered(s: StoredSite, heads: tuple[int, int], *, to_pairs: bool) -> Store
     leaf = s.path.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):
         return s
-    at = (transforms.in_pairs if to_pairs else transforms.in_halves)(s.B.shape[0], heads[leaf == "k_proj"])
+    at = (transforms.pairs_from_halves if to_pairs else transforms.halves_from_pairs)(
+        s.B.shape[0], heads[leaf == "k_proj"]
+    )
     return replace(
         s,
         B=s.B[at],
@@ -76,8 +78,8 @@ def stacks(sites: Sequence[StoredSite], level: str) -> Iterator[StoredSite]:
             raise FileError(f"{path}: the experts {', '.join(map(str, sorted(experts)))} have adapters, not all of one rank",
                             way_out="there is a stack for all experts only")  # fmt: skip
         ordered = [experts[e] for e in range(len(experts))]
-        yield replace(ordered[0], path=path, kind="experts", A=transforms.together(path, [s.A[None] for s in ordered]),
-                      B=transforms.together(path, [s.B[None] for s in ordered]))  # fmt: skip
+        yield replace(ordered[0], path=path, kind="experts", A=transforms.concat(path, [s.A[None] for s in ordered]),
+                      B=transforms.concat(path, [s.B[None] for s in ordered]))  # fmt: skip
 
 
 def pickled(tensors: Mapping[str, Any]) -> bytes:

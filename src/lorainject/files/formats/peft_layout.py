@@ -123,7 +123,9 @@ def whole(file: AdapterFile) -> dict[str, tuple[str, Tensor]]:
 def config(file: AdapterFile) -> dict[str, Any]:
     """adapter_config.json: the commonest r, alpha and dropout, and the exceptions as patterns on exact paths."""
     sites = (
-        tuple(map(transforms.standard, file.sites)) if len({s.scaling for s in file.sites}) > 1 else file.sites
+        tuple(map(transforms.to_standard_scaling, file.sites))
+        if len({s.scaling for s in file.sites}) > 1
+        else file.sites
     )  # PEFT has one for all
     r, alpha = Counter((s.r, s.alpha) for s in sites).most_common(1)[0][0]
     bare = [s for s in sites if is_bare(s)]
@@ -196,8 +198,8 @@ def _attention(file: AdapterFile) -> tuple[AdapterFile, dict[str, Tensor]]:
     for s in (s for s in file.sites if s.path not in owners):
         if s.parameter == "in_proj_weight" and (out := outs.get(s.path)) is not None:
             r = max(s.r, out.r)
-            s = replace(transforms.ranked(s, r), parameter="weight", kind="linear", shape=())
-            out = transforms.folded(transforms.ranked(out, r), 2 * s.scale)
+            s = replace(transforms.with_rank(s, r), parameter="weight", kind="linear", shape=())
+            out = transforms.with_scale_folded(transforms.with_rank(out, r), 2 * s.scale)
             at = ".".join(filter(None, (s.path, "base_layer.out_proj")))
             beside |= {f"{PREFIX}{at}.lora_A.weight": out.A, f"{PREFIX}{at}.lora_B.weight": out.B}
         sites.append(s)

@@ -123,7 +123,7 @@ def parameter(
     )
     if s is None:
         return None
-    s = transforms.turned(s) if _is_turned(s, weight, transposed, reading) else s
+    s = transforms.transposed(s) if _is_turned(s, weight, transposed, reading) else s
     out, in_ = s.B.shape[-2], s.A.shape[-1]
     return replace(s, shape=(E, in_, out) if transposed else (E, out, in_))
 
