@@ -8,31 +8,31 @@ import pytest
 import torch
 
 from lorainject.checkpoint.byte_runs import find, patches
-from lorainject.files.weight_map import Place, View
+from lorainject.files.weight_map import StoredPiece, StridedView
 from lorainject.numerics.delta import Factors
 from lorainject.numerics.tiled_matmul import exact_product
 
 CASES = {  # shape in memory, stacked, elements on disk, disk view, memory view; how many patches, and their width
-    "as it is": ((6, 8), False, 48, View(0, (6, 8), (8, 1)), View(0, (6, 8), (8, 1)), 1, 8),
-    "transposed": ((6, 8), False, 48, View(0, (6, 8), (1, 6)), View(0, (6, 8), (8, 1)), 1, 6),
-    "one long axis": ((6, 8), False, 48, View(0, (48,), (1,)), View(0, (48,), (1,)), 1, 8),
-    "a stack": ((3, 6, 8), True, 144, View(0, (3, 6, 8), (48, 8, 1)), View(0, (3, 6, 8), (48, 8, 1)), 3, 8),
+    "as it is": ((6, 8), False, 48, StridedView(0, (6, 8), (8, 1)), StridedView(0, (6, 8), (8, 1)), 1, 8),
+    "transposed": ((6, 8), False, 48, StridedView(0, (6, 8), (1, 6)), StridedView(0, (6, 8), (8, 1)), 1, 6),
+    "one long axis": ((6, 8), False, 48, StridedView(0, (48,), (1,)), StridedView(0, (48,), (1,)), 1, 8),
+    "a stack": ((3, 6, 8), True, 144, StridedView(0, (3, 6, 8), (48, 8, 1)), StridedView(0, (3, 6, 8), (48, 8, 1)), 3, 8),
     "a stack of transposed": (
         (3, 6, 8),
         True,
         144,
-        View(0, (3, 6, 8), (48, 1, 6)),
-        View(0, (3, 6, 8), (48, 8, 1)),
+        StridedView(0, (3, 6, 8), (48, 1, 6)),
+        StridedView(0, (3, 6, 8), (48, 8, 1)),
         3,
         6,
     ),
-    "an expert's second half": ((3, 6, 8), True, 24, View(0, (3, 8), (8, 1)), View(72, (3, 8), (8, 1)), 1, 8),
+    "an expert's second half": ((3, 6, 8), True, 24, StridedView(0, (3, 8), (8, 1)), StridedView(72, (3, 8), (8, 1)), 1, 8),
     "a convolution": (
         (4, 2, 3, 3),
         False,
         72,
-        View(0, (4, 2, 3, 3), (18, 9, 3, 1)),
-        View(0, (4, 2, 3, 3), (18, 9, 3, 1)),
+        StridedView(0, (4, 2, 3, 3), (18, 9, 3, 1)),
+        StridedView(0, (4, 2, 3, 3), (18, 9, 3, 1)),
         1,
         18,
     ),
@@ -40,16 +40,16 @@ CASES = {  # shape in memory, stacked, elements on disk, disk view, memory view;
         (4, 2, 3),
         False,
         24,
-        View(0, (4, 2, 3), (3, 12, 1)),
-        View(0, (4, 2, 3), (6, 3, 1)),
+        StridedView(0, (4, 2, 3), (3, 12, 1)),
+        StridedView(0, (4, 2, 3), (6, 3, 1)),
         2,
         3,
     ),
-    "k of a fused qkv": ((6, 8), False, 144, View(48, (6, 8), (8, 1)), View(0, (6, 8), (8, 1)), 1, 8),
-    "columns of a wider one": ((6, 8), False, 144, View(8, (6, 8), (24, 1)), View(0, (6, 8), (8, 1)), 1, 8),
-    "interleaved rows": ((6, 8), False, 48, View(0, (2, 3, 8), (24, 8, 1)), View(0, (2, 3, 8), (8, 16, 1)), 1, 8),
-    "a single column": ((6, 1), False, 6, View(0, (6, 1), (1, 1)), View(0, (6, 1), (1, 1)), 1, 6),
-    "a single row": ((1, 8), False, 8, View(0, (1, 8), (8, 1)), View(0, (1, 8), (8, 1)), 1, 8),
+    "k of a fused qkv": ((6, 8), False, 144, StridedView(48, (6, 8), (8, 1)), StridedView(0, (6, 8), (8, 1)), 1, 8),
+    "columns of a wider one": ((6, 8), False, 144, StridedView(8, (6, 8), (24, 1)), StridedView(0, (6, 8), (8, 1)), 1, 8),
+    "interleaved rows": ((6, 8), False, 48, StridedView(0, (2, 3, 8), (24, 8, 1)), StridedView(0, (2, 3, 8), (8, 16, 1)), 1, 8),
+    "a single column": ((6, 1), False, 6, StridedView(0, (6, 1), (1, 1)), StridedView(0, (6, 1), (1, 1)), 1, 6),
+    "a single row": ((1, 8), False, 8, StridedView(0, (1, 8), (8, 1)), StridedView(0, (1, 8), (8, 1)), 1, 8),
 }
 
 
@@ -68,7 +68,7 @@ def test_against_the_dense_delta(case):
     want.as_strided(disk.sizes, disk.strides, disk.offset).copy_(
         delta.as_strided(memory.sizes, memory.strides, memory.offset)
     )
-    found = list(patches(Place("key", disk, memory), shape, stacked, parts))
+    found = list(patches(StoredPiece("key", disk, memory), shape, stacked, parts))
     for patch in found:
         P, Q, _ = exact_product(patch.factors())
         for start, values in zip(patch.starts, P @ Q, strict=True):
@@ -83,4 +83,4 @@ def test_where_an_element_is(case):
     _, _, numel, disk, memory, _, _ = CASES[case]
     on_disk = torch.arange(numel).as_strided(disk.sizes, disk.strides, disk.offset).reshape(-1)
     in_memory = torch.arange(1000).as_strided(memory.sizes, memory.strides, memory.offset).reshape(-1)
-    assert [find([Place("key", disk, memory)], int(i)) for i in in_memory] == [("key", int(i)) for i in on_disk]
+    assert [find([StoredPiece("key", disk, memory)], int(i)) for i in in_memory] == [("key", int(i)) for i in on_disk]

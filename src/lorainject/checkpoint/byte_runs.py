@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files.weight_map import Place
+from ..files.weight_map import StoredPiece
 from ..numerics.delta import Factors
 
 Axis = tuple[int, int, int]
@@ -56,7 +56,7 @@ class Patch:
         return bool((np.diff(self.starts) == self.width).all())
 
 
-def patches(place: Place, shape: Sequence[int], stacked: bool, parts: tuple[Factors, ...]) -> Iterator[Patch]:
+def patches(place: StoredPiece, shape: Sequence[int], stacked: bool, parts: tuple[Factors, ...]) -> Iterator[Patch]:
     """What becomes of a place of a parameter of this shape. `parts` are its deltas."""
     rows, columns = shape[stacked], math.prod(shape[stacked + 1 :])
     axes = sorted(
@@ -112,7 +112,7 @@ def _steps(axes: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
     return disk, memory
 
 
-def find(places: Sequence[Place], index: int) -> tuple[str, int]:
+def find(places: Sequence[StoredPiece], index: int) -> tuple[str, int]:
     """Where element `index` of a parameter is: the key on disk, and the element of that tensor."""
     for place in places:
         rest, disk = index - place.memory.offset, place.disk.offset

@@ -21,7 +21,7 @@ from ..files.io.open_adapter import Hints, open_source
 from ..files.record import AdapterFile, BasePrint, StoredSite
 from ..files.rename import named_as
 from ..files.save_load import fitted
-from ..files.weight_map import Place, meta_model, places
+from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
 from ..lora.adapter import LoraAdapter, delta_factors
 from ..numerics.delta import Factors, flatten_factors
 from ..numerics.fingerprint import sample_positions, samples_agree
@@ -45,7 +45,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
     found = scan(base)
     disk = Disk(found)
     try:
-        model = meta_model(base) or _skeleton(files, disk)
+        model = build_meta_model(base) or _skeleton(files, disk)
     except (
         Exception
     ) as e:  # whatever a model's class raises: a package that it needs is missing, a config it can't be built from
@@ -53,7 +53,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
             f"the model of {base} can't be built from its config.json: {e}",
             way_out="mend it, or install what it asks for",
         ) from e
-    at, reasons, _ = places(model, {key: t.shape for key, t in disk.tensors.items()})
+    at, reasons, _ = locate_weights(model, {key: t.shape for key, t in disk.tensors.items()})
     by_name = {n: w for w in weights_of(model) for n in w.names}
     sums: dict[tuple[int, str], Sum] = {}
     problems, strange = [], []
@@ -139,7 +139,7 @@ def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
     return flatten_factors(delta_factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
 
 
-def _unwritable(w: Weight, model: nn.Module, lies: Sequence[Place], disk: Disk) -> str | None:
+def _unwritable(w: Weight, model: nn.Module, lies: Sequence[StoredPiece], disk: Disk) -> str | None:
     """Why this weight's bytes can't be written; None if they can."""
     if not lies:
         return "is nowhere in the checkpoint"
@@ -154,13 +154,13 @@ def _unwritable(w: Weight, model: nn.Module, lies: Sequence[Place], disk: Disk) 
     return None
 
 
-def _same(disk: Disk, lies: Sequence[Place], w: Weight, base: BasePrint, name: str) -> bool:
+def _same(disk: Disk, lies: Sequence[StoredPiece], w: Weight, base: BasePrint, name: str) -> bool:
     found = [find(lies, i) for i in sample_positions(w.module._parameters[w.parameter].numel())]  # type: ignore[union-attr]
     mine = torch.cat([disk.read(key, i).float() for key, i in found])
     return samples_agree(mine, base.sample[name], DTYPES[disk.tensors[found[0][0]].dtype], base.dtype[name])
 
 
-def _replaced(w: Weight | None, tensor: Tensor, at: Mapping[str, Sequence[Place]], disk: Disk) -> str | None:
+def _replaced(w: Weight | None, tensor: Tensor, at: Mapping[str, Sequence[StoredPiece]], disk: Disk) -> str | None:
     """PEFT lets whole base weights come along: fine where they are what is there already."""
     lies = at.get(full_name(w), ()) if w is not None else ()
     alike = (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
-from ..files.weight_map import Place
+from ..files.weight_map import StoredPiece
 from ..merging.merge import MergeReport, merged_site
 from ..numerics.delta import Factors
 from ..numerics.threads import thread_pool
@@ -35,7 +35,7 @@ class Sum:
     dtype: str
     shape: tuple[int, ...]
     stacked: bool
-    places: tuple[Place, ...]
+    places: tuple[StoredPiece, ...]
     parts: tuple[Factors, ...]
     measured: DeltaStats = field(default_factory=lambda: DeltaStats.total(()))
     """Of what has been folded."""

@@ -24,7 +24,7 @@ from ..targets.model_weights import Weight, weights
 from . import transforms
 from .formats import dialects
 from .record import AdapterFile, StoredSite
-from .weight_map import Place, View, places
+from .weight_map import StoredPiece, StridedView, locate_weights
 
 ORIGINAL = "diffusion_model."
 EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
@@ -166,7 +166,7 @@ def _converted(sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, 
         if s.parameter == "weight" and s.kind == "linear" and s.A.ndim == 2 and s.magnitude is None
     }
     shapes = {key: (s.B.shape[0], s.A.shape[1]) for key, s in movable.items()}
-    found, _, _ = places(model, _with_siblings(shapes, model))
+    found, _, _ = locate_weights(model, _with_siblings(shapes, model))
     moved: dict[tuple[str, range], dict[int, StoredSite]] = {}
     for name, at in found.items():
         weight = by_name.get(name.removesuffix(".weight"))
@@ -198,7 +198,7 @@ def _with_siblings(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> d
     return whole
 
 
-def _rows(place: Place, w: Weight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
+def _rows(place: StoredPiece, w: Weight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
     """Which expert (0 if there are none) and rows of the weight are which rows of the tensor; None if it isn't rows that move."""
     whole = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
     n, width = math.prod(place.disk.sizes), shape[1]
@@ -215,7 +215,7 @@ def _rows(place: Place, w: Weight, shape: tuple[int, int]) -> tuple[int, range, 
     return place.memory.offset // one, range(first, first + n // width), range(its, its + n // width)
 
 
-def _dense(view: View) -> bool:
+def _dense(view: StridedView) -> bool:
     return all(stride == math.prod(view.sizes[i + 1 :]) for i, stride in enumerate(view.strides))
 
 

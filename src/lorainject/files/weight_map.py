@@ -1,20 +1,33 @@
-"""Where each weight of a model in memory lies on disk: an index map, found without reading or holding a single element.
+"""Where each weight of a model in memory lies in the files of its checkpoint, found without reading a single element.
 
-transformers 5 gives many checkpoints other names and shapes in memory: per-expert matrices are stacked, a fused qkv is split,
-matrices are transposed, rotary halves are sorted apart. Its own rules, run on tensors of the meta device, tell which
-element goes where: views keep their offset and strides there, and what copies (`contiguous`, `reshape`, `stack`, `cat`) is
-watched and undone by arithmetic on strides. So whatever only moves elements is known exactly, by whichever operation, and
-what computes new ones is refused by name. Both views of a place have the same sizes:
+transformers 5 gives many checkpoints other names and shapes in memory: it stacks the matrices of experts, splits a
+fused qkv, transposes matrices and sorts rotary halves apart. To copy its rules would mean to follow every release.
+Instead, its own conversions run here on tensors of the meta device, under a TorchDispatchMode that notes what fills
+each storage:
 
-    parameter.as_strided(place.memory.sizes, place.memory.strides, place.memory.offset)     a contiguous parameter
-      == tensor.as_strided(place.disk.sizes, place.disk.strides, place.disk.offset)         the tensor on disk named place.key
+    a stand-in for a tensor on disk         the key of that tensor
+    clone (contiguous, reshape), stack,     pairs (view of the new storage, tensor that was copied into it)
+      cat
+    any other operator that allocates       the operator's name: the values that it computes are nowhere on disk
 
-The places of a parameter cover each of its elements once. Parameters may share a tensor on disk, in parts (q, k and v) or as a
-whole (tied weights: each name has the place).
+Views need no note, because they share a storage, and meta tensors have offset and strides. To locate a weight, its
+elements are followed from storage to storage back to the disk, by arithmetic on strides. So whatever only moves
+elements is known exactly, and a conversion that computes new values is refused by name. The result is a list of
+pieces, each a pair of strided views with equal sizes:
 
-All contact with transformers' internals is here: its rules for names and conversions (PEFT uses them too), and which keys it
-ignores. Where they can't be imported (another version), and for modules that are not its models, names and shapes on disk are
-taken to be those in memory.
+    parameter.as_strided(piece.memory.sizes, piece.memory.strides, piece.memory.offset)     in memory, contiguous
+      == tensor.as_strided(piece.disk.sizes, piece.disk.strides, piece.disk.offset)         on disk, named piece.key
+
+Example: two experts a and b, stored as (3, 2), become one weight (2, 2, 3) by
+torch.stack([a, b]).transpose(1, 2).contiguous(). The pieces of this weight are
+
+    StoredPiece("a", disk=StridedView(0, (3, 2), (2, 1)), memory=StridedView(0, (3, 2), (1, 3)))
+    StoredPiece("b", disk=StridedView(0, (3, 2), (2, 1)), memory=StridedView(6, (3, 2), (1, 3)))
+
+Element (1, i, j) of the weight, number 6 + 3 i + j in memory, is element (j, i) of b, number 2 j + i on disk.
+
+No other module touches transformers' internals of loading (PEFT uses them too). Where they can't be imported, and for
+modules that are not transformers' models, names and shapes on disk are taken to be those in memory.
 """
 
 from __future__ import annotations
@@ -24,8 +37,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +46,8 @@ from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
-class View:
-    """Elements of a contiguous tensor, as torch.as_strided takes them."""
+class StridedView:
+    """Elements of a contiguous tensor, selected as torch.as_strided selects them."""
 
     offset: int
     sizes: tuple[int, ...]
@@ -43,18 +55,32 @@ class View:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Elements of a parameter and where they are on disk: element i of one view is element i of the other."""
+class StoredPiece:
+    """A piece of a parameter and where it is stored: the elements of `disk` and of `memory` correspond one to one."""
 
     key: str
-    disk: View
-    memory: View
+    """The name of the tensor on disk."""
+    disk: StridedView
+    memory: StridedView
 
 
-def meta_model(folder: Path) -> nn.Module | None:
-    """The model that a checkpoint's config.json describes, on the meta device; None if there is none, or none that transformers has.
+class WeightMap(NamedTuple):
+    """Where a model's parameters are stored, under the names of `model.named_parameters(remove_duplicate=False)`."""
 
-    Code that comes with a checkpoint is never run. What the model's class raises while it is built is passed on.
+    pieces: dict[str, tuple[StoredPiece, ...]]
+    """The pieces of each located parameter, which cover every element once. Parameters may share a tensor on disk: each
+    takes a part of it (q, k and v of a fused qkv), or all of it (tied weights)."""
+    reasons: dict[str, str]
+    """Why a parameter that the checkpoint fills can't be located."""
+    unused: dict[str, str]
+    """Keys on disk that fill nothing in the model, with the names that transformers' renamings give them."""
+
+
+def build_meta_model(folder: Path) -> nn.Module | None:
+    """Build the model that a checkpoint's config.json describes, on the meta device.
+
+    Return None without a config.json, or if transformers lacks the model type: code that comes with a checkpoint is
+    never run. Raise whatever the model's class raises while it is built.
     """
     import transformers
 
@@ -64,66 +90,63 @@ def meta_model(folder: Path) -> nn.Module | None:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         name = (getattr(config, "architectures", None) or [""])[0]
         build: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
-    except (ValueError, KeyError):  # a model type that it does not know, or one without a model
+    except (ValueError, KeyError):  # an unknown model type, or one without a model
         return None
-    with (
-        torch.device("meta"),
-        torch.random.fork_rng(devices=[]),
-    ):  # some classes draw numbers in real memory nevertheless
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # some classes still draw random numbers on the CPU
         return build(config)
 
 
-def places(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[Place, ...]], dict[str, str], list[str]]:
-    """Each parameter's places, given the shapes of all tensors on disk; why others have none; what is left over on either side.
+def locate_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> WeightMap:
+    """Locate each parameter of the model on disk.
 
-    Parameters have their names of `model.named_parameters(remove_duplicate=False)`. What is left over: a line for each key on disk that leads
-    nowhere, and for each parameter that is not on disk; keys that transformers ignores don't count.
+    The model may be on the meta device; `shapes` has the shape of each tensor of the checkpoint, by key. A parameter
+    that is neither in `pieces` nor in `reasons` of the result is not on disk.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    watch = _Watch()
-    rules, left = _rules(model, {key: watch.on_disk(key, shape) for key, shape in shapes.items()})
-    found: dict[str, tuple[Place, ...]] = {}
+    trace = TraceMode()
+    steps, unused = _loading_steps(model, {key: trace.stand_in(key, shape) for key, shape in shapes.items()})
+    pieces: dict[str, tuple[StoredPiece, ...]] = {}
     reasons: dict[str, str] = {}
-    for rule in rules:
+    for step in steps:
         try:
-            with watch, torch.no_grad():
-                results = rule.results()
-        except Exception as e:  # whatever an operation raises on shapes that it was not made for
-            reasons |= {name: f"{rule.what}: {e}" for name in rule.names if name in parameters}
+            with trace, torch.no_grad():
+                tensors = step.run()
+        except Exception as e:  # a conversion raises all sorts on shapes that it was not made for
+            reasons |= {name: f"{step.label}: {e}" for name in step.names if name in parameters}
             continue
-        for name in results.keys() & parameters.keys():
-            given, wanted = tuple(results[name].shape), tuple(parameters[name].shape)
+        for name in tensors.keys() & parameters.keys():
+            shape, expected = tuple(tensors[name].shape), tuple(parameters[name].shape)
             try:
-                if given != wanted:
-                    raise _NoView(f"gives {given}, the model has {wanted}")
-                found[name] = tuple(watch.origin(results[name]))
-            except _NoView as e:
-                reasons[name] = f"{rule.what}: {e}"
-    tied = {id(parameters[name]): name for name in [*reasons, *found]}
-    for name, parameter in parameters.items():
-        if name not in found and name not in reasons and (other := tied.get(id(parameter))):
-            found |= {name: found[other]} if other in found else {}
-            reasons |= {name: reasons[other]} if other in reasons else {}
-    lost = [name for name in parameters if name not in found and name not in reasons]
-    return {name: found[name] for name in parameters if name in found}, reasons, _problems(model, left, lost)
+                if shape != expected:
+                    raise Untraceable(f"gives shape {shape}, but the model's parameter has shape {expected}")
+                pieces[name] = tuple(trace.pieces(tensors[name]))
+            except Untraceable as e:
+                reasons[name] = f"{step.label}: {e}"
+    tied = {id(parameters[name]): name for name in [*reasons, *pieces]}
+    for name in [n for n in parameters if n not in pieces and n not in reasons]:
+        other = tied.get(id(parameters[name]), "")
+        if other in pieces:
+            pieces[name] = pieces[other]
+        if other in reasons:
+            reasons[name] = reasons[other]
+    return WeightMap({name: pieces[name] for name in parameters if name in pieces}, reasons, unused)
 
 
-# --- transformers' rules -----------------------------------------------------------------------------------------------
+# --- transformers' rules ---
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A step of loading: what it is called in a reason, the parameters it fills, and how."""
+class _LoadingStep(NamedTuple):
+    """One step of transformers' loader."""
 
-    what: str
+    label: str
+    """What an error calls the step."""
     names: list[str]
-    results: Callable[[], Mapping[str, Tensor]]
+    """The parameters that it fills."""
+    run: Callable[[], Mapping[str, Tensor]]
 
 
-def _rules(model: nn.Module, disk: Mapping[str, Tensor]) -> tuple[list[_Rule], dict[str, str]]:
-    """What transformers' loader would do with these tensors; and the new names of the keys that it would not use."""
+def _loading_steps(model: nn.Module, stand_ins: Mapping[str, Tensor]) -> tuple[list[_LoadingStep], dict[str, str]]:
+    """Return the steps of transformers' loader for these tensors, and the unused keys (see WeightMap)."""
     state = model.state_dict()
     rules: Any = None
     try:
@@ -135,9 +158,8 @@ def _rules(model: nn.Module, disk: Mapping[str, Tensor]) -> tuple[list[_Rule], d
     else:
         rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else None
     if rules is None:
-        return [_Rule(key, [key], {key: t}.copy) for key, t in disk.items() if key in state], {
-            key: key for key in disk if key not in state
-        }
+        steps = [_LoadingStep(key, [key], {key: t}.copy) for key, t in stand_ins.items() if key in state]
+        return steps, {key: key for key in stand_ins if key not in state}
 
     prefix: Any = model.base_model_prefix
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -145,72 +167,63 @@ def _rules(model: nn.Module, disk: Mapping[str, Tensor]) -> tuple[list[_Rule], d
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     plain: dict[str, str] = {}
     converted: dict[str, Any] = {}
-    left: dict[str, str] = {}
-    for key in sorted(disk, key=dot_natural_key):  # experts in order; some renamings go by what came before
+    unused: dict[str, str] = {}
+    for key in sorted(stand_ins, key=dot_natural_key):  # experts in order; some renamings depend on earlier keys
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name not in state or name in plain:
-            left[key] = name
+            unused[key] = name
         elif pattern is None:
             plain[name] = key
         else:
             if name not in converted:
                 converted[name] = copy.deepcopy(by_pattern[pattern])
-            converted[name].add_tensor(name, key, pattern, disk[key])
-    return [_Rule(key, [name], {name: disk[key]}.copy) for name, key in plain.items()] + [
-        _conversion(model, *item) for item in converted.items()
-    ], left
+            converted[name].add_tensor(name, key, pattern, stand_ins[key])
+    steps = [_LoadingStep(key, [name], {name: stand_ins[key]}.copy) for name, key in plain.items()]
+    return steps + [_conversion_step(model, *item) for item in converted.items()], unused
 
 
-def _conversion(model: nn.Module, name: str, converter: Any) -> _Rule:
-    """One converter, with the tensors that it collected for its first target, `name`."""
-    what = f"{', '.join(type(operation).__name__ for operation in converter.operations)} of {min(converter.layer_targets[name])}"
+def _conversion_step(model: nn.Module, name: str, converter: Any) -> _LoadingStep:
+    """Return the step of one converter, with the tensors that it collected for its first target, `name`."""
+    operations = ", ".join(type(operation).__name__ for operation in converter.operations)
     names = [name.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
 
-    def results() -> dict[str, Tensor]:
-        given = converter.convert(name, model=model, config=model.config)
-        return {k: t[0] if isinstance(t, list) else t for k, t in given.items()}
+    def run() -> dict[str, Tensor]:
+        results = converter.convert(name, model=model, config=model.config)
+        return {k: t[0] if isinstance(t, list) else t for k, t in results.items()}
 
-    return _Rule(what, names, results)
-
-
-def _problems(model: nn.Module, left: Mapping[str, str], lost: list[str]) -> list[str]:
-    """A line for each that transformers does not ignore: keys by their new names, and parameters."""
-    info = SimpleNamespace(unexpected_keys=set(left.values()), missing_keys=set(lost))
-    if adjust := getattr(model, "_adjust_missing_and_unexpected_keys", None):
-        adjust(info)
-    leads = [f"{key}: leads nowhere in the model" for key, name in left.items() if name in info.unexpected_keys]
-    return leads + [f"{name}: not on disk" for name in lost if name in info.missing_keys]
+    return _LoadingStep(f"{operations} of {min(converter.layer_targets[name])}", names, run)
 
 
-# --- which element went where ------------------------------------------------------------------------------------------
+# --- which element went where ---
 
 
 UNEVEN = "the elements are not evenly spaced on disk"
 
 
-class _NoView(Exception):
-    """The elements are not places on disk; the message says of what."""
+class Untraceable(Exception):
+    """Elements that no strided views of tensors on disk describe; the message says why."""
 
 
-class _Watch(TorchDispatchMode):
-    """Remembers of every storage what it is made of: a tensor on disk, copies of other tensors, or something computed."""
+class TraceMode(TorchDispatchMode):
+    """Notes for every storage what fills it: a tensor on disk, copies of other tensors, or computed values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[int, str | _NoView | list[tuple[Tensor, Tensor]]] = {}
-        """By storage: a key on disk, why there is none, or parts (views of the storage) with what was copied there."""
-        self.alive: list[Tensor] = []  # lest a storage's number be given again
+        self.contents: dict[int, str | Untraceable | list[tuple[Tensor, Tensor]]] = {}
+        """By storage: a key on disk, why there is none, or pairs (view of the storage, tensor copied there)."""
+        self.alive: list[Tensor] = []  # so that no storage's address is used again
 
-    def on_disk(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """A stand-in for the tensor on disk."""
-        return self._note(torch.empty(shape, device="meta"), key)
-
-    def _note(self, t: Tensor, what: str | _NoView | list[tuple[Tensor, Tensor]]) -> Tensor:
-        self.made[_storage(t)] = what
-        self.alive.append(t)
+    def stand_in(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a meta tensor that stands for the tensor on disk."""
+        t = torch.empty(shape, device="meta")
+        self._note(t, key)
         return t
+
+    def _note(self, t: Tensor, content: str | Untraceable | list[tuple[Tensor, Tensor]]) -> None:
+        self.contents[_storage_id(t)] = content
+        self.alive.append(t)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -223,76 +236,82 @@ class _Watch(TorchDispatchMode):
         elif name == "cat":
             self._note(out, list(zip(out.split([t.shape[dim] for t in args[0]], dim), args[0], strict=True)))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and (func._schema.is_mutable or _storage(t) not in self.made):
-                self._note(t, _NoView(f"{name} computes new values"))
+            if isinstance(t, Tensor) and (func._schema.is_mutable or _storage_id(t) not in self.contents):
+                self._note(t, Untraceable(f"{name} computes new values"))
         return out
 
-    def origin(self, t: Tensor) -> Iterator[Place]:
-        """The places of a tensor that was made under watch."""
-        return self._follow(_storage(t), _view(t), _rows(t.shape)) if t.numel() else iter(())
+    def pieces(self, t: Tensor) -> Iterator[StoredPiece]:
+        """Yield the pieces of a tensor that was made under this mode. Raise Untraceable if there are none."""
+        return self._follow(_storage_id(t), _view_of(t), _row_major(t.shape)) if t.numel() else iter(())
 
-    def _follow(self, storage: int, stored: View, memory: View) -> Iterator[Place]:
-        """Elements that are `memory` in the parameter, `stored` in this storage: back to the disk."""
-        made = self.made[storage]
-        if isinstance(made, str):
+    def _follow(self, storage: int, stored: StridedView, memory: StridedView) -> Iterator[StoredPiece]:
+        """Yield the pieces of these elements, which are `stored` in this storage and `memory` in the parameter."""
+        content = self.contents[storage]
+        if isinstance(content, Untraceable):
+            raise content
+        if isinstance(content, str):
             if 0 in stored.strides:
-                raise _NoView("one element on disk for several")
-            yield Place(made, stored, memory)
+                raise Untraceable("one element on disk fills several of the parameter")
+            yield StoredPiece(content, stored, memory)
             return
-        if isinstance(made, _NoView):
-            raise made
-        for part, source in made:
-            if len(made) == 1:  # it fills the storage: what is stored lies in it
-                counted, target = _through(_in_order(_view(part), _rows(part.shape)), stored, memory)
-                origin, target = _through(_view(source), counted, target)
-            else:  # what is stored fills the storage: the part lies in it
-                target, origin = _through(_in_order(stored, memory), _view(part), _view(source))
-            yield from self._follow(_storage(source), origin, target)
+        for part, source in content:
+            if len(content) == 1:  # the part fills the storage: `stored` lies within it
+                positions, target = _select(_in_storage_order(_view_of(part), _row_major(part.shape)), stored, memory)
+                origin, target = _select(_view_of(source), positions, target)
+            else:  # `stored` fills the storage: the part lies within it
+                target, origin = _select(_in_storage_order(stored, memory), _view_of(part), _view_of(source))
+            yield from self._follow(_storage_id(source), origin, target)
 
 
-def _through(space: View, steps: View, other: View) -> tuple[View, View]:
-    """`steps` count the elements of `space` row by row: the same steps in what `space` views. One that crosses rows is split, in `other` too."""
-    axes = [axis for axis in zip(space.sizes, _rows(space.sizes).strides, space.strides, strict=True) if axis[0] > 1]
-    at = [steps.offset // row % size for size, row, _ in axes]
-    start = space.offset + sum(i * stride for i, (_, _, stride) in zip(at, axes, strict=True))
+def _select(space: StridedView, positions: StridedView, twin: StridedView) -> tuple[StridedView, StridedView]:
+    """Return the elements of `space` at these positions, counted row by row, as a view of the storage of `space`.
+
+    An axis of `positions` that crosses rows of `space` is split in two. The same axis of `twin` is split likewise, so
+    that both views keep equal sizes. Raise Untraceable if no strides describe the selection.
+    """
+    rows = _row_major(space.sizes).strides
+    axes = [axis for axis in zip(space.sizes, rows, space.strides, strict=True) if axis[0] > 1]
+    last = [positions.offset // row % size for size, row, _ in axes]  # of the first element; moved to the last below
+    start = space.offset + sum(i * stride for i, (_, _, stride) in zip(last, axes, strict=True))
     split: list[tuple[int, int, int]] = []
-    for count, step, twin in zip(steps.sizes, steps.strides, other.strides, strict=True):
+    for count, step, twin_stride in zip(positions.sizes, positions.strides, twin.strides, strict=True):
         end = len(split)
         while count > 1:
             d = next((d for d, (_, row, _) in enumerate(axes) if row <= step), None)
             if d is None:
-                raise _NoView(UNEVEN)
+                raise Untraceable(UNEVEN)
             size, row, stride = axes[d]
             n = min(count, size // (step // row))
             if n < 2 or step % row or count % n:
-                raise _NoView(UNEVEN)
-            at[d] += (n - 1) * (step // row)
-            split.insert(end, (n, step // row * stride, twin))
-            count, step, twin = count // n, step * n, twin * n
-    if steps.offset >= math.prod(space.sizes) or any(i >= size for i, (size, _, _) in zip(at, axes, strict=True)):
-        raise _NoView(UNEVEN)
-    sizes, strides, twins = tuple(zip(*split, strict=True)) or ((), (), ())
-    return View(start, sizes, strides), View(other.offset, sizes, twins)
+                raise Untraceable(UNEVEN)
+            last[d] += (n - 1) * (step // row)
+            split.insert(end, (n, step // row * stride, twin_stride))
+            count, step, twin_stride = count // n, step * n, twin_stride * n
+    if positions.offset >= math.prod(space.sizes) or any(i >= size for i, (size, _, _) in zip(last, axes, strict=True)):
+        raise Untraceable(UNEVEN)
+    sizes, strides, twin_strides = tuple(zip(*split, strict=True)) or ((), (), ())
+    return StridedView(start, sizes, strides), StridedView(twin.offset, sizes, twin_strides)
 
 
-def _in_order(stored: View, other: View) -> View:
-    """`other`, with its dimensions in the order that they have in the storage, which `stored` fills from its start."""
-    axes = sorted(
-        (axis for axis in range(len(stored.sizes)) if stored.sizes[axis] > 1), key=lambda axis: -stored.strides[axis]
-    )
-    sizes = tuple(stored.sizes[axis] for axis in axes)
-    if tuple(stored.strides[axis] for axis in axes) != _rows(sizes).strides:
-        raise _NoView("a part of what was put together")
-    return View(other.offset, sizes, tuple(other.strides[axis] for axis in axes))
+def _in_storage_order(stored: StridedView, other: StridedView) -> StridedView:
+    """Return `other` with its axes in the order in which `stored` has them in the storage, the longest stride first.
+
+    Raise Untraceable if there are gaps between the elements of `stored`.
+    """
+    axes = sorted((d for d, size in enumerate(stored.sizes) if size > 1), key=lambda d: -stored.strides[d])
+    sizes = tuple(stored.sizes[d] for d in axes)
+    if tuple(stored.strides[d] for d in axes) != _row_major(sizes).strides:
+        raise Untraceable("only a part of a tensor that was joined from several is used")
+    return StridedView(other.offset, sizes, tuple(other.strides[d] for d in axes))
 
 
-def _rows(sizes: tuple[int, ...]) -> View:
-    return View(0, tuple(sizes), tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes))))
+def _row_major(sizes: tuple[int, ...]) -> StridedView:
+    return StridedView(0, tuple(sizes), tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes))))
 
 
-def _view(t: Tensor) -> View:
-    return View(int(t.storage_offset()), tuple(t.shape), t.stride())
+def _view_of(t: Tensor) -> StridedView:
+    return StridedView(int(t.storage_offset()), tuple(t.shape), t.stride())
 
 
-def _storage(t: Tensor) -> int:
+def _storage_id(t: Tensor) -> int:
     return t.untyped_storage()._cdata
