@@ -1,4 +1,5 @@
-"""What a LoraSpec comes to on one model: a Plan of Sites, which prints as a table."""
+"""What a LoraSpec comes to on one model: a Plan of Sites, made by `find`, carried out by `inject`, printed as a
+table."""
 
 from __future__ import annotations
 
@@ -10,77 +11,87 @@ import torch
 
 from .numerics.delta import scale
 
+HEADER = ("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One weight that carries an adapter, with everything that follows from the spec."""
+    """One weight, or one slice of a fused weight, that carries an adapter, with the settings of the adapter."""
 
     path: str
-    """Of the module, as in model.named_modules()."""
+    """Path of the weight's module, as in model.named_modules()."""
     aliases: tuple[str, ...] = ()
-    """Further paths of the very same module: adapted too, saved once."""
+    """Further paths of the same module object. It is adapted under all of them and saved once."""
     parameter: str = "weight"
-    """The weight's name in its module."""
+    """Name of the weight in its module."""
     label: str = ""
-    """Which slice of the weight ("q", "0:768"); empty for the whole."""
+    """The slice of a fused weight ("q", "0:768"); empty for the whole weight."""
     rows: tuple[range, ...] | None = None
-    """The slice's rows of W (out, in); None: all."""
+    """The slice's rows of W (out, in), whichever way W is stored; None for the whole weight."""
     kind: str
-    """A row of kinds.KINDS."""
+    """Kind of weight, a key of lora.weight_kinds.KINDS: "linear", "embedding", "experts" and so on."""
     shape: tuple[int, ...]
-    """Of the weight as stored."""
+    """Shape of the whole weight as stored; for a quantized weight, the shape before it was quantized."""
     stack: int = 1
-    """How many matrices, each with an A and a B of its own: the experts of a stack."""
+    """Number of matrices in the weight, each of which has its own A and B: the experts of a stack, otherwise 1."""
     in_features: int
+    """Columns of A."""
     out_features: int
-    """Rows of B: of the slice, if it is one."""
+    """Rows of B; for a slice, the number of its rows."""
     readers: tuple[str, ...] = ()
-    """Paths of the modules whose own code reads the weight; none where it is applied by calling its module."""
+    """Paths of the modules whose own code reads the weight. Empty if the weight is applied by calling its module."""
     named: bool = False
-    """Whether the weight itself was named, so that all modules it lies in read it."""
+    """True if the target named the weight itself ("q_proj.weight"), so that all modules around it count as readers."""
     r: int
+    """Rank."""
     alpha: float
+    """Numerator of the scale; equal to `r` unless it was set."""
     scaling: str
+    """As in LoraSpec."""
     dropout: float
+    """As in LoraSpec."""
     init: str
+    """As in LoraSpec."""
     dtype: torch.dtype
+    """Dtype of A and B."""
 
     @property
     def name(self) -> str:
-        """The path; with the parameter, if that is not `weight`, and the slice."""
+        """The path of the module, the name of the parameter unless it is `weight`, and the slice in brackets."""
         return site_name(self.path, self.parameter, self.label)
 
     @property
     def scale(self) -> float:
-        """s in W0 + s B A."""
+        """The scale s of the update s B A."""
         return scale(self.alpha, self.r, self.scaling)
 
     @property
     def trainable(self) -> int:
-        """Elements of A (r, in) and B (out, r) together, in all of the stack."""
+        """Number of elements of A (*stack, r, in) and B (*stack, out, r)."""
         return self.stack * self.r * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `inject` would do, or did. Prints as a table; iterates over its sites."""
+    """The sites that `inject` adapts. A Plan prints as a table and iterates over its sites."""
 
     sites: tuple[Site, ...]
+    """The sites, in the order of the model."""
     total: int
-    """Parameters of the base model."""
+    """Number of parameters of the base model."""
     left_out: tuple[str, ...] = ()
-    """What "all-linear" left out: the output head and routers."""
+    """Names of the weights that "all-linear" leaves out: output heads and routers. Empty without "all-linear"."""
     towers: tuple[str, ...] = ()
-    """The models that the model is made of (vision_tower, language_model), by path; none if it is one."""
+    """Paths of the models that the model is composed of (vision_tower, language_model). Empty unless it has several."""
 
     @property
     def trainable(self) -> int:
-        """Parameters that train: all of A and B."""
+        """Number of parameters that train: the elements of all A and B."""
         return sum(site.trainable for site in self.sites)
 
     @property
     def bytes(self) -> int:
-        """Of A and B in memory; the adapter's file is this plus a header."""
+        """Memory of all A and B, in bytes. The size of an adapter file is this plus a header."""
         return sum(site.trainable * site.dtype.itemsize for site in self.sites)
 
     def __iter__(self) -> Iterator[Site]:
@@ -90,54 +101,50 @@ class Plan:
         return len(self.sites)
 
     def __str__(self) -> str:
-        """One line for all layers that look alike: layers.*.self_attn.q_proj stands for as many sites as the line counts."""
-        groups: dict[tuple[str, ...], list[Site]] = {}
-        for s in self.sites:
-            row = (_starred(s.name), s.kind, "x".join(map(str, s.shape)), str(s.r), f"{s.alpha:g}", f"{s.scale:.4g}")
-            groups.setdefault(row, []).append(s)
-        table: list[tuple[str, ...]] = [("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")]
-        for (path, *cells), sites in groups.items():
-            label = (path if len(sites) > 1 else sites[0].name) + " (shared)" * any(s.aliases for s in sites)
-            table.append((label, *cells, str(len(sites)), f"{sum(s.trainable for s in sites):,}"))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in table
-        ]
+        """Return a table with one line per group of sites that differ in their layer numbers only, and the totals."""
+        lines = _table(self.sites)
         share = f"{100 * self.trainable / self.total:.3g} %" if self.total else "n/a"
-        lines += [
-            "-" * len(lines[0]),
-            f"{len(self.sites)} sites; {self.trainable:,} trainable of {self.total:,} ({share}); {_size(self.bytes)}",
-        ]
+        trainable = f"{self.trainable:,} trainable of {self.total:,} ({share})"
+        lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {trainable}; {_size(self.bytes)}"]
         if self.towers:
-            counts = [(t, sum(s.name.startswith(f"{t}.") for s in self.sites)) for t in self.towers]
-            lines.append(
-                "of these "
-                + ", ".join(f"{n} in {t}" for t, n in counts if n)
-                + "".join(f"; none in {t}" for t, n in counts if not n)
-            )
-        lines += (
-            [f"left out (head, routers): {', '.join(dict.fromkeys(map(_starred, self.left_out)))}"]
-            if self.left_out
-            else []
-        )
+            counts = {t: sum(site.name.startswith(f"{t}.") for site in self.sites) for t in self.towers}
+            adapted = ", ".join(f"{count} in {tower}" for tower, count in counts.items() if count)
+            lines.append(f"of these {adapted}" + "".join(f"; none in {t}" for t, count in counts.items() if not count))
+        if self.left_out:
+            lines.append(f"left out (head, routers): {', '.join(dict.fromkeys(map(_starred, self.left_out)))}")
         return "\n".join(line.rstrip() for line in lines)
 
 
 def site_name(path: str, parameter: str, label: str = "") -> str:
-    """How a weight is named: by its module, where it is the module's `weight`; by module and parameter else; and its slice."""
-    whole = path if parameter == "weight" else f"{path}.{parameter}".removeprefix(".")
-    return whole + (f"[{label}]" if label else "")
+    """Return the name of a weight: its module's path, the parameter unless it is `weight`, and the slice in
+    brackets."""
+    name = path if parameter == "weight" else f"{path}.{parameter}".removeprefix(".")
+    return f"{name}[{label}]" if label else name
+
+
+def _table(sites: tuple[Site, ...]) -> list[str]:
+    """Return the lines of the table, with aligned columns."""
+    groups: dict[tuple[str, ...], list[Site]] = {}
+    for s in sites:
+        key = (_starred(s.name), s.kind, "x".join(map(str, s.shape)), str(s.r), f"{s.alpha:g}", f"{s.scale:.4g}")
+        groups.setdefault(key, []).append(s)
+    rows: list[tuple[str, ...]] = [HEADER]
+    for (name, *cells), group in groups.items():
+        label = (name if len(group) > 1 else group[0].name) + " (shared)" * any(s.aliases for s in group)
+        rows.append((label, *cells, str(len(group)), f"{sum(s.trainable for s in group):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    formats = [f"{{:{'<' if column < 3 else '>'}{width}}}" for column, width in enumerate(widths)]
+    return ["  ".join(formats).format(*row) for row in rows]
 
 
 def _starred(name: str) -> str:
+    """Return the name with * for each number, except in the slice."""
     path, bracket, label = name.partition("[")
     return re.sub(r"\b\d+\b", "*", path) + bracket + label
 
 
-def _size(n: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.2f} {unit}"
-        n /= 1024
-    raise AssertionError
+def _size(count: float) -> str:
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    power = 1 if count < 1024**2 else 2 if count < 1024**3 else 3
+    return f"{count / 1024**power:.2f} {('KiB', 'MiB', 'GiB')[power - 1]}"

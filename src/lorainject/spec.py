@@ -1,8 +1,13 @@
-"""What is asked for (LoraSpec) and what it comes to on one model (Plan of Sites): frozen values that can't exist invalid."""
+"""The settings of a LoRA, as one frozen value that cannot exist with an invalid field.
+
+`inject` and `find` take these settings as arguments, with the same names and defaults. A LoraSpec knows no model. What
+it comes to on one model is a Plan (plan.py), which targets/resolve.py makes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +17,7 @@ from torch import nn
 from .errors import SpecError
 
 Target = str | Callable[[str, nn.Module], bool]
+"""One entry of LoraSpec.targets."""
 KEYWORDS = ("all-linear", "all-conv")
 SCALINGS = ("standard", "rslora")
 INITS = ("kaiming", "gaussian")
@@ -19,162 +25,183 @@ INITS = ("kaiming", "gaussian")
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """Another r or alpha for the sites that `target` matches; None leaves the spec's."""
+    """Another rank or alpha for some of the sites. `None` keeps the value of the LoraSpec."""
 
     target: str
-    """One entry in the grammar of LoraSpec.targets."""
+    """The sites concerned: one entry in the grammar of LoraSpec.targets, but no callable."""
     r: int | None = None
+    """Rank; None keeps LoraSpec.r."""
     alpha: float | None = None
+    """Numerator of the scale; None keeps LoraSpec.alpha, which itself may be the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """Everything that `inject` can be told, as one value. Raises SpecError with all that is wrong.
+    """The settings of one LoRA: which weights are adapted, and with which rank, scale, dropout and initial values.
 
-    The update is W0 + s B A with s = alpha / r (arXiv 2106.09685 section 4.1) or alpha / sqrt(r) (arXiv 2312.03732).
+    The weight becomes W0 + s B A, with A (r, in) and B (out, r). Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
+
+    Raises:
+        SpecError: A value is invalid. The error lists every invalid value.
     """
 
     targets: tuple[Target, ...]
-    """Which weights. Each entry is a path or the dotted end of one ("q_proj", "self_attn.q_proj", "experts.down_proj"), a glob over
-    such ("layers.*.mlp.up_proj"), "re:<pattern>" (the regex package, full match), a callable (path, module) -> bool, "all-linear"
-    (every matmul weight but head and routers), "all-conv", or a role (roles.ROLES: "attention", "query", "experts", ...). A name may
-    take slices of a fused weight, by part or by row: "c_attn[q,v]", "c_attn[0:768]"; a keyword or role may be confined to a part of the model:
-    "language_model.all-linear"."""
+    """The weights to adapt, as a sequence or set of entries. A single callable, "all-linear" or "all-conv" needs no
+    list. An entry is one of these:
+
+    - A path, or the end of one from a dot on: "model.layers.0.mlp.up_proj", "self_attn.q_proj", "q_proj".
+    - A glob over such names: "layers.*.mlp.up_proj". The characters * and ? also stand for dots.
+    - "re:<pattern>": a pattern of the `regex` package that matches a whole path. All of them may take one second.
+    - A callable (path, module) -> bool.
+    - "all-linear": all weights that multiply activations, except the output head and the routers of mixtures of
+      experts. "all-conv": the weights of all convolutions.
+    - A role, in any architecture: "attention", "mlp", "experts", "query", "key", "value", "output", "router" or "head".
+
+    A keyword or role can be limited to a part of the model: "language_model.all-linear". A path or glob can take slices
+    of a fused weight, by part or by rows: "c_attn[q,v]", "c_attn[0:768,1536:2304]". Each entry must match something."""
     r: int = 8
-    """Rank: rows of A, columns of B. May exceed the matrix's smaller side (it is then wasteful, not wrong)."""
+    """Rank: the rows of A and the columns of B. A rank above the smaller side of the weight is allowed, if wasteful."""
     alpha: float | None = None
-    """Numerator of the scale; None means alpha = r, so s = 1 under "standard"."""
+    """Numerator of the scale, from 1e-30 to 1e30. None means alpha = r, so that s = 1 with scaling="standard"."""
     dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training; 0 <= p < 1."""
+    """Probability p, with 0 <= p < 1, of zeroing an element of the adapter's input in training mode."""
     exclude: tuple[Target, ...] = ()
-    """Entries in the same grammar that are left out; a container with all that is in it."""
+    """Weights to leave out, in the grammar of `targets`. The name of a container leaves out everything in it."""
     layers: tuple[int, ...] | None = None
-    """Only sites whose path's first number is one of these (model.layers.3.mlp.up_proj is in layer 3); None: all."""
+    """Layer numbers, from 0, that limit `targets`; None means all. The layer number of a weight is the first number in
+    its path: model.layers.3.mlp.up_proj is in layer 3."""
     scaling: str = "standard"
-    """"standard" or "rslora"."""
+    """The scale s: "standard" is alpha / r; "rslora" is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     init: str = "kaiming"
-    """How A begins: "kaiming" (uniform, as in loralib and PEFT) or "gaussian" (deviation 1/r). B begins at zero."""
+    """Initial values of A: "kaiming" is uniform with the bound 1 / sqrt(in), as in loralib and PEFT; "gaussian" is
+    normal with the standard deviation 1 / r. B is zero, so that the model's output does not change."""
     dtype: torch.dtype | None = None
-    """Of A and B; None means float32, or float64 on float64 weights."""
+    """Floating-point dtype of A and B, of at least 16 bits. None means float32, or float64 for a float64 weight."""
     overrides: tuple[Override, ...] = ()
-    """Exceptions; the first that matches a site decides. A mapping {"k_proj": {"r": 4}} is taken too."""
+    """Another r or alpha for some of the sites. The first override that matches a site applies. A mapping from a target
+    to its settings is accepted, too: {"k_proj": {"r": 4}}."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        set_ = object.__setattr__
-        set_(self, "targets", _entries("targets", self.targets, problems))
-        set_(self, "exclude", _entries("exclude", self.exclude, problems))
-        set_(self, "overrides", _overrides(self.overrides, problems))
-        problems += [
-            f"override {o.target!r}: its target must be a name"
-            for o in self.overrides
-            if not (isinstance(o.target, str) and o.target)
-        ]
-        if not self.targets and not problems:
-            problems.append('targets is empty: name the modules, as in ["q_proj", "v_proj"], or "all-linear"')
-        for r, alpha, whose in [
-            (self.r, self.alpha, ""),
-            *((o.r, o.alpha, f" (override {o.target!r})") for o in self.overrides),
-        ]:
-            if not (r is None and whose) and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
-                problems.append(f"r must be a whole number of at least 1, not {r!r}{whose}")
-            if alpha is not None and not is_alpha(alpha):
-                problems.append(f"alpha must be a finite number above 0 (1e-30 to 1e30), not {alpha!r}{whose}")
+        normalized = {
+            "targets": _entries("targets", self.targets, problems),
+            "exclude": _entries("exclude", self.exclude, problems),
+            "overrides": _overrides(self.overrides, problems),
+            "layers": _layers(self.layers, problems),
+        }
+        for name, value in normalized.items():
+            object.__setattr__(self, name, value)
+        problems += _scale_problems(self.r, self.alpha)
+        for o in self.overrides:
+            if not (isinstance(o.target, str) and o.target):
+                problems.append(f"override {o.target!r}: its target must be a name")
+            problems += (f"{p} (override {o.target!r})" for p in _scale_problems(1 if o.r is None else o.r, o.alpha))
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             problems.append(f"dropout must be a probability p with 0 <= p < 1, not {self.dropout!r}")
-        if self.layers is not None:
-            layers = (
-                tuple(self.layers) if isinstance(self.layers, Iterable) and not isinstance(self.layers, str) else ()
-            )
-            if not layers or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
-                problems.append(
-                    f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {self.layers!r}"
-                )
-            set_(self, "layers", layers)
         if self.scaling not in SCALINGS:
             problems.append(f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
         if self.init not in INITS:
             problems.append(f"init must be one of {INITS}, not {self.init!r}")
-        if self.dtype is not None and not (
-            isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1
-        ):
-            problems.append(f"dtype must be a floating-point torch.dtype of 16 bits or more, not {self.dtype!r}")
+        if not (self.dtype is None or _is_wide_float(self.dtype)):
+            problems.append(f"dtype must be a floating-point torch.dtype of at least 16 bits, not {self.dtype!r}")
         if problems:
             raise SpecError(
-                "this LoRA can't be meant:", problems, "nothing was changed; correct the values and call again"
+                "invalid LoRA settings:", problems, "correct the values and call again; nothing was changed"
             )
-
-    @classmethod
-    def of(cls, spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
-        """The spec itself, or one made of the settings; both at once is refused, since one would silently lose."""
-        if spec is not None and not isinstance(spec, cls):
-            raise SpecError(
-                f"spec must be a LoraSpec, not {spec!r}", way_out="inject(model, spec=LoraSpec(targets=[...]))"
-            )
-        if spec is None:
-            return cls(targets=() if targets is None else targets, **settings)
-        changed = [k for k, v in settings.items() if v != cls.__dataclass_fields__[k].default]
-        if targets is not None or changed:
-            given = ", ".join(["targets"] * (targets is not None) + changed)
-            raise SpecError(
-                f"spec and {given} were both given", way_out="put them into the spec: dataclasses.replace(spec, ...)"
-            )
-        return spec
 
     def with_override(self, override: Override) -> LoraSpec:
-        """This spec as it holds for a site that `override` matches."""
-        return replace(
-            self, r=override.r or self.r, alpha=self.alpha if override.alpha is None else override.alpha, overrides=()
-        )
+        """Return these settings as they apply to a site that `override` matches."""
+        alpha = self.alpha if override.alpha is None else override.alpha
+        return replace(self, r=override.r or self.r, alpha=alpha, overrides=())
+
+
+def spec_from_arguments(spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
+    """Return `spec`, or a LoraSpec of the targets and settings if it is None.
+
+    Raises:
+        SpecError: `spec` is something else, or was passed along with targets or with settings other than the defaults.
+    """
+    if spec is None:
+        return LoraSpec(targets=() if targets is None else targets, **settings)
+    if not isinstance(spec, LoraSpec):
+        way_out = "pass a LoraSpec with its own settings: spec=LoraSpec(targets=[...], r=8)"
+        raise SpecError(f"spec must be a LoraSpec, not a {type(spec).__name__}", way_out=way_out)
+    passed = ["targets"] * (targets is not None)
+    passed += [name for name, value in settings.items() if value != LoraSpec.__dataclass_fields__[name].default]
+    if passed:
+        way_out = "put all settings into the spec, as with dataclasses.replace(spec, r=4)"
+        raise SpecError(f"spec and {', '.join(passed)} cannot be passed together", way_out=way_out)
+    return spec
+
+
+def is_alpha(value: object) -> bool:
+    """True if `value` can be alpha: a number above 0 for which float32 can hold the scale."""
+    return _is_number(value) and 1e-30 <= value <= 1e30  # type: ignore[operator]
+
+
+def _scale_problems(r: object, alpha: object) -> Iterator[str]:
+    if not _is_integer(r) or r < 1:  # type: ignore[operator]
+        yield f"r must be a whole number of at least 1, not {r!r}"
+    if alpha is not None and not is_alpha(alpha):
+        yield f"alpha must be a finite number above 0 (1e-30 to 1e30), not {alpha!r}"
 
 
 def _entries(field: str, value: Any, problems: list[str]) -> tuple[Target, ...]:
-    if isinstance(value, str):
-        if value in KEYWORDS:
-            return (value,)
-        problems.append(f'{field}="{value}" is a string where a list is meant: write {field}=["{value}"]')
-        return ()
-    if _is_predicate(value):
+    """Return the entries of `targets` or `exclude` as a tuple, and add what is wrong with them to `problems`."""
+    if _is_predicate(value) or (isinstance(value, str) and value in KEYWORDS):
         return (value,)
+    if isinstance(value, str):
+        entry = f"re:{value}" if re.search(r"\.\*|[\\()|^$]", value) else value  # PEFT takes a regex as one string
+        problems.append(f'{field}="{value}" is a string, but a list is expected: write {field}=["{entry}"]')
+        return ()
     if not isinstance(value, Sequence | set | frozenset):
         problems.append(f"{field} must be a list of names, not {value!r}")
         return ()
+    if field == "targets" and not value:
+        problems.append('targets is empty: name the weights, as in ["q_proj", "v_proj"], or pass "all-linear"')
     for entry in value:
         if not (_is_predicate(entry) or (isinstance(entry, str) and entry)):
-            problems.append(
-                f"{field}: each entry must be a non-empty string or a function (path, module) -> bool, not {entry!r}"
-            )
+            expected = "a non-empty string or a function (path, module) -> bool"
+            problems.append(f"{field}: each entry must be {expected}, not {entry!r}")
     return tuple(value)
+
+
+def _overrides(value: Any, problems: list[str]) -> tuple[Override, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        malformed = [t for t, s in value.items() if not isinstance(s, Mapping) or s.keys() - {"r", "alpha"}]
+        if not malformed:
+            return tuple(Override(target=target, **settings) for target, settings in value.items())
+        problems.append(f'overrides must look like {{"k_proj": {{"r": 4, "alpha": 8}}}}; these do not: {malformed}')
+    elif isinstance(value, Sequence) and all(isinstance(o, Override) for o in value):
+        return tuple(value)
+    else:
+        expected = "a mapping from a target to r and alpha, or a list of Override"
+        problems.append(f"overrides must be {expected}, not {value!r}")
+    return ()
+
+
+def _layers(value: Any, problems: list[str]) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    layers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    if not layers or not all(_is_integer(n) and n >= 0 for n in layers):
+        problems.append(f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {value!r}")
+    return layers
 
 
 def _is_predicate(value: Any) -> bool:
     return callable(value) and not isinstance(value, type | nn.Module)
 
 
-def _overrides(value: Any, problems: list[str]) -> tuple[Override, ...]:
-    if isinstance(value, Mapping):
-        if odd := [
-            target
-            for target, settings in value.items()
-            if not isinstance(settings, Mapping) or settings.keys() - {"r", "alpha"}
-        ]:
-            problems.append(f'overrides must look like {{"k_proj": {{"r": 4, "alpha": 8}}}}; these do not: {odd}')
-            return ()
-        return tuple(Override(target=target, **settings) for target, settings in value.items())
-    if value is None:
-        return ()
-    if not (isinstance(value, Sequence) and all(isinstance(o, Override) for o in value)):
-        problems.append(
-            f"overrides must be a mapping from a target to r and alpha, or a list of Override, not {value!r}"
-        )
-        return ()
-    return tuple(value)
-
-
-def is_alpha(value: object) -> bool:
-    """Whether it can be alpha: finite, above 0, and such that float32 can hold s."""
-    return _is_number(value) and 1e-30 <= value <= 1e30  # type: ignore[operator]
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_wide_float(dtype: object) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1

@@ -160,7 +160,8 @@ WRONG = {
     "a dotted adapter name": (["q_proj"], {"name": "a.b"}, r"the adapter name 'a\.b' must be"),
 }
 MEANT = {
-    "a bare name": ("q_proj", {}, r'targets="q_proj" is a string where a list is meant: write targets=\["q_proj"\]'),
+    "a bare name": ("q_proj", {}, r'targets="q_proj" is a string, but a list is expected: write targets=\["q_proj"\]'),
+    "a bare regex": (".*q_proj", {}, r'is a string, but a list is expected: write targets=\["re:\.\*q_proj"\]'),
     "a number": (7, {}, r"targets must be a list of names, not 7"),
     "no targets": ([], {}, r"targets is empty"),
     "nothing at all": (None, {}, r"targets is empty"),
@@ -178,7 +179,7 @@ MEANT = {
     "layers a number": (["q_proj"], {"layers": 0}, r"layers must be a list of layer numbers from 0, .* not 0"),
     "a class": (nn.Linear, {}, r"targets must be a list of names, not <class"),
     "a list of classes": ([nn.Identity], {}, r"each entry must be a non-empty string or a function"),
-    "a spec that is none": (None, {"spec": {"r": 4}}, r"spec must be a LoraSpec, not {'r': 4}"),
+    "a spec that is none": (None, {"spec": {"r": 4}}, r"spec must be a LoraSpec, not a dict"),
     "alpha beyond float32": (["q_proj"], {"alpha": 1e300}, r"alpha must be"),
     "a nameless override": (
         ["q_proj"],
@@ -239,7 +240,7 @@ def test_r_may_exceed_the_matrix():
 def test_spec_and_settings_exclude_each_other(model):
     """Given both, one would lose in silence."""
     spec = li.LoraSpec(targets=["q_proj"])
-    with pytest.raises(li.SpecError, match=r"spec and targets, alpha were both given"):
+    with pytest.raises(li.SpecError, match=r"spec and targets, alpha cannot be passed together"):
         li.inject(model, ["v_proj"], alpha=3, spec=spec)
     assert paths(model, None, spec=spec) == paths(model, ["q_proj"])
 

@@ -18,7 +18,7 @@ from ..lora.adapter_dict import adapters_of, child_name, names_of, walk
 from ..lora.graft import base_class, graft_obstacle
 from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
 from ..plan import Plan, Site
-from ..spec import LoraSpec, Override, Target
+from ..spec import LoraSpec, Override, Target, spec_from_arguments
 from .matcher import Matcher, Pick, is_pattern, out_of, sliced
 from .model_weights import Weight, towers
 
@@ -39,7 +39,7 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
         raise TargetError(
             f"the model must be an nn.Module, not {model!r}", way_out="load it first, as with AutoModel.from_pretrained"
         )
-    spec = LoraSpec.of(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
+    spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
     matcher = Matcher(model)
     problems = name_problems(model, name) + wrapper_problems(model)
