@@ -709,13 +709,13 @@ def test_a_class_without_a_module_source():
     """A class made in a notebook cell, whose module has no file: its methods are read one by one."""
     import linecache
 
-    from lorainject.targets.source_analysis import source_of
+    from lorainject.targets.source_analysis import weight_use
 
     source = "class Cell(nn.Module):\n    def forward(this, x):\n        return [F.linear(x, l.weight) for i, l in enumerate(this.layers)][0]\n"
     linecache.cache["<cell 1>"] = (len(source), None, source.splitlines(True), "<cell 1>")
     names = {"nn": nn, "F": F, "__name__": "no_such_module"}
     exec(compile(source, "<cell 1>", "exec"), names)
-    assert "layers.*.weight" in source_of(names["Cell"]).reads
+    assert "layers.*.weight" in weight_use(names["Cell"]).reads
 
 
 def test_comparisons_and_hash():

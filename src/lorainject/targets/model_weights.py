@@ -1,6 +1,6 @@
 """What the parts of a model are to each other: its weights, who reads each, which multiply, and which layers are the output head.
 
-A weight that is not applied by calling its module is found by the source of the classes (sources.py). A class without source, or one
+A weight that is not applied by calling its module is found by the source of the classes (source_analysis.py). A class without source, or one
 that reaches a weight in a way not seen there, is found by `probe`, when the model runs.
 """
 
@@ -18,7 +18,7 @@ from ..lora.adapter_dict import walk
 from ..lora.graft import base_class
 from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of
 from ..plan import site_name
-from .source_analysis import source_of
+from .source_analysis import weight_use
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _is_experts(module: nn.Module) -> bool:
 def _sums_over(module: nn.Module, name: str) -> bool:
     """Whether all axes of this parameter take part in one product (an einsum, a convolution): then it is no stack of matrices."""
     return any(
-        f == "einsum" or f.startswith("conv") for f in source_of(base_class(type(module))).products.get(name, ())
+        f == "einsum" or f.startswith("conv") for f in weight_use(base_class(type(module))).products.get(name, ())
     )
 
 
@@ -160,14 +160,14 @@ def _read(modules: Sequence[nn.Module]) -> tuple[dict[tuple[int, str], list[nn.M
     multiplied: Keys = set()
     bypassed: Keys = set()
     for reader in modules:
-        source = source_of(base_class(type(reader)))
-        for dotted, parts in source.ways:
+        use = weight_use(base_class(type(reader)))
+        for dotted, parts in use.split_reads:
             for owner, name in _resolve(reader, parts):
                 if owner is not reader:
                     read.setdefault((id(owner), name), []).append(reader)
-                    if "@" in source.products.get(dotted, ()) or dotted.rpartition(".")[0] not in source.calls:
+                    if "@" in use.products.get(dotted, ()) or dotted.rpartition(".")[0] not in use.calls:
                         bypassed.add((id(owner), name))
-                if dotted in source.products:
+                if dotted in use.products:
                     multiplied.add((id(owner), name))
         if isinstance(reader, nn.RNNBase):
             multiplied |= {(id(reader), name) for name in reader._parameters}

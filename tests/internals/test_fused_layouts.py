@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorainject.targets.fused_layouts import TABLE, Layout, fused_parts, name_of
+from lorainject.targets.fused_layouts import TABLE, Layout, class_name, fused_parts
 
 transformers = pytest.importorskip("transformers")
 TOKENS, WIDTH, MOVED = (
@@ -697,5 +697,5 @@ def test_a_layout_that_does_not_come_out_even_is_none() -> None:
 
 
 def test_names_are_those_of_the_table() -> None:
-    assert name_of(nn.MultiheadAttention) == "torch.nn.modules.activation.MultiheadAttention"
-    assert name_of(find_class("gpt2.GPT2Attention")) == "gpt2.GPT2Attention"
+    assert class_name(nn.MultiheadAttention) == "torch.nn.modules.activation.MultiheadAttention"
+    assert class_name(find_class("gpt2.GPT2Attention")) == "gpt2.GPT2Attention"
