@@ -1,4 +1,4 @@
-"""Threads: the same bits with one and with several, and nothing of them is left."""
+"""Threads change neither a bit of a merge nor the settings of torch; an interrupt can be deferred."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from models import bits, randomise
 
 
 @pytest.fixture
-def threads():
+def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_with_any_number(threads, dtype, monkeypatch):
-    """Merged weights, what is measured, and W0 again; on weights of many tiles."""
+def test_any_number_of_threads_gives_the_same_bits(set_threads, dtype, monkeypatch):
+    """Merged weights, reports and restored weights are equal, for weights of many tiles."""
     monkeypatch.setattr(tiled_matmul, "TILE", 1 << 10)
-    seen = []
+    results = []
     for n in (1, 2, 4):
-        threads(n)
+        set_threads(n)
         torch.manual_seed(0)
         model = li.inject(nn.Sequential(nn.Linear(96, 200, dtype=dtype)), ["0"], r=4)
         randomise(model, std=0.2)
         before = bits(model[0].weight)
         report = li.merge(model)
-        seen.append((bits(model[0].weight), report))
+        results.append((bits(model[0].weight), report))
         li.unmerge(model)
         assert bits(model[0].weight) == before
-    assert seen[0] == seen[1] == seen[2]
+    assert results[0] == results[1] == results[2]
 
 
-def test_an_error_ends_all(threads):
-    """It is raised when no call is under way any more; threads and torch's settings are as before."""
-    threads(3)
-    running, most = set(), threading.active_count()
+def test_an_error_ends_all_calls(set_threads):
+    """It is raised when no call is running any more; the threads are gone, and torch's settings are as before."""
+    set_threads(3)
+    running, threads = set(), threading.active_count()
 
     def work(i: int) -> None:
         running.add(i)
@@ -55,20 +55,20 @@ def test_an_error_ends_all(threads):
         finally:
             running.discard(i)
 
-    with pytest.raises(ValueError, match="five"), thread_pool() as each:
-        each(work, ((i,) for i in range(100)))
+    with pytest.raises(ValueError, match="five"), thread_pool() as for_each:
+        for_each(work, ((i,) for i in range(100)))
     assert not running
-    assert threading.active_count() == most
+    assert threading.active_count() == threads
     assert torch.get_num_threads() == 3
-    new = []
-    thread = threading.Thread(target=lambda: new.append(torch.get_num_threads()))
+    in_new_thread = []
+    thread = threading.Thread(target=lambda: in_new_thread.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert new == [3]
+    assert in_new_thread == [3]
 
 
-def test_an_interrupt_waits():
-    """Ctrl-C within `uninterrupted` comes when it ends, and the handler is the old one again; in another thread it is not touched."""
+def test_an_interrupt_is_deferred():
+    """Ctrl-C arrives at the end of the block, and the old handler is back; in other threads the handler is not touched."""
     before, reached = signal.getsignal(signal.SIGINT), False
     with pytest.raises(KeyboardInterrupt), defer_interrupt():
         os.kill(os.getpid(), signal.SIGINT)
@@ -77,11 +77,11 @@ def test_an_interrupt_waits():
     assert signal.getsignal(signal.SIGINT) is before
     inside = []
 
-    def elsewhere() -> None:
+    def in_thread() -> None:
         with defer_interrupt():
             inside.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=elsewhere)
+    thread = threading.Thread(target=in_thread)
     thread.start()
     thread.join()
     assert inside == [before]

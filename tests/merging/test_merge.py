@@ -12,6 +12,7 @@ from torch import nn
 
 import lorainject as li
 from lorainject.numerics import tile_merge
+from lorainject.numerics.journal import TileJournal
 
 from models import TINY, bits, gpt2, ids, llama, randomise, run, state
 
@@ -91,7 +92,7 @@ def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
     d is formed in float32 then, so that a float32 sum may be off by its last bit.
     """
     kept = []
-    monkeypatch.setattr(tile_merge, "_kept", spy(tile_merge._kept, kept))
+    monkeypatch.setattr(TileJournal, "record", spy(TileJournal.record, kept))
     for dtype in (torch.float32, torch.bfloat16):
         plain, reversible, large = one(dtype), one(dtype), one(dtype)
         li.merge(plain, reversible=False)

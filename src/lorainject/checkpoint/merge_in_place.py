@@ -25,7 +25,8 @@ from ..files.io import atomic_write, safetensors_file
 from ..files.record import AdapterFile
 from ..merging.merge import MergeReport, check_survival
 from ..numerics.delta import Factors
-from ..numerics.tile_merge import Journal, TileMerger, TileWorkspace
+from ..numerics.journal import Journal
+from ..numerics.tile_merge import TileMerger, TileWorkspace
 from ..numerics.tiled_matmul import exact_product
 from .byte_runs import Patch
 from .copying import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
@@ -137,7 +138,7 @@ def _journal(patch: Patch, tally: TileMerger) -> dict[str, torch.Tensor]:
     rows, columns = torch.from_numpy(patch.rows), torch.from_numpy(patch.columns)
     cut = [patch.cut(f, rows, columns) for f in patch.parts]
     factors = {f"{name}{i}": t.contiguous() for i, f in enumerate(cut) for name, t in (("P", f.P), ("Q", f.Q))}
-    return vars(Journal.of(tally)) | factors | {"starts": torch.from_numpy(patch.starts)}
+    return vars(Journal.join(tally.journals)) | factors | {"starts": torch.from_numpy(patch.starts)}
 
 
 def _restore(base: Path, meter: Meter) -> None:
@@ -199,10 +200,10 @@ def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | 
             of = exact_product(patch.factors())
             of_tiles = list(of.tiles())
             for rows, kept in zip(
-                of_tiles, journal.kept((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True
+                of_tiles, journal.tiles((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True
             ):
                 m = get(desk, source, stored, patch, rows)
-                w0 = desk.unfold(m, of.at(rows), kept)
+                w0 = desk.unmerge(m, of.select_rows(rows), kept)
                 if w0 is None:
                     return f"{name}: {entry['key']} does not come out as it was (another machine or BLAS library)"
                 if target is not None:

@@ -100,7 +100,7 @@ class MergePlan:
                     except MergeError as e:
                         problems.append(f"{s.name}: {e}")
                         continue
-                    s.measured = DeltaStats.total((s.measured, tally.measured))
+                    s.measured = DeltaStats.total((s.measured, tally.total))
                     if keep is not None:
                         keep(key, patch, tally)
                     if streamed and target is not None:
@@ -149,7 +149,7 @@ class MergePlan:
 
 def get(desk: TileWorkspace, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
     """A tile's elements (runs, width). This thread's next call overwrites them."""
-    values = desk.room("read", (rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
+    values = desk.buffer("read", (rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
     for offset, run in _extents(stored, patch, rows, values):
         if os.preadv(source, [run], offset) != len(run):
             raise OSError(errno.EIO, "a shard became shorter while it was read")
@@ -167,8 +167,8 @@ def _fold(
     i: int,
     rows: slice,
 ) -> None:
-    w0 = get(tally.desk, source, stored, patch, rows)
-    m = tally.keep(i, w0, of.at(rows)) if keep else tally.sum(i, w0, of.at(rows))
+    w0 = get(tally.workspace, source, stored, patch, rows)
+    m = tally.merge(i, w0, of.select_rows(rows), reversible=keep)
     if target is not None:
         put(target, stored, patch, rows, m)
 

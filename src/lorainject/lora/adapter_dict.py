@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..numerics.delta import Factors
-from ..numerics.tile_merge import Journal
+from ..numerics.journal import Journal
 from ..plan import site_name
 from .active import ROOTS, AdapterState, StateDictLoad
 from .adapter import LoraAdapter

@@ -68,13 +68,13 @@ class Exchanged(Tried):
         tiles = (self.w.tiles(t, of) for t in (self.before, new, start, c.expand(self.before.shape)))
         for i, ((view, d), (out, _), (V, _), (g, _)) in enumerate(zip(*tiles, strict=True)):
             W0 = flat(view).double()
-            M = flat(g) * flat(V).double() + d.whole()
+            M = flat(g) * flat(V).double() + d.dense()
             out.data.copy_(M.view(out.shape))
             if bool((W0.isfinite() & ~flat(out).isfinite()).any()):
                 raise MergeError(f"the sum is not finite in {out.dtype}")
             change, error = (M - W0).flatten().nan_to_num(), (flat(out).double() - M).flatten().nan_to_num()
-            self.tally.tiles[i] = DeltaStats(float(change @ change), float(error @ error), float(error @ change))
-        self.norm = self.tally.measured.asked**0.5
+            self.tally.stats[i] = DeltaStats(float(change @ change), float(error @ error), float(error @ change))
+        self.norm = self.tally.total.asked**0.5
         if write:
             self.w.weight = new
             if self.updates and self.bias is not None:
@@ -103,7 +103,7 @@ class Requantized(Tried):
         self.scheme = cast(Scheme, scheme(w.module))
 
     def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
-        W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
+        W0, d = self.scheme.dequantise(self.w.module), of.dense().float()
         new = self.scheme.requantise(self.w.module, W0 + d)
         self.scheme.install(self.w.module, new)
         self._measure(W0, d, self.scheme.dequantise(self.w.module))
@@ -116,7 +116,7 @@ class Requantized(Tried):
             raise MergeError("W0 + s B A is not finite as it is stored")
         error = (M - W0 - d).flatten()
         d = d.flatten()
-        self.tally.tiles[0] = DeltaStats(float(d @ d), float(error @ error), float(error @ d))
+        self.tally.stats[0] = DeltaStats(float(d @ d), float(error @ error), float(error @ d))
 
     def undo(self) -> None:
         if self.w.weight is not self.before:
@@ -127,7 +127,7 @@ class Dequantized(Requantized):
     """The layer is an nn.Linear, in its bias's dtype, or without one in bfloat16."""
 
     def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
-        W0, d = self.scheme.dequantise(self.w.module), of.whole().float()
+        W0, d = self.scheme.dequantise(self.w.module), of.dense().float()
         bias = self.w.module._parameters.get("bias")
         M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
         self._measure(W0, d, M.float())

@@ -202,7 +202,7 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
             else {n: t for n, t in w.folded.terms.items() if n in asked}
         )
         if terms:
-            d = summed(terms).whole().reshape(w.hosts[0].shape)
+            d = summed(terms).dense().reshape(w.hosts[0].shape)
             if _beside(terms):
                 W0 = (w.weight if w.folded is None or w.folded.original is None else w.folded.original).detach()
                 c, start = beside(terms, W0)
@@ -239,7 +239,7 @@ def _carry_out(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[I
                 raise MergeError(
                     "nothing was merged:", problems, "lower alpha, or merge a copy of the model in a wider dtype"
                 )
-            sites = [merged_site(j.w.name, j.norm, j.tally.measured, j.w.weight.nbytes, j.codes_changed) for j in jobs]
+            sites = [merged_site(j.w.name, j.norm, j.tally.total, j.w.weight.nbytes, j.codes_changed) for j in jobs]
             if keep:
                 check_survival(sites, strict, stacklevel=6)
         for job in jobs:
@@ -308,7 +308,7 @@ def _way(w: AdaptedWeight, terms: Terms, tied_weights: bool, dequantise: bool) -
 
 def _beside(terms: Terms) -> bool:
     """Whether any of these is more than s B A."""
-    return any(f.beside for parts in terms.values() for f in parts)
+    return any(f.has_extras for parts in terms.values() for f in parts)
 
 
 @contextmanager

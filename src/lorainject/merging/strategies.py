@@ -24,8 +24,9 @@ from ..lora.weight_kinds import is_quantized
 from ..numerics.checksum import checksum, same_bits
 from ..numerics.delta import clone_factors, flatten_factors
 from ..numerics.fingerprint import sample_values
+from ..numerics.journal import Journal, TileJournal
 from ..numerics.threads import ForEach
-from ..numerics.tile_merge import Journal, TileJournal, TileMerger, TileWorkspace, max_abs_bound, sum_dtype
+from ..numerics.tile_merge import TileMerger, TileWorkspace, max_abs_bound, sum_dtype
 from ..numerics.tiled_matmul import TILE, LowRankProduct, exact_product, fast_product
 from .quantization import scheme
 
@@ -78,7 +79,7 @@ class AdaptedWeight:
 
     def tiles(self, weight: Tensor, of: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
         """Each tile (rows, *rest), a view of the weight, with its delta."""
-        return ((W[rows], d.at(rows)) for W, d in self.matrices(weight, of) for rows in d.tiles())
+        return ((W[rows], d.select_rows(rows)) for W, d in self.matrices(weight, of) for rows in d.tiles())
 
     def matrices(self, weight: Tensor, of: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
         """Each of a stack, or the weight itself, with its delta."""
@@ -96,7 +97,7 @@ class AdaptedWeight:
         found = list(self.tiles(self.weight, summed(folded.terms)))
         return (
             (*tile, kept)
-            for tile, kept in zip(found, folded.journal.kept(view.numel() for view, _ in found), strict=True)
+            for tile, kept in zip(found, folded.journal.tiles(view.numel() for view, _ in found), strict=True)
         )
 
 
@@ -140,7 +141,9 @@ class InPlace:
 
     def fits(self) -> bool:
         """Whether the sum can't overflow: then it may be written at once, and nothing kept for the case that it does."""
-        bound = self.quick.at_most + max_abs_bound(self.before.detach()) if self.before.is_contiguous() else math.inf
+        bound = (
+            self.quick.max_abs_bound + max_abs_bound(self.before.detach()) if self.before.is_contiguous() else math.inf
+        )
         return bound < torch.finfo(self.before.dtype).max / 2  # not if NaN or infinity is in it
 
     def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
@@ -150,11 +153,11 @@ class InPlace:
         if plain and target is not None:
             each(self.tally.measure, ((i, flat(W), d) for i, (W, d) in enumerate(self.w.matrices(self.before, of))))
             both = zip(self.w.tiles(self.before, of), self.w.tiles(target, of), strict=True)
-            each(self.tally.desk.merge_into, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
+            each(self.tally.workspace.merge_into, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
             return
 
         def fold(i: int, view: Tensor, d: LowRankProduct, out: Tensor | None) -> None:
-            m = self.tally.keep(i, flat(view), d) if keep else self.tally.sum(i, flat(view), d)
+            m = self.tally.merge(i, flat(view), d, keep)
             if out is not None:
                 out.copy_(m.view(out.shape))
 
@@ -170,15 +173,15 @@ class InPlace:
     def undo(self) -> None:
         """W0 again, wherever M is already."""
         for i, (view, d) in enumerate(self.w.tiles(self.before, summed(self.terms))):
-            kept = self.tally.kept.get(i)
+            kept = self.tally.journals.get(i)
             if kept is None or checksum(flat(view)) == kept.before:
                 continue
-            if (w0 := self.tally.desk.unfold(flat(view), d, kept)) is not None:
+            if (w0 := self.tally.workspace.unmerge(flat(view), d, kept)) is not None:
                 view.copy_(w0.view(view.shape))
 
     def folded(self, reversible: bool) -> MergeRecord:
         """What is left on the weight."""
-        return self._folded(reversible, Journal.of(self.tally) if reversible else None, None)
+        return self._folded(reversible, Journal.join(self.tally.journals) if reversible else None, None)
 
     def _folded(self, reversible: bool, journal: Journal | None, original: nn.Parameter | None) -> MergeRecord:
         like = (self.w.weight.dtype, tuple(self.w.weight.shape))
@@ -208,11 +211,11 @@ def unfold(weights: Sequence[AdaptedWeight], each: ForEach) -> dict[str, Before]
     def take_out(name: str, view: Tensor, d: LowRankProduct, kept: TileJournal) -> None:
         """One tile."""
         M = flat(view)
-        if (w0 := desk.unfold(M, d, kept)) is None:
+        if (w0 := desk.unmerge(M, d, kept)) is None:
             if checksum(M) != kept.before:  # else an unmerge that was interrupted has been here
                 stuck.append(name)
             return
-        again = kept.gaps is not None or same_bits(desk.refold(w0, d), M)
+        again = kept.gaps is not None or same_bits(desk.remerge(w0, d), M)
         done.append((view, kept.before, d, None if again else M.clone()))  # before it is written
         view.copy_(w0.view(view.shape))
 
@@ -231,7 +234,7 @@ def unfold(weights: Sequence[AdaptedWeight], each: ForEach) -> dict[str, Before]
     except BaseException:
         for view, w0, d, M in done:
             if checksum(flat(view)) == w0:
-                view.copy_((desk.refold(flat(view), d) if M is None else M).view(view.shape))
+                view.copy_((desk.remerge(flat(view), d) if M is None else M).view(view.shape))
         raise
     for w in weights:
         if w.folded is not None and w.folded.original is not None:
@@ -247,7 +250,7 @@ def fold_again(weights: Sequence[AdaptedWeight], before: Mapping[str, Before]) -
             if was.folded.journal is not None:
                 for view, d, kept in w.kept_tiles(was.folded):
                     if checksum(flat(view)) == kept.before:
-                        view.copy_(desk.refold(flat(view), d).view(view.shape))
+                        view.copy_(desk.remerge(flat(view), d).view(view.shape))
             else:
                 _put(w, was.folded.how, was.weight, was.bias, was.cls)
             w.folded = was.folded

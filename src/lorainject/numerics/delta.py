@@ -1,4 +1,14 @@
-"""The low-rank delta s P Q as a value: its factors, its norm, and sums of several."""
+"""The low-rank delta of one weight: its factors, its scale, its norm, and the sum of several deltas.
+
+    delta W = s P Q        P: (*stack, rows, r)        Q: (*stack, r, *rest)        W: (*stack, rows, *rest)
+
+P and Q are B and A of the LoRA paper, in the orientation in which the weight is stored: P = B and Q = A for an
+nn.Linear (out, in), and P = A^T, Q = B^T for a weight stored as (in, out). `rest` has several axes for a convolution,
+and `stack` one for a stack of experts.
+
+Source: Hu et al. 2021, arXiv 2106.09685, equation 3. The scale alpha / sqrt(r) is from Kalajdzievski 2023, arXiv
+2312.03732. The product of large factors, which is formed in tiles, is in tiled_matmul.py.
+"""
 
 from __future__ import annotations
 
@@ -11,64 +21,66 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """s P Q with P (*stack, rows, r) and Q (*stack, r, *rest): a delta in the shape (*stack, rows, *rest) of the weight as stored."""
+    """One delta s P Q in the orientation in which its weight is stored, and the extras that come with it."""
 
     P: Tensor
+    """Shape (*stack, rows, r)."""
     Q: Tensor
+    """Shape (*stack, r, *rest)."""
     s: Tensor
+    """The scale, a 0-d tensor."""
     dropout: float = 0.0
     """Probability of dropping an element of the weight's input; 0 outside training."""
     gain: Tensor | None = None
-    """What W0 itself is multiplied with (DoRA, see payload.py), in a shape that expands to the weight's; P Q has it already. None: 1."""
+    """What W0 itself is multiplied with (DoRA), in a shape that expands to the weight's. P Q includes the gain
+    already. None means 1."""
     update: Tensor | None = None
-    """s b (out,), what comes with it for the layer's bias; None: nothing."""
-
+    """Update s b of the layer's bias, shape (out,); None if there is none."""
     value: tuple[Tensor, Tensor | None] | None = None
-    """What stands in W0's place (see replaced.py): a tensor, and which rows it is, if not all. None: W0."""
+    """A tensor that replaces W0, and the indices of the rows that it replaces (None: all rows); None if W0 stays."""
 
     @property
-    def beside(self) -> bool:
-        """Whether there is more to it than P Q."""
+    def has_extras(self) -> bool:
+        """True if a DoRA gain, a bias update or a replacement tensor comes with the delta."""
         return self.gain is not None or self.update is not None or self.value is not None
 
 
 def is_finite(t: Tensor) -> bool:
-    """Whether every element is. (The sum tells, unless it overflows, in a third of the time.)"""
+    """True if every element is finite. The sum is tried first: unless it overflows it suffices, in a third of the
+    time."""
     return math.isfinite(float(t.detach().sum())) or bool(t.isfinite().all())
 
 
 def scale(alpha: float, r: int, scaling: str) -> float:
-    """s = alpha / r ("standard", arXiv 2106.09685 section 4.1) or alpha / sqrt(r) ("rslora", arXiv 2312.03732)."""
+    """Return s: alpha / r for "standard" scaling (arXiv 2106.09685, section 4.1), alpha / sqrt(r) for "rslora" (arXiv
+    2312.03732)."""
     return alpha / math.sqrt(r) if scaling == "rslora" else alpha / r
 
 
 def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
-    """s P Q, the delta itself: (*stack, rows, all of rest as one axis)."""
+    """Return s P Q, shape (*stack, rows, width), with the axes of `rest` flattened to `width`."""
     return (P * s) @ Q.flatten(P.ndim - 1)
 
 
 def flatten_factors(f: Factors) -> Factors:
-    """Detached, with Q (*stack, r, width)."""
+    """Return the factors detached from autograd, with Q of shape (*stack, r, width)."""
     return f._replace(P=f.P.detach(), Q=f.Q.detach().flatten(f.P.ndim - 1), s=f.s.detach())
 
 
 def clone_factors(f: Factors) -> Factors:
-    """The same, as a copy that no training, replacing or moving of A and B changes."""
-    total_gain, update = (None if t is None else t.detach().clone() for t in (f.gain, f.update))
-    value = None if f.value is None else (f.value[0].detach().clone(), f.value[1])
+    """Return a flattened copy that does not change when A and B are trained, replaced or moved."""
+
+    def copy(t: Tensor) -> Tensor:
+        return t.detach().clone(memory_format=torch.contiguous_format)
+
     P, Q, s, *_ = flatten_factors(f)
-    return Factors(
-        P.clone(memory_format=torch.contiguous_format),
-        Q.clone(),
-        s.clone(),
-        gain=total_gain,
-        update=update,
-        value=value,
-    )
+    gain, update = (None if t is None else copy(t) for t in (f.gain, f.update))
+    value = None if f.value is None else (copy(f.value[0]), f.value[1])
+    return Factors(copy(P), copy(Q), copy(s), gain=gain, update=update, value=value)
 
 
 def product_norm(P: Tensor, Q: Tensor) -> float:
-    """|P Q|, Frobenius, without forming it: its square is <P^T P, Q Q^T>, both (r, r), in float64."""
+    """Return the Frobenius norm of P Q without forming it: its square is <P^T P, Q Q^T>, both (r, r), in float64."""
     return float((_gram(P.mT) * _gram(Q)).sum().clamp(min=0)) ** 0.5
 
 
@@ -78,15 +90,12 @@ def _gram(Q: Tensor) -> Tensor:
 
 
 def concat_factors(parts: Iterable[Factors]) -> tuple[Tensor, Tensor]:
-    """P (*stack, rows, R) and Q (*stack, R, width), float64, with P Q the sum of all s P Q: one product however many there are.
-
-    In float64, so that it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine.
-    """
+    """Return P (*stack, rows, R) and Q (*stack, R, width) in float64, so that P Q is the sum of all deltas s P Q."""
     P, Q = zip(*((f.P.double() * f.s.double(), f.Q.double()) for f in parts), strict=True)
     return torch.cat(P, -1), torch.cat(Q, -2)
 
 
 def total_gain(parts: Iterable[Factors]) -> Tensor | None:
-    """What W0 is multiplied with in W0 + the sum of all (W - W0); None if that is 1."""
+    """Return what W0 is multiplied with in W0 + the sum of all (W - W0); None if no delta has a gain."""
     gains = [f.gain for f in parts if f.gain is not None]
     return None if not gains else sum((g - 1 for g in gains[1:]), start=gains[0])

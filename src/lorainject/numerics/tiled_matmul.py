@@ -1,11 +1,32 @@
-"""The product s P Q of a delta, in tiles and, within them, in strips.
+"""The product s P Q of large low-rank factors: row tiles, strips within a tile, and the fast ways to multiply them.
 
-In float64 it comes out the same to float32's last bit whatever the tile, the BLAS library and the machine, but for what lies on the very edge.
+    d = s P Q        P: (rows, R)        Q: (R, width)        R: the sum of the ranks of all adapters that are merged
 
-In float32, in half the time, its bits are to be those of one definition (`chain`) however a matrix is cut, transposed or fused, on disk or in
-memory. So it is made of products of a few sizes, for which a BLAS library does one thing: it adds up p_ik q_kj over k, in order, by fused
-multiply-adds. For other sizes, and at the edges of some, it does others. Where it is seen to do something else here, float64 is taken, as on GPUs.
-With few ranks product and sum are one call, where that is seen to have the same bits: it takes 0.6 to 0.75 of the time.
+`exact_product` multiplies in float64. Rounded to float32, the result has the same bits whatever the tile, the BLAS
+library and the machine, except for values that lie within float64's error of the middle between two float32 numbers.
+It is what merge uses when the merge can be undone.
+
+`fast_product` multiplies in float32, in half the time. Its bits, too, must not depend on how a matrix is cut,
+transposed or fused, on disk or in memory, so they are given a definition (`fma_chain`): d_ij adds up p_ik q_kj over k,
+in order, by fused multiply-adds. BLAS libraries do that for some sizes only, which leads to the surprising part of
+this module:
+
+**Strips of fixed sizes.** A float32 product is cut into strips of 48 rows (or a multiple) and 1024, 2048 or 4096
+columns, with zeros appended at the edges. These are multiples of what the innermost loops of the common libraries
+process at once, so a library treats every element alike. What it buys: float32 at all, hence half of float64's time.
+What it costs: one call per strip, and the zeros. When it applies: on CPUs, up to MAX_CHAIN_RANK ranks (with 193,
+libraries cut the sum over k), for factors within float32's range, and only if a trial, run once per process, finds the
+bits of `fma_chain` (`has_fma_chain`). Otherwise, and always on GPUs, `fast_product` is the exact product.
+
+**Product and sum in one call.** For up to ADD_MAX_RANK ranks, `add_product_by_rows` adds s P Q to W0 eight rows at a
+time in one baddbmm. What it buys: 0.6 to 0.75 of the time of a product and a sum. When it applies: in float32 on CPUs,
+for a number of rows that eight divides, if a trial for this rank, width and scale finds the same bits (with MKL it
+does for scales that are powers of two). What it costs: the trial, and from 24 ranks on it would be slower than strips,
+hence the limit.
+
+**Padded rows.** The rows of a product lie `width + ROW_PADDING` elements apart. Rows that are a power of two apart
+compete for the same few places of a cache, and such products took 2.5 times as long. The padding costs 64 bytes per
+row of a strip.
 """
 
 from __future__ import annotations
@@ -21,184 +42,218 @@ from torch.nn.functional import pad
 from .delta import Factors, concat_factors, product_norm
 from .threads import thread_pool
 
-TILE = 1 << 20  # elements: calling torch costs little beside the work on so many
-GPU_TILE = 1 << 22  # there, what costs is the launch of a kernel
-TALL, BROAD = (
-    48,
-    (1024, 2048, 4096),
-)  # a product has so many columns, and a multiple of so many rows: of what a library's innermost loops do at once
-LARGEST = TALL * BROAD[-1]  # elements of a product: what is at work on it lies in a core's own cache
-FEW, THIN = 8, 16  # rows that are added to at a time, and for how many ranks at most: from 24 on strips take less
-BETWEEN = 16  # elements from the end of one row of it to the next
-DEEPEST = 128  # of its ranks: with 193, libraries have been seen to cut the sum over k
+TILE = 1 << 20  # elements per tile on a CPU: a call of torch costs little compared with the work on so many
+GPU_TILE = 1 << 22  # elements per tile on a GPU, where the cost is the launch of a kernel
+STRIP_ROWS, STRIP_COLUMNS = 48, (1024, 2048, 4096)  # a strip has a multiple of so many rows, and one of these widths
+STRIP_ELEMENTS = STRIP_ROWS * STRIP_COLUMNS[-1]  # the most elements of a strip: it fits into a core's own cache
+ROW_PADDING = 16  # elements between the end of a product's row and the next row
+MAX_CHAIN_RANK = 128  # the most ranks for a product in float32
+ADD_ROWS, ADD_MAX_RANK = 8, 16  # rows per matrix of a baddbmm, and for how many ranks at most one is used
 
-Room = Callable[..., Tensor]
-"""(name, shape, dtype) -> memory."""
+Allocate = Callable[..., Tensor]
+"""(name, shape, dtype) -> an uninitialized tensor, which may be overwritten when this name is asked for again."""
 
 
 class Strip(NamedTuple):
-    """A piece of P Q, of a size that the library multiplies as any other; where it is an edge, with zeros behind."""
+    """A piece of P Q of one of the sizes above, with zeros appended where it lies at the edge of the matrix."""
 
     P: Tensor
+    """Shape (rows, R)."""
     Q: Tensor
+    """Shape (R, columns)."""
     edge: tuple[int, int] | None
-    """How many of its rows and columns are not such zeros; None: all."""
+    """How many rows and columns belong to the matrix; None if all of them do."""
 
-    def product(self, room: Room, dtype: torch.dtype) -> Tensor:
-        """P Q, in this dtype."""
-        d = multiplied(self.P, self.Q, room)
+    def product(self, allocate: Allocate, dtype: torch.dtype) -> Tensor:
+        """Return P Q in this dtype, without the appended zeros."""
+        d = padded_matmul(self.P, self.Q, allocate)
         if self.edge is not None:
             d = d[: self.edge[0], : self.edge[1]]
-        return d if d.dtype == dtype else room("d", d.shape, dtype).copy_(d)
+        return d if d.dtype == dtype else allocate("d", d.shape, dtype).copy_(d)
 
 
 class LowRankProduct(NamedTuple):
-    """d = s P Q, in the dtype of the factors."""
+    """The delta d = s P Q of a matrix, or of a stack of matrices, not yet multiplied.
+
+    The dtype of P and Q, float32 or float64, is the one that they are multiplied in. `exact_product` and
+    `fast_product` make one from the factors of several adapters. Only `dense` and `norm` accept a stack.
+    """
 
     P: Tensor
-    """(*stack, rows, R)"""
+    """Shape (*stack, rows, R)."""
     Q: Tensor
-    """(*stack, R, width)"""
+    """Shape (*stack, R, width)."""
     s: float = 1.0
 
     @property
     def norm(self) -> float:
-        """|d|, Frobenius."""
+        """The Frobenius norm of d."""
         return abs(self.s) * product_norm(self.P, self.Q)
 
     @property
-    def at_most(self) -> float:
-        """No |d_ij| is larger."""
+    def max_abs_bound(self) -> float:
+        """An upper bound of all |d_ij|."""
         return abs(self.s) * self.P.shape[-1] * float(self.P.abs().amax()) * float(self.Q.abs().amax())
 
-    def whole(self) -> Tensor:
-        """d itself."""
+    def dense(self) -> Tensor:
+        """Return d itself, shape (*stack, rows, width)."""
         return (self.P * self.s) @ self.Q
 
-    def at(self, rows: slice) -> LowRankProduct:
-        """Of some rows."""
+    def select_rows(self, rows: slice) -> LowRankProduct:
+        """Return the product for some rows of the matrix."""
         return LowRankProduct(self.P[rows], self.Q, self.s)
 
     def tiles(self) -> Iterator[slice]:
-        """The rows of all its tiles."""
+        """Yield the rows of each tile of the matrix."""
         return row_tiles(len(self.P), self.Q.shape[-1], self.P.device)
 
-    def adds(self, s: float) -> bool:
-        """Whether s P Q may be added in one call (`add`): fast, and with the bits of the product and the sum."""
+    def can_add_by_rows(self, s: float) -> bool:
+        """True if `add_product_by_rows` may add s P Q: it is fast, and its bits are those of a product and a sum."""
         (rows, r), width = self.P.shape, self.Q.shape[1]
         return (
-            r <= THIN
-            and rows % FEW == 0
+            r <= ADD_MAX_RANK
+            and rows % ADD_ROWS == 0
             and self.P.dtype == torch.float32
             and self.P.device.type == "cpu"
-            and _adds(r, width, s)
+            and _adds_the_same_bits(r, width, s)
         )
 
-    def strips(self, *row_tiles: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
-        """All of one tile, each with those of these matrices of its shape. (To split them at once takes less than a slice of each.)"""
+    def strips(self, *matrices: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
+        """Yield the strips of one tile, each with the parts of these matrices (rows, width) that it covers."""
         on_cpu, (rows, width) = self.P.device.type == "cpu", (self.P.shape[0], self.Q.shape[1])
-        tall, broad = (TALL, BROAD) if on_cpu else (rows, (width,))
-        for left in range(0, width, broad[-1]):
-            Q = self.Q[:, left : left + broad[-1]]
-            n, Q = Q.shape[1], pad_to_multiple(Q, 1, next(b for b in broad if b >= Q.shape[1]))
-            step = LARGEST // Q.shape[1] if on_cpu else rows
+        strip_rows, strip_columns = (STRIP_ROWS, STRIP_COLUMNS) if on_cpu else (rows, (width,))
+        for left in range(0, width, strip_columns[-1]):
+            Q = self.Q[:, left : left + strip_columns[-1]]
+            n = Q.shape[1]
+            Q = pad_to_multiple(Q, 1, next(size for size in strip_columns if size >= n))
+            step = STRIP_ELEMENTS // Q.shape[1] if on_cpu else rows
+            columns = (self.P, *(matrix[:, left : left + n] for matrix in matrices))
             for P, *parts in zip(
-                *(t.split(step) for t in (self.P, *(tile[:, left : left + n] for tile in row_tiles))), strict=True
-            ):
-                edge = (P.shape[0], n) if P.shape[0] % tall or n != Q.shape[1] else None
-                yield Strip(pad_to_multiple(P, 0, tall) if edge else P, Q, edge), parts
+                *(t.split(step) for t in columns), strict=True
+            ):  # split is faster than one slice per strip
+                edge = (P.shape[0], n) if P.shape[0] % strip_rows or n != Q.shape[1] else None
+                yield Strip(pad_to_multiple(P, 0, strip_rows) if edge else P, Q, edge), parts
 
 
 def exact_product(parts: Sequence[Factors]) -> LowRankProduct:
-    """The sum of the deltas, in float64."""
+    """Return the sum of the deltas as one product in float64."""
     return LowRankProduct(*concat_factors(parts))
 
 
 def fast_product(parts: Sequence[Factors], dtype: torch.dtype) -> LowRankProduct:
-    """The same for a weight of this dtype: in float32 where that does, else as it is."""
+    """Return the sum of the deltas for a weight of this dtype, as one product in float32 where that is exact enough.
+
+    It is the exact product for float64 weights, on GPUs, for too many ranks, for factors beyond float32's range, and
+    where the BLAS library does not compute `fma_chain`.
+    """
     s = float(parts[0].s)
-    if dtype == torch.float64 or not _in_range(parts, s) or not chained():
+    if dtype == torch.float64 or not _fits_float32(parts, s) or not has_fma_chain():
         return exact_product(parts)
-    # The first scale is taken out, which leaves a B of float32 as it is.
+    # The first scale stays outside, so that a single adapter's B in float32 is used as it is.
     P = [f.P.float() if float(f.s) == s else (f.P.double() * (float(f.s) / s)).float() for f in parts]
-    return LowRankProduct(_beside(P, -1), _beside([f.Q.float() for f in parts], -2), s)
+    return LowRankProduct(_concat(P, -1), _concat([f.Q.float() for f in parts], -2), s)
 
 
-def _beside(factors: Sequence[Tensor], axis: int) -> Tensor:
-    return (factors[0] if len(factors) == 1 else torch.cat(list(factors), axis)).contiguous()
+def _concat(factors: list[Tensor], axis: int) -> Tensor:
+    return (factors[0] if len(factors) == 1 else torch.cat(factors, axis)).contiguous()
 
 
-def _in_range(parts: Sequence[Factors], s: float) -> bool:
-    """Whether float32 does for the factors, and a CPU is to multiply them."""
-    if parts[0].P.device.type != "cpu" or sum(f.P.shape[-1] for f in parts) > DEEPEST:
+def _fits_float32(parts: Sequence[Factors], s: float) -> bool:
+    """True if the factors, relative to the first scale s, lie on a CPU, within float32's range, and have few enough
+    ranks."""
+    if s == 0 or parts[0].P.device.type != "cpu" or sum(f.P.shape[-1] for f in parts) > MAX_CHAIN_RANK:
         return False
-    sizes = [float(f.s) for f in parts] + [
-        float(t.abs().amax()) * abs(float(f.s) / s) for f in parts for t in (f.P, f.Q) if s and t.numel()
-    ]
-    return s != 0 and all(x == 0 or 1e-18 < abs(x) < 1e18 for x in sizes)
+    sizes = [float(f.s) for f in parts]
+    sizes += [float(t.abs().amax()) * abs(float(f.s) / s) for f in parts for t in (f.P, f.Q) if t.numel()]
+    return all(x == 0 or 1e-18 < abs(x) < 1e18 for x in sizes)
 
 
 def row_tiles(rows: int, width: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
-    """Whole rows of a matrix, as many as fit (on a CPU into this size), in whole blocks."""
-    size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, TALL)
+    """Yield slices of rows that cut a matrix into tiles.
+
+    Args:
+        rows: Rows of the matrix. width: Elements per row. device: Where the matrix lies; a tile on a GPU has up to
+        GPU_TILE elements. size: Elements per tile on a CPU (default: TILE). The number of rows is rounded down to a
+        multiple of STRIP_ROWS, but is
+            at least STRIP_ROWS.
+    """
+    size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, STRIP_ROWS)
     step = max(unit, size // width // unit * unit)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def chained() -> bool:
-    """Whether products are what they should be here: not, say, after torch.set_float32_matmul_precision("medium")."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee") and _chained()  # type: ignore[attr-defined]
+def has_fma_chain() -> bool:
+    """True if torch's float32 products of the strips' sizes have the bits of `fma_chain`.
+
+    They have not after torch.set_float32_matmul_precision("medium") on a processor with bfloat16 units, for example.
+    """
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return precision in ("none", "ieee") and _strips_are_fma_chains()
 
 
 @functools.cache
-def _chained() -> bool:
-    """By products of all sizes, in some columns: at every place of a library's blocks, and the last ones."""
+def _strips_are_fma_chains() -> bool:
+    """Try all sizes of strips; compare some columns, at every position within a library's blocks, and the last ones."""
     sizes = [
-        (rows, r, broad) for broad in BROAD for rows in range(TALL, LARGEST // broad + 1, TALL) for r in (4, 8, 17)
+        (rows, r, columns)
+        for columns in STRIP_COLUMNS
+        for rows in range(STRIP_ROWS, STRIP_ELEMENTS // columns + 1, STRIP_ROWS)
+        for r in (4, 8, 17)
     ]
-    found: list[bool] = []
+    equal: list[bool] = []
 
-    def one(rows: int, r: int, broad: int) -> None:
-        g = torch.Generator().manual_seed(0)  # each its own: threads would take turns by chance
-        P, Q = torch.rand(rows, r, generator=g), torch.rand(r, broad, generator=g)
-        some = torch.cat([torch.arange(0, broad, 61), torch.arange(broad - 64, broad)])
-        found.append(torch.equal(multiplied(P, Q, _new)[:, some], chain(P, Q[:, some])))
+    def compare(rows: int, r: int, columns: int) -> None:
+        g = torch.Generator().manual_seed(0)  # not shared: the order of the threads must not decide the numbers
+        P, Q = torch.rand(rows, r, generator=g), torch.rand(r, columns, generator=g)
+        some = torch.cat([torch.arange(0, columns, 61), torch.arange(columns - 64, columns)])
+        equal.append(torch.equal(padded_matmul(P, Q, _allocate)[:, some], fma_chain(P, Q[:, some])))
 
-    with thread_pool() as each:  # in one thread, as it will be
-        each(one, (*sizes, (TALL, DEEPEST, BROAD[0])))
-    return all(found)
+    with thread_pool() as for_each:  # one thread of torch's per product, as in a merge
+        for_each(compare, (*sizes, (STRIP_ROWS, MAX_CHAIN_RANK, STRIP_COLUMNS[0])))
+    return all(equal)
 
 
-def add_product_by_rows(P: Tensor, Q: Tensor, s: float, out: Tensor, few: int = FEW, beta: int = 1) -> None:
-    """out = beta out + s P Q, of a multiple of `few` rows, so many at a time in one call: a library takes less for few ranks than for all at once."""
-    many = len(P) // few
-    out.view(many, few, -1).baddbmm_(P.view(many, few, -1), Q.expand(many, *Q.shape), beta=beta, alpha=s)
+def add_product_by_rows(P: Tensor, Q: Tensor, s: float, out: Tensor, group: int = ADD_ROWS, beta: int = 1) -> None:
+    """Compute out = beta out + s P Q in one baddbmm, whose matrices have `group` rows each.
+
+    Args:
+        P: Shape (rows, r), contiguous; `group` divides the number of rows.
+        Q: Shape (r, width).
+        s: The scale.
+        out: Shape (rows, width), contiguous, of the factors' dtype.
+        group: Rows per matrix.
+        beta: 0 to overwrite `out`.
+    """
+    n = len(P) // group
+    out.view(n, group, -1).baddbmm_(P.view(n, group, -1), Q.expand(n, *Q.shape), beta=beta, alpha=s)
 
 
 @functools.cache
-def _adds(r: int, width: int, s: float) -> bool:
-    """Whether that has the bits of the product and the sum. (Where a library scales the factors instead, no s has but powers of two.)"""
+def _adds_the_same_bits(r: int, width: int, s: float) -> bool:
+    """Try whether `add_product_by_rows` has the bits of a product and a sum. A library that scales the factors instead
+    of their product has them only for powers of two."""
     g = torch.Generator().manual_seed(0)
-    P, Q, out = (torch.rand(shape, generator=g) for shape in ((TALL, r), (r, width), (TALL, width)))
-    want = out.clone()
-    for strip, (part,) in LowRankProduct(P, Q).strips(want):
-        part.add_(strip.product(_new, out.dtype), alpha=s)
+    P, Q, out = (torch.rand(shape, generator=g) for shape in ((STRIP_ROWS, r), (r, width), (STRIP_ROWS, width)))
+    expected = out.clone()
+    for strip, (part,) in LowRankProduct(P, Q).strips(expected):
+        part.add_(strip.product(_allocate, out.dtype), alpha=s)
     add_product_by_rows(P, Q, s, out)
-    return torch.equal(out, want)
+    return torch.equal(out, expected)
 
 
-def multiplied(P: Tensor, Q: Tensor, room: Room) -> Tensor:
-    """P Q. Its rows lie no power of two apart, since they would be kept in the same few places of a cache: such products took 2.5 times as long."""
+def padded_matmul(P: Tensor, Q: Tensor, allocate: Allocate) -> Tensor:
+    """Return P Q, shape (rows, columns), with rows that lie `columns + ROW_PADDING` elements apart."""
     rows, columns = P.shape[0], Q.shape[1]
-    return torch.mm(P, Q, out=room("product", (rows, columns + BETWEEN), P.dtype)[:, :columns])
+    return torch.mm(P, Q, out=allocate("product", (rows, columns + ROW_PADDING), P.dtype)[:, :columns])
 
 
-def _new(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def chain(P: Tensor, Q: Tensor) -> Tensor:
-    """P Q of float32, by its definition: over k, in order, each product added exactly and the sum rounded."""
+def fma_chain(P: Tensor, Q: Tensor) -> Tensor:
+    """Return P Q in float32 by its definition: over k, in order, each product is added exactly and the sum is
+    rounded."""
     total = torch.zeros(len(P), Q.shape[1])
     for p, q in zip(P.double().T, Q.double(), strict=True):
         total = (total + torch.outer(p, q)).float()
@@ -206,5 +261,5 @@ def chain(P: Tensor, Q: Tensor) -> Tensor:
 
 
 def pad_to_multiple(x: Tensor, axis: int, n: int) -> Tensor:
-    """With zeros behind, up to the next multiple of n."""
+    """Return x with zeros appended along an axis, up to the next multiple of n; x itself if nothing is missing."""
     return pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, -x.shape[axis] % n)) if x.shape[axis] % n else x
