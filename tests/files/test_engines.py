@@ -149,7 +149,7 @@ def conv() -> li.StoredSite:
 
 
 REFUSED = {
-    "vllm, DoRA": ("vllm", record(replace(site("m.v_proj"), magnitude=torch.ones(8))), r"vLLM has no place for:\n  - m\.v_proj: magnitudes\n=> have it merged"),
+    "vllm, DoRA": ("vllm", record(replace(site("m.v_proj"), magnitude=torch.ones(8))), r"vLLM has no place for:\n  - m\.v_proj: magnitudes\n=> serve a merged model"),
     "vllm, DoRA by input": ("vllm", record(replace(site("m.v_proj"), magnitude=torch.ones(6), magnitude_axis="in")), "m.v_proj: magnitudes by input"),
     "vllm, lora_bias": ("vllm", record(replace(site("m.v_proj"), bias=torch.ones(8))), "m.v_proj: bias updates"),
     "vllm, a convolution": ("vllm", record(site("m.v_proj"), conv()), "c: convolutions"),
@@ -158,11 +158,11 @@ REFUSED = {
     "vllm, a whole tensor": ("vllm", record(site("m.v_proj"), replaced={"lm_head": torch.ones(2, 2)}), "lm_head: a whole tensor"),
     "vllm, a bias of its own": ("vllm", record(site("m.v_proj"), replaced={"m.v_proj.bias": torch.ones(8)}), "m.v_proj.bias: a whole tensor"),
     "vllm, tokens": ("vllm", record(site("m.v_proj"), tokens={"m.embed_tokens": li.TokenRows(ids=(1,), rows=torch.ones(1, 2))}), "rows of trained tokens"),
-    "vllm, an embedding": ("vllm", record(site("m.wte", kind="embedding")), r"m\.wte: an embedding that is not called embed_tokens"),
-    "vllm, rank 513": ("vllm", record(site("m.v_proj", r=513)), r"m\.v_proj: rank 513, above 512"),
+    "vllm, an embedding": ("vllm", record(site("m.wte", kind="embedding")), r"m\.wte: only embeddings called embed_tokens or lm_head are served"),
+    "vllm, rank 513": ("vllm", record(site("m.v_proj", r=513)), r"m\.v_proj: rank 513 is above 512"),
     "sglang, DoRA": ("sglang", record(replace(site("m.v_proj"), magnitude=torch.ones(8))), "SGLang has no place for:\n  - m.v_proj: magnitudes"),
     "sglang, a head": ("sglang", record(site("m.v_proj"), replaced={"score": torch.ones(2, 2)}), "score: a whole tensor"),
-    "sglang, q alone": ("sglang", record(site("m.q_proj")), "no q_proj without v_proj, .* give the model"),
+    "sglang, q alone": ("sglang", record(site("m.q_proj")), r"m\.q_proj: SGLang needs an adapter on v_proj too; give the model"),
     "llama.cpp, DoRA": ("llama.cpp", record(replace(site("model.layers.0.self_attn.v_proj"), magnitude=torch.ones(8))), "llama.cpp has no place for"),
     "llama.cpp, a head": ("llama.cpp", record(site("model.layers.0.self_attn.v_proj"), replaced={"lm_head": torch.ones(2, 2)}), "lm_head: a whole tensor"),
     "llama.cpp, a convolution": ("llama.cpp", record(conv()), "c: convolutions"),

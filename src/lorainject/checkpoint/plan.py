@@ -19,7 +19,7 @@ from ..errors import FileError, SpecError
 from ..files.convert import understood
 from ..files.io.open_adapter import Hints, open_source
 from ..files.record import AdapterFile, BasePrint, StoredSite
-from ..files.rename import named_as
+from ..files.rename import rename_for_model
 from ..files.save_load import fitted
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
 from ..lora.adapter import LoraAdapter, delta_factors
@@ -61,7 +61,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
         if file.notes and not isinstance(given, AdapterFile):  # what was taken for granted, the model tells
             file = understood(open_source(given, spool=True), hints=Hints(model=model))
         own = file.format == "lorainject"  # whose fingerprint goes by its own names
-        named = _named_as(file, model, by_name) if own else named_as(file, model)
+        named = _named_as(file, model, by_name) if own else rename_for_model(file, model)
         wrong = [f"{line}; merging does not put it on yet" for line in file.beside]
         wrong += [
             f"{path}: {reason}"

@@ -20,7 +20,7 @@ from .formats.pairs import other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
 from .record import AdapterFile, payload_problems
-from .rename import named_as, of_component
+from .rename import rename_for_model, select_component
 
 # The first that claims a source has it: the more particular ones come first.
 FORMATS: dict[str, Format] = {f.name: f for f in (
@@ -74,7 +74,7 @@ def understood(source: Source, format: str | None = None, hints: Hints | None = 
             way_out="get the file again, or save the adapter anew",
         ) from e
     if file is not None and hints.component is not None:
-        file = of_component(file, hints.component)
+        file = select_component(file, hints.component)
     if file is not None and not file.sites and not problems:
         problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
     if problems or file is None:
@@ -83,7 +83,7 @@ def understood(source: Source, format: str | None = None, hints: Hints | None = 
             problems,
             "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first",
         )
-    return file if hints.model is None else named_as(file, hints.model)
+    return file if hints.model is None else rename_for_model(file, hints.model)
 
 
 def write(file: AdapterFile, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,

@@ -1,8 +1,15 @@
-"""A file's names in a model's words: `named_as`.
+"""Give the sites of an adapter file the names that a model has for the same weights.
 
-An adapter may have been made on the model inside this one (`encoder` and `bert.encoder`), by a tool that writes its own names (kohya's
-`lora_unet_down_blocks_0`), or on an older transformers, where each expert was a linear of its own and a fused qkv was one weight. What
-transformers' loader would do to the weights of that name (places.py), is done to the rows of B; A stays. That is exact.
+A file's names can differ from the model's in four ways:
+
+    the adapter was made on a module inside this model, or around it    encoder, bert.encoder
+    the tool writes flat names of its own                               lora_unet_down_blocks_0 (kohya)
+    the names are those of an image model's original code               double_blocks.0.img_attn.qkv (Flux)
+    the names are those of a checkpoint, or of an older transformers    one linear per expert, a fused qkv
+
+In the last two cases the weights are also cut in another way. What transformers' loader would do with the rows of those
+weights (weight_map.py), or what the name table says (image_model_names.py), is then done with the rows of B. A does not
+change. The update of every weight is exactly the same.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -22,75 +29,77 @@ from ..plan import site_name
 from ..targets.matcher import parts_of
 from ..targets.model_weights import Weight, weights
 from . import transforms
-from .formats import dialects
+from .formats.image_model_names import PREFIXES, flux_paths, kohya_prefix, unet_name
 from .record import AdapterFile, StoredSite
 from .weight_map import StoredPiece, StridedView, locate_weights
 
-ORIGINAL = "diffusion_model."
-EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
-LEAVES = {"gate_proj": ("gate_proj", "up_proj", "down_proj"), "w1": ("w1", "w3", "w2")}  # gate, up, down
-# For each of kohya's prefixes the part of a pipeline that it may mean, as diffusers calls it; the longer prefixes first.
-PREFIXES = {"lora_prior_unet_": ("prior",), "lora_unet_": ("unet", "transformer"), "lora_transformer_": ("transformer",),
-            "lora_te1_": ("text_encoder",), "lora_te2_": ("text_encoder_2",), "lora_te3_": ("text_encoder_3",), "lora_te_": ("text_encoder",),
-            "lycoris_": ("unet", "transformer")}  # fmt: skip
+COMFYUI_PREFIX = "diffusion_model."
+EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
+EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # each: gate, up, down
 
 
-def of_component(file: AdapterFile, component: str) -> AdapterFile:
-    """What belongs to one part of a pipeline; where the parts have names of their own, under the part's."""
+def select_component(file: AdapterFile, component: str) -> AdapterFile:
+    """Return the file with only the sites on one part of a pipeline, such as "unet" or "text_encoder".
+
+    Paths then start below the part, except for kohya's flat names, which keep their prefix.
+    """
     if file.namespace == "kohya":
-        return replace(file, sites=tuple(s for s in file.sites if component in PREFIXES.get(prefix_of(s.path), ())))
-    if file.namespace == "pipeline":
-        sites = tuple(
-            replace(s, path=s.path.partition(".")[2]) for s in file.sites if s.path.startswith(f"{component}.")
-        )
-        return replace(file, sites=sites, namespace="hf")
-    return file
+        return replace(file, sites=tuple(s for s in file.sites if component in PREFIXES.get(kohya_prefix(s.path), ())))
+    if file.namespace != "pipeline":
+        return file
+    prefix = f"{component}."
+    sites = tuple(replace(s, path=s.path.removeprefix(prefix)) for s in file.sites if s.path.startswith(prefix))
+    return replace(file, sites=sites, namespace="hf")
 
 
-def named_as(file: AdapterFile, model: nn.Module) -> AdapterFile:
-    """The file with the paths that its sites have in this model, as far as they can be found; our own files are not touched.
+def rename_for_model(file: AdapterFile, model: nn.Module) -> AdapterFile:
+    """Return the file with the model's names for its sites. A site without a counterpart in the model keeps its name.
 
-    Raises FileError where two names of the file mean one weight, or a name means two.
+    Files that lorainject wrote under a model's own names are returned as they are.
+
+    Raises:
+        FileError: If two names in the file mean the same weight, or one name can mean two modules.
     """
     if file.format == "lorainject" and file.namespace == "hf":
         return file
-    there = dict(walk(model))
+    modules = dict(walk(model))
     if all(
-        s.path in there and s.parameter in there[s.path]._parameters and (s.kind == "embedding" or not s.shape)
+        s.path in modules and s.parameter in modules[s.path]._parameters and (s.kind == "embedding" or not s.shape)
         for s in file.sites
     ):
         return replace(file, namespace="hf")
-    by_name = {n: w for w in weights(model) for n in w.names}
-    if all(s.path.startswith(ORIGINAL) and s.path.removeprefix(ORIGINAL) not in by_name for s in file.sites):
-        flat = tuple(
-            replace(s, path="lora_unet_" + s.path.removeprefix(ORIGINAL).replace(".", "_")) for s in file.sites
-        )
-        file = replace(
-            file, sites=flat, namespace="kohya"
-        )  # ComfyUI's, with the dots of the names that kohya has without
+    by_name = {name: w for w in weights(model) for name in w.names}
+    if all(
+        s.path.startswith(COMFYUI_PREFIX) and s.path.removeprefix(COMFYUI_PREFIX) not in by_name for s in file.sites
+    ):
+        file = _from_comfyui(file)
     if file.namespace == "kohya":
-        file = replace(file, sites=tuple(part for s in file.sites for part in _unfused(s, by_name)))
-    change = _flat(file, model) if file.namespace == "kohya" else _inside(file, model, by_name)
-    sites = tuple(replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites)
-    replaced, tokens = {change(p): t for p, t in file.replaced.items()}, {change(p): t for p, t in file.tokens.items()}
-    if strange := [s for s in sites if _name(s) not in by_name]:
-        known = tuple(s for s in sites if _name(s) in by_name)
-        sites = known + tuple(_converted(strange, model, by_name))
+        file = replace(file, sites=tuple(part for s in file.sites for part in _split_flux(s, by_name)))
+        change = _flat_name_change(file, model)
+    else:
+        change = _prefix_change(file, model, by_name)
+    sites = [replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites]
+    known = [s for s in sites if _weight_name(s) in by_name]
+    if unknown := [s for s in sites if _weight_name(s) not in by_name]:
+        sites = known + _convert_checkpoint_sites(unknown, model, by_name)
     return replace(
         file,
-        sites=tuple(_of_kind(s, by_name.get(_name(s))) for s in sites),
-        replaced=replaced,
-        tokens=tokens,
+        sites=tuple(_with_model_kind(s, by_name.get(_weight_name(s))) for s in sites),
+        replaced={change(path): t for path, t in file.replaced.items()},
+        tokens={change(path): t for path, t in file.tokens.items()},
         namespace="hf",
     )
 
 
-def _name(s: StoredSite) -> str:
+def _weight_name(s: StoredSite) -> str:
     return site_name(s.path, s.parameter)
 
 
-def _of_kind(s: StoredSite, w: Weight | None) -> StoredSite:
-    """Other libraries' files don't tell a linear from one that is stored (in, out), or from a convolution of a single point."""
+def _with_model_kind(s: StoredSite, w: Weight | None) -> StoredSite:
+    """Return the site with the model's kind of weight, where other libraries' files can't tell kinds apart.
+
+    A convolution with a kernel of one point may be a linear, and a linear may be stored transposed.
+    """
     if w is not None and s.kind == "conv" and w.kind.name == "linear" and set(s.shape[2:]) == {1}:
         return replace(s, kind="linear", shape=())
     if w is not None and s.kind == "linear" and w.kind.name == "linear^T" and s.shape:
@@ -98,145 +107,166 @@ def _of_kind(s: StoredSite, w: Weight | None) -> StoredSite:
     return s
 
 
-def _inside(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]) -> Callable[[str], str]:
-    """The change of prefix under which the most sites are there; none, if none helps."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    changes: list[Callable[[str], str]] = [lambda path: path]
-    if prefix != ".":
-        changes += [lambda path: prefix + path, lambda path: path.removeprefix(prefix)]
-    if file.namespace == "pipeline":
-        changes += [lambda path: path.partition(".")[2]]
-    changes += [
-        lambda path: path.removeprefix("text_model."),
-        lambda path: f"text_model.{path}",
-    ]  # CLIP's, in transformers 4 and not in 5
-    if file.namespace == "pipeline":
-        changes += [
-            lambda path: path.partition(".")[2].removeprefix("text_model."),
-            lambda path: f"text_model.{path.partition('.')[2]}",
-        ]
-    missing = [sum(site_name(change(s.path), s.parameter) not in by_name for s in file.sites) for change in changes]
-    return changes[missing.index(min(missing))]
+# --- changes of names alone --------------------------------------------------------------------------------------------
 
 
-def _flat(file: AdapterFile, model: nn.Module) -> Callable[[str], str]:
-    """By a table of the model's own paths, since an underscore may have been a dot or not."""
-    table: dict[str, set[str]] = {}
+def _prefix_change(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]) -> Callable[[str], str]:
+    """Return the change of the paths' prefix under which the most sites are in the model."""
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def without_component(path: str) -> str:
+        return path.partition(".")[2]
+
+    changes: list[Callable[[str], str]] = [lambda p: p]
+    if base != ".":
+        changes += [lambda p: base + p, lambda p: p.removeprefix(base)]
+    if file.namespace == "pipeline":
+        changes.append(without_component)
+    # transformers 4 has a level text_model in CLIP, transformers 5 has not.
+    changes += [lambda p: p.removeprefix("text_model."), lambda p: f"text_model.{p}"]
+    if file.namespace == "pipeline":
+        changes.append(lambda p: without_component(p).removeprefix("text_model."))
+        changes.append(lambda p: f"text_model.{without_component(p)}")
+
+    def missing(change: Callable[[str], str]) -> int:
+        return sum(site_name(change(s.path), s.parameter) not in by_name for s in file.sites)
+
+    return min(changes, key=missing)
+
+
+def _flat_name_change(file: AdapterFile, model: nn.Module) -> Callable[[str], str]:
+    """Return the change from kohya's flat names to paths, by a table of the model's paths:
+
+    an underscore may be a dot.
+    """
+    by_flat_name: dict[str, set[str]] = {}
     for path, _ in walk(model):
-        table.setdefault(path.replace(".", "_"), set()).add(path)
-    found: dict[str, str] = {}
+        by_flat_name.setdefault(path.replace(".", "_"), set()).add(path)
+    new_paths: dict[str, str] = {}
     for s in file.sites:
-        bare = s.path[len(prefix_of(s.path)) :]
-        tries = (bare, bare.removeprefix("text_model_"), f"text_model_{bare}", dialects.unet(bare))
-        known = next((table[flat] for flat in tries if flat in table), {s.path})
-        if len(known) > 1:
+        name = s.path.removeprefix(kohya_prefix(s.path))
+        candidates = (name, name.removeprefix("text_model_"), f"text_model_{name}", unet_name(name))
+        paths = next((by_flat_name[flat] for flat in candidates if flat in by_flat_name), {s.path})
+        if len(paths) > 1:
             raise FileError(
-                f"{file.path}: {s.path} may mean {' or '.join(sorted(known))}", way_out="rename one of the modules"
+                f"{file.path}: {s.path} may mean {' or '.join(sorted(paths))}",
+                way_out="rename one of these modules, or convert the file to a format whose names have dots",
             )
-        found[s.path] = next(iter(known))
-    return lambda path: found.get(path, path)
+        (new_paths[s.path],) = paths
+    return lambda path: new_paths.get(path, path)
 
 
-def _unfused(s: StoredSite, by_name: Mapping[str, Weight]) -> list[StoredSite]:
-    """A site under one of Flux's own names as sites on diffusers' modules, which have the rows of the fused weight apart; as it is otherwise."""
-    paths = dialects.flux(s.path[len(prefix_of(s.path)) :])
+def _from_comfyui(file: AdapterFile) -> AdapterFile:
+    """Return a file of ComfyUI, which has the original code's names with dots, under kohya's flat names."""
+    sites = [replace(s, path="lora_unet_" + s.path.removeprefix(COMFYUI_PREFIX).replace(".", "_")) for s in file.sites]
+    return replace(file, sites=tuple(sites), namespace="kohya")
+
+
+# --- changes that cut B by rows ----------------------------------------------------------------------------------------
+
+
+def _split_flux(s: StoredSite, by_name: Mapping[str, Weight]) -> list[StoredSite]:
+    """Split a site on a fused weight of the original Flux into sites on diffusers' modules; keep any other site."""
+    paths = flux_paths(s.path.removeprefix(kohya_prefix(s.path)))
     if not paths or not all(path in by_name for path in paths):
         return [s]
-    ends = [0, *itertools.accumulate(by_name[path].module._parameters["weight"].shape[0] for path in paths)]  # type: ignore[union-attr]
-    if ends[-1] != s.B.shape[0]:
+    sizes = [by_name[path].module._parameters["weight"].shape[0] for path in paths]  # type: ignore[union-attr]
+    if sum(sizes) != s.B.shape[0]:
         return [s]
+    ends = itertools.accumulate(sizes)
     return transforms.split_rows(
-        s, {path: [range(start, end)] for path, start, end in zip(paths, ends, ends[1:], strict=False)}
+        s, {path: [range(end - n, end)] for path, n, end in zip(paths, sizes, ends, strict=True)}
     )
 
 
-def prefix_of(flat: str) -> str:
-    """What kohya's names begin with: lora_unet_, lora_te1_, ...; empty if with none of them."""
-    return next((p for p in PREFIXES if flat.startswith(p)), "")
+def _convert_checkpoint_sites(
+    sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, Weight]
+) -> list[StoredSite]:
+    """Return sites under a checkpoint's names as sites on the parameters that transformers' loader fills from them.
 
-
-# --- what transformers would convert -----------------------------------------------------------------------------------
-
-
-def _converted(sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, Weight]) -> Iterator[StoredSite]:
-    """Sites under a checkpoint's names as sites on the parameters in memory; as they were, where the way is not known."""
+    A site whose weight leads to no parameter is returned as it is.
+    """
     movable = {
         f"{s.path}.weight": s
         for s in sites
         if s.parameter == "weight" and s.kind == "linear" and s.A.ndim == 2 and s.magnitude is None
     }
     shapes = {key: (s.B.shape[0], s.A.shape[1]) for key, s in movable.items()}
-    found, _, _ = locate_weights(model, _with_siblings(shapes, model))
+    pieces, _, _ = locate_weights(model, _with_sibling_experts(shapes, model))
+    pieces = {name: tuple(piece for piece in parts if piece.key in movable) for name, parts in pieces.items()}
     moved: dict[tuple[str, range], dict[int, StoredSite]] = {}
-    for name, at in found.items():
+    for name, parts in pieces.items():
         weight = by_name.get(name.removesuffix(".weight"))
-        for place in at:
-            if weight is None or place.key not in movable or (where := _rows(place, weight, shapes[place.key])) is None:
+        for piece in parts:
+            if weight is None or (rows := _moved_rows(piece, weight, shapes[piece.key])) is None:
                 continue
-            expert, mine, its = where
-            moved.setdefault((weight.names[0], mine), {})[expert] = replace(
-                movable[place.key], B=movable[place.key].B[its.start : its.stop]
-            )
-    for (name, rows), experts in moved.items():
-        yield _site(by_name[name], rows, experts)
-    done = {id(movable[place.key]) for at in found.values() for place in at if place.key in movable}
-    yield from (s for s in sites if id(s) not in done)
+            expert, rows_in_memory, rows_on_disk = rows
+            s = movable[piece.key]
+            part = replace(s, B=s.B[rows_on_disk.start : rows_on_disk.stop])
+            moved.setdefault((weight.names[0], rows_in_memory), {})[expert] = part
+    placed = {piece.key for parts in pieces.values() for piece in parts}
+    return [_site_on_rows(by_name[name], rows, experts) for (name, rows), experts in moved.items()] + [
+        s for s in sites if movable.get(f"{s.path}.weight") is not s or f"{s.path}.weight" not in placed
+    ]
 
 
-def _with_siblings(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, tuple[int, int]]:
-    """With the experts and parts that the file has no adapter for: transformers stacks what it is given."""
-    whole = dict(shapes)
+def _with_sibling_experts(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the shapes with those of the experts and parts that have no adapter:
+
+    transformers stacks what it is given.
+    """
+    complete = dict(shapes)
     count = max((p.shape[0] for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name), default=0)
-    for key, (out, in_) in shapes.items():
-        if (at := EXPERT.fullmatch(key.removesuffix(".weight"))) is None:
+    for key, shape in shapes.items():
+        if (match := EXPERT.fullmatch(key.removesuffix(".weight"))) is None:
             continue
-        leaves = LEAVES["w1" if at["leaf"].startswith("w") else "gate_proj"]
-        narrow = (out, in_) if at["leaf"] != leaves[2] else (in_, out)  # gate's and up's
-        for n in range(max(count, int(at["n"]) + 1)):
+        leaves = EXPERT_LEAVES[match["leaf"].startswith("w")]
+        up_shape = shape if match["leaf"] != leaves[2] else shape[::-1]
+        for n in range(max(count, int(match["n"]) + 1)):
             for leaf in leaves:
-                whole.setdefault(f"{at['before']}.{n}.{leaf}.weight", narrow if leaf != leaves[2] else narrow[::-1])
-    return whole
+                name = f"{match['experts']}.{n}.{leaf}.weight"
+                complete.setdefault(name, up_shape if leaf != leaves[2] else up_shape[::-1])
+    return complete
 
 
-def _rows(place: StoredPiece, w: Weight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
-    """Which expert (0 if there are none) and rows of the weight are which rows of the tensor; None if it isn't rows that move."""
-    whole = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
-    n, width = math.prod(place.disk.sizes), shape[1]
-    if (
-        whole[-1] != width
-        or w.kind.transposed
-        or not (_dense(place.disk) and _dense(place.memory))
-        or n % width
-        or place.disk.offset % width
-    ):
+def _moved_rows(piece: StoredPiece, w: Weight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
+    """Return the expert (0 without experts), the rows of the weight, and the rows on disk that they come from.
+
+    None if the piece is something else than whole rows.
+    """
+    stored = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
+    count, width = math.prod(piece.disk.sizes), shape[1]
+    is_contiguous = _is_contiguous(piece.disk) and _is_contiguous(piece.memory)
+    if stored[-1] != width or w.kind.transposed or not is_contiguous or count % width or piece.disk.offset % width:
         return None
-    one = math.prod(whole[-2:])
-    first, its = place.memory.offset % one // width, place.disk.offset // width
-    return place.memory.offset // one, range(first, first + n // width), range(its, its + n // width)
+    n, on_disk = count // width, piece.disk.offset // width
+    expert, offset = divmod(piece.memory.offset, math.prod(stored[-2:]))
+    return expert, range(offset // width, offset // width + n), range(on_disk, on_disk + n)
 
 
-def _dense(view: StridedView) -> bool:
+def _is_contiguous(view: StridedView) -> bool:
     return all(stride == math.prod(view.sizes[i + 1 :]) for i, stride in enumerate(view.strides))
 
 
-def _site(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSite:
-    """One site on these rows of the weight; of a stack, with zeros for the experts that have no adapter."""
+def _site_on_rows(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSite:
+    """Return one site on these rows of the weight. In a stack, experts that have no adapter get zeros."""
     shape = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
     first, r = next(iter(experts.values())), max(s.r for s in experts.values())
-    alike = {e: transforms.with_scale_folded(transforms.with_rank(s, r), first.scale) for e, s in experts.items()}
-    label = (
-        ""
-        if len(rows) == shape[-2]
-        else next((k for k, v in parts_of(w).items() if v == (rows,)), f"{rows.start}:{rows.stop}")
-    )
-    stack = len(shape) == 3
-    A, B = (_stacked([getattr(alike.get(e), half, None) for e in range(shape[0] if stack else 1)]) for half in "AB")
-    one = next(iter(alike.values()))
-    return replace(one, path=w.paths[0], parameter=w.parameter, label=label, rows=(rows,) if label else None, kind=w.kind.name, shape=shape,
-                   A=A if stack else A[0], B=B if stack else B[0])  # fmt: skip
+    equal = {e: transforms.with_scale_folded(transforms.with_rank(s, r), first.scale) for e, s in experts.items()}
+    like = next(iter(equal.values()))
+    label = ""
+    if len(rows) != shape[-2]:
+        names = (name for name, parts in parts_of(w).items() if parts == (rows,))
+        label = next(names, f"{rows.start}:{rows.stop}")
+    A, B = like.A, like.B
+    if len(shape) == 3:
+        A = _stack_experts([equal[e].A if e in equal else None for e in range(shape[0])])
+        B = _stack_experts([equal[e].B if e in equal else None for e in range(shape[0])])
+    return replace(like, path=w.paths[0], parameter=w.parameter, label=label, rows=(rows,) if label else None,
+                   kind=w.kind.name, shape=shape, A=A, B=B)  # fmt: skip
 
 
-def _stacked(parts: list[Tensor | None]) -> Tensor:
-    like = next(p for p in parts if p is not None)
-    transforms.checked_shape("a stack of experts", len(parts), *like.shape)
-    return torch.stack([torch.zeros_like(like) if p is None else p.to(like.dtype) for p in parts])
+def _stack_experts(tensors: list[Tensor | None]) -> Tensor:
+    like = next(t for t in tensors if t is not None)
+    transforms.checked_shape("a stack of experts", len(tensors), *like.shape)
+    return torch.stack([torch.zeros_like(like) if t is None else t.to(like.dtype) for t in tensors])

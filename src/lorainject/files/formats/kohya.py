@@ -22,7 +22,7 @@ from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source
 from ..record import NONE, AdapterFile, StoredSite, checked
-from ..rename import PREFIXES, prefix_of
+from .image_model_names import PREFIXES, kohya_prefix
 from .pairs import other_method
 
 KEY = re.compile(r"(?P<path>[^.]+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|scale)")
@@ -31,7 +31,7 @@ SAME = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 def claims(source: Source) -> bool:
     """Whether any tensor has a name of one part and kohya's ends, or all have kohya's prefixes."""
-    return any((m := KEY.fullmatch(key)) and ("lora_down" in key or prefix_of(m["path"])) for key in source.tensors)
+    return any((m := KEY.fullmatch(key)) and ("lora_down" in key or kohya_prefix(m["path"])) for key in source.tensors)
 
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
