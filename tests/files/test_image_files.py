@@ -190,7 +190,7 @@ def test_names_that_collide_without_dots(tmp_path):
 def test_flat_names_are_not_written_as_paths(tmp_path):
     """What kohya calls a module is nobody else's name: the model has to tell first."""
     at = FIXTURES / "kohya_lycoris" / "lora.safetensors"
-    with pytest.raises(li.FileError, match=r"under a model's own names, these are of the kind 'kohya'"):
+    with pytest.raises(li.FileError, match=r"the names of this record are of the kind 'kohya'"):
         li.convert(at, tmp_path / "a", format="peft", lossy=True)
     done = li.convert(at, tmp_path / "a.safetensors", format="lorainject")
     assert alike(li.read(done.path), li.read(at))

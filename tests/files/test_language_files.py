@@ -188,10 +188,10 @@ def test_loralib_whole_checkpoints(tmp_path):
         (
             "loralib/lora.pt",
             li.Hints(alpha=6, groups={"m101": [True] * 2, "m111": [True], "mf": [True]}),
-            r"m111: .* are no 1 of 1 groups",
+            r"m111: .* do not hold 1 of 1 groups",
         ),
         ("torchtune/adapter_model.pt", li.Hints(alpha=6), r"give the heads, as in Hints\(heads="),
-        ("torchtune/adapter_model.pt", li.Hints(alpha=6, heads=(5, 2)), r"16 rows are not those of 5 heads"),
+        ("torchtune/adapter_model.pt", li.Hints(alpha=6, heads=(5, 2)), r"16 rows cannot be those of 5 attention heads"),
         ("torchtune/adapter_model.pt", li.Hints(heads=(4, 2)), r"it holds no alpha: give the directory"),
     ],
 )

@@ -18,9 +18,11 @@ from __future__ import annotations
 import re
 
 # The parts of a pipeline, in diffusers' words, that each of kohya's prefixes may mean. Longer prefixes come first.
-PREFIXES = {"lora_prior_unet_": ("prior",), "lora_unet_": ("unet", "transformer"),
-            "lora_transformer_": ("transformer",), "lora_te1_": ("text_encoder",), "lora_te2_": ("text_encoder_2",),
-            "lora_te3_": ("text_encoder_3",), "lora_te_": ("text_encoder",), "lycoris_": ("unet", "transformer")}  # fmt: skip
+PREFIXES = {
+    "lora_prior_unet_": ("prior",), "lora_unet_": ("unet", "transformer"),
+    "lora_transformer_": ("transformer",), "lora_te1_": ("text_encoder",), "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3",), "lora_te_": ("text_encoder",), "lycoris_": ("unet", "transformer"),
+}  # fmt: skip
 
 BLOCKS_PER_STAGE = 3  # layers_per_block = 2, and the down- or upsampler
 UNET_MODULES = {
