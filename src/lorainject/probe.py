@@ -1,8 +1,9 @@
-"""Which adapters does a real forward and backward reach? The answer to a silent no-op.
+"""Find out which adapters a real forward and backward reach: the answer to adapters that silently do nothing.
 
-For each grafted weight W the probe asks autograd for the gradients of W itself and of B, under a random linear function of
-all outputs. Where B gets none the adapter does nothing, and W's own gradient tells why: if W has one, the model reads the
-weight without calling the layer; if W has none either, this forward does not use the layer at all.
+For each adapted weight W, `probe` asks autograd for the gradients of W and of the adapter's parameters, under a random
+linear function of all outputs. Where an adapter gets no gradient it does nothing, and W's own gradient tells why: if W
+has one, the model reads the weight without calling the layer; if W has none either, this forward does not use the layer
+at all.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import StateError, UnreachedAdapter
-from .lora.adapter_dict import AdaptedSite, mounted, walk
 from .lora.graft import base_class
+from .lora.model_index import AdaptedSite, ModelIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,114 +31,153 @@ class Reach:
     reached: tuple[str, ...]
     """Names of the sites whose adapters act on the output."""
     idle: tuple[str, ...] = ()
-    """Experts that got no token in this forward: other inputs may reach them. One of a stack has its number: "experts.down_proj, 3"."""
+    """Experts that got no token in this forward; other inputs may reach them. An expert of a stack has its number
+    behind
+    the name of the stack: "experts.down_proj, 3"."""
     dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Sites for which the sum W0 + s B A had to be formed, and the torch functions that asked for it: exact, but no faster than a merge."""
+    """Sites for which the sum W0 + s B A had to be formed, with the torch functions that needed it. The result is
+    exact, but costs memory of the weight's size and no less time than a merge."""
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.reached)} sites reached" + (f"; {len(self.idle)} experts got no token" if self.idle else "")
-        ]
+        idle = f"; {len(self.idle)} experts got no token" if self.idle else ""
+        lines = [f"{len(self.reached)} sites reached{idle}"]
         lines += [f"{name}: the dense sum was formed for {', '.join(by)}" for name, by in self.dense.items()]
         return "\n".join(lines)
 
 
 def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
-    """Run one forward, as `model(*args, **inputs)` in the mode it is in, and one backward, and see which adapters they reach.
+    """Run one forward and one backward, and return which adapters they reach.
 
-    Raises UnreachedAdapter with every site whose adapter does nothing, and why; StateError if no adapter is on or they are
-    merged, or if the forward can't be called so. What the forward itself raises, it raises. Gradients, random state, buffers, modes
+    The forward is `model(*args, **inputs)`, in the mode that the model is in. Gradients, random state, buffers, modes
     and requires_grad flags are afterwards as before.
+
+    Args:
+        model: A model with active adapters.
+        args: Positional arguments of the forward.
+        inputs: Keyword arguments of the forward.
+
+    Raises:
+        UnreachedAdapter: At least one adapter does nothing. The message names each of them, with the reason.
+        StateError: No adapter is active, adapters are merged, a weight is on the meta device, or the forward does not
+            take
+            these arguments. Errors of the forward itself are passed on.
     """
-    on = {name: host for name, host in mounted(model, "probe").items() if host.adapters.on}
-    if not on:
-        raise StateError("no adapter is on", way_out="activate(model, name) first")
-    if offloaded := [
-        name for name, host in on.items() if host.weight.is_meta or any(p.is_meta for p in host.adapters.parameters())
-    ]:
-        raise StateError(
-            f"{offloaded[0]} lies on the meta device (offloaded), where it gets no gradient",
-            way_out="probe before it is offloaded",
-        )
-    try:
-        inspect.signature(model.forward).bind(*args, **inputs)
-    except TypeError as e:
-        takes = ", ".join(inspect.signature(model.forward).parameters)
-        raise StateError(
-            f"the model can't be called with these inputs: {e}",
-            way_out=f"{base_class(type(model)).__name__}.forward takes {takes}",
-        ) from None
-    asked = {name: Counter(host.adapters.fallbacks) for name, host in on.items()}
-    used, acting, idle = _gradients(model, on, args, inputs)
-    unreached = [name for name in on if name not in acting]
-    idle += [name for name in unreached if name not in used and "experts" in name.split(".")]
-    if problems := [f"{name}: {_why(name in used)}" for name in unreached if name not in idle]:
+    index = ModelIndex(model)
+    index.require_adapters("probe")
+    sites = {name: site for name, site in index.sites.items() if site.adapters.active}
+    if not sites:
+        raise StateError("no adapter is active", way_out="call activate(model, name) first")
+    _require_gradients(sites)
+    _require_arguments(model, args, inputs)
+    fallbacks = {name: Counter(site.adapters.fallbacks) for name, site in sites.items()}
+    gradients = _gradients(index, sites, args, inputs)
+    unreached = [name for name in sites if name not in gradients.adapters]
+    idle = [name for name in unreached if name not in gradients.weights and "experts" in name.split(".")]
+    if bypassed := [name for name in unreached if name not in idle]:
         raise UnreachedAdapter(
-            "these adapters do nothing in this forward:", problems, _way_out(on, used & set(unreached))
+            "these adapters do nothing in this forward:",
+            [f"{name}: {_reason(name in gradients.weights)}" for name in bypassed],
+            _way_out([name for name in unreached if name in gradients.weights and not sites[name].adapters.read]),
         )
-    dense = {name: tuple(host.adapters.fallbacks - asked[name]) for name, host in on.items()}
+    dense = {name: tuple(site.adapters.fallbacks - fallbacks[name]) for name, site in sites.items()}
     return Reach(
-        reached=tuple(name for name in on if name in acting),
-        idle=tuple(idle),
-        dense={name: by for name, by in dense.items() if by},
+        reached=tuple(name for name in sites if name in gradients.adapters),
+        idle=(*gradients.idle_experts, *idle),
+        dense={name: functions for name, functions in dense.items() if functions},
     )
 
 
-def _why(used: bool) -> str:
-    if used:
-        return "its weight acts without the layer being called: the model reads it itself, or through a tie"
+def _require_gradients(sites: Mapping[str, AdaptedSite]) -> None:
+    """Raise StateError if a weight or an adapter is on the meta device, where nothing gets a gradient."""
+    for name, site in sites.items():
+        if site.weight.is_meta or any(p.is_meta for p in site.adapters.parameters()):
+            raise StateError(
+                f"{name} is on the meta device (offloaded), where it gets no gradient",
+                way_out="call probe before the model is offloaded",
+            )
+
+
+def _require_arguments(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
+    """Raise StateError if the model's forward does not take these arguments."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **inputs)
+    except TypeError as e:
+        raise StateError(
+            f"the model cannot be called with these inputs: {e}",
+            way_out=f"{base_class(type(model)).__name__}.forward takes {', '.join(signature.parameters)}",
+        ) from None
+
+
+def _reason(weight_has_gradient: bool) -> str:
+    if weight_has_gradient:
+        return "its weight acts without the layer being called: the model reads the weight itself, or through a tie"
     return "this forward does not use the layer, or the output does not depend on it"
 
 
-def _way_out(on: Mapping[str, AdaptedSite], read: set[str]) -> str:
-    around = next((name for name in on if name in read and not on[name].adapters.read), None)
-    if around is None:
-        return "eject, and inject without them: exclude=[...]"
-    return f"eject, and inject naming the weight itself, as in targets=[{around + '.weight'!r}], or without them: exclude=[...]"
+def _way_out(read_directly: list[str]) -> str:
+    if not read_directly:
+        return "eject, and inject without these layers: exclude=[...]"
+    target = f"{read_directly[0]}.weight"
+    return (
+        f"eject, and inject with the weight itself as target, as in targets=[{target!r}], or without it: exclude=[...]"
+    )
+
+
+class _Gradients(NamedTuple):
+    """Which tensors a backward reached, by the names of their sites."""
+
+    weights: set[str]
+    """Sites whose base weight has a gradient."""
+    adapters: set[str]
+    """Sites with a gradient in B, or in A if B is not zero."""
+    idle_experts: list[str]
+    """Members of reached stacks without a gradient."""
 
 
 def _gradients(
-    model: nn.Module, on: Mapping[str, AdaptedSite], args: tuple[Any, ...], inputs: Mapping[str, Any]
-) -> tuple[set[str], set[str], list[str]]:
-    """The names whose weight has a gradient, those whose adapter has one (in B, or in A where B is trained), and idle experts."""
-    weights = {
-        name: host.weight for name, host in on.items() if host.weight.is_floating_point()
-    }  # a quantised weight has no gradient
-    factors = {name: [t for a in host.adapters.on for t in a.parameters()] for name, host in on.items()}
-    wanted = list(
-        {id(t): t for name in on for t in (*([weights[name]] if name in weights else []), *factors[name])}.values()
-    )
-    with _undisturbed(model), _requiring_grad(wanted), torch.enable_grad():
-        outputs = [t for t in _tensors(model(*args, **inputs)) if t.requires_grad]
-        g = torch.Generator().manual_seed(0)
-        loss = sum(
-            ((t.float() * torch.randn(t.shape, generator=g).to(t.device)).sum() for t in outputs), torch.zeros(())
-        )
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True) if outputs else [None] * len(wanted)
-    by = {id(t): grad for t, grad in zip(wanted, grads, strict=True) if grad is not None and bool(grad.any())}
+    index: ModelIndex, sites: Mapping[str, AdaptedSite], args: tuple[Any, ...], inputs: Mapping[str, Any]
+) -> _Gradients:
+    # A quantized weight gets no gradient.
+    weights = {name: site.weight for name, site in sites.items() if site.weight.is_floating_point()}
+    factors = {name: [p for a in site.adapters.active for p in a.parameters()] for name, site in sites.items()}
+    wanted = {id(t): t for name in sites for t in (*factors[name], *([weights[name]] if name in weights else []))}
+    with _undisturbed(index), _requiring_grad(list(wanted.values())), torch.enable_grad():
+        outputs = [t for t in tree_leaves(_plain(index.model(*args, **inputs))) if _has_grad(t)]
+        generator = torch.Generator().manual_seed(0)
+        random = (torch.randn(t.shape, generator=generator).to(t.device) for t in outputs)
+        loss = sum(((t.float() * r).sum() for t, r in zip(outputs, random, strict=True)), torch.zeros(()))
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True) if outputs else [None] * len(wanted)
+    reached = {key: grad for key, grad in zip(wanted, grads, strict=True) if grad is not None and bool(grad.any())}
     idle = []
-    for name, host in on.items():
-        if host.adapters.kind.stacked and any(id(t) in by for t in factors[name]):
-            lively = torch.stack([by[id(t)].flatten(1).any(1) for t in factors[name] if id(t) in by]).any(0)
-            idle += [f"{name}, {e}" for e in range(len(lively)) if not lively[e]]
-    used = {name for name, w in weights.items() if id(w) in by}
-    return used, {name for name in on if any(id(t) in by for t in factors[name])}, idle
+    for name, site in sites.items():
+        by_factor = [reached[id(t)].flatten(1).any(1) for t in factors[name] if id(t) in reached]
+        if site.adapters.kind.stacked and by_factor:
+            has_tokens = torch.stack(by_factor).any(0)
+            idle += [f"{name}, {i}" for i in range(len(has_tokens)) if not has_tokens[i]]
+    return _Gradients(
+        weights={name for name, weight in weights.items() if id(weight) in reached},
+        adapters={name for name in sites if any(id(t) in reached for t in factors[name])},
+        idle_experts=idle,
+    )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All floating-point tensors in an output, however it is nested."""
-    if isinstance(value, Tensor):
-        yield from [value] if value.is_floating_point() else []
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _plain(output: Any) -> Any:
+    """Return an output with its mappings as dicts, whose tensors torch's pytree finds however they are nested."""
+    if isinstance(output, Mapping):
+        return {key: _plain(value) for key, value in output.items()}
+    if isinstance(output, list | tuple):
+        return [_plain(value) for value in output]
+    return output
+
+
+def _has_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
 
 
 @contextmanager
 def _requiring_grad(tensors: list[Tensor]) -> Iterator[None]:
+    """Let all these tensors require a gradient within the context."""
     before = [t.requires_grad for t in tensors]
     try:
         for t in tensors:
@@ -148,15 +189,13 @@ def _requiring_grad(tensors: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random state and buffers are put back: a training forward draws dropout masks and moves batch statistics."""
-    buffers = [
-        (module, name, b, b.clone())
-        for _, module in walk(model)
-        for name, b in module._buffers.items()
-        if b is not None
-    ]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+def _undisturbed(index: ModelIndex) -> Iterator[None]:
+    """Restore random state and buffers after the context: a training forward draws dropout masks and moves batch
+    statistics."""
+    modules = [module for _, module in index.walked]
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
             yield

@@ -191,7 +191,11 @@ def test_loralib_whole_checkpoints(tmp_path):
             r"m111: .* do not hold 1 of 1 groups",
         ),
         ("torchtune/adapter_model.pt", li.Hints(alpha=6), r"give the heads, as in Hints\(heads="),
-        ("torchtune/adapter_model.pt", li.Hints(alpha=6, heads=(5, 2)), r"16 rows cannot be those of 5 attention heads"),
+        (
+            "torchtune/adapter_model.pt",
+            li.Hints(alpha=6, heads=(5, 2)),
+            r"16 rows cannot be those of 5 attention heads",
+        ),
         ("torchtune/adapter_model.pt", li.Hints(heads=(4, 2)), r"it holds no alpha: give the directory"),
     ],
 )

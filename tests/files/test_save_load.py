@@ -24,7 +24,7 @@ from torch import nn
 import lorainject as li
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
-from lorainject.lora.adapter_dict import hosts
+from lorainject.lora.model_index import adapted_sites
 from lorainject.numerics.fingerprint import sample_values, samples_agree
 
 from models import bert, bits, gpt2, ids, llama, mapped, randomise, run, state
@@ -403,7 +403,7 @@ def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "safe_open", then_changed)
     file = li.read(path)
     by_name = {s.name: s for s in file.sites}
-    assert all(torch.equal(host.adapters["default"].A, by_name[at].A) for at, host in hosts(model).items())
+    assert all(torch.equal(host.adapters["default"].A, by_name[at].A) for at, host in adapted_sites(model).items())
     li.save(model, other)
     with pytest.raises(li.FileError, match="can't be read: it became shorter while it was read"):
         li.read(path)

@@ -15,8 +15,8 @@ from torch.utils import checkpoint
 
 import lorainject as li
 from lorainject.lora import forward_graft
-from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.kernels import gemm, lora_linear
+from lorainject.lora.model_index import adapted_sites
 
 I, O = 24, 20  # noqa: E741
 LARGE = [gemm.LARGE, 1]  # with 1, some tokens at a time are added to wherever they are float32
@@ -46,7 +46,7 @@ def apart(call, *args):
 def found(model: nn.Module, x: Tensor, dy: Tensor, seed: int = 3) -> tuple[Tensor, list[Tensor | None]]:
     """The output, and the gradients of x, A and B as far as they are wanted."""
     torch.manual_seed(seed)
-    leaves = [x, *(p for host in hosts(model).values() for p in host.adapters.parameters())]
+    leaves = [x, *(p for host in adapted_sites(model).values() for p in host.adapters.parameters())]
     y = model(x)
     grads = iter(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy))
     return y, [next(grads) if t.requires_grad else None for t in leaves]
@@ -54,7 +54,7 @@ def found(model: nn.Module, x: Tensor, dy: Tensor, seed: int = 3) -> tuple[Tenso
 
 def exact(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
     """The formula and the gradients of x, A and B, in float64."""
-    (host,) = hosts(model).values()
+    (host,) = adapted_sites(model).values()
     (low,) = host.adapters.on
     x, A, B = (t.detach().double().requires_grad_() for t in (x, low.A, low.B))
     term = low.scale * (x @ A.T @ B.T)
@@ -79,7 +79,7 @@ def test_the_formula(dtype, instructions, data):
     if len(batch) > 1 and data.draw(st.booleans()):
         x, dy = (t.mT.contiguous().mT for t in (x, dy))
     x.requires_grad_(data.draw(st.booleans()))
-    next(iter(hosts(model).values())).adapters["default"].B.requires_grad_(data.draw(st.booleans()))
+    next(iter(adapted_sites(model).values())).adapters["default"].B.requires_grad_(data.draw(st.booleans()))
     eps = torch.finfo(dtype).eps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gemm, "_has_instructions", lambda half: instructions)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 import lorainject as li
-from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.kernels import gemm, shared_input
+from lorainject.lora.model_index import adapted_sites
+from lorainject.targets.roles import input_group
 
 D = 16
 
@@ -68,7 +69,7 @@ def products(monkeypatch):
 def apart(model: Attention) -> Attention:
     """The same, each by itself."""
     other = copy.deepcopy(model)
-    for host in hosts(other).values():
+    for host in adapted_sites(other).values():
         host.adapters.siblings = None
     return other
 
@@ -138,7 +139,7 @@ def test_slices_of_one_weight(products):
     with torch.no_grad():
         y = model["c_attn"](x)
     assert products == [4]
-    for host in hosts(model).values():
+    for host in adapted_sites(model).values():
         host.adapters.siblings = None
     with torch.no_grad():
         assert torch.allclose(y, model["c_attn"](x), atol=1e-5)

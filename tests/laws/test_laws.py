@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lorainject as li
-from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.graft import Graft
+from lorainject.lora.model_index import adapted_sites
 
 from interrupts import interrupted
 from models import TINY, bits, randomise, run, state, weight_at
@@ -57,7 +57,9 @@ def check_laws_1_2_3(case: Case) -> None:
     before, keys, y = state(case.model), list(case.model.state_dict()), case.output()
     same = li.inject(case.model, **case.settings)
     assert same is case.model
-    adds_nothing = [host.adapters.register_forward_hook(_output_is_the_bases) for host in hosts(case.model).values()]
+    adds_nothing = [
+        host.adapters.register_forward_hook(_output_is_the_bases) for host in adapted_sites(case.model).values()
+    ]
     assert agree(case.output(), y)  # not to the bit: BLAS may round by where an activation happens to lie in memory
     for handle in adds_nothing:
         handle.remove()
@@ -82,7 +84,7 @@ def check_laws_5_6_7_10(case: Case) -> None:
     li.inject(case.model, **case.settings)
     randomise(case.model, std=0.3)
     case.model.eval()
-    pristine = {host.place: host.weight.detach().clone() for host in hosts(case.model).values()}
+    pristine = {host.key: host.weight.detach().clone() for host in adapted_sites(case.model).values()}
     before, y = state(case.model), case.output()
     exact = case.output(copy.deepcopy(case.model).float())
     wanted = {path: (w.double() + d.double()).to(w.dtype) for path, w, d in li.deltas(case.model)}
@@ -118,7 +120,7 @@ def check_law_8(case: Case, folder: Path) -> None:
     a, b = (
         [
             (p, w.r, w.alpha, w.scaling, bits(w.A), bits(w.B))
-            for p, host in hosts(m).items()
+            for p, host in adapted_sites(m).items()
             for w in [host.adapters["default"]]
         ]
         for m in (case.model, fresh)
@@ -187,9 +189,9 @@ def test_all_or_nothing(case, data):
     """Law 4: a verb that raises leaves the model as it was, to the bit, whichever site is at fault."""
     li.inject(case.model, **case.settings)
     randomise(case.model)
-    victim = data.draw(st.sampled_from(sorted(hosts(case.model))))
+    victim = data.draw(st.sampled_from(sorted(adapted_sites(case.model))))
     with torch.no_grad():
-        hosts(case.model)[victim].adapters["default"].B.flatten()[0] = data.draw(
+        adapted_sites(case.model)[victim].adapters["default"].B.flatten()[0] = data.draw(
             st.sampled_from([float("nan"), float("inf")])
         )
     before = state(case.model)

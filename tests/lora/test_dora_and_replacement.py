@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorainject as li
-from lorainject.lora.adapter_dict import hosts
+from lorainject.lora.model_index import adapted_sites
 
 from interrupts import interrupted
 from models import bits, ids, llama, state
@@ -157,7 +157,7 @@ def test_as_in_peft(name, tmp_path):
         "b": ("lora_B.bias",),
     }
     compared = set()
-    for at, host in hosts(ours).items():
+    for at, host in adapted_sites(ours).items():
         for part, p in host.adapters["default"].named_parameters():
             path = at if part == "value" else at.removesuffix(".weight")
             keys = [f"{path}.weight", path] if part == "value" else [f"{path}.{n}" for n in names[part]]
@@ -306,10 +306,10 @@ def test_the_laws(record, dtype, seed):
         assert list(model.state_dict()) == keys
         assert (out(model) - exact).abs().max() < tolerance
         assert alike(li.read(li.save(model, Path(folder) / "merged.safetensors")), file)
-        for p in (p for host in hosts(model).values() for p in host.adapters["default"].parameters()):
+        for p in (p for host in adapted_sites(model).values() for p in host.adapters["default"].parameters()):
             p.add_(1)  # trained meanwhile
         li.unmerge(model)
-        for p in (p for host in hosts(model).values() for p in host.adapters["default"].parameters()):
+        for p in (p for host in adapted_sites(model).values() for p in host.adapters["default"].parameters()):
             p.sub_(1)
         assert {k: v[:4] for k, v in state(model).items()} == {k: v[:4] for k, v in was.items()}
         li.eject(model)
@@ -357,7 +357,7 @@ def test_merging_magnitudes_with_another_adapter(tmp_path):
     """Changes of W0 add up, in one rounding, and come out again in any order; both at once unmerged are refused."""
     model = li.inject(net(), ["lin"], r=2, name="plain")
     with torch.no_grad():
-        hosts(model)["lin"].adapters["plain"].B.normal_()
+        adapted_sites(model)["lin"].adapters["plain"].B.normal_()
     put(model, tmp_path, dora(), name="dora")
     W0 = bits(model.lin.weight)
     with pytest.raises(li.StateError, match="lin: dora, plain"):
@@ -395,7 +395,7 @@ def test_inject_after_a_bias_was_replaced(tmp_path):
     put(model, tmp_path, dora("head", 2, 6), replaced={"lin.bias": torch.ones(6)})
     li.inject(model, ["lin"], r=2, name="after")
     with torch.no_grad():
-        a = hosts(model)["lin"].adapters["after"]
+        a = adapted_sites(model)["lin"].adapters["after"]
         a.B.normal_()
         li.activate(model, "default", "after")
         assert torch.allclose(
@@ -408,7 +408,7 @@ def test_all_is_reached(variant):
     """probe finds every payload acting, and no dense sum formed."""
     model = li.load(net(), FIXTURES / f"peft_{variant}")
     reach = li.probe(model, ids=torch.arange(10).view(2, 5), image=torch.randn(2, 3, 5, 6))
-    assert set(reach.reached) == set(hosts(model))
+    assert set(reach.reached) == set(adapted_sites(model))
     assert not reach.dense
 
 
@@ -462,7 +462,7 @@ def test_interrupted(where, verb, tmp_path):
         except KeyboardInterrupt:
             if verb is li.merge:
                 assert state(model) == before
-        if any(h.adapters.folded for h in hosts(model).values()):
+        if any(h.adapters.folded for h in adapted_sites(model).values()):
             li.unmerge(model)
         assert state(model) == before
 
@@ -485,7 +485,7 @@ def test_training_moves_magnitudes_and_heads(tmp_path):
     assert all(bits(p) != b for p, b in zip(trained, before, strict=True))
     assert model.lin._parameters["weight"].grad is None
     li.merge(model)
-    with pytest.raises(li.StateError, match="can't train while merged"):
+    with pytest.raises(li.StateError, match="cannot train while merged"):
         optimizer.step()
 
 

@@ -25,8 +25,8 @@ from transformers import (
 from transformers.models.aria.modeling_aria import AriaExperts
 
 import lorainject as li
-from lorainject.lora.adapter_dict import hosts
 from lorainject.lora.graft import Graft
+from lorainject.lora.model_index import adapted_sites
 
 from models import randomise, state
 from moe_models import SIZES, gpt_oss, mixtral, moe_model, moe_output
@@ -134,7 +134,7 @@ def test_multihead_attention(batch_first, apart, training):
     ).train(training)
     q, k, v = torch.randn(3, 5, 8), torch.randn(3, 5, 6 if apart else 8), torch.randn(3, 5, 7 if apart else 8)
     li.inject(mha, "all-linear", r=2)
-    assert set(hosts(mha)) == (
+    assert set(adapted_sites(mha)) == (
         {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if apart else {"in_proj_weight", "out_proj"}
     )
     randomise(mha)
@@ -180,7 +180,7 @@ def test_recurrent_layers(layer):
     li.merge(dense)
     assert close(layer(x)[0], dense(x)[0], 1e-5)
     reach = li.probe(layer, x)
-    assert set(reach.dense) == set(hosts(layer))
+    assert set(reach.dense) == set(adapted_sites(layer))
     assert "the dense sum was formed for" in str(reach)
     assert state(li.eject(layer)) == before
 
@@ -273,7 +273,7 @@ def test_cells_and_bilinear(layer, shapes):
     got, want = (y[0] if isinstance(y, tuple) else y for y in (layer(*inputs), dense(*inputs)))
     assert close(got, want, 1e-5)
     got.sum().backward()
-    assert any(host.adapters.fallbacks for host in hosts(layer).values())
+    assert any(host.adapters.fallbacks for host in adapted_sites(layer).values())
     assert any(bool(p.grad.any()) for p in li.parameters(layer))
     assert state(li.eject(layer)) == before
 
@@ -374,7 +374,7 @@ def test_a_shared_layer_that_two_parents_read():
     randomise(model)
     dense = copy.deepcopy(model)
     li.merge(dense)
-    assert len(hosts(model)) == 1
+    assert len(adapted_sites(model)) == 1
     assert close(model(x), dense(x), 1e-5)
     assert close(second(x), dense[1](x), 1e-5)
     assert state(li.eject(model)) == before
@@ -502,8 +502,8 @@ def test_two_adapters_on_one_stack():
     assert close(moe_output(model), y)
     li.unmerge(model)
     li.eject(model, "b")
-    assert len(hosts(model)) == 4
-    assert not any("b" in host.adapters for host in hosts(model).values())
+    assert len(adapted_sites(model)) == 4
+    assert not any("b" in host.adapters for host in adapted_sites(model).values())
     assert li.activate(model, "a") is None
     li.eject(model)
     assert not any(isinstance(m, Graft) for m in model.modules())
@@ -675,13 +675,13 @@ def test_a_slice_on_meta():
         model = nn.Sequential(nn.Linear(4, 6))
     li.inject(model, ["0[1:3]"], r=2)
     model.to_empty(device="cpu")
-    assert hosts(model)["0[1:3]"].adapters["default"].rows.tolist() == [1, 2]
+    assert adapted_sites(model)["0[1:3]"].adapters["default"].rows.tolist() == [1, 2]
     with torch.device("meta"):
         other = nn.Sequential(nn.Linear(4, 6))
     li.inject(other, ["0[1:3]"], r=2)
     other.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(other(torch.ones(1, 4)).isnan(), model(torch.ones(1, 4)).isnan())
-    assert hosts(other)["0[1:3]"].adapters["default"].rows.device.type == "cpu"
+    assert adapted_sites(other)["0[1:3]"].adapters["default"].rows.device.type == "cpu"
 
 
 def test_what_changes_its_weight_in_place_is_refused():

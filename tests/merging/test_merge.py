@@ -518,7 +518,7 @@ def test_while_merged_everything_else_waits(model, tmp_path):
         "train": lambda: li.parameters(model),
     }
     for verb, call in verbs.items():
-        with pytest.raises(li.StateError, match=rf"can't {verb} while 'default' is merged\n=> unmerge\(model\) first"):
+        with pytest.raises(li.StateError, match=rf"cannot {verb} while 'default' is merged\n=> unmerge\(model\) first"):
             call()
     assert state(model) == before
 
@@ -530,7 +530,7 @@ def test_training_while_merged_is_refused(model):
     li.merge(model)
     before = bits(head)
     run(model, X).sum().backward()
-    with pytest.raises(li.StateError, match=r"can't train while merged.*\n=> unmerge\(model\) first"):
+    with pytest.raises(li.StateError, match=r"cannot train while merged.*\n=> call unmerge\(model\) first"):
         optimizer.step()
     assert bits(head) == before
     li.unmerge(model)
@@ -577,14 +577,14 @@ def test_names(model):
     li.inject(model, ["q_proj"], r=2, name="second")
     randomise(model, "second")
     li.activate(model, "default", "second")
-    with pytest.raises(li.StateError, match=r"'second' is on but would not be merged"):
+    with pytest.raises(li.StateError, match=r"'second' is active but would not be merged"):
         li.merge(model, "default")
     y = run(model, X)
     li.merge(model, ["default", "second"])
     assert torch.allclose(run(model, X), y, atol=1e-5)
     li.unmerge(model)
     li.activate(model)
-    with pytest.raises(li.StateError, match="no adapter is on"):
+    with pytest.raises(li.StateError, match="no adapter is active"):
         li.merge(model)
     li.merge(model, "second")
     li.unmerge(model)
@@ -666,7 +666,7 @@ def test_loading_a_state_dict_while_merged_is_an_error(model):
     checkpoint = copy.deepcopy(model.state_dict())
     before = state(model)
     li.merge(model)
-    with pytest.raises(RuntimeError, match=r"can't load while merged; unmerge\(model\) first"):
+    with pytest.raises(RuntimeError, match=r"cannot load while merged; call unmerge\(model\) first"):
         model.load_state_dict(checkpoint)
     li.unmerge(model)
     assert state(model) == before
@@ -677,7 +677,7 @@ def test_the_optimisers_guard_follows_copies_and_ends_with_eject(model):
     li.merge(model)
     twin = copy.deepcopy(model)
     optimizer = torch.optim.SGD([p for k, p in twin.named_parameters() if ".lora." in k], lr=0.1)
-    with pytest.raises(li.StateError, match="can't train while merged"):
+    with pytest.raises(li.StateError, match="cannot train while merged"):
         optimizer.step()
     li.eject(twin)
     optimizer.step()

@@ -92,11 +92,11 @@ def test_only_what_is_on_is_probed():
     """Merged or switched off there is nothing to reach: a clear error."""
     model = li.inject(llama(), ["q_proj"])
     li.activate(model)
-    with pytest.raises(li.StateError, match="no adapter is on"):
+    with pytest.raises(li.StateError, match="no adapter is active"):
         li.probe(model, input_ids=ids())
     li.activate(model, "default")
     li.merge(model)
-    with pytest.raises(li.StateError, match="can't probe while 'default' is merged"):
+    with pytest.raises(li.StateError, match="cannot probe while 'default' is merged"):
         li.probe(model, input_ids=ids())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lorainject as li
-from lorainject.lora import adapter_dict
+from lorainject.lora import model_index
 from lorainject.lora.adapter import LoraAdapter
 
 from models import bits, ids, llama, randomise, run, state
@@ -58,7 +58,7 @@ def test_the_new_adapter_is_on(two):
     assert torch.allclose(run(model, X), wanted["fr"], atol=1e-6)
     li.activate(model)
     assert torch.equal(run(model, X), wanted[None])
-    with pytest.raises(li.StateError, match="no adapter is on"):
+    with pytest.raises(li.StateError, match="no adapter is active"):
         li.parameters(model)
 
 
@@ -123,7 +123,7 @@ def test_rows_mistakes_leave_nothing_behind(two):
         li.rows(model, ["es", "de", None]),
     ):
         pass
-    with pytest.raises(li.StateError, match=r"a list with one name per row, not 'fr'"), li.rows(model, "fr"):
+    with pytest.raises(li.StateError, match=r"a list with one adapter name per row, not 'fr'"), li.rows(model, "fr"):
         pass
     assert torch.allclose(run(model, X), wanted["de"], atol=1e-6)
 
@@ -293,7 +293,8 @@ def test_parts_and_wholes(base):
 def test_verbs_on_a_model_without_adapters(base, verb):
     """One clear error."""
     with pytest.raises(
-        li.StateError, match=r"this model carries no adapter\n=> inject\(model, targets\) or load\(model, path\) first"
+        li.StateError,
+        match=r"this model carries no adapter\n=> call inject\(model, targets\) or load\(model, path\) first",
     ):
         list(verb(base) or ())
 
@@ -349,7 +350,7 @@ def test_no_surgery_inside_a_context(two, verb, context):
     with context(model):
         before = state(model)
         with pytest.raises(
-            li.StateError, match=r"can't .* inside (disabled|rows)\(\.\.\.\)\n=> leave the context first"
+            li.StateError, match=r"cannot .* inside (disabled|rows)\(\.\.\.\)\n=> leave the context first"
         ):
             verb(model)
         assert state(model) == before
@@ -443,22 +444,42 @@ def test_switching_asks_no_layer(two, monkeypatch):
     model, _ = two
     twin = copy.deepcopy(model)
     walked = []
-    monkeypatch.setattr(adapter_dict, "walk", lambda m, original=adapter_dict.walk: walked.append(m) or original(m))
+    walk = model_index.iter_modules
+    monkeypatch.setattr(model_index, "iter_modules", lambda m: walked.append(m) or walk(m))
     li.activate(model, "fr")
     with li.disabled(model), li.rows(model, ["de", None]):
         pass
     assert not walked
     li.activate(twin, "de")
     assert walked
-    assert [r.active for r in adapter_dict.adapter_states(model)] == [("fr",)]
-    assert [r.active for r in adapter_dict.adapter_states(twin)] == [("de",)]
+    assert [r.active for r in model_index.ModelIndex(model).states] == [("fr",)]
+    assert [r.active for r in model_index.ModelIndex(twin).states] == [("de",)]
     with pytest.raises(li.StateError, match="no adapter named 'es'"):
         li.activate(model, "es")
     with pytest.raises(li.StateError, match="part of a model that was injected as a whole"):
         li.activate(model.model.layers[0], "de")
     li.merge(model)
-    with pytest.raises(li.StateError, match="can't activate while 'fr' is merged"):
+    with pytest.raises(li.StateError, match="cannot activate while 'fr' is merged"):
         li.activate(model, "de")
     li.eject(model)
     with pytest.raises(li.StateError, match="carries no adapter"):
         li.activate(model, "de")
+
+
+def test_eject_thaws_what_every_inject_froze():
+    """A parameter that was thawed between two injects (a new head) is frozen by the second, and both lists are thawed by eject."""
+    model = llama()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    head = model.lm_head.weight
+    head.requires_grad_(False)
+    li.inject(model, ["q_proj"], name="first")
+    layer = model.model.layers[0]
+    q_proj = layer.self_attn.q_proj
+    q_proj.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    li.inject(model, ["v_proj"], name="second")
+    assert not q_proj.extra.requires_grad
+    li.eject(model)
+    assert q_proj.extra.requires_grad
+    assert {n: p.requires_grad for n, p in model.named_parameters() if not n.endswith("extra")} == before | {
+        "lm_head.weight": False
+    }

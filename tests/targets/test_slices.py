@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import lorainject as li
-from lorainject.lora.adapter_dict import hosts
+from lorainject.lora.model_index import adapted_sites
 
 from models import gpt2, ids, llama, randomise, run, state
 
@@ -57,7 +57,7 @@ def test_against_loralib(model):
     attention = model.transformer.h[0].attn.c_attn
     li.inject(model, ["h.0.attn.c_attn[q,v]"], r=4, alpha=8)
     randomise(model)
-    q, v = (hosts(model)[f"transformer.h.0.attn.c_attn[{part}]"].adapters["default"] for part in "qv")
+    q, v = (adapted_sites(model)[f"transformer.h.0.attn.c_attn[{part}]"].adapters["default"] for part in "qv")
     in_, out = attention.weight.shape
     theirs = loralib.MergedLinear(in_, out, r=4, lora_alpha=8, enable_lora=[True, False, True], fan_in_fan_out=True)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_a_slice_saves_only_its_own(model, tmp_path):
     folder = tmp_path / "a"
     li.save(model, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_model.safetensors"]
-    assert {s.name for s in li.read(folder).sites} == set(hosts(model))
+    assert {s.name for s in li.read(folder).sites} == set(adapted_sites(model))
     fresh = li.load(copy.deepcopy(base), folder)
     assert torch.equal(run(fresh, X), run(model, X))
     li.eject(model)

@@ -23,6 +23,7 @@ from ..files.rename import rename_for_model
 from ..files.save_load import fitted
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
 from ..lora.adapter import LoraAdapter, delta_factors
+from ..lora.model_index import ModelIndex
 from ..numerics.delta import Factors, flatten_factors
 from ..numerics.fingerprint import sample_positions, samples_agree
 from ..plan import Site, site_name
@@ -54,21 +55,22 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
             way_out="mend it, or install what it asks for",
         ) from e
     at, reasons, _ = locate_weights(model, {key: t.shape for key, t in disk.tensors.items()})
-    by_name = {n: w for w in weights_of(model) for n in w.names}
+    index = ModelIndex(model)
+    by_name = {n: w for w in weights_of(index) for n in w.names}
     sums: dict[tuple[int, str], Sum] = {}
     problems, strange = [], []
     for given, file, times in zip(asked, files, factor, strict=True):
         if file.notes and not isinstance(given, AdapterFile):  # what was taken for granted, the model tells
             file = understood(open_source(given, spool=True), hints=Hints(model=model))
         own = file.format == "lorainject"  # whose fingerprint goes by its own names
-        named = _named_as(file, model, by_name) if own else rename_for_model(file, model)
+        named = _named_as(file, model, by_name) if own else rename_for_model(file, index)
         wrong = [f"{line}; merging does not put it on yet" for line in file.beside]
         wrong += [
             f"{path}: {reason}"
             for path, t in named.replaced.items()
             if (reason := _replaced(by_name.get(path), t, at, disk))
         ]
-        for ours, site in zip((file if own else named).sites, fitted(model, named, by_name, None, wrong), strict=True):
+        for ours, site in zip((file if own else named).sites, fitted(index, named, by_name, None, wrong), strict=True):
             weight = by_name[site_name(site.path, site.parameter)]
             lies = at.get(full_name(weight), ())
             if reason := reasons.get(full_name(weight)) or _unwritable(weight, model, lies, disk):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, SpecError
+from ..lora.model_index import ModelIndex
 from . import engines
 from .fit import describe_changes, fit_record
 from .format import Format
@@ -56,8 +57,9 @@ def read(
     return understood(open_source(path, allow_pickle), format, hints)
 
 
-def understood(source: Source, format: str | None = None, hints: Hints | None = None) -> AdapterFile:
-    """The same of what has been opened."""
+def understood(source: Source, format: str | None = None, hints: Hints | None = None,
+               index: ModelIndex | None = None) -> AdapterFile:  # fmt: skip
+    """The same of what has been opened; `index` is that of hints.model, where it exists already."""
     path, hints = source.path, hints or Hints()
     form = _form(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
     if form is None:
@@ -83,7 +85,7 @@ def understood(source: Source, format: str | None = None, hints: Hints | None = 
             problems,
             "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first",
         )
-    return file if hints.model is None else rename_for_model(file, hints.model)
+    return file if hints.model is None else rename_for_model(file, index or ModelIndex(hints.model))
 
 
 def write(file: AdapterFile, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..lora.adapter import LoraAdapter
-from ..lora.adapter_dict import AdaptedSite, AdapterDict, execution_device, walk
+from ..lora.adapter_dict import AdapterDict
 from ..lora.dora import DoraAdapter
+from ..lora.model_index import AdaptedSite, ModelIndex, execution_device
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, why_unsupported
 from ..plan import site_name
-from ..surgery import Given, PlannedReplacement
+from ..surgery import LoadedFactors, PlannedReplacement
 from ..targets.model_weights import Weight
 from .record import AdapterFile, StoredSite, TokenRows
 
@@ -22,7 +23,7 @@ DORA = (*BIASED, "embedding")
 """The kinds of layers whose bias may have an update, and that may have magnitudes."""
 
 
-def given(stored: StoredSite, dtype: torch.dtype | None) -> Given:
+def given(stored: StoredSite, dtype: torch.dtype | None) -> LoadedFactors:
     """A and B, and what belongs to them, in this dtype (None: as in the file)."""
     m, b = (t if t is None or dtype is None else t.to(dtype) for t in (stored.magnitude, stored.bias))
     return stored.A, stored.B, m, b
@@ -52,15 +53,15 @@ def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> 
 
 
 def replacements(
-    model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]
+    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]
 ) -> list[PlannedReplacement]:
     """The whole tensors and rows of tokens for this model, but for those that it has already; what is wrong goes into `problems`."""
     if not file.replaced and not file.tokens:
         return []
     paths: dict[int, list[str]] = {}
-    for path, module in walk(model):
+    for path, module in index.walked:
         paths.setdefault(id(module), []).append(path)
-    there, found = dict(walk(model)), []
+    there, found = index.modules, []
     wanted: list[tuple[str, Tensor, tuple[int, ...] | None]] = [(name, t, None) for name, t in file.replaced.items()]
     for name, value, ids in wanted + [(path, t.rows, t.ids) for path, t in file.tokens.items()]:
         path, parameter = (name, "weight") if name in there else name.rpartition(".")[::2]
@@ -75,7 +76,7 @@ def replacements(
             continue  # PEFT lets embeddings come along as they are
         twins = [
             (m, p)
-            for _, m in dict.fromkeys(walk(model))
+            for _, m in dict.fromkeys(index.walked)
             for p, t in m._parameters.items()
             if t is W0 and m is not module
         ]

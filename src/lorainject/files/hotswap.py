@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from ..lora.adapter import LoraAdapter
-from ..lora.adapter_dict import AdaptedSite, mounted
+from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.weight_kinds import is_sharded
 from ..numerics.threads import defer_interrupt
 from ..plan import site_name
 from ..targets.model_weights import weights
 from . import transforms
-from .convert import read
-from .io.open_adapter import Hints
+from .convert import understood
+from .io.open_adapter import Hints, open_source
 from .record import StoredSite
 from .save_load import fitted, require_base
 
@@ -36,13 +36,12 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     Raises StateError where there is no such adapter or it is merged, FileError with all that load would refuse, and with every
     weight for which the model has no room; all values are then as they were.
     """
-    on = {
-        (*host.place, host.adapters.label): (at, host)
-        for at, host in mounted(model, "swap", name).items()
-        if name in host.adapters
-    }
-    file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
-    by_name = {n: w for w in weights(model) for n in w.names}
+    index = ModelIndex(model)
+    index.require_adapters("swap", name)
+    on = {(*host.key, host.adapters.label): (at, host) for at, host in index.sites.items() if name in host.adapters}
+    source = open_source(path, allow_pickle)
+    file = understood(source, hints=replace(hints or Hints(), model=model), index=index)
+    by_name = {n: w for w in weights(index) for n in w.names}
     wrong = [f"{at}: stands beside A and B, which alone can be exchanged" for at in (*file.replaced, *file.tokens)]
     new: dict[tuple[int, str, str], StoredSite] = {}
     for s in file.sites:
@@ -55,7 +54,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
                     transforms.to_standard_scaling(s), found[1].adapters[name].r
                 )
     wrong += [f"{at}: {reason}" for at, host in on.values() if (reason := _fixed(host, name))]
-    sites = fitted(model, file, by_name, None, wrong)
+    sites = fitted(index, file, by_name, None, wrong)
     if check_base:
         require_base(file, by_name, sites)
     with torch.no_grad(), defer_interrupt():

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FileError
-from ..lora.adapter_dict import walk
+from ..lora.model_index import ModelIndex
 from ..plan import site_name
 from ..targets.matcher import parts_of
 from ..targets.model_weights import Weight, weights
@@ -52,7 +52,7 @@ def select_component(file: AdapterFile, component: str) -> AdapterFile:
     return replace(file, sites=sites, namespace="hf")
 
 
-def rename_for_model(file: AdapterFile, model: nn.Module) -> AdapterFile:
+def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
     """Return the file with the model's names for its sites. A site without a counterpart in the model keeps its name.
 
     Files that lorainject wrote under a model's own names are returned as they are.
@@ -62,20 +62,20 @@ def rename_for_model(file: AdapterFile, model: nn.Module) -> AdapterFile:
     """
     if file.format == "lorainject" and file.namespace == "hf":
         return file
-    modules = dict(walk(model))
+    model, modules = index.model, index.modules
     if all(
         s.path in modules and s.parameter in modules[s.path]._parameters and (s.kind == "embedding" or not s.shape)
         for s in file.sites
     ):
         return replace(file, namespace="hf")
-    by_name = {name: w for w in weights(model) for name in w.names}
+    by_name = {name: w for w in weights(index) for name in w.names}
     if all(
         s.path.startswith(COMFYUI_PREFIX) and s.path.removeprefix(COMFYUI_PREFIX) not in by_name for s in file.sites
     ):
         file = _from_comfyui(file)
     if file.namespace == "kohya":
         file = replace(file, sites=tuple(part for s in file.sites for part in _split_flux(s, by_name)))
-        change = _flat_name_change(file, model)
+        change = _flat_name_change(file, index)
     else:
         change = _prefix_change(file, model, by_name)
     sites = [replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites]
@@ -134,13 +134,13 @@ def _prefix_change(file: AdapterFile, model: nn.Module, by_name: Mapping[str, We
     return min(changes, key=missing)
 
 
-def _flat_name_change(file: AdapterFile, model: nn.Module) -> Callable[[str], str]:
+def _flat_name_change(file: AdapterFile, index: ModelIndex) -> Callable[[str], str]:
     """Return the change from kohya's flat names to paths, by a table of the model's paths:
 
     an underscore may be a dot.
     """
     by_flat_name: dict[str, set[str]] = {}
-    for path, _ in walk(model):
+    for path, _ in index.walked:
         by_flat_name.setdefault(path.replace(".", "_"), set()).add(path)
     new_paths: dict[str, str] = {}
     for s in file.sites:

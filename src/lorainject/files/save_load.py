@@ -20,8 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import FileError, StateError
 from ..lora.adapter import LoraAdapter
-from ..lora.adapter_dict import AdaptedSite, AdapterDict, mounted, ready, shape_mismatch, walk
+from ..lora.adapter_dict import AdapterDict
 from ..lora.graft import base_class
+from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, is_sharded, weight_shape
 from ..numerics.delta import is_finite
@@ -32,10 +33,10 @@ from ..targets.matcher import Pick, parts_of
 from ..targets.model_weights import Weight, weights
 from ..targets.resolve import count_parameters, make_site, name_problems, why_unsuitable, wrapper_problems
 from . import extras, transforms
-from .convert import FORMATS, read
+from .convert import FORMATS, understood
 from .formats import peft_layout
 from .io import atomic_write
-from .io.open_adapter import Hints
+from .io.open_adapter import Hints, open_source
 from .record import AdapterFile, BasePrint, StoredSite, TokenRows
 
 
@@ -52,14 +53,12 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     path = Path(path)
     if format not in ("lorainject", "peft"):
         raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out="nothing was written")
-    on = {
-        at: host
-        for at, host in mounted(model, "save", name, merged=True, nested=True, part=True).items()
-        if name in host.adapters
-    }
+    index = ModelIndex(model)
+    index.require_adapters("save", name, merged=True, nested=True, part=True)
+    on = {at: host for at, host in index.sites.items() if name in host.adapters}
     if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
-    modules = list(walk(model))
+    modules = index.walked
     training = [f"{at}.{n}" for at, m in modules for n, p in m._parameters.items() if p is not None and p.requires_grad]
     if training:
         warnings.warn(
@@ -70,12 +69,10 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], ReplacementTensor)}
     by_place: dict[tuple[int, str], list[AdaptedSite]] = {}
     for host in on.values():
-        by_place.setdefault(host.place, []).append(host)
+        by_place.setdefault(host.key, []).append(host)
     # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
     stored = [
-        (w, _stored(w, host, name))
-        for w in weights(model, modules)
-        for host in sorted(by_place.get(w.key, ()), key=_first_row)
+        (w, _stored(w, host, name)) for w in weights(index) for host in sorted(by_place.get(w.key, ()), key=_first_row)
     ]
     sites = tuple(s for _, s in stored)
     if format == "peft":
@@ -109,25 +106,27 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     shape or not finite, what a file holds beside A and B and load can't put on (whole tensors, rows of tokens), and every weight that differs from
     the base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
     """
-    ready(model, "load an adapter")
-    file = read(path, allow_pickle=allow_pickle, hints=replace(hints or Hints(), model=model))
+    index = ModelIndex(model)
+    index.require_ready("load an adapter")
+    source = open_source(path, allow_pickle)
+    file = understood(source, hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
         warnings.warn(f"{file.path}: {note}", stacklevel=2)
     name = file.name if name is None else name
-    if clashes := name_problems(model, name) + wrapper_problems(model):
+    if clashes := name_problems(index, name) + wrapper_problems(index):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
-    by_name = {n: w for w in weights(model) for n in w.names}
+    by_name = {n: w for w in weights(index) for n in w.names}
     wrong = [
         f"{s.name}: {reason}"
         for s in file.sites
         if (reason := extras.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))
     ]
-    replaced = extras.replacements(model, file, by_name, wrong)
-    sites = fitted(model, file, by_name, dtype, wrong)
+    replaced = extras.replacements(index, file, by_name, wrong)
+    sites = fitted(index, file, by_name, dtype, wrong)
     if check_base:
         require_base(file, by_name, sites)
     factors = {s.name: extras.given(s, dtype) for s in file.sites}
-    return attach(model, Plan(sites=tuple(sites), total=count_parameters(model)), name, factors, replaced)
+    return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replaced)
 
 
 def require_base(file: AdapterFile, by_name: Mapping[str, Weight], sites: Sequence[Site]) -> None:
@@ -205,7 +204,7 @@ def _print(module: nn.Module, parameter: str) -> Tensor | None:
 
 
 def _unwritable(host: AdaptedSite, a: LoraAdapter) -> str | None:
-    if shape_mismatch(host, a):
+    if not host.fits(a):
         return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
     for p in a._parameters.values():
         if p is None:
@@ -220,11 +219,11 @@ def _unwritable(host: AdaptedSite, a: LoraAdapter) -> str | None:
 
 
 def fitted(
-    model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
+    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
 ) -> list[Site]:
     """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and `problems`."""
     wrong: list[str] = []
-    sites = _fit(model, file, by_name, dtype, wrong)
+    sites = _fit(index, file, by_name, dtype, wrong)
     if file.format == "peft":
         expected, layers = (
             {stored.path for stored in file.sites},
@@ -243,12 +242,12 @@ def fitted(
 
 
 def _fit(
-    model: nn.Module, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
+    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
 ) -> list[Site]:
     """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
     sites: list[Site] = []
-    there = dict(walk(model))
-    paths = {id(m): path for path, m in reversed(there.items())}
+    there = index.modules
+    paths = index.first_paths
     taken: dict[tuple[int, str, str], str] = {}
     for stored in file.sites:
         w = by_name.get(site_name(stored.path, stored.parameter))

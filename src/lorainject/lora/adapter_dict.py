@@ -10,25 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import StateError
 from ..numerics.delta import Factors
 from ..numerics.journal import Journal
-from ..plan import site_name
-from .active import ROOTS, AdapterState, StateDictLoad
+from .active import AdapterState, StateDictLoad
 from .adapter import LoraAdapter
 from .hooks import HookAware
 from .kernels.shared_input import SharedInput
 from .kernels.terms import TERMS
-from .replacement import ReplacementTensor
-from .weight_kinds import Kind, weight_shape
-
-FROZEN = "_lora_frozen"  # on each module of the base: the names of its parameters that inject froze, for eject to thaw
-
+from .weight_kinds import Kind
 
 Terms = dict[str, tuple[Factors, ...]]
 """One weight's deltas by adapter: one for the whole, or one a slice."""
@@ -118,8 +112,8 @@ class AdapterDict(HookAware):
         return iter(self._modules)
 
     @property
-    def on(self) -> list[LoraAdapter]:
-        """Those of the active adapters that this weight has."""
+    def active(self) -> list[LoraAdapter]:
+        """The active adapters that this weight has."""
         return [self[name] for name in self.state.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
@@ -160,7 +154,7 @@ class AdapterDict(HookAware):
     ) -> None:
         """The base's own checkpoint has no A and B, and nothing is missing then; one that has some must have all."""
         if self.state.merged:
-            errors.append(f"{prefix}: can't load while merged; unmerge(model) first")
+            errors.append(f"{prefix}: cannot load while merged; call unmerge(model) first")
         if self.state.loading is None or self.state.loading.missing is not missing:
             self.state.loading = StateDictLoad(missing)
         loading = self.state.loading
@@ -180,42 +174,6 @@ class AdapterDict(HookAware):
         return super().state_dict(*args, **kwargs)
 
 
-class AdaptedSite(NamedTuple):
-    """A weight of the base, or a slice of one, that carries adapters."""
-
-    module: nn.Module
-    adapters: AdapterDict
-
-    @property
-    def weight(self) -> Tensor:
-        """The whole weight as stored."""
-        weight = self.module._parameters[self.adapters.parameter]
-        assert weight is not None
-        return weight
-
-    @property
-    def place(self) -> tuple[int, str]:
-        """Which weight: the module's id and the parameter's name. Slices of one weight share it."""
-        return id(self.module), self.adapters.parameter
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole weight as stored, or as it was before it was quantised."""
-        return weight_shape(self.module, self.adapters.parameter)
-
-
-def shape_mismatch(host: AdaptedSite, adapter: LoraAdapter) -> bool:
-    """Whether A and B were made for another shape than the weight has now (resize_token_embeddings)."""
-    if isinstance(adapter, ReplacementTensor):
-        return adapter.shape != host.shape
-    stack, out, in_ = host.adapters.kind.sizes(host.shape)
-    rows = out if adapter.slices is None else sum(map(len, adapter.slices))
-    A, B = adapter._parameters["A"], adapter._parameters["B"]
-    assert A is not None
-    assert B is not None
-    return adapter.out != out or (A.shape, B.shape) != ((*stack, adapter.r, in_), (*stack, rows, adapter.r))
-
-
 def child_name(parameter: str, label: str) -> str:
     """What the Adapters of a weight is called among its module's children."""
     return "lora" + (f"_{parameter}" if parameter != "weight" else "") + (f"[{label}]" if label else "")
@@ -225,109 +183,3 @@ def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -
     """The adapters on this weight of the module; None if there are none."""
     child = module._modules.get(child_name(parameter, label))
     return child if isinstance(child, AdapterDict) else None
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every path of every module of the base, a shared module under each of its paths; the parts that torch.compile and, on top,
-    DDP add to the paths are left out."""
-    hidden = (
-        ("module", "_orig_mod")
-        if type(model).__name__ in ("DistributedDataParallel", "DataParallel")
-        else ("_orig_mod",)
-    )
-    found = [("", model)]
-    while found:
-        path, module = found.pop()
-        yield path, module
-        for name, child in reversed(module._modules.items()):
-            if child is not None and not isinstance(child, AdapterDict):
-                found.append((path if name in hidden else f"{path}.{name}" if path else name, child))
-        hidden = ("_orig_mod",)
-
-
-def hosts(model: nn.Module) -> dict[str, AdaptedSite]:
-    """The weights that carry adapters, each once, by the first of its names; none, if there are none."""
-    found: dict[int, tuple[str, AdaptedSite]] = {}
-    for path, module in walk(model):
-        for child in module._modules.values():
-            if isinstance(child, AdapterDict):
-                found.setdefault(id(child), (site_name(path, child.parameter, child.label), AdaptedSite(module, child)))
-    return dict(found.values())
-
-
-def adapter_states(model: nn.Module, on: Mapping[str, AdaptedSite] | None = None) -> list[AdapterState]:
-    """The routings of a model (with these hosts): one, unless its parts were injected one by one."""
-    return list(
-        {id(h.adapters.state): h.adapters.state for h in (hosts(model) if on is None else on).values()}.values()
-    )
-
-
-def names_of(model: nn.Module, on: Mapping[str, AdaptedSite] | None = None) -> tuple[str, ...]:
-    """The adapters on the model (with these hosts), in the order they came."""
-    return tuple(
-        dict.fromkeys(name for host in (hosts(model) if on is None else on).values() for name in host.adapters)
-    )
-
-
-def merged_names(model: nn.Module) -> list[str]:
-    """The adapters that are folded into the weights."""
-    return sorted({name for state in adapter_states(model) for name in state.merged})
-
-
-def ready(
-    model: nn.Module, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False
-) -> dict[str, AdaptedSite]:
-    """The modules that carry adapters, if `verb` may act on the model now; raises StateError if not.
-
-    It may not while adapters are folded into the weights, when it would act on W0 + s B A instead of W0; nor inside `disabled`
-    or `rows`; nor on a part of what was injected as a whole. Each of the three can be allowed.
-    """
-    on = hosts(model)
-    found = adapter_states(model, on)
-    for state in found:
-        root = state.root and state.root()
-        if root is not None and not part and root is not model and root not in set(model.modules()):
-            raise StateError(
-                f"can't {verb}: this is a part of a model that was injected as a whole",
-                way_out=f"call it on the whole {type(root).__name__}",
-            )
-        if state.context and not nested:
-            raise StateError(f"can't {verb} inside {state.context}(...)", way_out="leave the context first")
-    if not merged and (folded := sorted({name for state in found for name in state.merged})):
-        raise StateError(f"can't {verb} while {', '.join(map(repr, folded))} is merged", way_out="unmerge(model) first")
-    return on
-
-
-def mounted(model: nn.Module, verb: str, *names: str, **allowed: bool) -> dict[str, AdaptedSite]:
-    """The same, for a verb that needs adapters, and these `names` among them."""
-    found = ready(model, verb, **allowed)
-    if not found:
-        raise StateError("this model carries no adapter", way_out="inject(model, targets) or load(model, path) first")
-    known = names_of(model, found)
-    if unknown := [name for name in names if name not in known]:
-        raise StateError(
-            f"no adapter named {', '.join(map(repr, unknown))}", way_out=f"this model has {', '.join(map(repr, known))}"
-        )
-    return found
-
-
-def switches(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[AdapterState]:
-    """The routings by which these adapters are switched: at once for a model that was injected as a whole, however many layers it has."""
-    state = ROOTS.get(model)
-    if (
-        state is not None
-        and state.before
-        and not state.merged
-        and (nested or not state.context)
-        and state.before.keys() >= set(names)
-    ):
-        return [state]
-    return adapter_states(model, mounted(model, verb, *names, nested=nested))
-
-
-def execution_device(module: nn.Module, parameter: str) -> torch.device:
-    """The device on which the weight is used: its own, or the one that accelerate brings an offloaded weight to."""
-    weight = module._parameters[parameter]
-    assert weight is not None
-    execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
-    return torch.device(execution) if weight.is_meta and execution is not None else weight.device

@@ -23,12 +23,13 @@ from ..errors import StateError
 from ..numerics.delta import Factors, total_gain
 from .active import AdapterState
 from .adapter import LoraAdapter, delta_factors
-from .adapter_dict import AdaptedSite, AdapterDict, child_name, hosts, walk
+from .adapter_dict import AdapterDict, child_name
 from .dora import DoraAdapter
 from .forward_graft import LoraForward
 from .graft import Graft, base_class, change_class, graft_obstacle, grafted_class
 from .lazy_weight import LazyWeight
 from .lazy_weight_ops import teach_dynamo
+from .model_index import ModelIndex
 from .replacement import ReplacementTensor
 
 READS = "_lora_reads"  # on a reader: [(path of the owner from the reader, as parts, the parameter's name)]
@@ -157,7 +158,7 @@ class ShadowedWeight(LazyWeight):
                     way_out="inject the adapters without it: exclude=[...]",
                 )
             return []
-        return [low for a in self.adapters for low in a.on]
+        return [low for a in self.adapters for low in a.active]
 
     @property
     def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
@@ -200,55 +201,54 @@ def mount(
         _regraft(module, True)
 
 
-def unmount(model: nn.Module, gone: Sequence[AdaptedSite]) -> None:
-    """Take these children away again, and the grafts of modules that have nothing left to do.
+def unmount(index: ModelIndex, names: Sequence[str]) -> None:
+    """Take the AdapterDicts of these sites off the model, and the grafts of modules that have nothing left to do.
 
-    The children go last: where an interrupt leaves one, the next eject finds it and finishes.
+    The AdapterDicts go last: where an interrupt leaves one, the next eject finds it and finishes.
     """
-    going = {id(host.adapters) for host in gone}
+    leaving = {id(index.sites[name].adapters) for name in names}
 
-    def stay(adapters: Iterable[Any]) -> bool:
-        return any(id(a) not in going for a in adapters)
+    def stay(adapters: Iterable[AdapterDict]) -> bool:
+        return any(id(a) not in leaving for a in adapters)
 
-    for module in grafts(model).values():
+    for module in grafted_modules(index).values():
         if READS in module.__dict__:
-            kept = [
-                (path, name) for path, name in module.__dict__[READS] if stay(_siblings(_owner(module, path), name))
-            ]
-            if not kept:
+            reads = module.__dict__[READS]
+            reads_left = [(path, name) for path, name in reads if stay(_siblings(_owner(module, path), name))]
+            if not reads_left:
                 change_class(module, base_class(type(module)))
                 del module.__dict__[READS]
             else:
-                module.__dict__[READS] = kept
+                module.__dict__[READS] = reads_left
         elif not stay(child for child in module._modules.values() if isinstance(child, AdapterDict)):
             change_class(module, base_class(type(module)))
-    for host in gone:
-        _forget(host.module)
-        del host.module._modules[child_name(host.adapters.parameter, host.adapters.label)]
+    for name in names:
+        site = index.sites.pop(name)
+        _forget(site.module)
+        del site.module._modules[child_name(site.adapters.parameter, site.adapters.label)]
 
 
-def grafts(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that is grafted, or was before a merge, by its first path."""
-    called = {id(h.module) for h in hosts(model).values() if not h.adapters.read}
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in walk(model):
+def grafted_modules(index: ModelIndex) -> dict[str, nn.Module]:
+    """Return every module that is grafted, or was before a merge, by its first path."""
+    called = {id(site.module) for site in index.sites.values() if not site.adapters.read}
+    grafted: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in index.walked:
         if READS in module.__dict__ or id(module) in called:
-            found.setdefault(id(module), (path, module))
-    return dict(found.values())
+            grafted.setdefault(id(module), (path, module))
+    return dict(grafted.values())
 
 
-def graft_obstacles(model: nn.Module) -> list[str]:
-    """Every grafted module whose class can't be changed, and why."""
-    return [
-        f"{path}: {reason}" for path, module in grafts(model).items() if (reason := graft_obstacle(module)) is not None
-    ]
+def graft_obstacles(index: ModelIndex) -> list[str]:
+    """Return one line for every grafted module whose class cannot be changed, with the reason."""
+    reasons = {path: graft_obstacle(module) for path, module in grafted_modules(index).items()}
+    return [f"{path}: {reason}" for path, reason in reasons.items() if reason is not None]
 
 
-def set_grafted(model: nn.Module, on: bool) -> None:
-    """Give all of them the grafted class, or their own."""
-    for host in hosts(model).values():
-        _forget(host.module)
-    for module in grafts(model).values():
+def set_grafted(index: ModelIndex, on: bool) -> None:
+    """Give every grafted module the grafted class, or, if not `on`, the class that it had before."""
+    for site in index.sites.values():
+        _forget(site.module)
+    for module in grafted_modules(index).values():
         _regraft(module, on)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..lora.adapter_dict import shape_mismatch, walk
 from ..lora.dora import DoraAdapter
 from ..lora.graft import base_class
+from ..lora.model_index import ModelIndex
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, is_sharded
 from ..numerics.delta import is_finite
@@ -34,12 +33,12 @@ def why_not_mergeable(
         return "its weight is sharded"
     if weight.is_inference():
         return "its weight was made under torch.inference_mode and can't be changed"
-    if any(shape_mismatch(h, a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
+    if any(not h.fits(a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
         return f"its weight is {tuple(weight.shape)} now, for which A and B were not made (resized since inject?)"
     if weight.is_meta or any(p.is_meta for a in w.adapters(names) for p in a.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
-    if host.place in ties:
-        return f"its weight is tied to {', '.join(ties[host.place])}, which the fold would change as well (untie=True gives it memory of its own)"
+    if host.key in ties:
+        return f"its weight is tied to {', '.join(ties[host.key])}, which the fold would change as well (untie=True gives it memory of its own)"
     if not all(is_finite(p) for a in w.adapters(names) for p in a.parameters()):
         return "its A or B holds NaN or infinity"
     if is_quantized(host.module) and any(isinstance(a, DoraAdapter | ReplacementTensor) for a in w.adapters(names)):
@@ -69,10 +68,10 @@ def why_not_reversible(w: AdaptedWeight) -> str | None:
     return None
 
 
-def tied_weights(model: nn.Module) -> dict[tuple[int, str], list[str]]:
+def tied_weights(index: ModelIndex) -> dict[tuple[int, str], list[str]]:
     """For each weight (module's id, parameter) that other tensors of the model share memory with, in whole or in part: their paths."""
     spans: dict[int, list[tuple[int, int, tuple[int, str], str]]] = {}
-    for path, module in walk(model):
+    for path, module in index.walked:
         for name, t in (module._parameters | module._buffers).items():
             if (
                 t is not None

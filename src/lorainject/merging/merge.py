@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import MergeError, StateError, SurvivalWarning
-from ..lora.adapter_dict import AdaptedSite, Terms, adapter_states, merged_names, mounted, names_of
+from ..lora.adapter_dict import Terms
+from ..lora.model_index import ModelIndex
 from ..lora.weight_graft import graft_obstacles, set_grafted
 from ..lora.weight_kinds import is_quantized
 from ..numerics.threads import ForEach, defer_interrupt, thread_pool
@@ -96,23 +97,24 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     Raises StateError if already merged, if nothing is on, or if an adapter that is on would be left out; MergeError with
     every weight that can't be folded: tied to another module's, on the meta device, or with a result that is not finite.
     """
-    merged = merged_names(model)
+    index = ModelIndex(model)
+    merged = index.merged
     asked = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
     if again := [n for n in merged if names is None or n in asked]:
         raise StateError(f"{', '.join(map(repr, again))} is already merged", way_out="unmerge(model) first")
-    on = mounted(model, "merge", *asked, merged=True)
-    active = tuple(dict.fromkeys(n for r in adapter_states(model) for n in r.active))
+    index.require_adapters("merge", *asked, merged=True)
+    active = index.active
     chosen = active if names is None else asked
     if not chosen:
-        raise StateError("no adapter is on" if names is None else "no adapter was named",
+        raise StateError("no adapter is active" if names is None else "no adapter was named",
                          way_out="activate(model, name) first, or say which: merge(model, name)")  # fmt: skip
     if not merged and (dropped := [n for n in active if n not in chosen]):
-        raise StateError(f"{', '.join(map(repr, dropped))} is on but would not be merged, which would change the output",
+        raise StateError(f"{', '.join(map(repr, dropped))} is active but would not be merged, which would change the output",
                          way_out=f"activate(model, {', '.join(map(repr, chosen))}) first, or merge all")  # fmt: skip
-    weights = adapted_weights(on)
-    ties = tied_weights(model)
+    weights = adapted_weights(index.sites)
+    ties = tied_weights(index)
     asked_of = [w for w in weights if w.adapters(chosen)]
-    problems = graft_obstacles(model) + [
+    problems = graft_obstacles(index) + [
         f"{w.name}: {reason}"
         for w in asked_of
         if (reason := why_not_mergeable(w, chosen, {} if untie else ties, dequantise))
@@ -123,18 +125,18 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     if problems:
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
     before = _unfold(weights) if merged else {}
-    with _else_again(model, weights, before, merged):
-        jobs, order = [], names_of(model, on)
+    with _else_again(index, weights, before, merged):
+        jobs, order = [], index.adapter_names
         for w in weights:
             was = before[w.name].folded if w.name in before else None
             found = (was.terms if was else {}) | w.terms(chosen, copy=reversible)
             if terms := {n: found[n] for n in order if n in found}:  # whatever came first
                 jobs.append(
-                    WAYS[
-                        was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].place in ties, dequantise)
-                    ](w, terms)
+                    WAYS[was.how if was and not _beside(terms) else _way(w, terms, w.hosts[0].key in ties, dequantise)](
+                        w, terms
+                    )
                 )
-        return _merge(model, on, jobs, (*merged, *chosen), reversible, strict)
+        return _merge(index, jobs, (*merged, *chosen), reversible, strict)
 
 
 @torch.no_grad()
@@ -146,17 +148,26 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     Raises StateError if nothing is merged, MergeError (and changes nothing) where W0 can't be given back: after
     merge(reversible=False), or if a weight's dtype or values were changed in between.
     """
-    on = {path: host for path, host in mounted(model, "unmerge", merged=True).items() if host.adapters.state.merged}
-    if not on:
+    index = ModelIndex(model)
+    index.require_adapters("unmerge", merged=True)
+    if not index.merged:
         raise StateError("nothing is merged", way_out="merge(model) comes first")
-    merged = merged_names(model)
+    unmerge_index(index, names)
+    return model
+
+
+@torch.no_grad()
+def unmerge_index(index: ModelIndex, names: str | Sequence[str] | None = None) -> None:
+    """Unmerge these adapters, or all, from a model that has merged ones (see `unmerge`)."""
+    on = {name: site for name, site in index.sites.items() if site.adapters.state.merged}
+    merged = index.merged
     gone = merged if names is None else [names] if isinstance(names, str) else list(names)
     if unknown := [n for n in gone if n not in merged]:
         raise StateError(
             f"{', '.join(map(repr, unknown))} is not merged", way_out=f"merged are {', '.join(map(repr, merged))}"
         )
     weights = adapted_weights(on)
-    if problems := graft_obstacles(model) + [
+    if problems := graft_obstacles(index) + [
         f"{w.name}: {reason}" for w in weights if (reason := why_not_reversible(w))
     ]:
         raise MergeError(
@@ -164,26 +175,25 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
         )
     before = _unfold(weights)
     if left := tuple(n for n in merged if n not in gone):
-        with _else_again(model, weights, before, merged):
+        with _else_again(index, weights, before, merged):
             kept = {name: {n: t for n, t in was.folded.terms.items() if n in left} for name, was in before.items()}
             jobs = [WAYS[before[w.name].folded.how](w, kept[w.name]) for w in weights if kept.get(w.name)]
             for w in weights:
                 w.folded = None
-            _merge(model, on, jobs, left, reversible=True, strict=False)
-        for state in adapter_states(model):
+            _merge(index, jobs, left, reversible=True, strict=False)
+        for state in index.states:
             state.active = tuple(n for n in state.active if n not in gone)
-        return model
+        return
     # Each step can be done again, so that an unmerge that is interrupted here is finished by the next.
-    set_grafted(model, True)
+    set_grafted(index, True)
     for w in weights:
         w.folded = None
-    _set_merged(on, ())
-    return model
+    _set_merged(index, ())
 
 
-def _set_merged(on: Mapping[str, AdaptedSite], names: tuple[str, ...]) -> None:
-    for host in on.values():
-        host.adapters.state.merged = names
+def _set_merged(index: ModelIndex, names: tuple[str, ...]) -> None:
+    for state in index.states:
+        state.merged = names
 
 
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -193,8 +203,9 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
     if that is not `weight`. The weight is W0, or while merged W0 + s B A.
     The delta is formed in float32 (float64 for float64 weights), one weight at a time.
     """
-    on = mounted(model, "form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
-    for w in adapted_weights(on):
+    index = ModelIndex(model)
+    index.require_adapters("form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
+    for w in adapted_weights(index.sites):
         asked = w.hosts[0].adapters.state.active if name is None else (name,)
         terms = (
             w.terms(asked)
@@ -210,15 +221,15 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
             yield w.name, w.weight.detach(), d.to(sum_dtype(w.weight.dtype))
 
 
-def _merge(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
+def _merge(index: ModelIndex, jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool,
            strict: bool | None) -> MergeReport:  # fmt: skip
     """Fold into weights that are all W0; all or nothing."""
     if strict or reversible or not all(job.fits() for job in jobs):
-        return _carry_out(model, on, jobs, names, reversible, strict)
+        return _carry_out(index, jobs, names, reversible, strict)
     # None of these sums can fail, so no way back is kept meanwhile: that would take half of the time.
     try:
         with defer_interrupt():
-            report = _carry_out(model, on, jobs, names, reversible, strict, keep=False)
+            report = _carry_out(index, jobs, names, reversible, strict, keep=False)
     except Exception as e:  # the system's (out of memory)
         raise MergeError("the merge broke off with some weights written; reversible=False keeps nothing to go back by",
                          way_out="load the base anew") from e  # fmt: skip
@@ -226,7 +237,7 @@ def _merge(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[InPla
     return report
 
 
-def _carry_out(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool, strict: bool | None,
+def _carry_out(index: ModelIndex, jobs: Sequence[InPlace], names: tuple[str, ...], reversible: bool, strict: bool | None,
                keep: bool = True) -> MergeReport:  # fmt: skip
     desk = TileWorkspace()
     try:
@@ -244,10 +255,10 @@ def _carry_out(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[I
                 check_survival(sites, strict, stacklevel=6)
         for job in jobs:
             job.w.folded = job.folded(reversible)
-        set_grafted(model, False)
+        set_grafted(index, False)
         for job in jobs:
             job.finish()
-        _set_merged(on, names)
+        _set_merged(index, names)
         kept = [job.w.folded.nbytes if job.w.folded else 0 for job in jobs]
         return MergeReport(
             names=names, sites=tuple(replace(site, journal_bytes=n) for site, n in zip(sites, kept, strict=True))
@@ -256,8 +267,8 @@ def _carry_out(model: nn.Module, on: Mapping[str, AdaptedSite], jobs: Sequence[I
         for job in jobs:
             job.undo()
             job.w.folded = None
-        set_grafted(model, True)
-        _set_merged(on, ())
+        set_grafted(index, True)
+        _set_merged(index, ())
         raise
 
 
@@ -313,16 +324,16 @@ def _beside(terms: Terms) -> bool:
 
 @contextmanager
 def _else_again(
-    model: nn.Module, weights: Sequence[AdaptedWeight], before: Mapping[str, Before], merged: Sequence[str]
+    index: ModelIndex, weights: Sequence[AdaptedWeight], before: Mapping[str, Before], merged: Sequence[str]
 ) -> Iterator[None]:
     """If this fails, what was unfolded for it is folded once more."""
     try:
         yield
     except BaseException:
         if before:
-            set_grafted(model, False)
+            set_grafted(index, False)
             fold_again(weights, before)
-            _set_merged({w.name: host for w in weights for host in w.hosts}, tuple(merged))
+            _set_merged(index, tuple(merged))
         raise
 
 
@@ -335,7 +346,8 @@ def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: obj
         if hasattr(p, "_lora_routing")
     ):
         raise StateError(
-            "can't train while merged: A and B are in the weights, and out of the graph", way_out="unmerge(model) first"
+            "cannot train while merged: A and B are in the weights, and out of the graph",
+            way_out="call unmerge(model) first",
         )
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..lora.adapter import LoraAdapter, delta_factors
-from ..lora.adapter_dict import AdaptedSite, MergeRecord, Terms
+from ..lora.adapter_dict import MergeRecord, Terms
 from ..lora.graft import base_class, change_class
+from ..lora.model_index import AdaptedSite
 from ..lora.weight_kinds import is_quantized
 from ..numerics.checksum import checksum, same_bits
 from ..numerics.delta import clone_factors, flatten_factors
@@ -105,7 +106,7 @@ def adapted_weights(on: Mapping[str, AdaptedSite]) -> list[AdaptedWeight]:
     """The adapted weights, each once."""
     places: dict[tuple[int, str], list[tuple[str, AdaptedSite]]] = {}
     for name, host in on.items():
-        places.setdefault(host.place, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
+        places.setdefault(host.key, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
     return [AdaptedWeight(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
 
 

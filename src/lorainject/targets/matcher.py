@@ -13,7 +13,7 @@ import regex
 from torch import nn
 
 from ..errors import SpecError
-from ..lora.adapter_dict import walk
+from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import kind_of, weight_shape
 from ..spec import KEYWORDS, Target
 from .fused_layouts import fused_parts
@@ -38,17 +38,17 @@ class Pick(NamedTuple):
 class Matcher:
     """Which weights of one model an entry names; one clock for all regular expressions."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.weights = weights(model)
-        self.named = list(walk(model))
-        self.paths = {id(module): path for path, module in reversed(self.named)}
+    def __init__(self, index: ModelIndex) -> None:
+        self.weights = weights(index)
+        self.named = index.walked
+        self.paths = index.first_paths
         self.deadline = time.monotonic() + REGEX_SECONDS
-        self.model = model
+        self.index = index
 
     @cached_property
     def roles(self) -> dict[tuple[int, str], frozenset[str]]:
         """Of the weights that multiply, by key. Names do without."""
-        head = heads(self.model)
+        head = heads(self.index)
         return {w.key: _roles(w) | ({"head"} if id(w.module) in head else set()) for w in self.weights if w.multiplies}
 
     @property

@@ -7,15 +7,15 @@ that reaches a weight in a way not seen there, is found by `probe`, when the mod
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from ..lora.adapter_dict import walk
 from ..lora.graft import base_class
+from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of
 from ..plan import site_name
 from .source_analysis import weight_use
@@ -52,13 +52,12 @@ class Weight:
         return id(self.module), self.parameter
 
 
-def weights(model: nn.Module, walked: Iterable[tuple[str, nn.Module]] | None = None) -> list[Weight]:
-    """Every weight that could carry an adapter, each once, in the model's order: of layers, and bare parameters with two axes or more.
-    `walked` is what walk(model) gives, where somebody has it already."""
+def weights(index: ModelIndex) -> list[Weight]:
+    """Every weight that could carry an adapter, each once, in the model's order: of layers, and bare parameters with two axes or more."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     way: dict[str, tuple[nn.Module, ...]] = {}  # by path: the modules down to it
-    for path, module in walk(model) if walked is None else walked:
+    for path, module in index.walked:
         above = way.get(path.rpartition(".")[0], ()) if path else ()
         way[path] = above
         if not isinstance(module, torch.jit.ScriptModule):  # its code is not Python's
@@ -87,11 +86,11 @@ def weights(model: nn.Module, walked: Iterable[tuple[str, nn.Module]] | None = N
     return found
 
 
-def heads(model: nn.Module) -> set[int]:
+def heads(index: ModelIndex) -> set[int]:
     """The layers of the output head, by id: what transformers calls output embeddings, and every layer or ...Head that stands
     beside a base model (classifier, score, qa_outputs), wherever in the tree that is."""
     found: list[nn.Module | None] = []
-    for _, part in walk(model):
+    for _, part in index.walked:
         if isinstance(part, torch.jit.ScriptModule):
             continue
         get = getattr(part, "get_output_embeddings", None)
@@ -114,10 +113,10 @@ def _is_decoder(head: nn.Module) -> bool:
     return any(isinstance(m, nn.RNNBase | nn.RNNCellBase) or "Attention" in type(m).__name__ for m in head.modules())
 
 
-def towers(model: nn.Module) -> tuple[str, ...]:
+def towers(index: ModelIndex) -> tuple[str, ...]:
     """The paths of the models that a model is made of (vision_tower, language_model; encoder, decoder); none if it is made of one."""
     parts = [
-        (path, m) for path, m in walk(model) if path and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")
+        (path, m) for path, m in index.walked if path and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")
     ]
     inner = [path for path, _ in parts if not any(other.startswith(f"{path}.") for other, _ in parts)]
     return tuple(dict.fromkeys(inner)) if len(inner) > 1 else ()

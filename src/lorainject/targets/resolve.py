@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..errors import TargetError
-from ..lora.adapter_dict import adapters_of, child_name, names_of, walk
+from ..lora.adapter_dict import adapters_of, child_name
 from ..lora.graft import base_class, graft_obstacle
+from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
 from ..plan import Plan, Site
 from ..spec import LoraSpec, Override, Target, spec_from_arguments
@@ -35,14 +36,15 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     Raises TargetError with every entry that matches nothing (and the nearest names) and every weight that can't carry an
     adapter; SpecError for settings that can't be meant.
     """
-    if not isinstance(model, nn.Module):
-        raise TargetError(
-            f"the model must be an nn.Module, not {model!r}", way_out="load it first, as with AutoModel.from_pretrained"
-        )
     spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
                        init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
-    matcher = Matcher(model)
-    problems = name_problems(model, name) + wrapper_problems(model)
+    return resolve(ModelIndex(model), spec, name)
+
+
+def resolve(index: ModelIndex, spec: LoraSpec, name: str) -> Plan:
+    """Return the plan of a spec for an indexed model; raise TargetError with everything that is wrong (see `find`)."""
+    matcher = Matcher(index)
+    problems = name_problems(index, name) + wrapper_problems(index)
     excluded = _excluded(spec, matcher, problems)
     chosen = _in_layers(spec, _targeted(spec, matcher, excluded, problems), problems)
     settings = _settings(spec, matcher, chosen, problems)
@@ -61,7 +63,7 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     taken = {p.weight.key for p in chosen}
     all_linear = any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets)
     left_out = tuple(w.names[0] for w in matcher.aside if w.key not in taken) if all_linear else ()
-    return Plan(sites=sites, total=count_parameters(model), left_out=left_out, towers=towers(model))
+    return Plan(sites=sites, total=count_parameters(index), left_out=left_out, towers=towers(index))
 
 
 def _excluded(spec: LoraSpec, matcher: Matcher, problems: list[str]) -> set[tuple[int, str]]:
@@ -175,24 +177,23 @@ def why_unsuitable(weight: Weight, label: str = "") -> str | None:
     )
 
 
-def wrapper_problems(model: nn.Module) -> list[str]:
+def wrapper_problems(index: ModelIndex) -> list[str]:
     """Whose model this is already: data-parallel wrappers, under which the ranks' new parameters would silently differ, and PEFT."""
-    found = list(walk(model))
-    classes = {type(module) for _, module in found}
+    classes = {type(module) for _, module in index.walked}
     peft = any(cls.__module__.startswith("peft.") for cls in classes)
     by = {cls: WRAPPERS[c.__name__] for cls in classes for c in cls.__mro__ if c.__name__ in WRAPPERS}
     return ["the model carries PEFT's adapters, on which ours would be stacked: unload() them first"] * peft + [
         f"{path or 'the model'} is already wrapped by {by[type(module)]}, under which the ranks' adapters would diverge: inject first, wrap after"
-        for path, module in found
+        for path, module in index.walked
         if type(module) in by
     ]
 
 
-def name_problems(model: nn.Module, name: str) -> list[str]:
+def name_problems(index: ModelIndex, name: str) -> list[str]:
     """An adapter's name is new to the model, and fit to be part of state-dict keys and of folder names."""
     if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         return [f"the adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'"]
-    if name in names_of(model):
+    if name in index.adapter_names:
         return [f"the model already carries an adapter named {name!r}: eject it, or pass another name="]
     return []
 
@@ -214,9 +215,9 @@ def make_site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | No
     )  # fmt: skip
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_parameters(index: ModelIndex) -> int:
     """Parameters of the base: each once, the adapters' not counted."""
-    own = {id(p): p for _, module in walk(model) for p in module._parameters.values() if p is not None}
+    own = {id(p): p for _, module in index.walked for p in module._parameters.values() if p is not None}
     return sum(p.numel() for p in own.values())
 
 

@@ -1,0 +1,225 @@
+"""One walk over a model, and everything a verb asks about it: the modules by path, and the sites that carry adapters.
+
+A walk over a large model takes longer than most verbs, so each verb builds one `ModelIndex` and hands it down:
+
+    index = ModelIndex(model)
+    index.require_adapters("save", "default")     # raises StateError if the verb is not possible now
+    for name, site in index.sites.items(): ...
+
+The index is a snapshot. Changing a module's class or its parameters does not invalidate it; a verb that removes
+adapters keeps `sites` up to date (weight_graft.unmount). Adapters that a verb adds are not in its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateError, TargetError
+from ..plan import site_name
+from .active import ROOTS, AdapterState
+from .adapter import LoraAdapter
+from .adapter_dict import AdapterDict
+from .replacement import ReplacementTensor
+from .weight_kinds import weight_shape
+
+WeightKey = tuple[int, str]
+"""The id of a module and the name of a parameter in it."""
+
+
+class AdaptedSite(NamedTuple):
+    """A weight of the base model, or a slice of one, that carries adapters."""
+
+    module: nn.Module
+    """The module that owns the weight."""
+    adapters: AdapterDict
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight as stored."""
+        weight = self.module._parameters[self.adapters.parameter]
+        assert weight is not None
+        return weight
+
+    @property
+    def key(self) -> WeightKey:
+        """The weight's identity. Slices of one weight share it."""
+        return id(self.module), self.adapters.parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight as stored; of a quantized weight, the shape before it was quantized."""
+        return weight_shape(self.module, self.adapters.parameter)
+
+    def fits(self, adapter: LoraAdapter) -> bool:
+        """True if the adapter's factors have the shapes that the weight needs now (resize_token_embeddings changes
+        it)."""
+        if isinstance(adapter, ReplacementTensor):
+            return adapter.shape == self.shape
+        stack, out_features, in_features = self.adapters.kind.sizes(self.shape)
+        rows = out_features if adapter.slices is None else sum(map(len, adapter.slices))
+        A, B = adapter._parameters["A"], adapter._parameters["B"]
+        assert A is not None
+        assert B is not None
+        shapes = (*stack, adapter.r, in_features), (*stack, rows, adapter.r)
+        return adapter.out == out_features and (A.shape, B.shape) == shapes
+
+
+class ModelIndex:
+    """The modules of a model and the sites that carry adapters, found in one walk.
+
+    Args:
+        model: Any module. It may be wrapped by torch.compile or DistributedDataParallel, whose additions to paths are
+            left out.
+
+    Raises:
+        TargetError: The model is not an nn.Module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TargetError(
+                f"the model must be an nn.Module, not {model!r}",
+                way_out="load it first, as with AutoModel.from_pretrained",
+            )
+        self.model = model
+        self.walked = list(iter_modules(model))
+        sites: dict[int, tuple[str, AdaptedSite]] = {}
+        for path, module in self.walked:
+            for child in module._modules.values():
+                if isinstance(child, AdapterDict):
+                    name = site_name(path, child.parameter, child.label)
+                    sites.setdefault(id(child), (name, AdaptedSite(module, child)))
+        self.sites = dict(sites.values())
+
+    walked: list[tuple[str, nn.Module]]
+    """Every path with its module, in the model's order. A module that stands at several paths is listed under each of
+    them."""
+    sites: dict[str, AdaptedSite]
+    """Every weight or slice that carries adapters, once, by the first of its names."""
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module by path."""
+        return dict(self.walked)
+
+    @cached_property
+    def first_paths(self) -> dict[int, str]:
+        """The first path of every module, by the module's id."""
+        return {id(module): path for path, module in reversed(self.walked)}
+
+    @property
+    def states(self) -> list[AdapterState]:
+        """The adapter states of the model: one, unless its parts were injected one by one."""
+        return list({id(site.adapters.state): site.adapters.state for site in self.sites.values()}.values())
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of the adapters on the model, in the order in which they were added."""
+        return tuple(dict.fromkeys(name for site in self.sites.values() for name in site.adapters))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the active adapters."""
+        return tuple(dict.fromkeys(name for state in self.states for name in state.active))
+
+    @property
+    def merged(self) -> list[str]:
+        """The names of the adapters that are merged into the weights, sorted."""
+        return sorted({name for state in self.states for name in state.merged})
+
+    def require_ready(self, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False) -> None:
+        """Raise StateError if `verb` must not act on the model now.
+
+        Args:
+            verb: What is about to be done, as the message says it ("cannot <verb> ...").
+            merged: Allow adapters to be merged. Most verbs would otherwise act on W0 + s B A instead of W0.
+            nested: Allow a `disabled` or `rows` context to be open.
+            part: Allow the model to be a part of a larger model that was injected as a whole.
+        """
+        for state in self.states:
+            root = state.root and state.root()
+            if root is not None and not part and root is not self.model and id(root) not in self.first_paths:
+                raise StateError(
+                    f"cannot {verb}: this is a part of a model that was injected as a whole",
+                    way_out=f"call it on the whole {type(root).__name__}",
+                )
+            if state.context and not nested:
+                raise StateError(f"cannot {verb} inside {state.context}(...)", way_out="leave the context first")
+        if not merged and self.merged:
+            raise StateError(
+                f"cannot {verb} while {', '.join(map(repr, self.merged))} is merged",
+                way_out="call unmerge(model) first",
+            )
+
+    def require_adapters(self, verb: str, *names: str, **allowed: bool) -> None:
+        """Raise StateError if `verb` must not act on the model now, or if the model has no adapters, or not these
+        `names`.
+
+        Args:
+            verb: As for `require_ready`.
+            names: Adapter names that the verb needs.
+            allowed: The keyword arguments of `require_ready`.
+        """
+        self.require_ready(verb, **allowed)
+        if not self.sites:
+            raise StateError(
+                "this model carries no adapter", way_out="call inject(model, targets) or load(model, path) first"
+            )
+        known = self.adapter_names
+        if unknown := [name for name in names if name not in known]:
+            raise StateError(
+                f"no adapter named {', '.join(map(repr, unknown))}",
+                way_out=f"this model has {', '.join(map(repr, known))}",
+            )
+
+
+def iter_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every path with its module, adapters left out; a shared module is yielded under each of its paths.
+
+    The parts that torch.compile (`_orig_mod`) and, on top, DistributedDataParallel (`module`) add to the paths are left
+    out.
+    """
+    is_parallel = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+    hidden = ("module", "_orig_mod") if is_parallel else ("_orig_mod",)
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        yield path, module
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not isinstance(child, AdapterDict):
+                stack.append((path if name in hidden else f"{path}.{name}" if path else name, child))
+        hidden = ("_orig_mod",)
+
+
+def adapted_sites(model: nn.Module) -> Mapping[str, AdaptedSite]:
+    """Return the sites of a model that carry adapters, by name; empty if there are none."""
+    return ModelIndex(model).sites
+
+
+def states_to_switch(model: nn.Module, verb: str, *names: str, nested: bool = False) -> list[AdapterState]:
+    """Return the adapter states by which the adapters `names` are switched.
+
+    A model that was injected as a whole is remembered in ROOTS, so that switching takes no walk however many layers it
+    has. Otherwise the model is indexed, and StateError is raised as by `ModelIndex.require_adapters`.
+    """
+    state = ROOTS.get(model)
+    if state is not None and state.before and not state.merged and (nested or not state.context):
+        if state.before.keys() >= set(names):
+            return [state]
+    index = ModelIndex(model)
+    index.require_adapters(verb, *names, nested=nested)
+    return index.states
+
+
+def execution_device(module: nn.Module, parameter: str) -> torch.device:
+    """Return the device on which a weight is used: the device that it is on, or that accelerate brings an offloaded
+    weight to."""
+    weight = module._parameters[parameter]
+    assert weight is not None
+    execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+    return torch.device(execution) if weight.is_meta and execution is not None else weight.device
