@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
-from tests.models import llama, randomise, run, state
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lorainject as li
 from lorainject.lora.adapter import LoraAdapter
 from lorainject.lora.kernels import shared_input
+
+from models import llama, randomise, run, state
 
 X = {"input_ids": torch.arange(12).view(2, 6)}
 MOST = 8
