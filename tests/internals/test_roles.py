@@ -1,4 +1,5 @@
-"""Roles, over architectures that name the same things very differently: a dozen by hand, all others by what must hold of any."""
+"""Roles in architectures with very different names: seventeen written down by hand, the others by what holds for
+any."""
 
 from __future__ import annotations
 
@@ -16,84 +17,93 @@ from lorainject.targets.roles import PART_ROLES, ROLES, role_names
 
 transformers = pytest.importorskip("transformers")
 
-# Written down from the modeling files: the end of the path -> roles. Where a name stands in two places, the path says which.
+# From the modeling files: the end of the path -> roles. Where one name occurs in two places, the path is longer.
 A, M = "attention", "mlp"
 BY_HAND: dict[str, dict[str, set[str]]] = {
     "llama": {
-        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"}, "self_attn.o_proj": {A, "output"},
-        "mlp.gate_proj": {M}, "mlp.up_proj": {M}, "mlp.down_proj": {M},
+        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"},
+        "self_attn.o_proj": {A, "output"}, "mlp.gate_proj": {M}, "mlp.up_proj": {M}, "mlp.down_proj": {M},
     },
     "gpt2": {"attn.c_attn": {A}, "attn.c_proj": {A, "output"}, "mlp.c_fc": {M}, "mlp.c_proj": {M}},
     "bert": {
         "attention.self.query": {A, "query"}, "attention.self.key": {A, "key"}, "attention.self.value": {A, "value"},
-        "attention.output.dense": {A, "output"}, "intermediate.dense": {M}, "layer.output.dense": {M}, "pooler.dense": set(),
+        "attention.output.dense": {A, "output"}, "intermediate.dense": {M}, "layer.output.dense": {M}, "pooler.dense":
+        set(),
     },
     "albert": {
-        "attention.query": {A, "query"}, "attention.key": {A, "key"}, "attention.value": {A, "value"}, "attention.dense": {A, "output"},
-        "ffn": {M}, "ffn_output": {M}, "embedding_hidden_mapping_in": set(), "pooler": set(),
+        "attention.query": {A, "query"}, "attention.key": {A, "key"}, "attention.value": {A, "value"},
+        "attention.dense": {A, "output"}, "ffn": {M}, "ffn_output": {M}, "embedding_hidden_mapping_in": set(), "pooler":
+        set(),
     },
     "t5": {
-        "SelfAttention.q": {A, "query"}, "SelfAttention.k": {A, "key"}, "SelfAttention.v": {A, "value"}, "SelfAttention.o": {A, "output"},
-        "EncDecAttention.q": {A, "query"}, "EncDecAttention.k": {A, "key"}, "EncDecAttention.v": {A, "value"}, "EncDecAttention.o": {A, "output"},
-        "DenseReluDense.wi": {M}, "DenseReluDense.wo": {M},
+        "SelfAttention.q": {A, "query"}, "SelfAttention.k": {A, "key"}, "SelfAttention.v": {A, "value"},
+        "SelfAttention.o": {A, "output"}, "EncDecAttention.q": {A, "query"}, "EncDecAttention.k": {A, "key"},
+        "EncDecAttention.v": {A, "value"}, "EncDecAttention.o": {A, "output"}, "DenseReluDense.wi": {M},
+        "DenseReluDense.wo": {M},
     },
     "opt": {
-        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"}, "self_attn.out_proj": {A, "output"},
-        "fc1": {M}, "fc2": {M},
+        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"},
+        "self_attn.out_proj": {A, "output"}, "fc1": {M}, "fc2": {M},
     },
     "distilbert": {
-        "attention.q_lin": {A, "query"}, "attention.k_lin": {A, "key"}, "attention.v_lin": {A, "value"}, "attention.out_lin": {A, "output"},
-        "ffn.lin1": {M}, "ffn.lin2": {M},
+        "attention.q_lin": {A, "query"}, "attention.k_lin": {A, "key"}, "attention.v_lin": {A, "value"},
+        "attention.out_lin": {A, "output"}, "ffn.lin1": {M}, "ffn.lin2": {M},
     },
-    "gpt_neox": {"attention.query_key_value": {A}, "attention.dense": {A, "output"}, "dense_h_to_4h": {M}, "dense_4h_to_h": {M}},
-    "deberta": {
+    "gpt_neox": {"attention.query_key_value": {A}, "attention.dense": {A, "output"}, "dense_h_to_4h": {M},
+    "dense_4h_to_h": {M}}, "deberta": {
         "self.in_proj": {A}, "self.pos_proj": {A}, "self.pos_q_proj": {A}, "attention.output.dense": {A, "output"},
         "intermediate.dense": {M}, "layer.output.dense": {M},
     },
     "mixtral": {
-        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"}, "self_attn.o_proj": {A, "output"},
-        "gate.weight": {"router"}, "experts.gate_up_proj": {"experts"}, "experts.down_proj": {"experts"},
+        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"},
+        "self_attn.o_proj": {A, "output"}, "gate.weight": {"router"}, "experts.gate_up_proj": {"experts"},
+        "experts.down_proj": {"experts"},
     },
     "qwen2_moe": {
-        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"}, "self_attn.o_proj": {A, "output"},
-        "gate.weight": {"router"}, "experts.gate_up_proj": {"experts"}, "experts.down_proj": {"experts"}, "shared_expert_gate": {"router"},
-        "shared_expert.gate_proj": {M}, "shared_expert.up_proj": {M}, "shared_expert.down_proj": {M},
+        "self_attn.q_proj": {A, "query"}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"},
+        "self_attn.o_proj": {A, "output"}, "gate.weight": {"router"}, "experts.gate_up_proj": {"experts"},
+        "experts.down_proj": {"experts"}, "shared_expert_gate": {"router"}, "shared_expert.gate_proj": {M},
+        "shared_expert.up_proj": {M}, "shared_expert.down_proj": {M},
     },
     "deepseek_v3": {
-        "q_a_proj": {A, "query"}, "q_b_proj": {A, "query"}, "kv_a_proj_with_mqa": {A}, "kv_b_proj": {A}, "o_proj": {A, "output"},
-        "mlp.gate_proj": {M}, "mlp.up_proj": {M}, "mlp.down_proj": {M}, "gate.weight": {"router"},
-        "experts.gate_up_proj": {"experts"}, "experts.down_proj": {"experts"},
-        "shared_experts.gate_proj": {M}, "shared_experts.up_proj": {M}, "shared_experts.down_proj": {M},
+        "q_a_proj": {A, "query"}, "q_b_proj": {A, "query"}, "kv_a_proj_with_mqa": {A}, "kv_b_proj": {A}, "o_proj": {A,
+        "output"}, "mlp.gate_proj": {M}, "mlp.up_proj": {M}, "mlp.down_proj": {M}, "gate.weight": {"router"},
+        "experts.gate_up_proj": {"experts"}, "experts.down_proj": {"experts"}, "shared_experts.gate_proj": {M},
+        "shared_experts.up_proj": {M}, "shared_experts.down_proj": {M},
     },
     "switch_transformers": {
-        "SelfAttention.q": {A, "query"}, "SelfAttention.k": {A, "key"}, "SelfAttention.v": {A, "value"}, "SelfAttention.o": {A, "output"},
-        "EncDecAttention.q": {A, "query"}, "EncDecAttention.k": {A, "key"}, "EncDecAttention.v": {A, "value"}, "EncDecAttention.o": {A, "output"},
-        "router.classifier": {"router"}, "expert_0.wi": {"experts"}, "expert_1.wi": {"experts"}, "expert_0.wo": {"experts"},
-        "expert_1.wo": {"experts"}, "mlp.wi": {M}, "mlp.wo": {M},
+        "SelfAttention.q": {A, "query"}, "SelfAttention.k": {A, "key"}, "SelfAttention.v": {A, "value"},
+        "SelfAttention.o": {A, "output"}, "EncDecAttention.q": {A, "query"}, "EncDecAttention.k": {A, "key"},
+        "EncDecAttention.v": {A, "value"}, "EncDecAttention.o": {A, "output"}, "router.classifier": {"router"},
+        "expert_0.wi": {"experts"}, "expert_1.wi": {"experts"}, "expert_0.wo": {"experts"}, "expert_1.wo": {"experts"},
+        "mlp.wi": {M}, "mlp.wo": {M},
     },
     "whisper": {
-        "attn.q_proj": {A, "query"}, "attn.k_proj": {A, "key"}, "attn.v_proj": {A, "value"}, "attn.out_proj": {A, "output"}, "fc1": {M}, "fc2": {M},
+        "attn.q_proj": {A, "query"}, "attn.k_proj": {A, "key"}, "attn.v_proj": {A, "value"}, "attn.out_proj": {A,
+        "output"}, "fc1": {M}, "fc2": {M},
     },
     "rwkv": {
-        "attention.key": {A, "key"}, "attention.value": {A, "value"}, "attention.receptance": {A}, "attention.output": {A, "output"},
-        "feed_forward.key": {M}, "feed_forward.value": {M}, "feed_forward.receptance": {M},
+        "attention.key": {A, "key"}, "attention.value": {A, "value"}, "attention.receptance": {A}, "attention.output":
+        {A, "output"}, "feed_forward.key": {M}, "feed_forward.value": {M}, "feed_forward.receptance": {M},
     },
     "qwen3_next": {
-        "self_attn.q_proj": {A}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"}, "self_attn.o_proj": {A, "output"},
-        "linear_attn.in_proj_qkvz": {A}, "linear_attn.in_proj_ba": {A}, "linear_attn.out_proj": {A, "output"}, "gate.weight": {"router"},
-        "experts.gate_up_proj": {"experts"}, "experts.down_proj": {"experts"}, "shared_expert_gate": {"router"},
-        "shared_expert.gate_proj": {M}, "shared_expert.up_proj": {M}, "shared_expert.down_proj": {M},
+        "self_attn.q_proj": {A}, "self_attn.k_proj": {A, "key"}, "self_attn.v_proj": {A, "value"}, "self_attn.o_proj":
+        {A, "output"}, "linear_attn.in_proj_qkvz": {A}, "linear_attn.in_proj_ba": {A}, "linear_attn.out_proj": {A,
+        "output"}, "gate.weight": {"router"}, "experts.gate_up_proj": {"experts"}, "experts.down_proj": {"experts"},
+        "shared_expert_gate": {"router"}, "shared_expert.gate_proj": {M}, "shared_expert.up_proj": {M},
+        "shared_expert.down_proj": {M},
     },
     "mamba": {"in_proj": set(), "x_proj": set(), "dt_proj": set(), "out_proj": set()},
 }  # fmt: skip
 
 NAMES = """
-    aria_text bart beit big_bird bigbird_pegasus blip bloom canine clip clipseg codegen conditional_detr convbert cpmant ctrl dab-detr
-    data2vec-text dbrx deberta-v2 deit detr dinov2 dpt electra ernie esm falcon flaubert fsmt funnel gemma3_text git glm gpt_bigcode gpt_neo
-    gpt_oss gptj granitemoe groupvit hubert ibert imagegpt jamba jetmoe kosmos-2 layoutlm layoutlmv3 led lilt llama4_text longformer longt5
-    luke lxmert m2m_100 mllama minimax mobilebert modernbert moonshine moshi mpnet mpt nllb-moe olmoe openai-gpt owlvit pegasus perceiver
-    persimmon phi phi3 phimoe plbart prophetnet pvt qwen2_5_vl qwen3_moe reformer rembert roberta roformer sam sam2 seamless_m4t segformer
-    siglip speech_to_text speecht5 splinter stablelm swin swinv2 tapas time_series_transformer timesformer udop umt5 vilt vit
+    aria_text bart beit big_bird bigbird_pegasus blip bloom canine clip clipseg codegen conditional_detr convbert cpmant
+    ctrl dab-detr data2vec-text dbrx deberta-v2 deit detr dinov2 dpt electra ernie esm falcon flaubert fsmt funnel
+    gemma3_text git glm gpt_bigcode gpt_neo gpt_oss gptj granitemoe groupvit hubert ibert imagegpt jamba jetmoe kosmos-2
+    layoutlm layoutlmv3 led lilt llama4_text longformer longt5 luke lxmert m2m_100 mllama minimax mobilebert modernbert
+    moonshine moshi mpnet mpt nllb-moe olmoe openai-gpt owlvit pegasus perceiver persimmon phi phi3 phimoe plbart
+    prophetnet pvt qwen2_5_vl qwen3_moe reformer rembert roberta roformer sam sam2 seamless_m4t segformer siglip
+    speech_to_text speecht5 splinter stablelm swin swinv2 tapas time_series_transformer timesformer udop umt5 vilt vit
     vit_mae vitdet wav2vec2 wav2vec2-bert wavlm xlm xlnet xmod yolos zamba2
 """
 OTHERS = NAMES.split()
@@ -114,7 +124,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "funnel": {"architectures": ["FunnelModel"]},
     "time_series_transformer": {"prediction_length": 4},
 }
-FEW = (
+LAYER_COUNTS = (
     "num_hidden_layers",
     "num_layers",
     "n_layer",
@@ -124,19 +134,19 @@ FEW = (
     "encoder_layers",
     "decoder_layers",
 )
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-AS_THEY_ARE = {"funnel", "jamba", "prophetnet"}  # their layers can't be cut without more ado
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+UNCUT = {"funnel", "jamba", "prophetnet"}  # their number of layers cannot be changed alone
 
 
 @cache
 def model(kind: str) -> nn.Module:
-    """On the meta device with the default sizes, but four layers (or so) and two experts."""
+    """Return the model on the meta device, with the default sizes, but about four layers and two experts."""
     torch.set_num_threads(1)
     default = transformers.CONFIG_MAPPING[kind](**NEEDS.get(kind, {}))
     for config in [default, *(c for c in vars(default).values() if isinstance(c, transformers.PreTrainedConfig))]:
         cut = [
-            *((name, 4) for name in FEW if kind not in AS_THEY_ARE and consistent(config)),
-            *((name, 2) for name in EXPERTS),
+            *((name, 4) for name in LAYER_COUNTS if kind not in UNCUT and can_cut_layers(config)),
+            *((name, 2) for name in EXPERT_COUNTS),
         ]
         for name, to in cut:
             if isinstance(value := getattr(config, name, None), int) and value > to:
@@ -145,8 +155,8 @@ def model(kind: str) -> nn.Module:
         return transformers.AutoModel.from_config(default)
 
 
-def consistent(config: Any) -> bool:
-    """Whether fewer layers leave no list of one entry a layer behind."""
+def can_cut_layers(config: Any) -> bool:
+    """True if the config has no list with one entry per layer."""
     return not any(
         isinstance(v, list | tuple) and len(v) == getattr(config, "num_hidden_layers", -1)
         for v in vars(config).values()
@@ -154,7 +164,7 @@ def consistent(config: Any) -> bool:
 
 
 def weights(kind: str) -> Iterator[tuple[str, list[nn.Module], str, nn.Parameter]]:
-    """Every linear weight: its path, its ancestors, its leaf."""
+    """Yield each linear weight with its path, its ancestors and its leaf."""
     modules = dict(model(kind).named_modules(remove_duplicate=False))
     for path, module in modules.items():
         for name, p in module.named_parameters(recurse=False):
@@ -165,21 +175,19 @@ def weights(kind: str) -> Iterator[tuple[str, list[nn.Module], str, nn.Parameter
                 or ("Conv" in type(module).__name__ and type(module).__name__ != "Conv1D")
             ):
                 continue
-            whole = (
-                path
-                if name == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-                else f"{path}.{name}".lstrip(".")
-            )
-            names = whole.split(".")
-            yield whole, [modules[".".join(names[:i])] for i in range(len(names))], names[-1], p
+            is_layer = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            full_path = path if name == "weight" and is_layer else f"{path}.{name}".lstrip(".")
+            names = full_path.split(".")
+            yield full_path, [modules[".".join(names[:i])] for i in range(len(names))], names[-1], p
 
 
 @pytest.mark.parametrize("kind", BY_HAND)
-def test_roles_by_hand(kind: str) -> None:
+def test_roles_match_those_written_by_hand(kind: str) -> None:
+    """Each weight has the roles that BY_HAND gives to the longest end of its path, and none if it gives none."""
     seen: set[str] = set()
     for path, owners, leaf, _ in weights(kind):
-        said = ".".join(name for name in ["", *path.split(".")] if not name.isdigit())
-        ends = [end for end in BY_HAND[kind] if said.endswith((f".{end}", f"_{end}"))]
+        unnumbered = ".".join(name for name in ["", *path.split(".")] if not name.isdigit())
+        ends = [end for end in BY_HAND[kind] if unnumbered.endswith((f".{end}", f"_{end}"))]
         if ends:
             end = max(ends, key=len)
             seen.add(end)
@@ -190,12 +198,13 @@ def test_roles_by_hand(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*BY_HAND, *OTHERS])
-def test_what_holds_of_any_model(kind: str) -> None:
+def test_roles_are_consistent(kind: str) -> None:
+    """No weight has contradicting roles, and an attention with queries also has keys, values and an output."""
     by_attention: dict[str, set[str]] = defaultdict(set)
-    found: set[str] = set()
+    all_roles: set[str] = set()
     for path, owners, leaf, p in weights(kind):
         roles = role_names(path, owners, leaf)
-        found |= roles
+        all_roles |= roles
         assert roles <= {*ROLES} - {"head"}
         assert len(roles & {"query", "key", "value", "output"}) <= 1, path
         assert len(roles & {"mlp", "experts", "router"}) <= 1, path
@@ -204,44 +213,47 @@ def test_what_holds_of_any_model(kind: str) -> None:
         if is_fused(owners[-1], leaf):
             assert not roles & {"query", "key", "value"}, path
         if "attention" in roles:
-            fused = fused_parts(model(kind).config, owners[-1], leaf, rows(owners[-1], leaf, p)) or {}
-            by_attention[attention_of(path, owners)] |= roles | {
-                PART_ROLES[part] for part in fused if part in PART_ROLES
-            }
+            parts = fused_parts(model(kind).config, owners[-1], leaf, row_count(owners[-1], leaf, p)) or {}
+            by_attention[attention_path(path, owners)] |= roles | {PART_ROLES[q] for q in parts if q in PART_ROLES}
     for path, roles in by_attention.items():
         if "query" in roles:
             assert {"key", "value", "output"} <= roles, f"{path}: {sorted(roles)}"
-    assert kind == "mamba" or (found >= {"attention"} and found & {"mlp", "experts"})
+    assert kind == "mamba" or (all_roles >= {"attention"} and all_roles & {"mlp", "experts"})
 
 
-def rows(owner: nn.Module, leaf: str, p: nn.Parameter) -> int:
+def row_count(owner: nn.Module, leaf: str, p: nn.Parameter) -> int:
+    """Return the number of rows of W (out, in)."""
     conv1d = type(getattr(owner, leaf)).__name__ == "Conv1D"
     transposed = getattr(owner, "is_transposed", False) or type(owner).__name__ == "Llama4TextExperts"
     return p.shape[-1] if conv1d or transposed else p.shape[-2]
 
 
-def attention_of(path: str, owners: list[nn.Module]) -> str:
-    """The path of the outermost attention without a layer between: BertAttention rather than BertSelfAttention."""
+def attention_path(path: str, owners: list[nn.Module]) -> str:
+    """Return the path of the outermost attention with no layer in between: BertAttention, not BertSelfAttention."""
     names = path.split(".")
-    at = len(owners)
+    outermost = len(owners)
     for i in range(len(owners) - 1, 0, -1):
-        if any(said in type(owners[i]).__name__ for said in ("Attention", "Attn", "MLA", "DeltaNet")):
-            at = i
-        elif at < len(owners) and not isinstance(owners[i], nn.ModuleList | nn.Sequential):
+        if any(word in type(owners[i]).__name__ for word in ("Attention", "Attn", "MLA", "DeltaNet")):
+            outermost = i
+        elif outermost < len(owners) and not isinstance(owners[i], nn.ModuleList | nn.Sequential):
             break
-    return ".".join(names[:at])
+    return ".".join(names[:outermost])
 
 
-def test_enough_architectures_are_asked() -> None:
+def test_more_than_100_architectures_are_checked() -> None:
+    """The lists above are not cut down by accident."""
     assert len({*BY_HAND, *OTHERS}) > 100
 
 
-def test_each_part_has_a_role_that_exists() -> None:
+def test_the_parts_q_k_v_have_roles() -> None:
+    """The parts q, k and v have roles of ROLES, and no other part has one."""
     assert {*PART_ROLES.values()} <= {*ROLES}
     assert {*PART_ROLES} == {"q", "k", "v"}
 
 
-def test_a_name_alone_decides_nothing() -> None:
+def test_a_name_without_its_surroundings_has_no_role() -> None:
+    """The same leaf has different roles in attention, in a feed-forward network and outside of both."""
+
     class FeedForward(nn.Module):
         pass
 
@@ -257,7 +269,8 @@ def test_a_name_alone_decides_nothing() -> None:
     }
 
 
-def test_torch_s_own_attention() -> None:
+def test_roles_in_the_attention_of_torch() -> None:
+    """nn.MultiheadAttention and nn.TransformerEncoderLayer have the same roles as any other model."""
     layer = nn.TransformerEncoderLayer(8, 2)
     split = nn.MultiheadAttention(8, 2, kdim=4)
     assert role_names("self_attn.in_proj_weight", [layer, layer.self_attn], "in_proj_weight") == {"attention"}
