@@ -257,7 +257,7 @@ def _table(data: bytes, rng: Rng) -> bytes:
     tensors, metadata = safetensors_file.parse(data, Path("x"))
     new = table(dict(sorted(tensors.items())), rng)
     known = {
-        key: t if t.dtype in safetensors_file.DTYPES else t.double() if t.dtype.is_complex else t.int()
+        key: t if t.dtype in safetensors_file.DTYPE_NAMES else t.double() if t.dtype.is_complex else t.int()
         for key, t in new.items()
     }
     return _signed(b"".join(safetensors_file.dump(known, metadata)))

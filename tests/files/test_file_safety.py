@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 import lorainject as li
@@ -149,19 +149,70 @@ def test_patterns_that_never_end(field, tmp_path):
     assert time.monotonic() - start < 30
 
 
-HEADERS = {
-    "a header longer than the file": struct.pack("<Q", 2**40) + b"{}", "a header of 2^63": struct.pack("<Q", 2**63) + b"{}",
-    "offsets beyond the end": (lambda h: struct.pack("<Q", len(h)) + h)(b'{"a":{"dtype":"F32","shape":[1000000,1000000],"data_offsets":[0,4000000000000]}}'),
-    "tensors that overlap": (lambda h: struct.pack("<Q", len(h)) + h)(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}') + bytes(6),
-    "no JSON": struct.pack("<Q", 4) + b"{[}]",
-}  # fmt: skip
+def safetensors(header: str | bytes, data: bytes = bytes(8)) -> bytes:
+    """Return a safetensors file with this header, whatever it says, and these bytes of tensors."""
+    header = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(header)) + header + data
 
 
-@pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS)
-def test_safetensors_headers(data, tmp_path):
-    """Lengths and offsets are a stranger's word."""
-    (tmp_path / "x.safetensors").write_bytes(data)
-    with pytest.raises(li.FileError, match="not a whole safetensors file"):
+ONE = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+BAD_HEADERS = {
+    "longer than the file": struct.pack("<Q", 2**40) + b"{}",
+    "of 2^63 bytes": struct.pack("<Q", 2**63) + b"{}",
+    "longer than 100 MB": safetensors(ONE + " " * 10**8),
+    "offsets beyond the end": safetensors(ONE.replace("[2]", "[1000000,1000000]").replace("8]", "4000000000000]")),
+    "tensors that overlap": safetensors(ONE[:-1] + ',"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'),
+    "a gap before a tensor": safetensors(ONE.replace("[2]", "[1]").replace("[0,", "[4,")),
+    "bytes behind the tensors": safetensors(ONE, bytes(9)),
+    "a byte short": safetensors(ONE, bytes(7)),
+    "an empty tensor within another": safetensors(ONE[:-1] + ',"b":{"dtype":"F32","shape":[0],"data_offsets":[4,4]}}'),
+    "no JSON": safetensors("{[}]"),
+    "a list": safetensors("[]", b""),
+    "text behind it": safetensors(ONE + "x"),
+    "NaN": safetensors(ONE.replace("}}", ',"z":NaN}}')),
+    "a field twice": safetensors(ONE.replace("}}", ',"dtype":"F32"}}')),
+    "metadata twice": safetensors('{"__metadata__":{},"__metadata__":{},' + ONE[1:]),
+    "metadata that are no text": safetensors('{"__metadata__":{"x":1},' + ONE[1:]),
+    "no dtype": safetensors(ONE.replace('"dtype":"F32",', "")),
+    "an entry that is null": safetensors('{"a":null}'),
+    "fractions": safetensors(ONE.replace("[2]", "[2.0]")),
+    "booleans": safetensors(ONE.replace("[2]", "[2,true]")),
+    "digits in quotes": safetensors(ONE.replace("[2]", '"2"')),
+    "a negative size": safetensors(ONE.replace("[2]", "[-2]")),
+    "three offsets": safetensors(ONE.replace("8]", "8,9]")),
+    "offsets that go back": safetensors(ONE[:-1] + ',"b":{"dtype":"F32","shape":[0],"data_offsets":[8,4]}}'),
+    "sizes of 2^64 and 0": safetensors(ONE.replace("[2]", "[4294967296,4294967296,0]").replace("8]", "0]"), b""),
+    "a size of 10^20": safetensors(ONE.replace("[2]", "[0,100000000000000000000]").replace("8]", "0]"), b""),
+    "another size than its dtype's": safetensors(ONE.replace("[2]", "[3]")),
+    "a fraction of a byte": safetensors(ONE.replace("F32", "F6_E2M3").replace("[2]", "[11]")),
+    "half a surrogate pair": safetensors(ONE.replace('"a"', r'"a\ud800"')),
+    "not UTF-8": safetensors(ONE.encode().replace(b'"a"', b'"a\xff"')),
+    "100,000 brackets": safetensors("{" + '"a":[' * 10**5),
+}
+
+
+@pytest.mark.parametrize("data", BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_malformed_safetensors_headers_are_refused(data, tmp_path):
+    """Lengths, sizes and offsets are a stranger's claims; the safetensors package refuses these files too."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
+        pass
+    with pytest.raises(li.FileError, match=r"is not a whole safetensors file: .*(\n.*)*=> the file is damaged"):
+        li.read(path)
+
+
+def test_a_tensor_name_that_occurs_twice_is_refused(tmp_path):
+    """The format forbids it; readers differ in which of the two they take."""
+    (tmp_path / "x.safetensors").write_bytes(safetensors(ONE[:-1] + "," + ONE[1:]))
+    with pytest.raises(li.FileError, match="not a whole safetensors file: a name occurs twice in its header"):
+        li.read(tmp_path / "x.safetensors")
+
+
+def test_tensors_of_unsupported_types_are_listed(tmp_path):
+    """A well-formed file can hold data types that no adapter has; the error names each tensor."""
+    (tmp_path / "x.safetensors").write_bytes(safetensors(ONE.replace("F32", "F4").replace("[2]", "[16]")))
+    with pytest.raises(li.FileError, match=r"unsupported data types:\n  - a: F4\n=> save the adapter in float32"):
         li.read(tmp_path / "x.safetensors")
 
 
