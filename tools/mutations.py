@@ -269,7 +269,7 @@ def _signed(data: bytes) -> bytes:
         return data
     body = json.loads(metadata[native.KEY])
     body.pop("digest", None)
-    metadata[native.KEY] = json.dumps(body | {"digest": native._digest(native._text(body), tensors)})
+    metadata[native.KEY] = json.dumps(body | {"digest": native.digest(body, tensors)})
     return b"".join(safetensors_file.dump(tensors, metadata))
 
 

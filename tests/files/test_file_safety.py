@@ -144,7 +144,7 @@ def test_patterns_that_never_end(field, tmp_path):
     tensors = {f"{path}!.lora_A.weight": torch.ones(2, 3), f"{path}!.lora_B.weight": torch.ones(4, 2)}
     extra = {"target_parameters": ["a" * 40 + "!.p"]} if field == "rank_pattern" else {}
     start = time.monotonic()
-    with pytest.raises(li.FileError, match="can't be used: it never ends"):
+    with pytest.raises(li.FileError, match="cannot be used: it takes more than 1 s"):
         li.read(peft(tmp_path / "a", tensors, **{field: {"(a|aa)+$": 4}}, **extra))
     assert time.monotonic() - start < 30
 
@@ -280,7 +280,7 @@ def test_sizes_that_a_conversion_would_make(tmp_path):
     tensors = {"lora_unet_a.lora_down.weight": torch.ones(1, 10**4, 1, 1), "lora_unet_a.lora_up.weight": torch.ones(4, 1, 1, 1),
                "lora_unet_a.lora_mid.weight": torch.ones(1, 1, 10**3, 10**3)}  # fmt: skip
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(li.FileError, match=r"would need a tensor \(1, 10000, 1000, 1000\)"):
+    with pytest.raises(li.FileError, match=r"would need a tensor of shape \(1, 10000, 1000, 1000\)"):
         li.read(tmp_path / "x.safetensors")
 
 

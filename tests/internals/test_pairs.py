@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorainject.files.formats.pairs import as_matrices, read_pairs
+from lorainject.files.record import StoredSite, checked_sites
 
 ENDINGS = {".lora_A.weight": "A", ".lora_down": "A", ".lora_B.weight": "B", ".lora_up": "B", ".m": "magnitude"}
 
@@ -65,5 +66,9 @@ def test_factors_of_convolutions_become_matrices():
     site = as_matrices(torch.zeros(2, 3, 5, 5), torch.zeros(4, 2, 1, 1))
     assert (site["kind"], site["shape"]) == ("conv", (4, 3, 5, 5))
     assert (site["A"].shape, site["B"].shape) == ((2, 75), (4, 2))
-    for A, B in ((torch.zeros(2, 3), torch.zeros(4, 2)), (torch.zeros(2, 3, 5, 5), torch.zeros(4, 2, 3, 3))):
-        assert as_matrices(A, B) == {"kind": "linear", "shape": (), "A": A, "B": B}
+    A, B = torch.zeros(2, 3), torch.zeros(4, 2)
+    assert as_matrices(A, B) == {"kind": "linear", "shape": (), "A": A, "B": B}
+    A, B = torch.zeros(2, 3, 5), torch.zeros(2, 4, 3)  # these would pass for a stack of two experts
+    problems = []
+    assert checked_sites([StoredSite(path="a", alpha=1.0, **as_matrices(A, B))], problems) == []
+    assert problems == ["a: A (2, 3, 5) with B (2, 4, 3) does not fit a weight of shape (2, 3, 5) and kind conv"]

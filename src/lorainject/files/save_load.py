@@ -78,7 +78,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     if format == "peft":
         odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
         sites = transforms.slices_to_whole(sites)
-        if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft_layout.holds(s)]:
+        if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft_layout.can_hold(s)]:
             raise FileError(
                 f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'"
             )
@@ -231,7 +231,7 @@ def fitted(
         )
         wrong += [
             f"{p}: missing in the file, though its config targets it"
-            for p in peft_layout.targeted(file.config, layers)
+            for p in peft_layout.target_paths(file.config, layers)
             if p not in expected
         ]
     if wrong or problems:

@@ -107,7 +107,7 @@ def _place(known: re.Match[str]) -> tuple[str, str]:
 def _alpha(config: Mapping[str, Any], metadata: Mapping[str, Any], component: str, path: str, r: int) -> Any:
     """By the component's PEFT config; by a pair of header keys that other trainers write; else r, for s = 1."""
     if config:
-        return peft_layout.pattern(
+        return peft_layout.match_pattern(
             config.get("alpha_pattern"), path, config.get("lora_alpha", peft_layout.DEFAULT_ALPHA)
         )
     alpha, rank = (metadata.get(f"{component}.{key}") for key in ("lora_alpha", "r"))
@@ -130,7 +130,8 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     about: dict[str, Any] = {}
     for component, sites in by_component.items():
         part = replace(file, sites=tuple(sites), config={}, replaced={}, tokens={})
-        own = peft_layout.tensors(part.sites) | peft_layout.extras(part)
+        extras = {key: extra.tensor for key, extra in peft_layout.extra_tensors(part).items()}
+        own = peft_layout.factor_tensors(part.sites) | extras
         tensors |= {f"{component}.{key.removeprefix(peft_layout.PREFIX)}": t for key, t in own.items()}
         about |= {f"{component}.{key}": value for key, value in peft_layout.config(part).items()}
     return {

@@ -118,8 +118,11 @@ def as_matrices(A: Tensor, B: Tensor) -> dict[str, Any]:
     """Return the fields `kind`, `shape`, `A` and `B` of a StoredSite for the factors of a linear or a convolution.
 
     A convolution has A (r, in, *kernel) and B (out, r, *ones), which are flattened to (r, in * kernel) and (out, r).
-    Tensors of other shapes are returned as a linear's, unchanged: `checked_sites` reports them.
+    If B has any other shape, nothing is flattened, and `checked_sites` reports that A and B do not fit the weight.
     """
-    if A.ndim > 2 and B.ndim >= 2 and B.shape[2:].numel() == 1:
-        return {"kind": "conv", "shape": (B.shape[0], *A.shape[1:]), "A": A.flatten(1), "B": B.flatten(1)}
-    return {"kind": "linear", "shape": (), "A": A, "B": B}
+    if A.ndim <= 2:
+        return {"kind": "linear", "shape": (), "A": A, "B": B}
+    shape = (*B.shape[:1], *A.shape[1:])
+    if B.ndim >= 2 and B.shape[2:].numel() == 1:
+        A, B = A.flatten(1), B.flatten(1)
+    return {"kind": "conv", "shape": shape, "A": A, "B": B}

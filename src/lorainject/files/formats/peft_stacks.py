@@ -1,15 +1,21 @@
 """PEFT's target_parameters: stacks of experts and other bare parameters, in files of any version.
 
-What a file of `target_parameters` leaves open, the base tells, if it is given; else the likeliest is taken, and noted:
-- several parameters of a module are nested in the order in which the module registers them, the last outermost;
-- which side of a stack's matrices A faces went by version: from 0.19.1 on the input; in 0.19.0 the output; before that the first axis as stored.
-With the base at hand the shapes decide, and the version only where they are square. PEFT itself can't read its older files.
+A file leaves three things open, which the base model tells if it is given (Hints.model); else the likeliest is taken,
+and noted:
+
+- Which parameter is which. Several parameters of a module are nested (<path>.base_layer. ...) in the order in which the
+  module registers them, the last outermost.
+- Which side of a stack's matrices A faces. From 0.19.1 on the input; in 0.19.0 the output; before that the first axis
+as
+  stored. With the base at hand the shapes decide, and the version only where they are square. PEFT itself cannot read
+  its older files.
+- How the columns of a stack's B are sorted. PEFT sorts them by rank, unsloth up to 2026.9.5 by expert.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,175 +25,198 @@ from ...lora.weight_kinds import STACKS
 from ...plan import site_name
 from .. import transforms
 from ..io.open_adapter import Hints
-from ..record import NONE, StoredSite, checked
+from ..record import StoredSite, checked_sites
 from . import peft_layout
 
-ORDER = ("in_proj_weight", "gate_up_proj", "down_proj")  # as transformers registers them
-STORED_IN_OUT = (
-    "GptOss",
-    "Aria",
-    "OpenAIPrivacyFilter",
-)  # classes whose experts are (E, in, out), by how their names begin
-# Model types whose stacked experts unsloth (up to 2026.9.5) trained with B's columns by expert, and said nothing of it.
-UNSLOTH = ("deepseekv3", "ernie45moe", "ernie45vlmoe", "gemma4", "glm4moe", "glm4moelite", "gptoss", "lfm2moe", "mixtral", "qwen35moe", "qwen3moe",
-           "qwen3next", "qwen3vlmoe")  # fmt: skip
+# The order in which transformers registers the parameters.
+ORDER = ("in_proj_weight", "gate_up_proj", "down_proj")
+# Classes whose experts are stored (E, in, out), by how their names begin.
+STORED_IN_OUT = ("GptOss", "Aria", "OpenAIPrivacyFilter")
+# Model types whose experts unsloth (up to 2026.9.5) trained with B's columns by expert, without a mark in the file.
+UNSLOTH = (
+    "deepseekv3", "ernie45moe", "ernie45vlmoe", "gemma4", "glm4moe", "glm4moelite", "gptoss", "lfm2moe", "mixtral",
+    "qwen35moe", "qwen3moe", "qwen3next", "qwen3vlmoe",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the reading of one file goes by: its config and the hints; and where problems and notes are collected."""
+    """What the reader of one file works with: config, hints, and the lists that collect problems and notes."""
 
     config: Mapping[str, Any]
     hints: Hints
     problems: list[str]
     notes: list[str]
 
-    def alpha(self, name: str) -> Any:
-        """As the config says for a site of this name, whatever type that has."""
-        given = self.config.get(
-            "lora_alpha", self.hints.alpha if "r" not in self.config and self.hints.alpha else peft_layout.DEFAULT_ALPHA
-        )
-        return peft_layout.pattern(self.config.get("alpha_pattern"), name, given)
+    def finish(self, s: StoredSite, factor: float = 1.0, name: str | None = None) -> list[StoredSite]:
+        """Return the site with the settings of the config, as a list of one; an empty list if it is impossible.
 
-    def made(
-        self, s: StoredSite, A: Tensor, B: Tensor, factor: float = 1.0, at: str | None = None
-    ) -> StoredSite | None:
-        """The site with its A and B, and the settings that hold for its name (or for another one's, `at`)."""
-        alpha = self.alpha(s.name if at is None else at)
-        if factor != 1 and isinstance(alpha, int | float):
-            alpha = alpha * factor
-        scaling = "rslora" if self.config.get("use_rslora") else self.hints.scaling if not self.config else "standard"
-        return checked(
-            s, A, B, self.problems, alpha=alpha, scaling=scaling, dropout=self.config.get("lora_dropout", 0.0)
-        )
+        Args:
+            s: The site, with A and B.
+            factor: A number by which the scale is multiplied.
+            name: The name by which the config's patterns know the site, if it is not the site's own.
+        """
+        config, hints = self.config, self.hints
+        default = hints.alpha if "r" not in config and hints.alpha else peft_layout.DEFAULT_ALPHA
+        default = config.get("lora_alpha", default)
+        alpha = peft_layout.match_pattern(config.get("alpha_pattern"), s.name if name is None else name, default)
+        alpha = alpha * factor if factor != 1 and isinstance(alpha, int | float) else alpha
+        scaling = "rslora" if config.get("use_rslora") else "standard" if config else hints.scaling
+        dropout = config.get("lora_dropout", 0.0)
+        return checked_sites([replace(s, alpha=alpha, scaling=scaling, dropout=dropout)], self.problems)
 
     @property
     def version(self) -> tuple[int, ...]:
-        """PEFT's; the oldest that had target_parameters, where the config is silent, as it was until 0.18."""
-        found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(self.config.get("peft_version", "0.17.0")))
-        return tuple(int(part or 0) for part in found.groups()) if found else (0, 17, 0)
+        """PEFT's version; if the config is silent, as it was until 0.18, the oldest that had target_parameters."""
+        match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(self.config.get("peft_version", "0.17.0")))
+        return tuple(int(part or 0) for part in match.groups()) if match else (0, 17, 0)
+
+    @property
+    def base_class(self) -> str:
+        """The name of the base model's class, as far as the model or the config tells it."""
+        if self.hints.model is not None:
+            return type(self.hints.model).__name__
+        auto = self.config.get("auto_mapping")
+        return str(auto.get("base_model_class", "")) if isinstance(auto, dict) else ""
+
+    def module(self, path: str) -> nn.Module | None:
+        """Return the base's module at a path; None without a model, or if the model has no such module."""
+        try:
+            return None if self.hints.model is None else self.hints.model.get_submodule(path)
+        except AttributeError:
+            return None
 
 
-def parameters(at: str, reading: Reading) -> list[str]:
-    """The parameters of the module at this path that target_parameters may mean, in the order in which the module has them."""
-    found = []
+def candidate_parameters(path: str, reading: Reading) -> list[str]:
+    """Return the parameters of a module that target_parameters may mean, in the order in which the module has them."""
+    names = []
     for entry in reading.config.get("target_parameters") or []:
         owner, _, name = str(entry).rpartition(".")
-        if not owner or at == owner or at.endswith(f".{owner}"):
-            found.append(name)
-    module = _module(reading.hints.model, at)
-    if module is not None:
-        return [name for name in module._parameters if name in found]
-    return sorted(dict.fromkeys(found), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+        if not owner or path == owner or path.endswith(f".{owner}"):
+            names.append(name)
+    if (module := reading.module(path)) is not None:
+        return [name for name in module._parameters if name in names]
+    return sorted(dict.fromkeys(names), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-def parameter(
-    path: str, at: str, A: Tensor, B: Tensor, groups: Mapping[str, Any], candidates: Sequence[str], reading: Reading
-) -> StoredSite | None:
-    """The site of one of them, by how many wrappers lie around it; None, and lines in the problems, if it can't be told."""
-    depth, levels = path.count(".base_layer"), sum(other.replace(".base_layer", "") == at for other in groups)
+def read_parameter(
+    wrapped_path: str, A: Tensor, B: Tensor, all_paths: Iterable[str], candidates: Sequence[str], reading: Reading
+) -> list[StoredSite]:
+    """Return the site of one parameter, as a list of one; an empty list if it cannot be told.
+
+    Args:
+        wrapped_path: The path as the file has it, with one `.base_layer` per wrapper around the parameter.
+        A, B: The factors as stored.
+        all_paths: All such paths in the file.
+        candidates: The parameters of the module that the config may mean, in the module's order.
+        reading: The config, the hints, and the lists of problems and notes.
+    """
+    path = wrapped_path.replace(".base_layer", "")
+    depth = wrapped_path.count(".base_layer")
+    levels = sum(other.replace(".base_layer", "") == path for other in all_paths)
     if depth >= levels or levels != len(candidates):
-        reading.problems.append(f"{at}: {levels} adapted parameters, where the config names {', '.join(candidates)}")
-        return None
-    name = candidates[levels - 1 - depth]
-    module, rank = (
-        _module(reading.hints.model, at),
-        peft_layout.pattern(reading.config.get("rank_pattern"), site_name(at, name), reading.config.get("r")),
-    )
-    weight = None if module is None else module._parameters.get(name)
+        reading.problems.append(
+            f"{path}: the file adapts {levels} of its parameters, and the config's target_parameters names"
+            f" {', '.join(candidates)}"
+        )
+        return []
+    parameter, module = candidates[levels - 1 - depth], reading.module(path)
+    name = site_name(path, parameter)
     if module is None and levels > 1 and not set(candidates) <= set(ORDER):
         reading.notes.append(
-            f"which of {', '.join(candidates)} is which was taken from the config's order: read it with the model to be sure"
+            f"which of {', '.join(candidates)} is which was taken from the config's order:"
+            " read it with the model to be sure"
         )
+    weight = None if module is None else module._parameters.get(parameter)
     rows = A.shape[0] if A.ndim == 2 else 0
-    if weight is None and not (isinstance(rank, int) and rank > 0 and rows % rank == 0):
-        reading.problems.append(f"{site_name(at, name)}: {tuple(A.shape)} is no stack of rank {rank!r}")
-        return None
-    E = (rows // rank if isinstance(rank, int) else 1) if weight is None else weight.shape[0] if weight.ndim == 3 else 1
-    if (weight.ndim if weight is not None else 2 + (E > 1)) == 2:
-        kind = "linear" if name == "weight" else "matrix"
-        return reading.made(StoredSite(path=at, parameter=name, kind=kind, shape=() if name == "weight" else (B.shape[0], A.shape[1]), A=NONE, B=NONE,
-                                       alpha=0), A, B, at=site_name(at, name) if name != "weight" else f"{at}.weight")  # fmt: skip
-    if rows == 0 or rows % E or B.ndim != 2 or B.shape[1] != rows:
+    if weight is not None:
+        experts = weight.shape[0] if weight.ndim == 3 else 1
+        is_stack = weight.ndim != 2
+    else:
+        rank = peft_layout.match_pattern(reading.config.get("rank_pattern"), name, reading.config.get("r"))
+        if not (isinstance(rank, int) and rank > 0 and rows % rank == 0):
+            reading.problems.append(f"{name}: A {tuple(A.shape)} cannot be that of experts with rank {rank!r} each")
+            return []
+        experts = rows // rank
+        is_stack = experts > 1
+    if not is_stack:
+        s = StoredSite(path=path, parameter=parameter, A=A, B=B, alpha=0)
+        if parameter == "weight":
+            return reading.finish(s, name=f"{path}.weight")
+        return reading.finish(replace(s, kind="matrix", shape=(B.shape[0], A.shape[1])))
+    if rows == 0 or rows % experts or B.ndim != 2 or B.shape[1] != rows:
         reading.problems.append(
-            f"{site_name(at, name)}: {tuple(A.shape)} and {tuple(B.shape)} are no stack of {E} experts"
+            f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} cannot be those of a stack of {experts} experts"
         )
-        return None
-    by_expert = _order(name, reading) == "grouped_by_expert"
-    B = B.reshape(len(B), E, -1).permute(1, 0, 2) if by_expert else B.reshape(len(B), -1, E).permute(2, 0, 1)
-    transposed = _stored_in_out(module, reading)
-    s = reading.made(
-        StoredSite(path=at, parameter=name, kind=STACKS[transposed].name, A=NONE, B=NONE, alpha=0),
-        A.reshape(E, -1, A.shape[1]),
-        B.contiguous(),
-    )
-    if s is None:
-        return None
-    s = transforms.transposed(s) if _is_turned(s, weight, transposed, reading) else s
-    out, in_ = s.B.shape[-2], s.A.shape[-1]
-    return replace(s, shape=(E, in_, out) if transposed else (E, out, in_))
+        return []
+    return _read_stack(path, parameter, A, B, experts, weight, reading)
 
 
-def _is_turned(s: StoredSite, weight: Tensor | None, transposed: bool, reading: Reading) -> bool:
-    """Whether A faces the output."""
-    if weight is not None and weight.shape[1] != weight.shape[2]:
-        _, out, in_ = STACKS[transposed].sizes(tuple(weight.shape))
-        return (s.A.shape[-1], s.B.shape[-2]) == (out, in_)
-    if reading.version < (0, 19):
-        if weight is None:
-            reading.notes.append(
-                "which way round the experts' A and B are was taken from the version and the model's name: read it with the model to be sure"
-            )
-        return not transposed
-    return reading.version == (0, 19, 0)
-
-
-def _stored_in_out(module: nn.Module | None, reading: Reading) -> bool:
+def _read_stack(
+    path: str, parameter: str, A: Tensor, B: Tensor, experts: int, weight: Tensor | None, reading: Reading
+) -> list[StoredSite]:
+    """Return the site of a stack from A (E r, in) and B (out, E r), where in and out may be exchanged."""
+    if _column_order(parameter, reading) == "grouped_by_expert":
+        B = B.reshape(len(B), experts, -1).permute(1, 0, 2)
+    else:
+        B = B.reshape(len(B), -1, experts).permute(2, 0, 1)
+    module = reading.module(path)
     if module is not None:
-        return bool(getattr(module, "is_transposed", False))
-    return _class_name(reading).startswith(STORED_IN_OUT)
+        in_out = bool(getattr(module, "is_transposed", False))
+    else:
+        in_out = reading.base_class.startswith(STORED_IN_OUT)
+    A = A.reshape(experts, -1, A.shape[1])
+    s = StoredSite(path=path, parameter=parameter, kind=STACKS[in_out].name, A=A, B=B.contiguous(), alpha=0)
+    sites = []
+    for site in reading.finish(s):
+        if _faces_output(site, weight, in_out, reading):
+            site = transforms.transposed(site)
+        out, in_ = site.B.shape[-2], site.A.shape[-1]
+        sites.append(replace(site, shape=(experts, in_, out) if in_out else (experts, out, in_)))
+    return sites
 
 
-def _order(name: str, reading: Reading) -> str:
-    """How the columns of B go: as the caller or the file says; unsloth's, where it trained by expert before it said so; else PEFT's."""
-    config, auto = reading.config, reading.config.get("auto_mapping")
-    places = [config, auto if isinstance(auto, dict) else {}]
-    marks = [reading.hints.expert_order]
-    for place in places:
-        fused = place.get("unsloth_fused_expert_lora")
-        of = fused.get("parameters") if isinstance(fused, dict) else None
-        if isinstance(of, dict):
-            marks += [
-                m.get("lora_B_layout")
-                for key, m in of.items()
-                if isinstance(m, dict) and (key == name or str(key).endswith(f".{name}"))
-            ]
-        marks.append(place.get("lora_B_layout"))
-    if said := next((mark for mark in marks if mark is not None), None):
-        if said not in ("rank_major", "grouped_by_expert"):
-            reading.problems.append(
-                f"the order of an expert stack's columns is {said!r}, neither rank_major nor grouped_by_expert"
-            )
-        return str(said)
-    if any(place.get("unsloth_fixed") for place in places) and _class_name(reading).lower().startswith(UNSLOTH):
+def _faces_output(s: StoredSite, weight: Tensor | None, in_out: bool, reading: Reading) -> bool:
+    """True if A of the stack faces the output of the experts' matrices, as in some versions of PEFT."""
+    if weight is not None and weight.shape[1] != weight.shape[2]:
+        _, out, in_ = STACKS[in_out].sizes(tuple(weight.shape))
+        return (s.A.shape[-1], s.B.shape[-2]) == (out, in_)
+    if reading.version >= (0, 19):
+        return reading.version == (0, 19, 0)
+    if weight is None:
         reading.notes.append(
-            "unsloth's experts without a mark: B's columns were taken to go by expert, as up to 2026.9.5 (Hints(expert_order=...) decides)"
+            "which side of the experts' matrices A faces was taken from the version and the model's name:"
+            " read it with the model to be sure"
+        )
+    return not in_out
+
+
+def _column_order(parameter: str, reading: Reading) -> str:
+    """Return how the columns of a stack's B are sorted: "rank_major" (PEFT) or "grouped_by_expert" (unsloth).
+
+    The hint decides, then the marks in the config, then whether unsloth trained this type of model by expert before it
+    marked its files.
+    """
+    config, auto = reading.config, reading.config.get("auto_mapping")
+    configs = [config, auto if isinstance(auto, dict) else {}]
+    marks = [reading.hints.expert_order]
+    for marked in configs:
+        fused = marked.get("unsloth_fused_expert_lora")
+        parameters = fused.get("parameters") if isinstance(fused, dict) else None
+        for key, settings in parameters.items() if isinstance(parameters, dict) else ():
+            if isinstance(settings, dict) and (key == parameter or str(key).endswith(f".{parameter}")):
+                marks.append(settings.get("lora_B_layout"))
+        marks.append(marked.get("lora_B_layout"))
+    if order := next((mark for mark in marks if mark is not None), None):
+        if order not in ("rank_major", "grouped_by_expert"):
+            reading.problems.append(
+                f"the columns of a stack's B are in the order {order!r}, neither rank_major nor grouped_by_expert"
+            )
+        return str(order)
+    if any(marked.get("unsloth_fixed") for marked in configs) and reading.base_class.lower().startswith(UNSLOTH):
+        reading.notes.append(
+            "unsloth's experts without a mark: B's columns were taken to be sorted by expert, as up to 2026.9.5"
+            " (Hints(expert_order=...) decides)"
         )
         return "grouped_by_expert"
     return "rank_major"
-
-
-def _class_name(reading: Reading) -> str:
-    if reading.hints.model is not None:
-        return type(reading.hints.model).__name__
-    auto = reading.config.get("auto_mapping")
-    return str(auto.get("base_model_class", "")) if isinstance(auto, dict) else ""
-
-
-def _module(model: nn.Module | None, path: str) -> nn.Module | None:
-    if model is None:
-        return None
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
