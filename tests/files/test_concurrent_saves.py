@@ -195,7 +195,7 @@ def test_threads_of_one_process(tmp_path):
 
 
 def test_an_error_leaves_the_old(tmp_path, monkeypatch):
-    """A full disk before the commit: what was there is untouched, and nothing of ours lies about."""
+    """A full disk before the commit: what was there is unchanged, and no temporary file is left."""
     folder = tmp_path / "a"
     put(1, folder, "peft")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -205,7 +205,7 @@ def test_an_error_leaves_the_old(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        li.FileError, match=r"can't be written: No space left on device\n  - what was there before is untouched"
+        li.FileError, match=r"can't be written: No space left on device\n  - what was there before is unchanged"
     ):
         put(2, folder, "peft")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -222,8 +222,8 @@ def test_a_system_that_writes_less_than_it_was_given(tmp_path, pieces, most, man
     """Every piece is in the file, whole and in its order; also where there is no call for several at once."""
     written, limits = os.write, itertools.cycle(most)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic_write, "MANY", many)
-        patch.setattr(atomic_write, "MOST", 15)
+        patch.setattr(atomic_write, "MAX_PIECES", many)
+        patch.setattr(atomic_write, "MAX_BYTES", 15)
         patch.setattr(os, "write", lambda fd, piece: written(fd, piece[: next(limits)]))
         if one:
             patch.delattr(os, "writev")
@@ -249,9 +249,9 @@ def test_a_journal_that_a_stranger_made(text, tmp_path):
     folder = tmp_path / "a"
     put(1, folder, "peft")
     (folder / atomic_write.JOURNAL).write_text(text)
-    with pytest.raises(li.FileError, match="is no journal of a save"):
+    with pytest.raises(li.FileError, match="is not the journal of a save"):
         li.read(folder)
-    with pytest.raises(li.FileError, match="is no journal of a save"):
+    with pytest.raises(li.FileError, match="is not the journal of a save"):
         put(2, folder, "peft")
 
 
@@ -259,11 +259,11 @@ def test_a_writer_that_waits_in_vain(tmp_path, monkeypatch):
     """It gives up with a reason."""
     fcntl = pytest.importorskip("fcntl")
     put(1, tmp_path / "a", "peft")
-    monkeypatch.setattr(atomic_write, "SECONDS", 0.05)
+    monkeypatch.setattr(atomic_write, "LOCK_SECONDS", 0.05)
     fd = os.open(tmp_path / "a", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        with pytest.raises(li.FileError, match=r"another process has been saving to .* for 0\.05 s"):
+        with pytest.raises(li.FileError, match=r"another process is at work in .*, for more than 0\.05 s\n=> wait for it to end"):
             put(2, tmp_path / "a", "peft")
     finally:
         os.close(fd)

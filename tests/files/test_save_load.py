@@ -547,7 +547,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 try:
     li.save(model, {str(path)!r})
 except li.FileError as e:
-    assert "can't be written: File too large" in str(e) and "untouched" in str(e), e
+    assert "can't be written: File too large" in str(e) and "unchanged" in str(e), e
 else:
     raise SystemExit("saved?")
 """

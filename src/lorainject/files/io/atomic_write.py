@@ -1,14 +1,18 @@
-"""Several files as one: whoever reads a folder finds all of the old or all of the new, whenever the writer is killed and whoever else writes.
+"""Files and folders that change all at once or not at all, whenever the writer is killed and whoever else writes.
 
-    .adapter_model.safetensors.<random>.tmp, ...    all are written and on disk for good under temporary names
-    .lorainject-save.json                           {name: temporary name, or null for a file that must go}: its rename is the commit
-    adapter_model.safetensors, ...                  the temporaries take their places, one by one; the journal goes last
+A single file is written under a temporary name, flushed to disk and renamed. Several files of one folder are one save:
 
-Before the commit the old files are there, after it the new ones: a reader that finds a journal takes a temporary where there still is one. A
-journal that a killed writer has left is finished by the next. Writers of one folder wait for each other (flock); readers for nobody: they
-look whether the files are still those that they began with, and else read again. A single file needs none of this: its rename is the commit.
+    .adapter_model.safetensors.<random>.tmp    each file is first written and flushed to disk under a temporary name
+    .lorainject-save.json                      the journal: {name: temporary name, or null for a file to delete};
+                                               the rename to this name is the commit
+    adapter_model.safetensors                  the temporary files are renamed; then the journal is deleted
 
-Other libraries know nothing of the journal: between two renames, microseconds unless the writer is killed there, they see files of both.
+Before the commit a reader finds the old files. After it, a reader that finds a journal takes the temporary files that
+are still there, and the next writer finishes what a killed writer has left. Writers of one folder wait for each other
+(flock). Readers do not wait: they read again if the files were replaced meanwhile.
+
+Other libraries do not know the journal. Between two renames (microseconds, unless the writer is killed there) they see
+files of both saves.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,142 +30,141 @@ from typing import TypeVar
 from ...errors import FileError, system_errors
 
 JOURNAL = ".lorainject-save.json"
-LONGEST = 2**16  # bytes of a journal
-MANY, MOST = 1024, 2**30  # pieces and bytes that every system takes at once: an adapter's tensors are many and small
-SECONDS = 60.0  # that a writer waits for another
-TRIES = 1000  # of a reader, while others write
+UNFINISHED = ".{}.lorainject-unfinished"
+"""The temporary name of a folder, or of a large file of which a killed process may leave only one."""
+MAX_JOURNAL = 2**16  # bytes
+MAX_PIECES, MAX_BYTES = 1024, 2**30  # that every system takes in one call: an adapter's tensors are many and small
+LOCK_SECONDS = 60.0  # that a writer waits for another
+READ_ATTEMPTS = 1000  # while other processes write
+SPACE = "check the directory, its permissions and the free space"
 T = TypeVar("T")
-Where = Callable[[str], "Path | None"]
-"""Where the file of this name is read; None if there is none."""
+Locate = Callable[[str], "Path | None"]
+"""Returns where the file of a name is read, or None if there is no such file."""
 
 
 def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
-    """Write these files, all of one folder if there are several; None: there must be none of this name. Modes follow the umask.
+    """Write files so that all of them change or none does. Modes follow the umask.
 
-    Raises FileError if that can't be done; what was there is then untouched.
+    Args:
+        files: For each path the contents in pieces, or None if the file is to be deleted. All are in one folder, which
+            is created if it does not exist.
+
+    Raises:
+        FileError: If a file can't be written. What was there before is then unchanged.
     """
     folder, *others = {path.parent for path in files}
-    assert not others, "a commit is one folder's"
-    temporaries = {
-        path: path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-        for path, pieces in files.items()
-        if pieces is not None
-    }
-    made: set[Path] = set()
+    assert not others, "one save is for one folder"
+    temporaries = {path: _temporary(path) for path, pieces in files.items() if pieces is not None}
+    created: set[Path] = set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder) if len(files) > 1 else contextlib.nullcontext():
+        with lock(folder, LOCK_SECONDS) if len(files) > 1 else contextlib.nullcontext():
             if len(files) > 1:
                 _finish(folder, [path.name for path in files])
-            if there := next((path for path in files if path.is_dir()), None):
-                raise IsADirectoryError(None, f"{there} is a directory")
+            if blocked := next((path for path in files if path.is_dir()), None):
+                raise IsADirectoryError(None, f"{blocked} is a directory")
             for path, temporary in temporaries.items():
-                made.add(temporary)
-                _put(temporary, files[path] or ())
+                created.add(temporary)
+                _write_pieces(temporary, files[path] or ())
             if len(files) > 1:
                 journal = {path.name: temporaries[path].name if path in temporaries else None for path in files}
-                made.add(draft := folder / f"{JOURNAL}.{os.urandom(8).hex()}.tmp")
-                _put(draft, [json.dumps(journal).encode()])
+                created.add(draft := _temporary(folder / JOURNAL[1:]))
+                _write_pieces(draft, [json.dumps(journal).encode()])
                 os.replace(draft, folder / JOURNAL)
-                made.clear()  # from here on they are the files
-                _sync(folder)
+                created.clear()  # the temporary files belong to the save from here on
+                sync_folder(folder)
                 _finish(folder, [])
             else:
                 for path, temporary in temporaries.items():
                     os.replace(temporary, path)
-                _sync(folder)
+                sync_folder(folder)
     except FileError:
         raise
     except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise FileError(f"{', '.join(map(str, files))} can't be written: {reason}", ["what was there before is untouched"],
-                        "check the place, its permissions and the free space") from e  # fmt: skip
+        what = f"{', '.join(map(str, files))} can't be written: {getattr(e, 'strerror', None) or e}"
+        raise FileError(what, ["what was there before is unchanged"], SPACE) from e
     finally:
-        for temporary in made:
+        for temporary in created:
             with contextlib.suppress(OSError, ValueError):
                 temporary.unlink()
 
 
-def read(folder: Path, names: Sequence[str], reader: Callable[[Where], T]) -> T:
-    """What `reader` makes of the files of these names, all of them of one save: while others save, it is called again."""
-    for _ in range(TRIES):
-        with contextlib.ExitStack() as held:
-            seen = _seen(folder, names, held)
+def read(folder: Path, names: Sequence[str], reader: Callable[[Locate], T]) -> T:
+    """Read files of a folder so that all of them are of one save.
+
+    Args:
+        folder: The folder.
+        names: The names of the files that the reader may want.
+        reader: Reads the files. It is called again if one of them was replaced meanwhile.
+
+    Returns:
+        What the reader returns.
+    """
+    for _ in range(READ_ATTEMPTS):
+        with contextlib.ExitStack() as handles:
+            before = _located(folder, names, handles)
             try:
-                value = reader(lambda name, seen=seen: seen[name][0] if name in seen else None)  # type: ignore[misc]
-            except Exception:  # of a file that was renamed under it, packages raise all sorts
-                if _seen(folder, names, held) == seen:
+                value = reader(lambda name, before=before: before[name][0] if name in before else None)  # type: ignore[misc]
+            except Exception:  # packages raise errors of all kinds when a file is replaced while they read it
+                if _located(folder, names, handles) == before:
                     raise
                 continue
-            if _seen(folder, names, held) == seen:
+            if _located(folder, names, handles) == before:
                 return value
-    raise FileError(f"{folder} is being written again and again", way_out="read it when nobody saves to it")
-
-
-def _seen(folder: Path, names: Sequence[str], held: contextlib.ExitStack) -> dict[str, tuple[Path, int, int]]:
-    """Path and identity of each file that there is. They are held open, since a number that is free is soon another file's."""
-    found, journal = {}, _journal(folder)
-    for name in names:
-        temporary = journal.get(name, "")
-        for path in () if temporary is None else (folder / temporary, folder / name) if temporary else (folder / name,):
-            with contextlib.suppress(FileNotFoundError):
-                found[name] = path, *_identity(path, held)
-                break
-    return found
-
-
-def _identity(path: Path, held: contextlib.ExitStack) -> tuple[int, int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would keep us waiting
-    except FileNotFoundError:
-        raise
-    except OSError:  # there is one, which whoever reads it will say can't be read
-        return 0, 0
-    held.callback(os.close, fd)
-    about = os.fstat(fd)
-    return about.st_dev, about.st_ino
-
-
-def _journal(folder: Path) -> dict[str, str | None]:
-    """The journal's entries; none, if there is no journal. Raises FileError for one that is none of ours: its names become paths."""
-    try:
-        with (folder / JOURNAL).open("rb") as f:
-            entries = json.loads(f.read(LONGEST))
-        for name, temporary in entries.items():
-            if Path(name).name != name or not (
-                temporary is None or re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp", temporary)
-            ):
-                raise ValueError(f"{name!r}: {temporary!r}")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
-        raise FileError(
-            f"{folder / JOURNAL} is no journal of a save: {e}",
-            way_out="remove it, and look whether the files beside it are whole",
-        ) from e
-    return dict(entries)
-
-
-def _finish(folder: Path, names: Sequence[str]) -> None:
-    """Do what the journal says, if there is one; and clear away what killed writers of these names have left."""
-    for name, temporary in _journal(folder).items():
-        if temporary is None:
-            (folder / name).unlink(missing_ok=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):  # it was renamed before the kill
-                os.replace(folder / temporary, folder / name)
-    if (folder / JOURNAL).exists():
-        _sync(folder)
-        (folder / JOURNAL).unlink()
-    left = re.compile(rf"(\.({'|'.join(map(re.escape, names))})|{re.escape(JOURNAL)})\.[0-9a-f]{{16}}\.tmp")
-    for path in folder.iterdir() if names else ():
-        if left.fullmatch(path.name):
-            path.unlink()
+    raise FileError(f"{folder} is being written again and again", way_out="read it when no other process saves to it")
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While no other writer is at work in the folder, threads of this process included; a dead one's lock is gone with it."""
+def new_file(path: Path) -> Iterator[int]:
+    """Create a file and yield its descriptor. The file is flushed to disk at the end, and deleted on an error."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        yield fd
+        os.fsync(fd)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `path` at the end, and deleted on an error.
+
+    What a killed process has left in a temporary folder of this name is deleted first.
+    """
+    folder = path.with_name(UNFINISHED.format(path.name))
+    with system_errors(f"{path} can't be written", ["nothing is left of it"], SPACE):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder, required=True):
+            try:
+                for stale in folder.iterdir():
+                    shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+                yield folder
+                for inner in folder.rglob("*"):
+                    if inner.is_dir():
+                        sync_folder(inner)
+                sync_folder(folder)
+                os.replace(folder, path)
+                sync_folder(path.parent)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+
+@contextlib.contextmanager
+def lock(folder: Path, seconds: float = 0, *, required: bool = False) -> Iterator[None]:
+    """Lock a folder against other processes and threads. The lock ends with the process if the process is killed.
+
+    Args:
+        folder: The folder.
+        seconds: How long to wait for another writer.
+        required: Raise if the file system has no locks. Otherwise go on without a lock.
+
+    Raises:
+        FileError: If another process or thread has the lock. On Windows nothing is locked.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -171,51 +175,118 @@ def _alone(folder: Path) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() - start > SECONDS:
-                    raise FileError(
-                        f"another process has been saving to {folder} for {SECONDS:g} s",
-                        way_out="end it, or choose another place",
-                    ) from None
-                time.sleep(0.005)
-            except OSError:  # a file system without locks
                 break
-            else:
+            except BlockingIOError:
+                if time.monotonic() - start >= seconds:
+                    what = f"another process is at work in {folder}" + f", for more than {seconds:g} s" * bool(seconds)
+                    raise FileError(what, way_out="wait for it to end, or choose another directory") from None
+                time.sleep(0.005)
+            except OSError as e:  # a file system without locks
+                if required:
+                    way_out = "use a directory on a file system that has locks"
+                    raise FileError(f"{folder} can't be locked: {e.strerror}", way_out=way_out) from None
                 break
         yield
     finally:
         os.close(fd)
 
 
-def _put(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """A new file, on disk for good."""
-    pieces = list(pieces)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0) as f:
-        with contextlib.suppress(
-            AttributeError, OSError
-        ):  # where there is such a call: its room at once takes less than piece by piece
-            os.posix_fallocate(f.fileno(), 0, sum(map(len, pieces)))
-        for i in range(0, len(pieces), MANY):
-            _write(f.fileno(), pieces[i : i + MANY])
-        os.fsync(f.fileno())
-
-
-def _write(fd: int, pieces: list[bytes | memoryview]) -> None:
-    """All of these, in as few calls as the system lets us; empties the list."""
-    while pieces:
-        at_once = hasattr(os, "writev") and sum(map(len, pieces)) <= MOST  # Windows has no such call
-        done = os.writev(fd, pieces) if at_once else os.write(fd, pieces[0])
-        while pieces and done >= len(pieces[0]):
-            done -= len(pieces.pop(0))
-        if done:
-            pieces[0] = memoryview(pieces[0])[done:]
-
-
-def _sync(folder: Path) -> None:
-    """The renames in this folder are on disk for good."""
+def sync_folder(folder: Path) -> None:
+    """Flush the names of a folder's files to disk, so that renames survive a power failure."""
     with system_errors(f"{folder} can't be written"):
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+
+
+def _located(folder: Path, names: Sequence[str], handles: contextlib.ExitStack) -> dict[str, tuple[Path, int, int]]:
+    """Return the path and identity of each file that exists.
+
+    The files are held open in `handles`, because the system soon gives the number of a deleted file to a new one.
+    """
+    located, journal = {}, _journal(folder)
+    for name in names:
+        temporary = journal.get(name, name)
+        for path in () if temporary is None else dict.fromkeys((folder / temporary, folder / name)):
+            with contextlib.suppress(FileNotFoundError):
+                located[name] = path, *_identity(path, handles)
+                break
+    return located
+
+
+def _identity(path: Path, handles: contextlib.ExitStack) -> tuple[int, int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # without it, a pipe would block
+    except FileNotFoundError:
+        raise
+    except OSError:  # the reader will report why the file can't be read
+        return 0, 0
+    handles.callback(os.close, fd)
+    stat = os.fstat(fd)
+    return stat.st_dev, stat.st_ino
+
+
+def _journal(folder: Path) -> dict[str, str | None]:
+    """Return the journal's entries, or none if there is no journal. Refuse foreign names, since they become paths."""
+    path = folder / JOURNAL
+    try:
+        with path.open("rb") as f:
+            entries = json.loads(f.read(MAX_JOURNAL))
+        for name, temporary in entries.items():
+            plain = Path(name).name == name
+            if not plain or not (temporary is None or re.fullmatch(_temporary_pattern([name]), temporary)):
+                raise ValueError(f"{name!r}: {temporary!r}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+        way_out = f"delete {JOURNAL}, then check that the other files of the directory are complete"
+        raise FileError(f"{path} is not the journal of a save: {e}", way_out=way_out) from e
+    return dict(entries)
+
+
+def _temporary_pattern(names: Sequence[str]) -> str:
+    return rf"\.({'|'.join(map(re.escape, names))})\.[0-9a-f]{{16}}\.tmp"
+
+
+def _finish(folder: Path, names: Sequence[str]) -> None:
+    """Finish the save that the journal describes, and delete the temporary files that killed writers have left."""
+    for name, temporary in _journal(folder).items():
+        if temporary is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # it was renamed before the writer was killed
+                os.replace(folder / temporary, folder / name)
+    if (folder / JOURNAL).exists():
+        sync_folder(folder)
+        (folder / JOURNAL).unlink()
+    stale = _temporary_pattern([*names, JOURNAL[1:]])
+    for path in folder.iterdir() if names else ():
+        if re.fullmatch(stale, path.name):
+            path.unlink()
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Create a file with these contents, flushed to disk."""
+    pieces = list(pieces)
+    with new_file(path) as fd:
+        with contextlib.suppress(AttributeError, OSError):  # not every system can reserve the space, which saves time
+            os.posix_fallocate(fd, 0, sum(map(len, pieces)))
+        for i in range(0, len(pieces), MAX_PIECES):
+            _write_all(fd, pieces[i : i + MAX_PIECES])
+
+
+def _write_all(fd: int, pieces: list[bytes | memoryview]) -> None:
+    """Write the pieces in as few calls as the system allows. The list is empty afterwards."""
+    while pieces:
+        together = hasattr(os, "writev") and sum(map(len, pieces)) <= MAX_BYTES  # Windows has no writev
+        done = os.writev(fd, pieces) if together else os.write(fd, pieces[0])
+        while pieces and done >= len(pieces[0]):
+            done -= len(pieces.pop(0))
+        if done:
+            pieces[0] = memoryview(pieces[0])[done:]

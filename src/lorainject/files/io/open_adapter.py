@@ -92,7 +92,7 @@ def open_source(path: str | Path, allow_pickle: bool = False, spool: bool = Fals
     return opened("", lambda name: None)  # a file of any name says nothing of its neighbours
 
 
-def _opened(path: Path, name: str | None, where: atomic_write.Where, *, allow_pickle: bool, spool: bool) -> Source:
+def _opened(path: Path, name: str | None, where: atomic_write.Locate, *, allow_pickle: bool, spool: bool) -> Source:
     """The tensor file of this name and the configs beside it; without a name, the file `path` alone."""
     if name is None:
         raise _nothing(path)
