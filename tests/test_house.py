@@ -92,7 +92,4 @@ import sys, lorainject
 heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing"} & set(sys.modules)
 print(sorted(heavy))
 """
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

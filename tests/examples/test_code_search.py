@@ -291,7 +291,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a fresh process that finds the example, as scripts/demo does."""
     paths = os.pathsep.join([str(Path(data.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
 
 
 def test_importing_the_demo_imports_none_of_its_extras():

@@ -9,7 +9,6 @@ import os
 import pickle
 import struct
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -139,14 +138,12 @@ def test_archives_that_are_refused(members, link, message, tmp_path):
 
 @pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
 def test_patterns_that_never_end(field, tmp_path):
-    """A pattern from a file has a second; ours is done long before a greedy one would be."""
+    """A pattern from a file that would run for hours is stopped by its time limit, and the error says so."""
     path = "base_model.model." + "a" * 40
     tensors = {f"{path}!.lora_A.weight": torch.ones(2, 3), f"{path}!.lora_B.weight": torch.ones(4, 2)}
     extra = {"target_parameters": ["a" * 40 + "!.p"]} if field == "rank_pattern" else {}
-    start = time.monotonic()
     with pytest.raises(li.FileError, match="cannot be used: it takes more than 1 s"):
         li.read(peft(tmp_path / "a", tensors, **{field: {"(a|aa)+$": 4}}, **extra))
-    assert time.monotonic() - start < 30
 
 
 def safetensors(header: str | bytes, data: bytes = bytes(8)) -> bytes:
@@ -233,13 +230,12 @@ GGUFS = {
 
 
 @pytest.mark.parametrize("data", GGUFS.values(), ids=GGUFS)
-def test_gguf_headers(data, tmp_path):
-    """Counts are checked against the file's size before the package loops over them."""
+def test_gguf_headers(data, tmp_path, monkeypatch):
+    """The counts in a header are checked against the file's size; the gguf package, which would loop over them, never runs."""
+    monkeypatch.setattr("gguf.GGUFReader", lambda path: pytest.fail("the gguf package was given the file"))
     (tmp_path / "x.gguf").write_bytes(data)
-    start = time.monotonic()
     with pytest.raises(li.FileError, match="no whole GGUF file"):
         li.read(tmp_path / "x.gguf")
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from torch import nn
 import lorainject as li
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
-from lorainject.lora.model_index import adapted_sites
 from lorainject.numerics.fingerprint import sample_values, samples_agree
 
 from models import bert, bits, gpt2, ids, llama, mapped, randomise, run, state
@@ -83,7 +82,7 @@ m = li.inject(llama(), ["q_proj", "v_proj"], r=4); randomise(m); li.save(m, sys.
 """
     here = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support")
     for seed in "12":
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{seed}.safetensors", here], check=True, timeout=120,
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{seed}.safetensors", here], check=True,
                        env=os.environ | {"PYTHONHASHSEED": seed})  # fmt: skip
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
@@ -552,7 +551,7 @@ else:
     raise SystemExit("saved?")
 """
     assert hasattr(signal, "SIGXFSZ")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     assert path.read_bytes() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "m.pt"]
 

@@ -227,7 +227,7 @@ for model in (d["model"], m):
     assert type(li.eject(model).model.layers[0].self_attn.q_proj) is torch.nn.Linear
 assert torch.allclose(merged, d["wanted"], atol=1e-5)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_gradient_checkpointing(base):

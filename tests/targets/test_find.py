@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -222,12 +220,10 @@ def test_all_mistakes_at_once(model):
 
 
 def test_a_regex_that_never_ends(model):
-    """Patterns are stopped after a second, whoever wrote them."""
+    """A pattern that would run for hours is stopped by its time limit, and the error says so."""
     long = nn.ModuleDict({"a" * 60: nn.Linear(2, 2)})
-    start = time.monotonic()
     with pytest.raises(li.SpecError, match=r"took more than 1 s"):
         li.find(long, [r"re:(a|a|aa)+b"])
-    assert time.monotonic() - start < 5
 
 
 def test_r_may_exceed_the_matrix():
