@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FileError, SpecError
-from ..files.convert import understood
+from ..files.convert import read_source
 from ..files.io.open_adapter import Hints, open_source
 from ..files.record import AdapterFile, BasePrint, StoredSite
 from ..files.rename import rename_for_model
@@ -37,7 +37,7 @@ from .shards import BYTES, DTYPES, Shard, scan
 def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check_base: bool) -> MergePlan:
     """Read the adapters and the checkpoint's headers, and find each delta's bytes. Raises FileError with all that does not fit."""
     asked = [adapters] if isinstance(adapters, str | Path | AdapterFile) else list(adapters)
-    files = [a if isinstance(a, AdapterFile) else understood(open_source(a, spool=True)) for a in asked]
+    files = [a if isinstance(a, AdapterFile) else read_source(open_source(a, spool=True)) for a in asked]
     factor = [1.0] * len(files) if weights is None else [float(w) for w in weights]
     if not files or len(factor) != len(files) or not all(map(math.isfinite, factor)):
         raise SpecError(
@@ -61,7 +61,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
     problems, strange = [], []
     for given, file, times in zip(asked, files, factor, strict=True):
         if file.notes and not isinstance(given, AdapterFile):  # what was taken for granted, the model tells
-            file = understood(open_source(given, spool=True), hints=Hints(model=model))
+            file = read_source(open_source(given, spool=True), hints=Hints(model=model))
         own = file.format == "lorainject"  # whose fingerprint goes by its own names
         named = _named_as(file, model, by_name) if own else rename_for_model(file, index)
         wrong = [f"{line}; merging does not put it on yet" for line in file.beside]

@@ -1,9 +1,12 @@
-"""Every format by one table; `read`, `write` and `convert`: a file into the record, the record into another file.
+"""Read, write and convert adapter files of every format, without a model.
 
-li.read("adapter.gguf", hints=li.Hints(heads=(32, 8)))
-li.write(file, "out", format="peft")
-li.convert("lit_model.pth.lora", "out", format="peft", allow_pickle=True)
-li.convert("adapter", "out", engine="vllm")
+    li.read("adapter.gguf", hints=li.Hints(heads=(32, 8)))
+    li.write(file, "out", format="peft")
+    li.convert("lit_model.pth.lora", "out", format="peft", allow_pickle=True)
+    li.convert("adapter", "out", engine="vllm")
+
+Every reader makes a record of a file (record.py), and every writer makes a file of a record that fits its format
+(fit.py). FORMATS is the table of both. The format of a file is found by its content, never by its name.
 """
 
 from __future__ import annotations
@@ -23,25 +26,25 @@ from .io.open_adapter import FILES, Hints, Source, open_source
 from .record import AdapterFile, payload_problems
 from .rename import rename_for_model, select_component
 
-# The first that claims a source has it: the more particular ones come first.
-FORMATS: dict[str, Format] = {f.name: f for f in (
-    native.FORMAT, gguf.FORMAT, onnx.FORMAT, kohya.FORMAT, diffusers.FORMAT, peft_reader.FORMAT, torchtune.FORMAT, mlx.FORMAT, adapterhub.FORMAT,
-    litgpt.FORMAT, loralib.FORMAT,
-)}  # fmt: skip
+# The first format that claims a source has it, so the more specific ones come first.
+MODULES = (native, gguf, onnx, kohya, diffusers, peft_reader, torchtune, mlx, adapterhub, litgpt, loralib)
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in MODULES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What `write` and `convert` did."""
+    """What `write` or `convert` did."""
 
     path: Path
+    """Where the adapter was written."""
     format: str
+    """The format of the written file, a name in `li.FORMATS`."""
     file: AdapterFile
-    """As it was written, in the form that the format holds."""
+    """The record as it was written, in the form that the format holds."""
     lost: tuple[str, ...] = ()
-    """What was left out, one line each; nothing unless `lossy` was asked for."""
+    """What was left out, one line each; empty unless `lossy` was asked for."""
     changed: tuple[str, ...] = ()
-    """What was rewritten, one line each, with the same update of every weight."""
+    """What was rewritten, one line each; the update of every weight is the same before and after."""
     asks: str | None = None
     """What the engine must be told when it is started."""
 
@@ -51,29 +54,51 @@ def read(
 ) -> AdapterFile:
     """Read an adapter file or directory of any format in `li.FORMATS`, without a model.
 
-    The format is found by content; `format` says it where the content leaves it open. Pickles are opened only with `allow_pickle=True`,
-    and then by torch's restricted unpickler. Raises FileError with all that is wrong with the file, or that `hints` have to tell.
+    Args:
+        path: The file or directory.
+        format: Its format, for a file whose content fits several; None finds it by content.
+        allow_pickle: Open pickles, with torch's restricted unpickler. Without it they are refused.
+        hints: What the file does not say, for instance alpha, or the base model for its names and layouts.
+
+    Returns:
+        The record of the file.
+
+    Raises:
+        FileError: All that is wrong with the file, or that `hints` must tell.
+        SpecError: There is no such format.
     """
-    return understood(open_source(path, allow_pickle), format, hints)
+    return read_source(open_source(path, allow_pickle), format, hints)
 
 
-def understood(source: Source, format: str | None = None, hints: Hints | None = None,
-               index: ModelIndex | None = None) -> AdapterFile:  # fmt: skip
-    """The same of what has been opened; `index` is that of hints.model, where it exists already."""
+def read_source(
+    source: Source, format: str | None = None, hints: Hints | None = None, index: ModelIndex | None = None
+) -> AdapterFile:
+    """Return the record of an opened file or directory.
+
+    Args:
+        source: The opened file or directory.
+        format: As in `read`.
+        hints: As in `read`.
+        index: The index of hints.model, if there is one already.
+
+    Raises:
+        FileError: As in `read`.
+        SpecError: There is no such format.
+    """
     path, hints = source.path, hints or Hints()
-    form = _form(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
+    form = _format(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
     if form is None:
         raise FileError(
-            f"{path} is in no format that is known here:", _unknown(source), f"known are {', '.join(FORMATS)}"
+            f"{path} is in no format that is known here:", _describe(source), f"known are {', '.join(FORMATS)}"
         )
     problems = payload_problems(source.tensors)
     try:
         file = form.read(source, hints, problems)
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError) as e:
-        what = f"{source.path} and the config beside it are" if source.configs else f"{source.path} is"
+        subject = f"{path} or the config next to it" if source.configs else f"{path}"
         raise FileError(
-            f"{what} not as {form.library} writes them: {type(e).__name__}: {e}",
-            way_out="get the file again, or save the adapter anew",
+            f"{subject} is not as {form.library} writes it: {type(e).__name__}: {e}",
+            way_out="check how the file was made, or save the adapter again with the library that trained it",
         ) from e
     if file is not None and hints.component is not None:
         file = select_component(file, hints.component)
@@ -81,90 +106,151 @@ def understood(source: Source, format: str | None = None, hints: Hints | None = 
         problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
     if problems or file is None:
         raise FileError(
-            f"{path} can't be used:",
+            f"{path} cannot be read as an adapter of the format {form.name}:",
             problems,
-            "get a damaged file again; what is not plain LoRA, merge or convert with PEFT first",
+            "if the file is damaged, copy or save it again; what is not plain LoRA, merge or convert with PEFT first",
         )
     return file if hints.model is None else rename_for_model(file, index or ModelIndex(hints.model))
 
 
-def write(file: AdapterFile, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,
-          hints: Hints | None = None) -> Conversion:  # fmt: skip
-    """Write a record in a format of `li.FORMATS` (our own, if none is named), or as an engine of `li.ENGINES` serves it rightly; atomically.
+def write(
+    file: AdapterFile,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    engine: str | None = None,
+    lossy: bool = False,
+    hints: Hints | None = None,
+) -> Conversion:
+    """Write a record atomically in a format of `li.FORMATS`, or in the form that an engine of `li.ENGINES` serves
+    correctly.
 
-    What has no place there is converted where an exact form exists. Raises FileError with everything else, before anything is written;
-    `lossy=True` leaves it out instead, and says what and how much.
+    What has no place in the format is converted where an exact form exists.
+
+    Args:
+        file: The record.
+        path: The file or directory to be written.
+        format: A name in `li.FORMATS`; None means our own.
+        engine: A name in `li.ENGINES`, in place of a format.
+        lossy: Leave out what has no exact form, and list it in `Conversion.lost`, instead of raising.
+        hints: What the format needs beyond the record, for instance the number of heads.
+
+    Returns:
+        What was written, rewritten and left out.
+
+    Raises:
+        FileError: All that has no place in the format, or that `hints` must tell. Nothing was written.
+        SpecError: There is no such format or engine, or both were given.
     """
     if format is not None and engine is not None:
         raise SpecError(
-            f"format {format!r} or engine {engine!r}: one of the two",
+            f"format {format!r} and engine {engine!r} exclude each other",
             way_out=f"{engine} reads a format of its own: leave format out",
         )
     served = None if engine is None else engines.engine(engine)
-    path, form = Path(path), _form(format or "lorainject") if served is None else served.form
+    form = served.form if served else _format(format or "lorainject")
+    path, hints = Path(path), hints or Hints()
     if not file.sites:
         raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
     fit, lost = fit_record(file, form, lossy)
-    changed, problems, n = describe_changes(file, fit), list[str](), len(fit.sites)
-    for check in served.checks if served else ():
-        fit = check(fit, hints or Hints(), problems)
-    if problems:
-        raise FileError(
-            f"{form.name} does not serve this adapter:",
-            problems,
-            "have it merged into the base instead (PEFT's merge_and_unload)",
-        )
-    if added := [s.name for s in fit.sites[n:]]:
-        changed.append(
-            f"{len(added)} sites of zeros are added, without which {form.name} refuses it: {', '.join(added[:3])}{', ...' * (len(added) > 3)}"
-        )
+    changed = describe_changes(file, fit)
+    if served:
+        count = len(fit.sites)
+        fit = _prepare(fit, served, hints)
+        if added := [s.name for s in fit.sites[count:]]:
+            names = ", ".join(added[:3]) + ", ..." * (len(added) > 3)
+            changed.append(f"{len(added)} sites of zeros are added, without which {form.name} refuses it: {names}")
     if not fit.sites:
         raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
-    if form.suffix and path.suffix != form.suffix:
-        raise FileError(f"{form.name} is a single file", way_out=f"give a path that ends in {form.suffix}")
-    if not form.suffix and (path.is_file() or path.suffix == ".safetensors") and form.write is not native.write:
-        raise FileError(
-            f"{form.name} is a directory", way_out="give a path that is no file, and does not end in .safetensors"
-        )
-    files = form.write(fit, path, hints or Hints())
+    _check_path(path, form)
+    files = form.write(fit, path, hints)
     if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
         raise FileError(
-            f"{path} holds another adapter, with which this one would be mixed up:", others, "give another directory"
+            f"{path} holds another adapter, which would be mixed up with this one:", others, "give another directory"
         )
     atomic_write.write(files)
-    return Conversion(path=path, format=served.reads if served else form.name, file=fit, lost=lost, changed=tuple(changed),
-                      asks=served.asks(fit) if served else None)  # fmt: skip
-
-
-def convert(source: str | Path, path: str | Path, *, format: str | None = None, engine: str | None = None, lossy: bool = False,
-            allow_pickle: bool = False, hints: Hints | None = None) -> Conversion:  # fmt: skip
-    """`write(read(source), path, format=format)`, or `engine=engine`."""
-    _ = (
-        (format is None or _form(format)),
-        (engine is None or engines.engine(engine)),
-    )  # misspelt: before anything is read
-    return write(
-        read(source, allow_pickle=allow_pickle, hints=hints),
-        path,
-        format=format,
-        engine=engine,
-        lossy=lossy,
-        hints=hints,
+    return Conversion(
+        path=path,
+        format=served.reads if served else form.name,
+        file=fit,
+        lost=lost,
+        changed=tuple(changed),
+        asks=served.asks(fit) if served else None,
     )
 
 
-def _form(name: str) -> Format:
+def convert(
+    source: str | Path,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    engine: str | None = None,
+    lossy: bool = False,
+    allow_pickle: bool = False,
+    hints: Hints | None = None,
+) -> Conversion:
+    """Read an adapter and write it in another format, or for an engine.
+
+    Args:
+        source: The file or directory to be read.
+        path: The file or directory to be written.
+        format: As in `write`.
+        engine: As in `write`.
+        lossy: As in `write`.
+        allow_pickle: As in `read`.
+        hints: What the file does not say, and what the format needs beyond the record.
+
+    Returns:
+        What was written, rewritten and left out.
+
+    Raises:
+        FileError: All that is wrong with the file, or that has no place in the format. Nothing was written.
+        SpecError: There is no such format or engine, or both were given.
+    """
+    if format is not None:
+        _format(format)  # a misspelled name is reported before anything is read
+    if engine is not None:
+        engines.engine(engine)
+    file = read(source, allow_pickle=allow_pickle, hints=hints)
+    return write(file, path, format=format, engine=engine, lossy=lossy, hints=hints)
+
+
+def _format(name: str) -> Format:
     if name not in FORMATS:
         raise SpecError(f"there is no format {name!r}", way_out=f"choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def _unknown(source: Source) -> list[str]:
-    """What can be said of a source that no format claims."""
-    found = [
-        f"it is {what}, which is no pair of low-rank factors"
-        for what in dict.fromkeys(map(other_method, source.tensors))
-        if what
-    ]
+def _prepare(file: AdapterFile, engine: engines.Engine, hints: Hints) -> AdapterFile:
+    """Return the record as the engine's checks want it. Raises FileError with all that the engine does not serve."""
+    problems: list[str] = []
+    for check in engine.checks:
+        file = check(file, hints, problems)
+    if problems:
+        raise FileError(
+            f"{engine.form.name} does not serve this adapter:",
+            problems,
+            "have it merged into the base instead (PEFT's merge_and_unload)",
+        )
+    return file
+
+
+def _check_path(path: Path, form: Format) -> None:
+    """Raise FileError unless the path can be the format's single file or directory."""
+    if form.suffix and path.suffix != form.suffix:
+        raise FileError(f"{form.name} is a single file", way_out=f"give a path that ends in {form.suffix}")
+    if form.suffix or form.write is native.write:  # our own format is either
+        return
+    if path.is_file() or path.suffix == ".safetensors":
+        raise FileError(
+            f"{form.name} is a directory",
+            way_out="give a path that is not an existing file and does not end in .safetensors",
+        )
+
+
+def _describe(source: Source) -> list[str]:
+    """Return what can be said about a source that no format claims."""
+    if methods := [method for method in dict.fromkeys(map(other_method, source.tensors)) if method]:
+        return [f"it is {method}, which is no pair of low-rank factors" for method in methods]
     names = list(source.tensors)
-    return found or [f"it holds {len(names)} tensors: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"]
+    return [f"it holds {len(names)} tensors: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"]

@@ -20,7 +20,7 @@ from ..numerics.threads import defer_interrupt
 from ..plan import site_name
 from ..targets.model_weights import weights
 from . import transforms
-from .convert import understood
+from .convert import read_source
 from .io.open_adapter import Hints, open_source
 from .record import StoredSite
 from .save_load import fitted, require_base
@@ -40,7 +40,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     index.require_adapters("swap", name)
     on = {(*host.key, host.adapters.label): (at, host) for at, host in index.sites.items() if name in host.adapters}
     source = open_source(path, allow_pickle)
-    file = understood(source, hints=replace(hints or Hints(), model=model), index=index)
+    file = read_source(source, hints=replace(hints or Hints(), model=model), index=index)
     by_name = {n: w for w in weights(index) for n in w.names}
     wrong = [f"{at}: stands beside A and B, which alone can be exchanged" for at in (*file.replaced, *file.tokens)]
     new: dict[tuple[int, str, str], StoredSite] = {}

@@ -33,7 +33,7 @@ from ..targets.matcher import Pick, parts_of
 from ..targets.model_weights import Weight, weights
 from ..targets.resolve import count_parameters, make_site, name_problems, why_unsuitable, wrapper_problems
 from . import extras, transforms
-from .convert import FORMATS, understood
+from .convert import FORMATS, read_source
 from .formats import peft_layout
 from .io import atomic_write
 from .io.open_adapter import Hints, open_source
@@ -109,7 +109,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     index = ModelIndex(model)
     index.require_ready("load an adapter")
     source = open_source(path, allow_pickle)
-    file = understood(source, hints=replace(hints or Hints(), model=model), index=index)
+    file = read_source(source, hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
         warnings.warn(f"{file.path}: {note}", stacklevel=2)
     name = file.name if name is None else name
