@@ -27,7 +27,8 @@ from .files.hotswap import hotswap
 from .files.io.open_adapter import Hints
 from .files.record import AdapterFile, StoredSite, TokenRows
 from .files.save_load import load, save
-from .merging.merge import MergedSite, MergeReport, deltas, merge, unmerge
+from .merging.merge import deltas, merge, unmerge
+from .merging.report import MergedSite, MergeReport
 from .plan import Plan, Site
 from .probe import Reach, probe
 from .spec import LoraSpec, Override

@@ -30,6 +30,7 @@ from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, execution_devi
 from .lora.replacement import ReplacementTensor
 from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, weight_shape
+from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
 from .plan import Plan, Site
 from .spec import LoraSpec, Override, Target, spec_from_arguments
@@ -160,7 +161,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         raise GraftError(
             "nothing was ejected:", problems, "undo what was built on top, in reverse order, and call eject again"
         )
-    if any(site.adapters.folded and site.adapters.folded.reversible for site in index.sites.values()):
+    if any((record := merge_record(site.adapters)) and record.is_reversible for site in index.sites.values()):
         unmerge_index(index)
     elif name is not None and index.merged:
         raise StateError(

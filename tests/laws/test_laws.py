@@ -256,9 +256,12 @@ def test_interrupted_eject(case, where, when):
 WHERE = st.sampled_from(
     [
         "merging.merge.set_grafted",
-        "merging.strategies.flat",
+        "merging.strategies.as_matrix",
         "numerics.tile_merge.checksum",
-        "merging.strategies.checksum",
+        "numerics.journal.checksum",
+        "merging.revert.as_matrix",
+        "merging.revert.checksum",
+        "merging.revert.set_grafted",
         "lora.weight_graft.change_class",
     ]
 )

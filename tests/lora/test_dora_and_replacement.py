@@ -431,11 +431,11 @@ def test_magnitudes_of_a_slice(tmp_path):
 
 
 WHERE = (
-    "merging.strategies.flat",
-    "merging.strategies.parameter_checksum",
-    "merging.strategies.checksum",
+    "merging.strategies.as_matrix",
+    "merging.adapted_weight.checksum",
+    "merging.revert.checksum",
     "merging.merge.set_grafted",
-    "merging.strategies._put",
+    "merging.revert._install",
     "lora.weight_graft.change_class",
 )
 
@@ -462,7 +462,7 @@ def test_interrupted(where, verb, tmp_path):
         except KeyboardInterrupt:
             if verb is li.merge:
                 assert state(model) == before
-        if any(h.adapters.folded for h in adapted_sites(model).values()):
+        if any(h.adapters.merge_record for h in adapted_sites(model).values()):
             li.unmerge(model)
         assert state(model) == before
 

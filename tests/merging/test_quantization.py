@@ -13,7 +13,7 @@ from torch import nn
 
 import lorainject as li
 from lorainject.lora.weight_kinds import is_quantized
-from lorainject.merging.quantization import scheme
+from lorainject.merging.quantization import find_scheme
 
 from models import randomise
 
@@ -249,15 +249,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 def test_dequantised_is_what_the_forward_multiplies_by(name, dtype):
     """x W^T + b, within the rounding of the dtype that the forward computes in; asking changes nothing."""
     layer = quantised(name, dtype)
-    s, x = scheme(layer), batch(layer, dtype)
+    s, x = find_scheme(layer), batch(layer, dtype)
     assert s.name == name.split(",")[0]
-    W = s.dequantise(layer)
+    W = s.dequantize(layer)
     assert (W.shape, W.dtype, W.requires_grad) == ((layer.out_features, layer.in_features), torch.float32, False)
     y = x.float() @ W.T + layer.bias.float()
     assert (layer(x).float() - y).norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[
         dtype
     ] * y.norm()
-    assert torch.equal(s.dequantise(layer), W)  # bitsandbytes' int8 has put its scales elsewhere by now
+    assert torch.equal(s.dequantize(layer), W)  # bitsandbytes' int8 has put its scales elsewhere by now
 
 
 @DTYPES
@@ -268,10 +268,10 @@ def test_requantising_is_idempotent(name, dtype):
     and in float32 (c s) / c is not always s, which moves a scale by an ulp.
     """
     layer = quantised(name, dtype)
-    s, x = scheme(layer), batch(layer, dtype)
-    y, old, W = layer(x), layer.weight, s.dequantise(layer)
+    s, x = find_scheme(layer), batch(layer, dtype)
+    y, old, W = layer(x), layer.weight, s.dequantize(layer)
     before, settings = state(layer), set(vars(layer))
-    new = s.requantise(layer, W)
+    new = s.requantize(layer, W)
     assert layer.weight is old  # and requantise changed nothing
     assert (state(layer), set(vars(layer))) == (before, settings)
     assert torch.equal(layer(x), y)
@@ -286,9 +286,9 @@ def test_requantising_is_idempotent(name, dtype):
     s.install(layer, new)
     assert state(layer).keys() == before.keys()
     if "nested" in name:
-        assert (s.dequantise(layer) - W).norm() <= 3e-4 * W.norm()
+        assert (s.dequantize(layer) - W).norm() <= 3e-4 * W.norm()
     elif dtype == torch.float32:
-        assert torch.allclose(s.dequantise(layer), W, rtol=1e-6, atol=0)
+        assert torch.allclose(s.dequantize(layer), W, rtol=1e-6, atol=0)
     else:
         assert torch.equal(layer(x), y)
 
@@ -296,14 +296,14 @@ def test_requantising_is_idempotent(name, dtype):
 def test_rows_that_do_not_move_keep_their_codes(name):
     """An adapter on a slice leaves the other rows alone, scales included (but for scales that all rows share)."""
     layer = quantised(name, torch.bfloat16)
-    s = scheme(layer)
-    W = s.dequantise(layer)
+    s = find_scheme(layer)
+    W = s.dequantize(layer)
     target = W.clone()
     target[:8] = moved(W[:8])
-    s.install(layer, s.requantise(layer, target))
+    s.install(layer, s.requantize(layer, target))
     if "tensor" not in name and "nested" not in name:
-        assert torch.equal(s.dequantise(layer)[8:], W[8:])
-    assert not torch.equal(s.dequantise(layer)[:8], W[:8])
+        assert torch.equal(s.dequantize(layer)[8:], W[8:])
+    assert not torch.equal(s.dequantize(layer)[:8], W[:8])
 
 
 def test_requantising_is_as_good_as_quantising(name):
@@ -313,9 +313,9 @@ def test_requantising_is_as_good_as_quantising(name):
             "a search for better scales, which the tensor doesn't tell of: requantising takes the ordinary ones"
         )
     layer = quantised(name)
-    s = scheme(layer)
-    target = moved(s.dequantise(layer))
-    s.install(layer, s.requantise(layer, target))
+    s = find_scheme(layer)
+    target = moved(s.dequantize(layer))
+    s.install(layer, s.requantize(layer, target))
     own, linear = quantised(name), nn.Linear.__init__
 
     def from_target(self, *args, **kwargs):
@@ -326,7 +326,7 @@ def test_requantising_is_as_good_as_quantising(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Linear, "__init__", from_target)
         own = quantised(name)
-    assert (s.dequantise(layer) - target).norm() <= 1.05 * (scheme(own).dequantise(own) - target).norm()
+    assert (s.dequantize(layer) - target).norm() <= 1.05 * (find_scheme(own).dequantize(own) - target).norm()
 
 
 def pickled(module: nn.Module) -> nn.Module:
@@ -354,14 +354,14 @@ def test_installing_there_and_back(name, warm, copied):
     if reason := UNCOPYABLE.get((name.split()[0], copied)):
         pytest.skip(reason)
     layer = copied(layer) if copied else layer
-    s = scheme(layer)
+    s = find_scheme(layer)
     before, old = state(layer), layer.weight
-    target = moved(s.dequantise(layer))
-    new = s.requantise(layer, target)
+    target = moved(s.dequantize(layer))
+    new = s.requantize(layer, target)
     assert 0 < s.codes_changed(old, new) <= 1
     for _ in range(2):
         s.install(layer, new)
-        assert torch.allclose(layer(x), x @ s.dequantise(layer).T + layer.bias, atol=1e-5)
+        assert torch.allclose(layer(x), x @ s.dequantize(layer).T + layer.bias, atol=1e-5)
         assert not torch.equal(layer(x), y)
         merged = state(layer)
         s.install(layer, old)
@@ -375,35 +375,35 @@ def test_installing_there_and_back(name, warm, copied):
 def test_codes_changed_counts_elements(name):
     """One element that takes the value of another of its block is one code of all."""
     layer = quantised(name)
-    s = scheme(layer)
-    W = s.dequantise(layer)
+    s = find_scheme(layer)
+    W = s.dequantize(layer)
     order = W[0, :32].argsort()
     W[0, order[8]] = W[0, order[24]]
-    assert s.codes_changed(layer.weight, s.requantise(layer, W)) == 1 / W.numel()
+    assert s.codes_changed(layer.weight, s.requantize(layer, W)) == 1 / W.numel()
 
 
 def test_a_grafted_layer_has_the_scheme_of_its_base(model):
     """The class above it changes neither the weight nor how it is stored."""
-    names = [scheme(model[i]).name for i in (0, 2)]
-    before = [bits(scheme(model[i]).dequantise(model[i])) for i in (0, 2)]
+    names = [find_scheme(model[i]).name for i in (0, 2)]
+    before = [bits(find_scheme(model[i]).dequantize(model[i])) for i in (0, 2)]
     li.inject(model, "all-linear", r=4)
-    assert [scheme(model[i]).name for i in (0, 2)] == names
-    assert [bits(scheme(model[i]).dequantise(model[i])) for i in (0, 2)] == before
+    assert [find_scheme(model[i]).name for i in (0, 2)] == names
+    assert [bits(find_scheme(model[i]).dequantize(model[i])) for i in (0, 2)] == before
 
 
 def test_repacked_for_the_cpu():
     """A CPU with AVX512-BF16 rearranges 4 bit codes and rounds their scales to bfloat16; the values are those, the scheme the old one."""
     layer = quantised("bitsandbytes nf4, nested", torch.float16)
-    s = scheme(layer)
-    W, F = s.dequantise(layer), pytest.importorskip("bitsandbytes.functional")
+    s = find_scheme(layer)
+    W, F = s.dequantize(layer), pytest.importorskip("bitsandbytes.functional")
     plain = copy.deepcopy(layer.weight)
     layer.weight.data, layer.weight.quant_state = F._convert_weight_packed_for_cpu(
         layer.weight.data, layer.weight.quant_state
     )
     assert layer.weight.quant_state.packing_format_for_cpu
-    assert torch.allclose(s.dequantise(layer), W, rtol=2**-8, atol=0)
+    assert torch.allclose(s.dequantize(layer), W, rtol=2**-8, atol=0)
     assert s.codes_changed(plain, layer.weight) == 0
-    new = s.requantise(layer, W)
+    new = s.requantize(layer, W)
     assert layer.weight.quant_state.packing_format_for_cpu
     assert s.codes_changed(plain, new) == 0
     assert (new.quant_state.nested, new.quant_state.dtype, new.shape) == (True, torch.float16, plain.shape)
@@ -437,13 +437,13 @@ def own(layer: nn.Module) -> nn.Module:
     ],
     ids=["4bit-unquantised", "8bit-unquantised", "8bit-float-weight", "4bit-embedding", "int8-inputs", "int8-inputs-int4", "asymmetric", "1bit", "own-forward", "quanto-inputs"],
 )  # fmt: skip
-def test_what_has_no_scheme(make):
+def test_what_has_no_find_scheme(make):
     """Quantised, but not in a way that this table can do again."""
     layer = make()
     assert is_quantized(layer)
-    assert scheme(layer) is None
+    assert find_scheme(layer) is None
 
 
-def test_a_plain_layer_has_no_scheme():
-    assert scheme(nn.Linear(4, 4)) is None
-    assert scheme(nn.ReLU()) is None
+def test_a_plain_layer_has_no_find_scheme():
+    assert find_scheme(nn.Linear(4, 4)) is None
+    assert find_scheme(nn.ReLU()) is None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..files.record import AdapterFile
-from ..merging.merge import MergeReport, check_survival
+from ..merging.report import MergeReport, check_survival
 from .copying import Meter, Progress, building, copy, new, opened
 from .plan import plan_merge
 from .shards import INDEX, OTHER_WEIGHTS, Shard

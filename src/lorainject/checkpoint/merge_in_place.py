@@ -23,7 +23,7 @@ import torch
 from ..errors import FileError, MergeError, StateError, system_errors
 from ..files.io import atomic_write, safetensors_file
 from ..files.record import AdapterFile
-from ..merging.merge import MergeReport, check_survival
+from ..merging.report import MergeReport, check_survival
 from ..numerics.delta import Factors
 from ..numerics.journal import Journal
 from ..numerics.tile_merge import TileMerger, TileWorkspace

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import MergeError
 from ..files.weight_map import StoredPiece
-from ..merging.merge import MergeReport, merged_site
+from ..merging.report import MergeReport, merged_site
 from ..numerics.delta import Factors
 from ..numerics.threads import thread_pool
 from ..numerics.tile_merge import DeltaStats, TileMerger, TileWorkspace

@@ -25,6 +25,7 @@ from ..lora.graft import base_class
 from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, is_sharded, weight_shape
+from ..merging.adapted_weight import merge_record
 from ..numerics.delta import is_finite
 from ..numerics.fingerprint import sample_values, samples_agree
 from ..plan import Plan, Site, site_name
@@ -197,8 +198,8 @@ def _base(on: Mapping[str, AdaptedSite]) -> BasePrint | None:
 
 def _print(module: nn.Module, parameter: str) -> Tensor | None:
     for own in module._modules.values():
-        if isinstance(own, AdapterDict) and own.parameter == parameter and own.folded:
-            return own.folded.sample
+        if isinstance(own, AdapterDict) and own.parameter == parameter and (record := merge_record(own)):
+            return record.sample
     weight = module._parameters[parameter]
     return None if weight is None or is_quantized(module) else sample_values(weight)
 

@@ -9,63 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..numerics.delta import Factors
-from ..numerics.journal import Journal
 from .active import AdapterState, StateDictLoad
 from .adapter import LoraAdapter
 from .hooks import HookAware
 from .kernels.shared_input import SharedInput
 from .kernels.terms import TERMS
 from .weight_kinds import Kind
-
-Terms = dict[str, tuple[Factors, ...]]
-"""One weight's deltas by adapter: one for the whole, or one a slice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeRecord:
-    """What merge leaves on a weight, for unmerge."""
-
-    how: str
-    """The way it went (see change.py)."""
-    terms: Terms
-    """As they were added, on the device where they were."""
-    journal: Journal | None
-    """What is kept of W0, if the fold was in place; None too after merge(reversible=False)."""
-    original: nn.Parameter | None
-    """What the module had, if the fold is in a parameter of its own; None too after merge(reversible=False)."""
-    cls: type[nn.Module]
-    """The module's own class."""
-    like: tuple[torch.dtype, tuple[int, ...]]
-    """The merged weight's dtype and shape."""
-    mark: int
-    """Checksum of the parameter of its own."""
-    bias: nn.Parameter | None = None
-    """The module's own bias, if the fold has put another in its place."""
-    sample: Tensor | None
-    """A few values of W0, for the fingerprint in files saved while merged."""
-
-    @property
-    def nbytes(self) -> int:
-        """Kept for unmerge, in all. (The original of a tied weight is somebody else's, too.)"""
-        kept = 0 if self.journal is None else self.journal.nbytes
-        own = (
-            0
-            if self.original is None or self.how == "Untied"
-            else self.original.nbytes + (0 if self.bias is None else self.bias.nbytes)
-        )
-        return kept + own + sum(f.P.nbytes + f.Q.nbytes for term in self.terms.values() for f in term)
-
-    @property
-    def reversible(self) -> bool:
-        """Whether anything was kept to go back by."""
-        return self.journal is not None or self.original is not None
 
 
 class AdapterDict(HookAware):
@@ -76,12 +30,13 @@ class AdapterDict(HookAware):
     ) -> None:
         super().__init__()
         vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
-            state=state, kind=kind, parameter=parameter, label=label, named=named, read=False, folded=None, fallbacks=Counter(), siblings=None,
+            state=state, kind=kind, parameter=parameter, label=label, named=named, read=False, merge_record=None, fallbacks=Counter(), siblings=None,
         )  # fmt: skip
 
     state: AdapterState
     kind: Kind
-    folded: MergeRecord | None
+    merge_record: object | None
+    """What merge leaves on the weight, for unmerge (merging/adapted_weight.py); None while nothing is merged."""
     parameter: str
     """The name of the weight in its module."""
     label: str

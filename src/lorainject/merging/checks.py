@@ -1,92 +1,125 @@
-"""Why a weight can't be folded into, or can't be given back what it was: all that merge and unmerge look at before they begin."""
+"""What merge and unmerge check before they begin: why a weight cannot be merged into, or W0 cannot be restored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..lora.dora import DoraAdapter
 from ..lora.graft import base_class
-from ..lora.model_index import ModelIndex
+from ..lora.model_index import ModelIndex, WeightKey
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, is_sharded
 from ..numerics.delta import is_finite
-from .exchange import can_be_linear
-from .quantization import scheme
-from .strategies import AdaptedWeight, parameter_checksum
+from .adapted_weight import AdaptedWeight
+from .quantization import find_scheme
+from .strategies import can_be_linear
 
 
-def why_not_mergeable(
-    w: AdaptedWeight, names: Sequence[str], ties: Mapping[tuple[int, str], list[str]], dequantise: bool
+def unmergeable_weights(
+    weights: Sequence[AdaptedWeight], names: Sequence[str], ties: Mapping[WeightKey, Sequence[str]], dequantize: bool
+) -> list[str]:
+    """Return one line, name and reason, for every weight into which these adapters cannot be merged."""
+    reasons = {w.name: _why_not_mergeable(w, names, ties, dequantize) for w in weights if w.adapters(names)}
+    return [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+
+
+def irreversible_weights(weights: Sequence[AdaptedWeight]) -> list[str]:
+    """Return one line, name and reason, for every merged weight whose W0 cannot be restored, as far as can be seen."""
+    return [f"{w.name}: {reason}" for w in weights if (reason := _why_not_reversible(w))]
+
+
+def _why_not_mergeable(
+    w: AdaptedWeight, names: Sequence[str], ties: Mapping[WeightKey, Sequence[str]], dequantize: bool
 ) -> str | None:
-    """Why nothing can be folded into this weight; None if it can."""
-    host = w.hosts[0]
-    weight = host.module._parameters.get(host.adapters.parameter)
+    module, adapters = w.module, w.adapters(names)
+    weight = module._parameters.get(w.key[1])
     if weight is None:
-        return "its weight is computed (parametrised since inject)"
-    if dequantise and is_quantized(host.module) and not can_be_linear(host.module):
-        return f"a {base_class(type(host.module)).__name__} can't become an nn.Linear: merge without dequantise=True, or before quantising"
-    if is_quantized(host.module) and scheme(host.module) is None:
-        return "its weight is quantised in a way that can't be redone: keep the adapter unmerged, or merge into the model before quantising"
+        return "its weight is computed (a parametrization was registered since inject)"
+    quantized = is_quantized(module)
+    if quantized and dequantize and not can_be_linear(module):
+        return (
+            f"a {base_class(type(module)).__name__} cannot become an nn.Linear: merge without dequantise=True,"
+            " or before quantizing"
+        )
+    if quantized and find_scheme(module) is None:
+        return (
+            "its weight is quantized by a scheme that cannot be applied again: keep the adapter unmerged,"
+            " or merge before quantizing"
+        )
     if is_sharded(weight):
         return "its weight is sharded"
     if weight.is_inference():
-        return "its weight was made under torch.inference_mode and can't be changed"
-    if any(not h.fits(a) for h in w.hosts for n in names if n in h.adapters for a in [h.adapters[n]]):
-        return f"its weight is {tuple(weight.shape)} now, for which A and B were not made (resized since inject?)"
-    if weight.is_meta or any(p.is_meta for a in w.adapters(names) for p in a.parameters()):
+        return "its weight was made under torch.inference_mode and cannot be changed"
+    if not all(site.fits(site.adapters[name]) for site in w.sites for name in names if name in site.adapters):
+        return (
+            f"its weight is {tuple(weight.shape)} now, but A and B were made for another shape (resized since inject?)"
+        )
+    if weight.is_meta or any(p.is_meta for adapter in adapters for p in adapter.parameters()):
         return "lies on the meta device (offloaded, or never loaded): bring it back first"
-    if host.key in ties:
-        return f"its weight is tied to {', '.join(ties[host.key])}, which the fold would change as well (untie=True gives it memory of its own)"
-    if not all(is_finite(p) for a in w.adapters(names) for p in a.parameters()):
+    if w.key in ties:
+        return (
+            f"its weight is tied to {', '.join(ties[w.key])}, which the merge would change as well"
+            " (untie=True gives it memory of its own)"
+        )
+    if not all(is_finite(p) for adapter in adapters for p in adapter.parameters()):
         return "its A or B holds NaN or infinity"
-    if is_quantized(host.module) and any(isinstance(a, DoraAdapter | ReplacementTensor) for a in w.adapters(names)):
-        return "its weight is quantised, and magnitudes or an update of the bias come with A and B: keep the adapter unmerged"
-    if w.bias is None and any(isinstance(a, DoraAdapter) and a.b is not None for a in w.adapters(names)):
-        return "its layer has no bias for the update of the bias to be folded into (a new one would be a new key in the state dict)"
+    if quantized and any(isinstance(adapter, DoraAdapter | ReplacementTensor) for adapter in adapters):
+        return (
+            "its weight is quantized, and its adapter has magnitudes (DoRA), a bias update or a replacement tensor:"
+            " keep the adapter unmerged"
+        )
+    if w.bias is None and any(isinstance(adapter, DoraAdapter) and adapter.b is not None for adapter in adapters):
+        return (
+            "its layer has no bias for the update of the bias to be merged into"
+            " (a new bias would be a new key in the state dict)"
+        )
     return None
 
 
-def why_not_reversible(w: AdaptedWeight) -> str | None:
-    """Why W0 can't be given back to this weight; None if it can, as far as one sees."""
-    if (folded := w.folded) is None:
+def _why_not_reversible(w: AdaptedWeight) -> str | None:
+    if (record := w.record) is None:
         return None
-    if not folded.reversible:
-        return "was merged with reversible=False, which keeps nothing to go back by"
-    now, shape = (w.weight.dtype, tuple(w.weight.shape)), folded.like[1]
-    if now != folded.like:
-        return f"is {now[0]} {now[1]} now, but was {folded.like[0]} {shape} when it was merged"
-    if folded.original is not None and folded.original.device != w.weight.device:
-        return f"lies on {w.weight.device} now, but what it had before on {folded.original.device}: move the model back first"
-    if (
-        folded.original is not None
-        and w.weight is not folded.original
-        and parameter_checksum(w, folded.bias is not None) != folded.mark
-    ):
+    if not record.is_reversible:
+        return "was merged with reversible=False, which keeps nothing to restore it from"
+    dtype, shape = w.weight.dtype, tuple(w.weight.shape)
+    if (dtype, shape) != (record.dtype, record.shape):
+        return f"is {dtype} {shape} now, but was {record.dtype} {record.shape} when it was merged"
+    if (original := record.original) is None:
+        return None
+    if original.device != w.weight.device:
+        return (
+            f"lies on {w.weight.device} now, but the weight from before the merge lies on {original.device}:"
+            " move the model back first"
+        )
+    if w.weight is not original and w.checksum(with_bias=record.original_bias is not None) != record.checksum:
         return "was changed since it was merged (trained, loaded or edited)"
     return None
 
 
-def tied_weights(index: ModelIndex) -> dict[tuple[int, str], list[str]]:
-    """For each weight (module's id, parameter) that other tensors of the model share memory with, in whole or in part: their paths."""
-    spans: dict[int, list[tuple[int, int, tuple[int, str], str]]] = {}
+def tied_weights(index: ModelIndex) -> dict[WeightKey, list[str]]:
+    """Return, for every weight that shares memory with other tensors of the model, in whole or in part, their paths."""
+    spans: dict[int, list[tuple[int, int, WeightKey, str]]] = {}
     for path, module in index.walked:
         for name, t in (module._parameters | module._buffers).items():
-            if (
-                t is not None
-                and not is_sharded(t)
-                and not is_traceable_wrapper_subclass(t)
-                and not t.is_meta
-                and t.numel()
-            ):
-                extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-                spans.setdefault(t.untyped_storage().data_ptr(), []).append(
-                    (t.data_ptr(), t.data_ptr() + extent * t.itemsize, (id(module), name), f"{path}.{name}")
+            if t is not None and _has_memory(t):
+                start, size = (
+                    t.data_ptr(),
+                    sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1,
                 )
-    tied_weights: dict[tuple[int, str], list[str]] = {}
+                span = start, start + size * t.itemsize, (id(module), name), f"{path}.{name}"
+                spans.setdefault(t.untyped_storage().data_ptr(), []).append(span)
+    ties: dict[WeightKey, list[str]] = {}
     for sharing in spans.values():
-        for start, end, mine, _ in sharing:
-            if others := [p for s, e, whose, p in sharing if s < end and start < e and whose != mine]:
-                tied_weights.setdefault(mine, others)
-    return tied_weights
+        for start, end, key, _ in sharing:
+            others = [path for s, e, other, path in sharing if s < end and start < e and other != key]
+            if others:
+                ties.setdefault(key, others)
+    return ties
+
+
+def _has_memory(t: Tensor) -> bool:
+    """True if the tensor has elements in a plain storage."""
+    return not (is_sharded(t) or is_traceable_wrapper_subclass(t) or t.is_meta or t.numel() == 0)

@@ -1,19 +1,22 @@
-"""Out of a quantised linear's codes and back into them: what merging needs where a weight is not stored as numbers.
+"""Out of a quantized linear's codes and back into them: what merging needs where a weight is not stored as numbers.
 
-    codes -> dequantise -> W0, float32 -> (merge adds s B A) -> requantise -> codes and scales of the same scheme
+    codes -> dequantize -> W0, float32 -> (merge adds s B A) -> requantize -> codes and scales of the same scheme
 
-The library's own quantiser does it, from float32, with the type, block size, nesting and dtypes that the weight had. But W0 lies on
-the grid, so a d of less than half a step is rounded away again, and a larger one pays for one more quantisation. For a Gaussian W0 and a
-d of 5 % (1 %) of its size, int8 keeps <W - W0, d> / <d, d> = 1.00 (0.95), float8 0.97 (0.37), nf4 0.23 (0.02): in 4 bits, merging
-an ordinary adapter is mostly losing it. QLoRA (Dettmers et al. 2023, arXiv 2305.14314) keeps A and B apart.
+The library's own quantizer does it, from float32, with the type, block size, nesting and dtypes that the weight had.
+But W0 lies on the grid, so a d of less than half a step is rounded away again, and a larger one pays for one more
+quantisation. For a Gaussian W0 and a d of 5 % (1 %) of its size, int8 keeps <W - W0, d> / <d, d> = 1.00 (0.95), float8
+0.97 (0.37), nf4 0.23 (0.02): in 4 bits, merging an ordinary adapter is mostly losing it. QLoRA (Dettmers et al. 2023,
+arXiv 2305.14314) keeps A and B apart.
 
-Requantising W0 itself gives W0, codes and scales: rows that no adapter touches must not move. With most schemes that is so because
-a block's extreme is the outermost code. Symmetric integers are not so sure of it (torchao stores 7.5 steps as 7): a grid found anew from
-stored values could be 13 % off (int4). There, a block keeps its scale while W still fits it (`_kept`). The one exception is
-bitsandbytes' double quantisation, whose 8 bit scales are rounded around their common mean: 1e-4 of the weight, 3e-3 with outliers.
+Requantising W0 itself gives W0, codes and scales: rows that no adapter touches must not move. With most schemes that
+is so because a block's extreme is the outermost code. Symmetric integers are not so sure of it (torchao stores 7.5
+steps as 7): a grid found anew from stored values could be 13 % off (int4). There, a block keeps its scale while W
+still fits it (`_kept`). The one exception is bitsandbytes' double quantisation, whose 8 bit scales are rounded around
+their common mean: 1e-4 of the weight, 3e-3 with outliers.
 
-One row a scheme, by the exact classes of layer and weight: whatever else is quantised (GPTQ, AWQ, HQQ layers, quantised inputs, a
-weight that is still to be quantised) has none. No library is imported but that whose layer is asked about.
+One row a scheme, by the exact classes of layer and weight: whatever else is quantized (GPTQ, AWQ, HQQ layers,
+quantized inputs, a weight that is still to be quantized) has none. No library is imported but that whose layer is
+asked about.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ..lora.graft import base_class
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How one kind of quantised linear stores its weight. None of the functions but `install` changes the module."""
+    """How one kind of quantized linear stores its weight. None of the functions but `install` changes the module."""
 
     name: str
     """For messages: the library's, and then what it calls the type of this weight."""
@@ -42,11 +45,13 @@ class Scheme:
     weights: tuple[str, ...]
     """Dotted names of the classes that the weight may have."""
     kind: Callable[[Any], str | None]
-    """module -> the type, as `name` ends; None if this layer's settings or state can't be had again by requantising."""
-    dequantise: Callable[[Any], Tensor]
-    """module -> (out, in), float32: codes times scales, before any rounding to the dtype that the forward computes in."""
-    requantise: Callable[[Any, Tensor], nn.Parameter]
-    """(module, W (out, in) float32) -> a new weight for this module, on the device of its present one, not installed."""
+    """module -> the type, as `name` ends; None if this layer's settings or state can't be had again by requantizing."""
+    dequantize: Callable[[Any], Tensor]
+    """module -> (out, in), float32: codes times scales, before any rounding to the dtype that the forward computes
+    in."""
+    requantize: Callable[[Any, Tensor], nn.Parameter]
+    """(module, W (out, in) float32) -> a new weight for this module, on the device of its present one, not
+    installed."""
     install: Callable[[Any, Any], None]
     """(module, parameter): the forward uses this weight from now on. The one that leaves can be installed again."""
     codes: Callable[[Any], Tensor]
@@ -58,8 +63,9 @@ class Scheme:
         return int(torch.count_nonzero(a != b)) / a.numel()
 
 
-def scheme(module: nn.Module) -> Scheme | None:
-    """The row for this layer, with the type in its name; None if there is none, or the weight is not (yet) stored quantised."""
+def find_scheme(module: nn.Module) -> Scheme | None:
+    """The row for this layer, with the type in its name; None if there is none, or the weight is not (yet) stored
+    quantized."""
     weight = module._parameters.get("weight")
     for row in SCHEMES:
         if (
@@ -88,13 +94,13 @@ def _kind_4bit(module: Any) -> str | None:
     if state is None or tuple(state.shape) != (
         module.out_features,
         module.in_features,
-    ):  # not quantised yet, or made from (in, out)
+    ):  # not quantized yet, or made from (in, out)
         return None
     return str(state.quant_type)
 
 
 def _stored_4bit(weight: Any) -> tuple[Tensor, Any, bool, torch.dtype]:
-    """Packed codes, the state, whether its absmax was quantised too, and the dtype of what it was made from."""
+    """Packed codes, the state, whether its absmax was quantized too, and the dtype of what it was made from."""
     state = copy.copy(weight.quant_state)
     if not getattr(state, "packing_format_for_cpu", False):
         return weight.data, state, state.nested, state.dtype
@@ -107,7 +113,7 @@ def _stored_4bit(weight: Any) -> tuple[Tensor, Any, bool, torch.dtype]:
 
 
 @torch.no_grad()
-def _dequantise_4bit(module: Any) -> Tensor:
+def _dequantize_4bit(module: Any) -> Tensor:
     codes, state, *_ = _stored_4bit(module.weight)
     state.dtype = torch.float32
     W: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(codes.view(-1, 1), state)
@@ -115,7 +121,7 @@ def _dequantise_4bit(module: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _requantise_4bit(module: Any, W: Tensor) -> nn.Parameter:
+def _requantize_4bit(module: Any, W: Tensor) -> nn.Parameter:
     old = module.weight
     _, state, nested, dtype = _stored_4bit(
         old
@@ -162,7 +168,7 @@ def _kind_8bit(module: Any) -> str | None:
 
 
 @torch.no_grad()
-def _dequantise_8bit(module: Any) -> Tensor:
+def _dequantize_8bit(module: Any) -> Tensor:
     codes, absmax = _stored_8bit(module)
     assert codes is not None
     assert absmax is not None
@@ -170,7 +176,7 @@ def _dequantise_8bit(module: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _requantise_8bit(module: Any, W: Tensor) -> nn.Parameter:
+def _requantize_8bit(module: Any, W: Tensor) -> nn.Parameter:
     W = W.to(module.weight.device, torch.float16)  # its kernels know no other dtype
     codes, absmax, _ = import_module("bitsandbytes.functional").int8_vectorwise_quant(W)
     new: nn.Parameter = import_module("bitsandbytes.nn").Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax)
@@ -201,7 +207,7 @@ def _rebuilt(tensor: Any, part: Callable[[str], Tensor], **attributes: Any) -> A
 
 
 @torch.no_grad()
-def _dequantise_subclass(module: Any) -> Tensor:
+def _dequantize_subclass(module: Any) -> Tensor:
     """With scales of 16 bits as float32, so that their products with the codes are exact."""
     w = module.weight
 
@@ -220,7 +226,8 @@ def _install_subclass(module: Any, parameter: Any) -> None:
 
 
 def _kept(old: Tensor, new: Tensor, least: Tensor, top: float) -> Tensor:
-    """The old scale of each block whose extreme still has the outermost code, or one of the two next to it; else the new one.
+    """The old scale of each block whose extreme still has the outermost code, or one of the two next to it; else the
+    new one.
 
     `least` is the smallest scale that clips nothing: of the largest value over `top`, and the smallest over -top - 1.
     """
@@ -241,7 +248,7 @@ def _kind_torchao(module: Any) -> str | None:
 
 
 @torch.no_grad()
-def _requantise_torchao(module: Any, W: Tensor) -> nn.Parameter:
+def _requantize_torchao(module: Any, W: Tensor) -> nn.Parameter:
     w, W, block = module.weight, W.to(module.weight.device).contiguous(), list(module.weight.block_size)
     if type(w).__name__ == "Float8Tensor":
         q = type(w).from_hp(W, w.qdata.dtype, import_module("torchao.quantization").PerBlock(block))
@@ -269,7 +276,7 @@ def _kind_quanto(module: Any) -> str | None:
 
 
 @torch.no_grad()
-def _requantise_quanto(module: Any, W: Tensor) -> nn.Parameter:
+def _requantize_quanto(module: Any, W: Tensor) -> nn.Parameter:
     """As its qweight property does, but from float32."""
     w, W = module.weight, W.to(module.weight.device).contiguous()
     how = {"qtype": w.qtype, "axis": 0} | ({} if w.qtype.bits == 8 else {"group_size": module.weight_group_size})
@@ -293,15 +300,15 @@ UNPICKLED = "torch.nn.parameter.Parameter"  # what bitsandbytes' weights are aft
 SCHEMES = (
     Scheme(name="bitsandbytes", layer="bitsandbytes.nn.modules.Linear4bit",
            weights=("bitsandbytes.nn.modules.Params4bit", UNPICKLED), kind=_kind_4bit,
-           dequantise=_dequantise_4bit, requantise=_requantise_4bit, install=_install_4bit, codes=_codes_4bit),
+           dequantize=_dequantize_4bit, requantize=_requantize_4bit, install=_install_4bit, codes=_codes_4bit),
     Scheme(name="bitsandbytes", layer="bitsandbytes.nn.modules.Linear8bitLt",
            weights=("bitsandbytes.nn.modules.Int8Params", UNPICKLED), kind=_kind_8bit,
-           dequantise=_dequantise_8bit, requantise=_requantise_8bit, install=_install_8bit, codes=_codes_8bit),
+           dequantize=_dequantize_8bit, requantize=_requantize_8bit, install=_install_8bit, codes=_codes_8bit),
     Scheme(name="torchao", layer="torch.nn.modules.linear.Linear",
            weights=tuple(f"torchao.quantization.{c}" for c in ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")), kind=_kind_torchao,
-           dequantise=_dequantise_subclass, requantise=_requantise_torchao, install=_install_subclass, codes=_codes_torchao),
+           dequantize=_dequantize_subclass, requantize=_requantize_torchao, install=_install_subclass, codes=_codes_torchao),
     Scheme(name="quanto", layer="optimum.quanto.nn.qlinear.QLinear",
            weights=tuple(f"optimum.quanto.tensor.weights.{c}" for c in ("qbytes.WeightQBytesTensor", "qbits.WeightQBitsTensor",
                          "tinygemm.qbits.TinyGemmWeightQBitsTensor")), kind=_kind_quanto,
-           dequantise=_dequantise_subclass, requantise=_requantise_quanto, install=_install_subclass, codes=_codes_quanto),
+           dequantize=_dequantize_subclass, requantize=_requantize_quanto, install=_install_subclass, codes=_codes_quanto),
 )  # fmt: skip

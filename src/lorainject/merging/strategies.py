@@ -1,287 +1,323 @@
-"""One weight on its way from W0 to W0 + s B A and back: in place with a journal, or in a parameter of its own.
+"""How one weight is merged, W0 -> W0 + s B A: five strategies, by what the weight and its deltas are.
 
-Each way can be measured without writing, carried out, undone while the merge is under way, and taken back from what was left on the
-weight (Folded), so that the merge of a whole model is all or nothing.
+    InPlace       the weight's memory is overwritten tile by tile, and a journal keeps what restores W0
+    Untied        the weight shares memory with another module, which keeps W0: the sum goes into a new parameter
+    WithExtras    c V + s B A and a bias update (DoRA, replacement tensors) go into new parameters, since the difference
+                  from W0 does not have low rank
+    Requantized   a quantized weight: dequantized, summed, and quantized again by the same scheme
+    Dequantized   a quantized weight: dequantized and summed, and the layer becomes an nn.Linear
+
+A new parameter replaces the original one, which the merge record keeps; the in-place merge alone needs no copy of W0.
+
+Every strategy can measure a merge without writing, write it, and undo it while the merge of the model is under way, so
+that the merge of a whole model is all or nothing. Undoing a merge later, from what it left on the weight, is in
+revert.py.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..lora.adapter import LoraAdapter, delta_factors
-from ..lora.adapter_dict import MergeRecord, Terms
 from ..lora.graft import base_class, change_class
-from ..lora.model_index import AdaptedSite
+from ..lora.replacement import placed
 from ..lora.weight_kinds import is_quantized
-from ..numerics.checksum import checksum, same_bits
-from ..numerics.delta import clone_factors, flatten_factors
+from ..numerics.checksum import checksum
+from ..numerics.delta import total_gain
 from ..numerics.fingerprint import sample_values
-from ..numerics.journal import Journal, TileJournal
+from ..numerics.journal import Journal
 from ..numerics.threads import ForEach
-from ..numerics.tile_merge import TileMerger, TileWorkspace, max_abs_bound, sum_dtype
-from ..numerics.tiled_matmul import TILE, LowRankProduct, exact_product, fast_product
-from .quantization import scheme
+from ..numerics.tile_merge import DeltaStats, TileMerger, TileWorkspace, max_abs_bound, sum_dtype
+from ..numerics.tiled_matmul import LowRankProduct, fast_product
+from .adapted_weight import AdaptedWeight, AdapterDeltas, MergeRecord, as_matrix, have_extras, total_delta
+from .quantization import Scheme, find_scheme
 
 
-@dataclass
-class AdaptedWeight:
-    """One weight with all that is adapted of it: the whole, or several slices."""
+class MergeStrategy:
+    """The merge of one weight that is W0 now. This base class serves the strategies that put a new parameter in W0's
+    place.
 
-    name: str
-    hosts: tuple[AdaptedSite, ...]
-
-    @property
-    def module(self) -> nn.Module:
-        """Whose weight it is."""
-        return self.hosts[0].module
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """As stored."""
-        return self.module._parameters[self.hosts[0].adapters.parameter]  # type: ignore[return-value]
-
-    @weight.setter
-    def weight(self, value: nn.Parameter) -> None:
-        self.module._parameters[self.hosts[0].adapters.parameter] = value
-
-    def adapters(self, names: Sequence[str]) -> list[LoraAdapter]:
-        """Those of these names."""
-        return [host.adapters[n] for n in names for host in self.hosts if n in host.adapters]
-
-    @property
-    def folded(self) -> MergeRecord | None:
-        """What merge left: on the first of its hosts that says so."""
-        return next((host.adapters.folded for host in self.hosts if host.adapters.folded is not None), None)
-
-    @folded.setter
-    def folded(self, value: MergeRecord | None) -> None:
-        for host in self.hosts:
-            host.adapters.folded = value
-
-    def terms(self, names: Sequence[str], copy: bool = False) -> Terms:
-        """The deltas of these adapters as they are now, in the stored orientation; copies, if they are to stay so."""
-        kind, shape = self.hosts[0].adapters.kind, self.hosts[0].shape
-        rest = tuple(shape[kind.stacked + 1 :])
-        found = {n: [a(delta_factors, kind.transposed, rest) for a in self.adapters([n])] for n in names}
-        return {
-            n: tuple(clone_factors(f) if copy else flatten_factors(f) for f in parts)
-            for n, parts in found.items()
-            if parts
-        }
-
-    def tiles(self, weight: Tensor, of: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
-        """Each tile (rows, *rest), a view of the weight, with its delta."""
-        return ((W[rows], d.select_rows(rows)) for W, d in self.matrices(weight, of) for rows in d.tiles())
-
-    def matrices(self, weight: Tensor, of: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
-        """Each of a stack, or the weight itself, with its delta."""
-        whole = zip(weight, of.P, of.Q, strict=True) if self.hosts[0].adapters.kind.stacked else [(weight, of.P, of.Q)]
-        return ((W, LowRankProduct(P, Q, of.s)) for W, P, Q in whole)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """Its module's."""
-        return self.module._parameters.get("bias")
-
-    def kept_tiles(self, folded: MergeRecord) -> Iterator[tuple[Tensor, LowRankProduct, TileJournal]]:
-        """The same of what is merged in place, each with what was kept of it."""
-        assert folded.journal is not None
-        found = list(self.tiles(self.weight, summed(folded.terms)))
-        return (
-            (*tile, kept)
-            for tile, kept in zip(found, folded.journal.tiles(view.numel() for view, _ in found), strict=True)
-        )
-
-
-def adapted_weights(on: Mapping[str, AdaptedSite]) -> list[AdaptedWeight]:
-    """The adapted weights, each once."""
-    places: dict[tuple[int, str], list[tuple[str, AdaptedSite]]] = {}
-    for name, host in on.items():
-        places.setdefault(host.key, []).append((name.removesuffix(f"[{host.adapters.label}]"), host))
-    return [AdaptedWeight(slices[0][0], tuple(host for _, host in slices)) for slices in places.values()]
-
-
-class InPlace:
-    """W0 gives way to M, tile by tile, and a journal remembers it."""
+    Args:
+        weight: The weight, with all adapters' sites.
+        deltas: What is to be added.
+    """
 
     codes_changed: float | None = None
+    """The share of a quantized weight's codes that changed; None for other weights."""
     norm = 0.0
-    """|d|, Frobenius."""
+    """The Frobenius norm of the delta, once `merge` has measured it."""
 
-    def __init__(self, w: AdaptedWeight, terms: Terms) -> None:
-        self.w, self.terms, self.before, self.cls = w, terms, w.weight, base_class(type(w.module))
-        self.sample = None if is_quantized(w.module) else sample_values(w.weight)
-        self.tally = TileMerger()
+    def __init__(self, weight: AdaptedWeight, deltas: AdapterDeltas) -> None:
+        self.adapted, self.deltas = weight, deltas
+        self.original, self.module_class = weight.weight, base_class(type(weight.module))
+        self.sample = None if is_quantized(weight.module) else sample_values(weight.weight)
+        self.merger = TileMerger()
 
-    def fold(self, write: bool, keep: bool, each: ForEach, desk: TileWorkspace) -> str | None:
-        """Measure; write, and keep the way back, too. What is wrong, or None."""
-        of = summed(self.terms) if keep else self.quick
-        self.norm = of.norm
-        if not self.norm < torch.finfo(sum_dtype(self.before.dtype)).max:
-            return f"{self.w.name}: s B A is not finite"
+    @property
+    def fast_delta(self) -> LowRankProduct:
+        """The total delta for a merge that is never undone; for most strategies the exact one."""
+        return total_delta(self.deltas)
+
+    def cannot_fail(self) -> bool:
+        """True if the sum is known to fit into the weight's dtype, so that it may be written without a way back."""
+        return False
+
+    def merge(self, write: bool, undoable: bool, for_each: ForEach, workspace: TileWorkspace) -> str | None:
+        """Measure the merge and, if asked to, write it.
+
+        Args:
+            write: Write the sum. undoable: Keep what `undo` needs, and use the exact delta. Without it, a merge that
+            is written must not fail. for_each: Calls a function for every tile, in threads. workspace: The threads'
+            buffers.
+
+        Returns:
+            What is wrong with the sum, or None.
+        """
+        delta = total_delta(self.deltas) if undoable else self.fast_delta
+        self.norm = delta.norm
+        if not self.norm < torch.finfo(sum_dtype(self.original.dtype)).max:
+            return f"{self.adapted.name}: s B A is not finite"
+        self.merger = TileMerger(workspace)
         try:
-            self.tally = TileMerger(desk)
-            self._fold(of, write, keep, each)
+            self._merge(delta, write, undoable, for_each)
         except MergeError as e:
-            return f"{self.w.name}: {e}; nothing was merged"
+            return f"{self.adapted.name}: {e}"
         return None
 
-    @functools.cached_property
-    def quick(self) -> LowRankProduct:
-        """The deltas, for a sum in place that nobody takes out again."""
-        return fast_product([f for parts in self.terms.values() for f in parts], self.before.dtype)
-
-    def fits(self) -> bool:
-        """Whether the sum can't overflow: then it may be written at once, and nothing kept for the case that it does."""
-        bound = (
-            self.quick.max_abs_bound + max_abs_bound(self.before.detach()) if self.before.is_contiguous() else math.inf
-        )
-        return bound < torch.finfo(self.before.dtype).max / 2  # not if NaN or infinity is in it
-
-    def _fold(self, of: LowRankProduct, write: bool, keep: bool, each: ForEach) -> None:
-        self._tiled(of, self.before if write else None, each, keep, plain=not keep)
-
-    def _tiled(self, of: LowRankProduct, target: Tensor | None, each: ForEach, keep: bool, plain: bool) -> None:
-        if plain and target is not None:
-            each(self.tally.measure, ((i, flat(W), d) for i, (W, d) in enumerate(self.w.matrices(self.before, of))))
-            both = zip(self.w.tiles(self.before, of), self.w.tiles(target, of), strict=True)
-            each(self.tally.workspace.merge_into, ((flat(view), d, flat(out)) for (view, d), (out, _) in both))
-            return
-
-        def fold(i: int, view: Tensor, d: LowRankProduct, out: Tensor | None) -> None:
-            m = self.tally.merge(i, flat(view), d, keep)
-            if out is not None:
-                out.copy_(m.view(out.shape))
-
-        outs = itertools.repeat(None) if target is None else (out for out, _ in self.w.tiles(target, of))
-        each(
-            fold,
-            ((i, *tile, out) for i, (tile, out) in enumerate(zip(self.w.tiles(self.before, of), outs, strict=False))),
-        )
+    def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
+        raise NotImplementedError
 
     def finish(self) -> None:
-        """What has to wait until the grafts are off."""
+        """Do what has to wait until the module has no graft."""
 
     def undo(self) -> None:
-        """W0 again, wherever M is already."""
-        for i, (view, d) in enumerate(self.w.tiles(self.before, summed(self.terms))):
-            kept = self.tally.journals.get(i)
-            if kept is None or checksum(flat(view)) == kept.before:
+        """Restore W0, however far the merge has come."""
+        self.adapted.weight = self.original
+
+    def record(self, reversible: bool) -> MergeRecord:
+        """Return what is to be left on the weight."""
+        return self._record(reversible, original=self.original if reversible else None)
+
+    def _record(
+        self,
+        reversible: bool,
+        journal: Journal | None = None,
+        original: nn.Parameter | None = None,
+        original_bias: nn.Parameter | None = None,
+    ) -> MergeRecord:
+        merged = self.adapted.weight
+        return MergeRecord(
+            strategy=type(self).__name__,
+            deltas=self.deltas if reversible else {},
+            journal=journal,
+            original=original,
+            original_bias=original_bias,
+            module_class=self.module_class,
+            dtype=merged.dtype,
+            shape=tuple(merged.shape),
+            checksum=0 if original is None else self.adapted.checksum(with_bias=original_bias is not None),
+            sample=self.sample,
+        )
+
+
+class TiledMerge(MergeStrategy):
+    """A merge whose sum is formed tile by tile, in threads."""
+
+    keeps_journal = False
+
+    @functools.cached_property
+    def fast_delta(self) -> LowRankProduct:
+        """The total delta for a merge that is never undone, in float32 where that is exact enough."""
+        return fast_product([f for parts in self.deltas.values() for f in parts], self.original.dtype)
+
+    def cannot_fail(self) -> bool:
+        """True if the largest |W0| plus a bound of |d| is far below overflow; False if W0 holds infinity or NaN."""
+        if not self.original.is_contiguous():
+            return False
+        bound = self.fast_delta.max_abs_bound + max_abs_bound(self.original.detach())
+        return bound < torch.finfo(self.original.dtype).max / 2
+
+    def _merge_tiles(self, delta: LowRankProduct, out: Tensor | None, undoable: bool, for_each: ForEach) -> None:
+        """Merge into `out`, which may be W0 itself, or only measure if it is None."""
+        adapted, W0, merger = self.adapted, self.original, self.merger
+        if out is not None and not undoable:
+            matrices = enumerate(adapted.matrices(W0, delta))
+            for_each(merger.measure, ((i, as_matrix(W), d) for i, (W, d) in matrices))
+            tiles = zip(adapted.tiles(W0, delta), adapted.tiles(out, delta), strict=True)
+            for_each(merger.workspace.merge_into, ((as_matrix(w), d, as_matrix(m)) for (w, d), (m, _) in tiles))
+            return
+
+        def merge_tile(i: int, w0: Tensor, d: LowRankProduct, target: Tensor | None) -> None:
+            m = merger.merge(i, as_matrix(w0), d, reversible=undoable and self.keeps_journal)
+            if target is not None:
+                target.copy_(m.view(target.shape))
+
+        targets = itertools.repeat(None) if out is None else (view for view, _ in adapted.tiles(out, delta))
+        pairs = enumerate(zip(adapted.tiles(W0, delta), targets, strict=False))
+        for_each(merge_tile, ((i, w0, d, target) for i, ((w0, d), target) in pairs))
+
+
+class InPlace(TiledMerge):
+    """W0 is overwritten, and a journal keeps what restores it."""
+
+    keeps_journal = True
+
+    def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
+        self._merge_tiles(delta, self.original if write else None, undoable, for_each)
+
+    def undo(self) -> None:
+        for i, (view, d) in enumerate(self.adapted.tiles(self.original, total_delta(self.deltas))):
+            journal = self.merger.journals.get(i)
+            if journal is None or checksum(as_matrix(view)) == journal.before:  # not written yet
                 continue
-            if (w0 := self.tally.workspace.unmerge(flat(view), d, kept)) is not None:
+            if (w0 := self.merger.workspace.unmerge(as_matrix(view), d, journal)) is not None:
                 view.copy_(w0.view(view.shape))
 
-    def folded(self, reversible: bool) -> MergeRecord:
-        """What is left on the weight."""
-        return self._folded(reversible, Journal.join(self.tally.journals) if reversible else None, None)
-
-    def _folded(self, reversible: bool, journal: Journal | None, original: nn.Parameter | None) -> MergeRecord:
-        like = (self.w.weight.dtype, tuple(self.w.weight.shape))
-        return MergeRecord(how=type(self).__name__, terms=self.terms if reversible else {}, journal=journal, original=original, cls=self.cls,
-                      like=like, mark=0 if original is None else parameter_checksum(self.w), sample=self.sample)  # fmt: skip
+    def record(self, reversible: bool) -> MergeRecord:
+        return self._record(reversible, journal=Journal.join(self.merger.journals) if reversible else None)
 
 
-class Before(NamedTuple):
-    """A folded weight, as it was before it was unfolded."""
+class Untied(TiledMerge):
+    """The sum goes into a new parameter; modules that share W0 keep it."""
 
-    folded: MergeRecord
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    cls: type[nn.Module]
+    def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
+        new = nn.Parameter(torch.empty_like(self.original), self.original.requires_grad) if write else None
+        self._merge_tiles(delta, new, undoable, for_each)
+        if new is not None:
+            self.adapted.weight = new
 
 
-def unfold(weights: Sequence[AdaptedWeight], each: ForEach) -> dict[str, Before]:
-    """W0 again in all of them, in place or as the parameter that it was; what was there, by name. All or nothing.
+class WithExtras(MergeStrategy):
+    """c V + s B A, with a gain c (DoRA) and perhaps a tensor V in W0's place; and the bias with its update.
 
-    Raises MergeError with every weight that does not come out as W0.
+    The sum is formed in float64, and rounded once.
     """
-    before = {w.name: Before(w.folded, w.weight, w.bias, type(w.module)) for w in weights if w.folded is not None}
-    done: list[tuple[Tensor, int, LowRankProduct, Tensor | None]] = []
-    stuck: list[str] = []
-    desk = TileWorkspace()
 
-    def take_out(name: str, view: Tensor, d: LowRankProduct, kept: TileJournal) -> None:
-        """One tile."""
-        M = flat(view)
-        if (w0 := desk.unmerge(M, d, kept)) is None:
-            if checksum(M) != kept.before:  # else an unmerge that was interrupted has been here
-                stuck.append(name)
-            return
-        again = kept.gaps is not None or same_bits(desk.remerge(w0, d), M)
-        done.append((view, kept.before, d, None if again else M.clone()))  # before it is written
-        view.copy_(w0.view(view.shape))
+    def __init__(self, weight: AdaptedWeight, deltas: AdapterDeltas) -> None:
+        super().__init__(weight, deltas)
+        self.original_bias = weight.bias
+        self.updates = [f.update for parts in deltas.values() for f in parts if f.update is not None]
 
+    def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
+        W0 = self.original
+        new = nn.Parameter(torch.empty_like(W0), W0.requires_grad)
+        gain, start = gain_and_start(self.deltas, W0.detach())
+        tiles = (self.adapted.tiles(t, delta) for t in (W0, new, start, gain.expand(W0.shape)))
+        for i, ((w0, d), (out, _), (v, _), (c, _)) in enumerate(zip(*tiles, strict=True)):
+            before = as_matrix(w0).double()
+            exact = as_matrix(c) * as_matrix(v).double() + d.dense()
+            out.data.copy_(exact.view(out.shape))
+            stored = as_matrix(out)
+            if bool((before.isfinite() & ~stored.isfinite()).any()):
+                raise MergeError(f"the sum is not finite in {out.dtype}")
+            change = (exact - before).flatten().nan_to_num()
+            error = (stored.double() - exact).flatten().nan_to_num()
+            self.merger.stats[i] = DeltaStats(float(change @ change), float(error @ error), float(error @ change))
+        self.norm = self.merger.total.asked**0.5
+        if write:
+            self.adapted.weight = new
+            if self.updates and (bias := self.original_bias) is not None:
+                value = sum((u.double() for u in self.updates), start=bias.double()).to(bias.dtype)
+                self.adapted.bias = nn.Parameter(value, bias.requires_grad)
+
+    def undo(self) -> None:
+        super().undo()
+        if self.updates:
+            self.adapted.bias = self.original_bias
+
+    def record(self, reversible: bool) -> MergeRecord:
+        if not reversible:
+            return self._record(reversible)
+        bias = self.original_bias if self.updates else None
+        return self._record(reversible, original=self.original, original_bias=bias)
+
+
+class Requantized(MergeStrategy):
+    """Dequantized, summed in float32, and quantized again by the same scheme. Only the new codes tell what survives."""
+
+    def __init__(self, weight: AdaptedWeight, deltas: AdapterDeltas) -> None:
+        super().__init__(weight, deltas)
+        self.scheme = cast(Scheme, find_scheme(weight.module))
+
+    def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
+        module = self.adapted.module
+        W0, d = self.scheme.dequantize(module), delta.dense().float()
+        new = self.scheme.requantize(module, W0 + d)
+        self.scheme.install(module, new)
+        self._measure(W0, d, self.scheme.dequantize(module))
+        self.codes_changed = self.scheme.codes_changed(self.original, new)
+        if not write:
+            self.undo()
+
+    def _measure(self, W0: Tensor, d: Tensor, M: Tensor) -> None:
+        if not bool(M.isfinite().all()):
+            raise MergeError("W0 + s B A is not finite as it is stored")
+        error, d = (M - W0 - d).flatten(), d.flatten()
+        self.merger.stats[0] = DeltaStats(float(d @ d), float(error @ error), float(error @ d))
+
+    def undo(self) -> None:
+        if self.adapted.weight is not self.original:
+            self.scheme.install(self.adapted.module, self.original)
+
+
+class Dequantized(Requantized):
+    """Dequantized and summed: the layer becomes an nn.Linear in the dtype of its bias, or in bfloat16 without a
+    bias."""
+
+    def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
+        W0, d = self.scheme.dequantize(self.adapted.module), delta.dense().float()
+        bias = self.adapted.bias
+        M = (W0 + d).to(torch.bfloat16 if bias is None else bias.dtype)
+        self._measure(W0, d, M.float())
+        if write:
+            self.adapted.weight = nn.Parameter(M, requires_grad=False)
+
+    def finish(self) -> None:
+        change_class(self.adapted.module, nn.Linear)
+
+    def undo(self) -> None:
+        change_class(self.adapted.module, self.module_class)
+        self.adapted.weight = self.original
+
+
+STRATEGIES = {cls.__name__: cls for cls in (InPlace, Untied, WithExtras, Requantized, Dequantized)}
+
+
+def choose_strategy(weight: AdaptedWeight, deltas: AdapterDeltas, is_tied: bool, dequantize: bool) -> str:
+    """Return the name of the strategy that merges these deltas into this weight."""
+    if is_quantized(weight.module):
+        return "Dequantized" if dequantize else "Requantized"
+    if have_extras(deltas):
+        return "WithExtras"
+    return "Untied" if is_tied else "InPlace"
+
+
+def can_be_linear(module: nn.Module) -> bool:
+    """True if Python lets an object of the module's class become an nn.Linear; for quanto's layers it does not."""
+    other = object.__new__(base_class(type(module)))
     try:
-        for w in weights:
-            if w.folded is not None and w.folded.journal is not None:
-                each(take_out, ((w.name, *tile) for tile in w.kept_tiles(w.folded)))
-        if stuck:
-            problems = [f"{name}: was changed since it was merged (trained, loaded or edited), or s B A comes out otherwise here"
-                        " (another machine or BLAS library)" for name in dict.fromkeys(stuck)]  # fmt: skip
-            raise MergeError(
-                "nothing was unmerged:",
-                problems,
-                "load the base anew; an adapter's A and B are still there to be saved",
-            )
-    except BaseException:
-        for view, w0, d, M in done:
-            if checksum(flat(view)) == w0:
-                view.copy_((desk.remerge(flat(view), d) if M is None else M).view(view.shape))
-        raise
-    for w in weights:
-        if w.folded is not None and w.folded.original is not None:
-            _put(w, w.folded.how, w.folded.original, w.folded.bias, w.folded.cls)
-    return before
+        other.__class__ = nn.Linear
+    except TypeError:
+        return False
+    return True
 
 
-def fold_again(weights: Sequence[AdaptedWeight], before: Mapping[str, Before]) -> None:
-    """What `unfold` took out, to the bit."""
-    desk = TileWorkspace()
-    for w in weights:
-        if (was := before.get(w.name)) is not None:
-            if was.folded.journal is not None:
-                for view, d, kept in w.kept_tiles(was.folded):
-                    if checksum(flat(view)) == kept.before:
-                        view.copy_(desk.remerge(flat(view), d).view(view.shape))
-            else:
-                _put(w, was.folded.how, was.weight, was.bias, was.cls)
-            w.folded = was.folded
+def gain_and_start(deltas: AdapterDeltas, W0: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c, which expands to W0's shape, and V, the tensor in W0's place: the merged weight is c V + s P Q.
 
-
-def _put(w: AdaptedWeight, how: str, weight: nn.Parameter, bias: nn.Parameter | None, cls: type[nn.Module]) -> None:
-    """Exchange the parameter, and what goes with it."""
-    if how == "Requantized" and (found := scheme(w.module)) is not None:
-        found.install(w.module, weight)
-    else:
-        w.weight = weight
-    if type(w.module) is not cls:
-        change_class(w.module, cls)
-    if bias is not None:  # last: by the weight an unmerge that was interrupted knows where it was
-        w.module._parameters["bias"] = bias
-
-
-def summed(terms: Terms) -> LowRankProduct:
-    """The sum of the deltas, as it comes out the same each time."""
-    return exact_product([f for parts in terms.values() for f in parts])
-
-
-def parameter_checksum(w: AdaptedWeight, bias: bool = False) -> int:
-    """By which a parameter of its own is known again: a checksum of all of it, and of its layer's bias if that is exchanged too."""
-    found = scheme(w.module)
-    values = w.weight.detach() if found is None else found.codes(w.weight)
-    parts = [*values.reshape(-1).split(TILE), *([w.bias.detach()] if bias and w.bias is not None else [])]
-    return sum((2 * i + 1) * checksum(part) for i, part in enumerate(parts))
-
-
-def flat(view: Tensor) -> Tensor:
-    """(rows, width), contiguous."""
-    return view.detach().reshape(len(view), -1).contiguous()
+    Raises:
+        MergeError: Several adapters are combined, and one of them replaces the whole tensor.
+    """
+    parts = [f for group in deltas.values() for f in group]
+    values = [f.value for f in parts if f.value is not None]
+    if values and len(parts) > 1:
+        raise MergeError(
+            "one of several adapters replaces the whole tensor, which leaves nothing of the others: merge one at a time"
+        )
+    gain = total_gain(parts)
+    return W0.new_ones(()) if gain is None else gain, placed(W0, *values[0]) if values else W0

@@ -1,0 +1,137 @@
+"""Undo a merge from what it left on the weights: W0 again in all of them, or in none.
+
+A weight that was merged in place is restored tile by tile from its journal; one that was given a new parameter gets
+the original back. A tile is written only if its checksums say that it is what merge wrote, and that W0 comes out. If
+one weight fails, the tiles that are W0 already are merged again, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import MergeError
+from ..lora.graft import change_class
+from ..lora.model_index import ModelIndex
+from ..lora.weight_graft import set_grafted
+from ..numerics.checksum import checksum, same_bits
+from ..numerics.journal import TileJournal
+from ..numerics.tile_merge import TileWorkspace
+from ..numerics.tiled_matmul import LowRankProduct
+from .adapted_weight import AdaptedWeight, MergeRecord, as_matrix, threads_for
+from .quantization import find_scheme
+
+
+class MergedState(NamedTuple):
+    """A merged weight before it was unmerged: what merging it again needs."""
+
+    record: MergeRecord
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    module_class: type[nn.Module]
+
+
+def unmerge_weights(weights: Sequence[AdaptedWeight]) -> dict[str, MergedState]:
+    """Restore W0 in all merged weights, or in none; return what was there, by the weight's name. The records stay.
+
+    Raises:
+        MergeError: Weights were changed since they were merged, or their W0 does not come out; all are listed.
+    """
+    states = {
+        w.name: MergedState(record, w.weight, w.bias, type(w.module))
+        for w in weights
+        if (record := w.record) is not None
+    }
+    restored: list[tuple[Tensor, int, LowRankProduct, Tensor | None]] = []
+    failed: list[str] = []
+    workspace = TileWorkspace()
+
+    def restore_tile(name: str, view: Tensor, d: LowRankProduct, journal: TileJournal) -> None:
+        M = as_matrix(view)
+        if (w0 := workspace.unmerge(M, d, journal)) is None:
+            if checksum(M) != journal.before:  # it is W0 already after an unmerge that was interrupted
+                failed.append(name)
+            return
+        # A tile that was kept whole comes back even where d has other bits here: then M itself must be kept.
+        can_remerge = journal.gaps is not None or same_bits(workspace.remerge(w0, d), M)
+        restored.append((view, journal.before, d, None if can_remerge else M.clone()))
+        view.copy_(w0.view(view.shape))
+
+    try:
+        with threads_for(weights) as for_each:
+            for w in weights:
+                if w.record is not None and w.record.journal is not None:
+                    for_each(restore_tile, ((w.name, *tile) for tile in w.journaled_tiles(w.record)))
+        if failed:
+            reason = (
+                "was changed since it was merged (trained, loaded or edited), or s B A has other bits here"
+                " (another machine or BLAS library)"
+            )
+            raise MergeError(
+                "nothing was unmerged:",
+                [f"{name}: {reason}" for name in dict.fromkeys(failed)],
+                "load the base model again; A and B are unchanged, and can be saved",
+            )
+    except BaseException:
+        for view, before, d, kept in restored:
+            if checksum(as_matrix(view)) == before:
+                view.copy_((workspace.remerge(as_matrix(view), d) if kept is None else kept).view(view.shape))
+        raise
+    for w in weights:
+        if (record := w.record) is not None and record.original is not None:
+            _install(w, record.strategy, record.original, record.original_bias, record.module_class)
+    return states
+
+
+def remerge_weights(weights: Sequence[AdaptedWeight], states: Mapping[str, MergedState]) -> None:
+    """Merge again, to the bit, what `unmerge_weights` has unmerged."""
+    workspace = TileWorkspace()
+    for w in weights:
+        if (state := states.get(w.name)) is None:
+            continue
+        if state.record.journal is not None:
+            for view, d, journal in w.journaled_tiles(state.record):
+                if checksum(as_matrix(view)) == journal.before:
+                    view.copy_(workspace.remerge(as_matrix(view), d).view(view.shape))
+        else:
+            _install(w, state.record.strategy, state.weight, state.bias, state.module_class)
+        w.record = state.record
+
+
+@contextmanager
+def remerge_on_error(
+    index: ModelIndex, weights: Sequence[AdaptedWeight], states: Mapping[str, MergedState], names: Sequence[str]
+) -> Iterator[None]:
+    """Restore the previous merge, of the adapters `names`, if the body raises."""
+    try:
+        yield
+    except BaseException:
+        if states:
+            set_grafted(index, False)
+            remerge_weights(weights, states)
+            set_merged(weights, names)
+        raise
+
+
+def set_merged(weights: Sequence[AdaptedWeight], names: Sequence[str]) -> None:
+    """Note on the sites of these weights which adapters are merged."""
+    for w in weights:
+        for site in w.sites:
+            site.adapters.state.merged = tuple(names)
+
+
+def _install(
+    w: AdaptedWeight, strategy: str, weight: nn.Parameter, bias: nn.Parameter | None, module_class: type[nn.Module]
+) -> None:
+    """Put a parameter in the weight's place, with the bias and the class that its module had with it."""
+    if strategy == "Requantized" and (scheme := find_scheme(w.module)) is not None:
+        scheme.install(w.module, weight)
+    else:
+        w.weight = weight
+    if type(w.module) is not module_class:
+        change_class(w.module, module_class)
+    if bias is not None:  # last: by the weight, an unmerge that was interrupted knows how far it came
+        w.bias = bias
