@@ -103,7 +103,7 @@ def test_merging(model, how, tmp_path):
         adapted = model(x)
         if how == "dequantised" and "QLinear" in str(classes):
             with pytest.raises(
-                li.MergeError, match=r"0: a QLinear can't become an nn.Linear: merge without dequantise=True"
+                li.MergeError, match=r"0: a QLinear cannot become an nn.Linear: merge without dequantise=True"
             ):
                 li.merge(model, dequantise=True)
             return
