@@ -132,7 +132,7 @@ def test_merge_in_place_and_unmerge(cli, saved):
         ),
         (
             ("find", "{base}", "-t", "q_porj"),
-            "error: this can't be injected; nothing was changed:\n  - 'q_porj' matches nothing (did you mean 'q_proj'",
+            "error: cannot inject this LoRA; nothing was changed:\n  - 'q_porj' matches nothing (did you mean 'q_proj'",
         ),
         (("find", "{base}", "-t", "q_proj", "--layers", "few"), "error: --layers few: neither a number nor a range"),
         (("merge", "{base}", "{base}", "-o", "{base}/out"), "holds no adapter_model.safetensors"),

@@ -153,7 +153,7 @@ def test_a_quantised_weight_that_others_read_is_refused():
 
     model = Reads()
     ao.quantize_(model, ao.Int8WeightOnlyConfig())
-    with pytest.raises(li.TargetError, match="read: Reads reads its weight itself, which is quantised"):
+    with pytest.raises(li.TargetError, match="read: Reads reads it in its own code, which is not supported for a quantized weight"):
         li.inject(copy.deepcopy(model), ["read"])
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorainject.targets.model_weights import Weight, weights
+from lorainject.lora.model_index import ModelIndex
+from lorainject.targets.model_weights import ModelWeight, model_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -142,7 +143,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
         p.requires_grad_(draw(st.booleans()))
     model.train(draw(st.booleans()))
     x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
-    able = weights(model)
+    able = model_weights(ModelIndex(model))
     chosen = draw(st.lists(st.sampled_from(able), min_size=1, unique=True))
     settings = {
         "targets": [target for w in chosen for target in draw(_of(w))],
@@ -155,7 +156,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
 
 
 @st.composite
-def _of(draw: st.DrawFn, weight: Weight) -> list[str]:
+def _of(draw: st.DrawFn, weight: ModelWeight) -> list[str]:
     """How to target this weight and no other: the whole, or one or two slices of its rows."""
     name, (_, out, _) = weight.names[0], weight.kind.sizes(tuple(weight.module.get_parameter(weight.parameter).shape))
     if not draw(st.sampled_from([False, False, True]), label="slices"):

@@ -138,7 +138,7 @@ WRONG = {
         {},
         r"layers\.\*\.self_attn is a LlamaAttention, .*name the layers inside it \('k_proj', 'o_proj', 'q_proj', 'v_proj'\)",
     ),
-    "a layer that can't": (["input_layernorm"], {}, r"input_layernorm is a LlamaRMSNorm, which can't carry an adapter"),
+    "a layer that can't": (["input_layernorm"], {}, r"input_layernorm is a LlamaRMSNorm, which cannot carry an adapter"),
     "a glob over such": (["*layernorm"], {}, r"'\*layernorm' matches nothing"),
     "a regex that matches a part": ([r"re:.*q_pro"], {}, r"'re:\.\*q_pro' matches nothing"),
     "a callable that says no": (lambda path, m: False, {}, r"the callable '.*lambda.*' matches nothing"),
@@ -148,7 +148,7 @@ WRONG = {
         r"exclude 'k_porj' matches nothing \(did you mean 'k_proj'",
     ),
     "everything excluded": (["q_proj"], {"exclude": ["q_proj"]}, r"'q_proj': exclude leaves nothing of it"),
-    "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target lies in layer 7; they lie in 0 to 1"),
+    "a layer too many": (["q_proj"], {"layers": [1, 7]}, r"no target is in layer 7; the targets are in layers 0 to 1"),
     "an override for nothing": (
         ["q_proj"],
         {"overrides": {"v_proj": {"r": 2}}},
@@ -307,7 +307,7 @@ def test_what_is_no_model(model):
 
     with pytest.raises(li.TargetError, match=r"the model must be an nn\.Module, not 'llama'"):
         li.find("llama", ["q_proj"])
-    with pytest.raises(li.TargetError, match=r"the model carries PEFT's adapters, .*: unload\(\) them first"):
+    with pytest.raises(li.TargetError, match=r"the model carries adapters of PEFT, .*: unload\(\) them first"):
         li.inject(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), ["base_layer"])
 
 
@@ -315,7 +315,7 @@ def test_another_librarys_adapter_is_seen():
     """A `lora` attribute that is not ours is not overwritten."""
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].lora = nn.Linear(2, 2)
-    with pytest.raises(li.TargetError, match=r"0: has an attribute `lora` of its own"):
+    with pytest.raises(li.TargetError, match=r"0: the module already has an attribute `lora`, not from lorainject"):
         li.inject(model, ["0"])
 
 

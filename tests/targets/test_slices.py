@@ -224,21 +224,21 @@ def test_towers():
 
 
 WRONG = {
-    "a part that is not there": (["c_attn[x]"], r"h\.\*\.attn\.c_attn has no part 'x': it has q, k, v; rows work too"),
+    "a part that is not there": (["c_attn[x]"], r"h\.\*\.attn\.c_attn has no part 'x': its parts are q, k, v; or give rows"),
     "an unknown layout": (
         ["mlp.c_fc[q]"],
-        r"h\.\*\.mlp\.c_fc has no part 'q': how it is laid out is not known; rows work too",
+        r"h\.\*\.mlp\.c_fc has no part 'q': no layout is known for it; or give rows",
     ),
-    "rows out of range": (["c_attn[0:9999]"], r"c_attn\[0:9999\]: it has the rows 0:96"),
-    "no rows": (["c_attn[5:5]"], r"c_attn\[5:5\]: it has the rows 0:96"),
+    "rows out of range": (["c_attn[0:9999]"], r"c_attn\[0:9999\]: the weight has the rows 0:96"),
+    "no rows": (["c_attn[5:5]"], r"c_attn\[5:5\]: the weight has the rows 0:96"),
     "rows that overlap": (["c_attn[0:9]", "c_attn[8:12]"], r"c_attn\[8:12\] and .*c_attn\[0:9\] overlap"),
     "a part and the whole": (["c_attn[q]", "attn.c_attn"], r"c_attn and .*c_attn\[q\] overlap"),
     "a role that is not there": (
         ["experts"],
-        r"'experts' is a role that this model has not; it has attention, head, key, mlp, output, query, value",
+        r"'experts' is a role that no weight of this model has; the roles of this model are attention, head, key, mlp, output, query, value",
     ),
     "no convolutions": ("all-conv", r"'all-conv' matches nothing: this model has no such weight"),
-    "a tower that is not there": (["vision_tower.query"], r"'vision_tower\.query' is a role that this model has not"),
+    "a tower that is not there": (["vision_tower.query"], r"'vision_tower\.query' is a role that no weight of vision_tower has"),
     "a slice of nothing": (["c_atn[q]"], r"'c_atn\[q\]' matches nothing \(did you mean 'c_attn'"),
 }
 
@@ -254,7 +254,7 @@ def test_mistakes(model, targets, message):
 
 def test_a_slice_is_not_left_out(model):
     """exclude takes whole weights; an excluded slice could be meant either way."""
-    with pytest.raises(li.TargetError, match=r"exclude 'c_attn\[k\]': a slice can't be left out"):
+    with pytest.raises(li.TargetError, match=r"exclude 'c_attn\[k\]': a slice cannot be left out"):
         li.inject(model, ["c_attn"], exclude=["c_attn[k]"])
 
 

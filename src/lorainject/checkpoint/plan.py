@@ -27,8 +27,7 @@ from ..lora.model_index import ModelIndex
 from ..numerics.delta import Factors, flatten_factors
 from ..numerics.fingerprint import sample_positions, samples_agree
 from ..plan import Site, site_name
-from ..targets.model_weights import Weight
-from ..targets.model_weights import weights as weights_of
+from ..targets.model_weights import ModelWeight, model_weights
 from .byte_runs import find
 from .shard_writer import MergePlan, Sum
 from .shards import BYTES, DTYPES, Shard, scan
@@ -56,7 +55,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
         ) from e
     at, reasons, _ = locate_weights(model, {key: t.shape for key, t in disk.tensors.items()})
     index = ModelIndex(model)
-    by_name = {n: w for w in weights_of(index) for n in w.names}
+    by_name = {n: w for w in model_weights(index) for n in w.names}
     sums: dict[tuple[int, str], Sum] = {}
     problems, strange = [], []
     for given, file, times in zip(asked, files, factor, strict=True):
@@ -121,12 +120,12 @@ class Disk:
             )
 
 
-def full_name(w: Weight) -> str:
+def full_name(w: ModelWeight) -> str:
     """As in model.named_parameters()."""
     return ".".join(filter(None, (w.paths[0], w.parameter)))
 
 
-def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
+def _factors(ours: StoredSite, site: Site, w: ModelWeight, times: float) -> Factors:
     _, out, _ = w.kind.sizes(site.shape)
     low = LoraAdapter(
         ours.A,
@@ -141,7 +140,7 @@ def _factors(ours: StoredSite, site: Site, w: Weight, times: float) -> Factors:
     return flatten_factors(delta_factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
 
 
-def _unwritable(w: Weight, model: nn.Module, lies: Sequence[StoredPiece], disk: Disk) -> str | None:
+def _unwritable(w: ModelWeight, model: nn.Module, lies: Sequence[StoredPiece], disk: Disk) -> str | None:
     """Why this weight's bytes can't be written; None if they can."""
     if not lies:
         return "is nowhere in the checkpoint"
@@ -156,13 +155,13 @@ def _unwritable(w: Weight, model: nn.Module, lies: Sequence[StoredPiece], disk: 
     return None
 
 
-def _same(disk: Disk, lies: Sequence[StoredPiece], w: Weight, base: BasePrint, name: str) -> bool:
+def _same(disk: Disk, lies: Sequence[StoredPiece], w: ModelWeight, base: BasePrint, name: str) -> bool:
     found = [find(lies, i) for i in sample_positions(w.module._parameters[w.parameter].numel())]  # type: ignore[union-attr]
     mine = torch.cat([disk.read(key, i).float() for key, i in found])
     return samples_agree(mine, base.sample[name], DTYPES[disk.tensors[found[0][0]].dtype], base.dtype[name])
 
 
-def _replaced(w: Weight | None, tensor: Tensor, at: Mapping[str, Sequence[StoredPiece]], disk: Disk) -> str | None:
+def _replaced(w: ModelWeight | None, tensor: Tensor, at: Mapping[str, Sequence[StoredPiece]], disk: Disk) -> str | None:
     """PEFT lets whole base weights come along: fine where they are what is there already."""
     lies = at.get(full_name(w), ()) if w is not None else ()
     alike = (
@@ -175,7 +174,7 @@ def _replaced(w: Weight | None, tensor: Tensor, at: Mapping[str, Sequence[Stored
     return "the file brings a whole base weight that is not this checkpoint's; adapters that replace weights are not supported"
 
 
-def _named_as(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]) -> AdapterFile:
+def _named_as(file: AdapterFile, model: nn.Module, by_name: Mapping[str, ModelWeight]) -> AdapterFile:
     """With its paths as in this model, if it was made on the model inside this one (or the other way round): `bert.encoder` and `encoder`."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 

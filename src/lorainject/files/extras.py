@@ -15,7 +15,7 @@ from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, why_unsupported
 from ..plan import site_name
 from ..surgery import LoadedFactors, PlannedReplacement
-from ..targets.model_weights import Weight
+from ..targets.model_weights import ModelWeight
 from .record import AdapterFile, StoredSite, TokenRows
 
 BIASED = ("linear", "linear^T", "conv")
@@ -29,7 +29,7 @@ def given(stored: StoredSite, dtype: torch.dtype | None) -> LoadedFactors:
     return stored.A, stored.B, m, b
 
 
-def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> str | None:
+def problem(stored: StoredSite, w: ModelWeight | None, dtype: torch.dtype | None) -> str | None:
     """Why the magnitudes or the update of the bias can't go onto this weight; None if there are none, or they can."""
     m, b = stored.magnitude, stored.bias
     if w is None or (m is None and b is None):
@@ -53,7 +53,7 @@ def problem(stored: StoredSite, w: Weight | None, dtype: torch.dtype | None) -> 
 
 
 def replacements(
-    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, Weight], problems: list[str]
+    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, ModelWeight], problems: list[str]
 ) -> list[PlannedReplacement]:
     """The whole tensors and rows of tokens for this model, but for those that it has already; what is wrong goes into `problems`."""
     if not file.replaced and not file.tokens:

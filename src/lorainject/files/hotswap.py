@@ -18,7 +18,7 @@ from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.weight_kinds import is_sharded
 from ..numerics.threads import defer_interrupt
 from ..plan import site_name
-from ..targets.model_weights import weights
+from ..targets.model_weights import model_weights
 from . import transforms
 from .convert import read_source
 from .io.open_adapter import Hints, open_source
@@ -41,7 +41,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     on = {(*host.key, host.adapters.label): (at, host) for at, host in index.sites.items() if name in host.adapters}
     source = open_source(path, allow_pickle)
     file = read_source(source, hints=replace(hints or Hints(), model=model), index=index)
-    by_name = {n: w for w in weights(index) for n in w.names}
+    by_name = {n: w for w in model_weights(index) for n in w.names}
     wrong = [f"{at}: stands beside A and B, which alone can be exchanged" for at in (*file.replaced, *file.tokens)]
     new: dict[tuple[int, str, str], StoredSite] = {}
     for s in file.sites:

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from ..errors import FileError
 from ..lora.model_index import ModelIndex
 from ..plan import site_name
-from ..targets.matcher import parts_of
-from ..targets.model_weights import Weight, weights
+from ..targets.model_weights import ModelWeight, model_weights
 from . import transforms
 from .formats.image_model_names import PREFIXES, flux_paths, kohya_prefix, unet_name
 from .record import AdapterFile, StoredSite
@@ -68,7 +67,7 @@ def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
         for s in file.sites
     ):
         return replace(file, namespace="hf")
-    by_name = {name: w for w in weights(index) for name in w.names}
+    by_name = {name: w for w in model_weights(index) for name in w.names}
     if all(
         s.path.startswith(COMFYUI_PREFIX) and s.path.removeprefix(COMFYUI_PREFIX) not in by_name for s in file.sites
     ):
@@ -95,7 +94,7 @@ def _weight_name(s: StoredSite) -> str:
     return site_name(s.path, s.parameter)
 
 
-def _with_model_kind(s: StoredSite, w: Weight | None) -> StoredSite:
+def _with_model_kind(s: StoredSite, w: ModelWeight | None) -> StoredSite:
     """Return the site with the model's kind of weight, where other libraries' files can't tell kinds apart.
 
     A convolution with a kernel of one point may be a linear, and a linear may be stored transposed.
@@ -110,7 +109,7 @@ def _with_model_kind(s: StoredSite, w: Weight | None) -> StoredSite:
 # --- changes of names alone --------------------------------------------------------------------------------------------
 
 
-def _prefix_change(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Weight]) -> Callable[[str], str]:
+def _prefix_change(file: AdapterFile, model: nn.Module, by_name: Mapping[str, ModelWeight]) -> Callable[[str], str]:
     """Return the change of the paths' prefix under which the most sites are in the model."""
     base = f"{getattr(model, 'base_model_prefix', '')}."
 
@@ -165,7 +164,7 @@ def _from_comfyui(file: AdapterFile) -> AdapterFile:
 # --- changes that cut B by rows ----------------------------------------------------------------------------------------
 
 
-def _split_flux(s: StoredSite, by_name: Mapping[str, Weight]) -> list[StoredSite]:
+def _split_flux(s: StoredSite, by_name: Mapping[str, ModelWeight]) -> list[StoredSite]:
     """Split a site on a fused weight of the original Flux into sites on diffusers' modules; keep any other site."""
     paths = flux_paths(s.path.removeprefix(kohya_prefix(s.path)))
     if not paths or not all(path in by_name for path in paths):
@@ -180,7 +179,7 @@ def _split_flux(s: StoredSite, by_name: Mapping[str, Weight]) -> list[StoredSite
 
 
 def _convert_checkpoint_sites(
-    sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, Weight]
+    sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, ModelWeight]
 ) -> list[StoredSite]:
     """Return sites under a checkpoint's names as sites on the parameters that transformers' loader fills from them.
 
@@ -229,7 +228,7 @@ def _with_sibling_experts(shapes: Mapping[str, tuple[int, int]], model: nn.Modul
     return complete
 
 
-def _moved_rows(piece: StoredPiece, w: Weight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
+def _moved_rows(piece: StoredPiece, w: ModelWeight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
     """Return the expert (0 without experts), the rows of the weight, and the rows on disk that they come from.
 
     None if the piece is something else than whole rows.
@@ -248,7 +247,7 @@ def _is_contiguous(view: StridedView) -> bool:
     return all(stride == math.prod(view.sizes[i + 1 :]) for i, stride in enumerate(view.strides))
 
 
-def _site_on_rows(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSite:
+def _site_on_rows(w: ModelWeight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSite:
     """Return one site on these rows of the weight. In a stack, experts that have no adapter get zeros."""
     shape = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
     first, r = next(iter(experts.values())), max(s.r for s in experts.values())
@@ -256,7 +255,7 @@ def _site_on_rows(w: Weight, rows: range, experts: Mapping[int, StoredSite]) -> 
     like = next(iter(equal.values()))
     label = ""
     if len(rows) != shape[-2]:
-        names = (name for name, parts in parts_of(w).items() if parts == (rows,))
+        names = (name for name, parts in w.parts.items() if parts == (rows,))
         label = next(names, f"{rows.start}:{rows.stop}")
     A, B = like.A, like.B
     if len(shape) == 3:

@@ -30,8 +30,8 @@ from ..numerics.delta import is_finite
 from ..numerics.fingerprint import sample_values, samples_agree
 from ..plan import Plan, Site, site_name
 from ..surgery import attach
-from ..targets.matcher import Pick, parts_of
-from ..targets.model_weights import Weight, weights
+from ..targets.matcher import WeightMatch
+from ..targets.model_weights import ModelWeight, model_weights
 from ..targets.resolve import count_parameters, make_site, name_problems, why_unsuitable, wrapper_problems
 from . import extras, transforms
 from .convert import FORMATS, read_source
@@ -73,7 +73,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         by_place.setdefault(host.key, []).append(host)
     # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
     stored = [
-        (w, _stored(w, host, name)) for w in weights(index) for host in sorted(by_place.get(w.key, ()), key=_first_row)
+        (w, _stored(w, host, name)) for w in model_weights(index) for host in sorted(by_place.get(w.key, ()), key=_first_row)
     ]
     sites = tuple(s for _, s in stored)
     if format == "peft":
@@ -116,7 +116,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     name = file.name if name is None else name
     if clashes := name_problems(index, name) + wrapper_problems(index):
         raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
-    by_name = {n: w for w in weights(index) for n in w.names}
+    by_name = {n: w for w in model_weights(index) for n in w.names}
     wrong = [
         f"{s.name}: {reason}"
         for s in file.sites
@@ -130,7 +130,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replaced)
 
 
-def require_base(file: AdapterFile, by_name: Mapping[str, Weight], sites: Sequence[Site]) -> None:
+def require_base(file: AdapterFile, by_name: Mapping[str, ModelWeight], sites: Sequence[Site]) -> None:
     """Raises FileError with every weight that differs from the one that the adapter was made for, as far as the file tells."""
     others = [
         s.name
@@ -158,7 +158,7 @@ def _target_modules(paths: Sequence[str], sites: Sequence[StoredSite]) -> list[s
     return sorted(leaves if meant == chosen else chosen)
 
 
-def _stored(w: Weight, host: AdaptedSite, name: str) -> StoredSite:
+def _stored(w: ModelWeight, host: AdaptedSite, name: str) -> StoredSite:
     a, own = host.adapters[name], host.adapters
     (m, b), A, B = extras.m_and_b(a), a._parameters["A"], a._parameters["B"]
     assert A is not None
@@ -174,7 +174,7 @@ def _first_row(host: AdaptedSite) -> int:
     return min((part.start for a in host.adapters for part in host.adapters[a].slices or ()), default=0)
 
 
-def _beyond_peft(w: Weight) -> str | None:
+def _beyond_peft(w: ModelWeight) -> str | None:
     """Why PEFT would apply an adapter on this layer wrongly, or not at all; None if it would not."""
     m = w.module
     if w.bypassed and w.kind.form is not None:
@@ -220,7 +220,7 @@ def _unwritable(host: AdaptedSite, a: LoraAdapter) -> str | None:
 
 
 def fitted(
-    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
+    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None, problems: list[str]
 ) -> list[Site]:
     """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and `problems`."""
     wrong: list[str] = []
@@ -243,7 +243,7 @@ def fitted(
 
 
 def _fit(
-    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, Weight], dtype: torch.dtype | None, problems: list[str]
+    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None, problems: list[str]
 ) -> list[Site]:
     """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
     sites: list[Site] = []
@@ -270,13 +270,13 @@ def _fit(
             if stored.path != w.paths[0] or stored.named:
                 first = (stored.path, *(p for p in w.paths if p != stored.path))
                 w = replace(w, paths=first, readers=w.owners if stored.named else w.readers, named=stored.named)
-            pick = Pick(w, stored.label, stored.rows)
+            pick = WeightMatch(w, stored.label, stored.rows)
             sites.append(make_site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
                               dtype=dtype or stored.dtype))  # fmt: skip
     return sites
 
 
-def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype: torch.dtype | None) -> str | None:
+def _misfit(stored: StoredSite, w: ModelWeight, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None) -> str | None:
     if (reason := why_unsuitable(w, stored.label)) is not None:
         return reason
     if apart := [p for p in stored.aliases if by_name.get(site_name(p, stored.parameter)) is not w]:
@@ -301,20 +301,20 @@ def _misfit(stored: StoredSite, w: Weight, by_name: Mapping[str, Weight], dtype:
     return None
 
 
-def _wrong_rows(stored: StoredSite, w: Weight, out: int) -> str | None:
+def _wrong_rows(stored: StoredSite, w: ModelWeight, out: int) -> str | None:
     """What is wrong with a slice's rows in this model."""
     rows = stored.rows or ()
     if any(part.start < 0 or part.stop > out or part.step < 1 for part in rows):  # before anything counts them
         return f"the file has it on rows that are not all within 0:{out}"
     if len({i for part in rows for i in part}) < sum(map(len, rows)):
         return "the file names a row twice"
-    known = parts_of(w)
+    known = w.parts
     if stored.label in known and known[stored.label] != rows:
         return f"its part {stored.label!r} has other rows in this model: the layouts differ (heads?)"
     return None
 
 
-def _same_base(w: Weight, name: str, base: BasePrint) -> bool:
+def _same_base(w: ModelWeight, name: str, base: BasePrint) -> bool:
     mine, weight = _print(w.module, w.parameter), w.module._parameters[w.parameter]
     return (
         mine is None or weight is None or samples_agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])

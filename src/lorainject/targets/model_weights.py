@@ -1,7 +1,8 @@
-"""What the parts of a model are to each other: its weights, who reads each, which multiply, and which layers are the output head.
+"""The weights of a model that could carry an adapter, the modules that read each, and the output head.
 
-A weight that is not applied by calling its module is found by the source of the classes (source_analysis.py). A class without source, or one
-that reaches a weight in a way not seen there, is found by `probe`, when the model runs.
+Most weights are applied by calling their module. A weight that another module's code reads instead
+(`self.q_proj.weight` in an attention block) is found in the source of the classes (source_analysis.py). A class without
+source, or one that reaches a weight in a way that its source does not show, is found by `probe` when the model runs.
 """
 
 from __future__ import annotations
@@ -16,173 +17,206 @@ from torch import nn
 
 from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex
-from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of
+from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of, weight_shape
 from ..plan import site_name
+from .fused_layouts import Parts, fused_parts
 from .source_analysis import weight_use
+
+WeightKey = tuple[int, str]
+"""The identity of a weight: the id of its module and the name of the parameter."""
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A weight of the model that could carry an adapter, under all of its paths."""
+class ModelWeight:
+    """A weight that could carry an adapter, under all of its paths."""
 
     paths: tuple[str, ...]
-    """Of the module that owns it."""
+    """The paths of the weight's module."""
     module: nn.Module
+    """The module that has the parameter."""
     parameter: str
+    """Name of the parameter in the module."""
     kind: Kind
+    """How the weight is stored and applied."""
     multiplies: bool
-    """Whether "all-linear" means it."""
+    """True if the weight multiplies activations, so that "all-linear" and roles include it."""
     readers: tuple[nn.Module, ...] = ()
-    """Modules whose own forward reads it; none if it is applied by calling its module, which takes the forward graft."""
+    """The modules whose own code reads the weight; empty if it is applied by calling its module (the forward graft)."""
     bypassed: bool = False
-    """Whether a reader never calls the layer, so that what is put on its forward alone (by PEFT) does nothing."""
+    """True if a reader never calls the module, so that an adapter on its forward alone, as PEFT's, does nothing."""
     named: bool = False
-    """Whether the target was the weight itself ("q_proj.weight"), so that all modules it lies in read it."""
+    """True if a target named the weight itself ("q_proj.weight"), so that all of `owners` count as readers."""
     owners: tuple[nn.Module, ...] = field(default=(), repr=False)
-    """The modules on the way to it, the model first, its own module last."""
+    """The modules on the way to the weight: the model first, the weight's own module last."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What targets may call it."""
+        """The names that a target can match, one for each path."""
         return tuple(site_name(path, self.parameter) for path in self.paths)
 
     @property
-    def key(self) -> tuple[int, str]:
-        """Which weight: the module's id and the parameter's name."""
+    def key(self) -> WeightKey:
+        """The identity of the weight."""
         return id(self.module), self.parameter
 
+    @cached_property
+    def location(self) -> tuple[tuple[nn.Module, ...], str]:
+        """The modules on the way to the layer (or to a bare parameter), and its name in the last of them."""
+        if kind_of(self.module, self.parameter) is None:
+            return self.owners, self.parameter
+        return self.owners[:-1], self.paths[0].rsplit(".", 1)[-1]
 
-def weights(index: ModelIndex) -> list[Weight]:
-    """Every weight that could carry an adapter, each once, in the model's order: of layers, and bare parameters with two axes or more."""
+    @property
+    def out_features(self) -> int:
+        """The rows of W (out, in); for a stack, of each of its matrices."""
+        return self.kind.sizes(weight_shape(self.module, self.parameter))[1]
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The rows of each part of a fused weight; empty if the weight is not fused or its layout is not known."""
+        owners, leaf = self.location
+        if not owners:
+            return {}
+        return fused_parts(getattr(owners[0], "config", None), owners[-1], leaf, self.out_features) or {}
+
+
+def model_weights(index: ModelIndex) -> list[ModelWeight]:
+    """Return every weight that could carry an adapter, once, in the model's order.
+
+    These are the weights of layers, and bare parameters with two axes or more.
+    """
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
-    way: dict[str, tuple[nn.Module, ...]] = {}  # by path: the modules down to it
+    owners_by_path: dict[str, tuple[nn.Module, ...]] = {}
     for path, module in index.walked:
-        above = way.get(path.rpartition(".")[0], ()) if path else ()
-        way[path] = above
+        owners = owners_by_path.get(path.rpartition(".")[0], ()) if path else ()
         if not isinstance(module, torch.jit.ScriptModule):  # its code is not Python's
             paths.setdefault(id(module), []).append(path)
             modules[id(module)] = module
-            way[path] = (*above, module)
-    read, multiplied, bypassed = _read(list(modules.values()))
-    read_by = {id(reader) for readers in read.values() for reader in readers}
-    found = []
+            owners = (*owners, module)
+        owners_by_path[path] = owners
+    reads = _Reads(list(modules.values()))
+    weights = []
     for key, module in modules.items():
         is_layer = kind_of(module) is not None
         if not is_layer and not module._parameters:
             continue
-        owners, plain = way[paths[key][0]], has_standard_forward(module)
-        for name, kind in _kinds(module):
-            readers = tuple(dict.fromkeys(read.get((key, name), ())))
-            if kind.form is None or readers or key in read_by or not plain:
-                readers = tuple(dict.fromkeys((*readers, module)))  # for a direct call of the module
-            found_to = (key, name) in multiplied and (not is_layer or (kind.name == "embedding" and not plain))
-            linear = kind.name in ("linear", "linear^T") or found_to or (not is_layer and _is_experts(module))
+        standard = has_standard_forward(module)
+        owners = owners_by_path[paths[key][0]]
+        for name, kind in _parameter_kinds(module):
+            readers = reads.readers.get((key, name), [])
+            if kind.form is None or readers or id(module) in reads.reading_others or not standard:
+                readers = [*readers, module]  # for a direct call of the module
             if isinstance(module, nn.ParameterList | nn.ParameterDict):  # it has no forward
-                readers = owners[-2:-1]
-            found.append(
-                Weight(tuple(paths[key]), module, name, kind, linear, readers, (key, name) in bypassed, owners=owners)
+                readers = list(owners[-2:-1])
+            in_product = (key, name) in reads.multiplied
+            if is_layer:
+                multiplies = kind.form == "linear" or (kind.form == "embedding" and in_product and not standard)
+            else:
+                multiplies = in_product or "expert" in type(module).__name__.lower()
+            bypassed, readers = (key, name) in reads.bypassed, list(dict.fromkeys(readers))
+            weights.append(
+                ModelWeight(tuple(paths[key]), module, name, kind, multiplies, tuple(readers), bypassed, owners=owners)
             )
-    return found
+    return weights
 
 
-def heads(index: ModelIndex) -> set[int]:
-    """The layers of the output head, by id: what transformers calls output embeddings, and every layer or ...Head that stands
-    beside a base model (classifier, score, qa_outputs), wherever in the tree that is."""
-    found: list[nn.Module | None] = []
-    for _, part in index.walked:
-        if isinstance(part, torch.jit.ScriptModule):
+def head_modules(index: ModelIndex) -> set[int]:
+    """Return the ids of the modules of the output head.
+
+    The head is what transformers calls output embeddings, and every layer or ...Head next to a base model (classifier,
+    score, qa_outputs), at any depth of the tree.
+    """
+    heads: list[nn.Module | None] = []
+    for _, module in index.walked:
+        if isinstance(module, torch.jit.ScriptModule):
             continue
-        get = getattr(part, "get_output_embeddings", None)
-        with contextlib.suppress(
-            NotImplementedError, AttributeError
-        ):  # the DETR family has none, and says so by raising
-            found.append(get() if callable(get) else None)
-        if (base := part._modules.get(getattr(part, "base_model_prefix", None) or "")) is not None:
-            beside = [child for child in part.children() if child is not base]
-            found += [
-                child
-                for child in beside
-                if kind_of(child) is not None or (type(child).__name__.endswith("Head") and not _is_decoder(child))
-            ]
-    return {id(m) for head in found if head is not None for m in head.modules()}
-
-
-def _is_decoder(head: nn.Module) -> bool:
-    """A head with attention or a recurrent cell of its own (SLANet's) is more than an output layer."""
-    return any(isinstance(m, nn.RNNBase | nn.RNNCellBase) or "Attention" in type(m).__name__ for m in head.modules())
+        get_output_embeddings = getattr(module, "get_output_embeddings", None)
+        if callable(get_output_embeddings):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # raised by the DETR family, which has none
+                heads.append(get_output_embeddings())
+        base = module._modules.get(getattr(module, "base_model_prefix", None) or "")
+        if base is not None:
+            heads += (child for child in module.children() if child is not base and _is_head(child))
+    return {id(module) for head in heads if head is not None for module in head.modules()}
 
 
 def towers(index: ModelIndex) -> tuple[str, ...]:
-    """The paths of the models that a model is made of (vision_tower, language_model; encoder, decoder); none if it is made of one."""
-    parts = [
-        (path, m) for path, m in index.walked if path and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")
-    ]
-    inner = [path for path, _ in parts if not any(other.startswith(f"{path}.") for other, _ in parts)]
-    return tuple(dict.fromkeys(inner)) if len(inner) > 1 else ()
+    """Return the paths of the models that a model is composed of, such as vision_tower and language_model, or encoder
+    and decoder. Empty if there are not several."""
+    paths = [p for p, m in index.walked if p and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")]
+    innermost = [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
+    return tuple(dict.fromkeys(innermost)) if len(innermost) > 1 else ()
 
 
-def _kinds(module: nn.Module) -> Iterator[tuple[str, Kind]]:
-    """The weights of one module: that of a layer, or the parameters that have two axes or more."""
+def _is_head(module: nn.Module) -> bool:
+    """True for a layer, and for a ...Head unless it holds attention or a recurrent cell, as SLANet's does."""
+    if kind_of(module) is not None:
+        return True
+    return type(module).__name__.endswith("Head") and not any(
+        isinstance(m, nn.RNNBase | nn.RNNCellBase) or "Attention" in type(m).__name__ for m in module.modules()
+    )
+
+
+def _parameter_kinds(module: nn.Module) -> Iterator[tuple[str, Kind]]:
+    """Yield the weights of one module with their kinds: that of a layer, or the parameters with two axes or more."""
     if (kind := kind_of(module)) is not None:
         yield "weight", kind
         return
     if type(module).__name__ == "ParametrizationList":
         return
-    for name, p in module._parameters.items():
-        if (
-            p is not None and p.ndim >= 2 and "bias" not in name and "position" not in name
-        ):  # SAM's positional_embedding multiplies, but is fixed
-            transposed = bool(
-                getattr(module, "is_transposed", False)
-            )  # transformers' mark on experts stored (E, in, out)
-            yield name, STACKS[transposed] if p.ndim == 3 and not _sums_over(module, name) else MATRIX
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim < 2 or "bias" in name or "position" in name:
+            continue  # SAM's positional_embedding multiplies, but is fixed
+        if parameter.ndim == 3 and not _is_one_operand(module, name):
+            transposed = getattr(module, "is_transposed", False)  # transformers' mark on experts stored as (E, in, out)
+            yield name, STACKS[bool(transposed)]
+        else:
+            yield name, MATRIX
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return "expert" in type(module).__name__.lower()
+def _is_one_operand(module: nn.Module, name: str) -> bool:
+    """True if one product (einsum, convolution) uses all axes of the parameter, so that it is no stack of matrices."""
+    functions = weight_use(base_class(type(module))).products.get(name, ())
+    return any(function == "einsum" or function.startswith("conv") for function in functions)
 
 
-def _sums_over(module: nn.Module, name: str) -> bool:
-    """Whether all axes of this parameter take part in one product (an einsum, a convolution): then it is no stack of matrices."""
-    return any(
-        f == "einsum" or f.startswith("conv") for f in weight_use(base_class(type(module))).products.get(name, ())
-    )
+class _Reads:
+    """Which modules read which weights, by the source of their classes."""
 
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.readers: dict[WeightKey, list[nn.Module]] = {}
+        """For each weight, the modules other than its own that read it."""
+        self.multiplied: set[WeightKey] = set()
+        """The weights that are operands of products."""
+        self.bypassed: set[WeightKey] = set()
+        """The weights whose reader never calls their module."""
+        for reader in modules:
+            self._add(reader)
+        self.reading_others = {id(reader) for readers in self.readers.values() for reader in readers}
 
-Keys = set[tuple[int, str]]
-
-
-def _read(modules: Sequence[nn.Module]) -> tuple[dict[tuple[int, str], list[nn.Module]], Keys, Keys]:
-    """For each weight (owner's id, parameter) the modules whose forward reads it; those weights that multiply; those that are bypassed."""
-    read: dict[tuple[int, str], list[nn.Module]] = {}
-    multiplied: Keys = set()
-    bypassed: Keys = set()
-    for reader in modules:
+    def _add(self, reader: nn.Module) -> None:
         use = weight_use(base_class(type(reader)))
-        for dotted, parts in use.split_reads:
-            for owner, name in _resolve(reader, parts):
+        for name, parts in use.split_reads:
+            for owner, parameter in _named_weights(reader, parts):
+                key = id(owner), parameter
                 if owner is not reader:
-                    read.setdefault((id(owner), name), []).append(reader)
-                    if "@" in use.products.get(dotted, ()) or dotted.rpartition(".")[0] not in use.calls:
-                        bypassed.add((id(owner), name))
-                if dotted in use.products:
-                    multiplied.add((id(owner), name))
+                    self.readers.setdefault(key, []).append(reader)
+                    if "@" in use.products.get(name, ()) or name.rpartition(".")[0] not in use.calls:
+                        self.bypassed.add(key)
+                if name in use.products:
+                    self.multiplied.add(key)
         if isinstance(reader, nn.RNNBase):
-            multiplied |= {(id(reader), name) for name in reader._parameters}
-    return read, multiplied, bypassed
+            self.multiplied |= {(id(reader), name) for name in reader._parameters}
 
 
-def _resolve(reader: nn.Module, parts: list[str]) -> Iterator[tuple[nn.Module, str]]:
-    """The weights that `self.<parts>` means in this reader; `*` stands for any child (self.layers[i].weight)."""
-    name, *more = parts
-    if not more:
-        yield from (
-            (reader, n)
-            for n in (reader._parameters if name == "*" else [name])
-            if reader._parameters.get(n) is not None
-        )
+def _named_weights(reader: nn.Module, parts: list[str]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the weights (module, parameter) that `self.<parts>` means in `reader`. A part * stands for every child."""
+    name, *rest = parts
+    if not rest:
+        names = list(reader._parameters) if name == "*" else [name]
+        yield from ((reader, n) for n in names if reader._parameters.get(n) is not None)
         return
     for child in reader._modules.values() if name == "*" else [reader._modules.get(name)]:
         if child is not None and not isinstance(child, torch.jit.ScriptModule):
-            yield from _resolve(child._modules.get("_orig_mod") or child, more)  # a part may be compiled
+            yield from _named_weights(child._modules.get("_orig_mod") or child, rest)  # the child may be compiled

@@ -1,7 +1,9 @@
-"""Model + targets -> Plan. Pure: nothing is changed, nothing is allocated, and the meta device will do.
+"""From a model and its LoRA settings to a Plan. Nothing is changed or allocated; models on the meta device are
+accepted.
 
-Every entry must match something that can carry an adapter; a module that is named plainly but can't carry one is an error
-too. All that is wrong is collected and raised once, so that nothing is half done later.
+Every entry of the targets must match a weight that can carry an adapter. A pattern passes over modules that cannot
+carry one; a plain name of such a module is an error. All problems are collected and raised at once, before anything is
+changed.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
 from ..plan import Plan, Site
 from ..spec import LoraSpec, Override, Target, spec_from_arguments
-from .matcher import Matcher, Pick, is_pattern, out_of, sliced
-from .model_weights import Weight, towers
+from .matcher import Matcher, WeightMatch, is_pattern, split_slices
+from .model_weights import ModelWeight, WeightKey, towers
 
 WRAPPERS = {"DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard"}
 
@@ -31,166 +33,119 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
          scaling: str = "standard", init: str = "kaiming", dtype: torch.dtype | None = None,
          overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), name: str = "default",
          spec: LoraSpec | None = None) -> Plan:  # fmt: skip
-    """What `inject` with these arguments (documented at LoraSpec) would do to `model`: print it as a table.
+    """Return what `inject` would do with the same arguments, without changing the model.
 
-    Raises TargetError with every entry that matches nothing (and the nearest names) and every weight that can't carry an
-    adapter; SpecError for settings that can't be meant.
+    Args:
+        model: The model to search. It may be on the meta device.
+        targets: The weights to adapt: names, patterns, roles or keywords. The grammar is documented at
+        LoraSpec.targets. r: Rank. alpha: Numerator of the scale s = alpha / r. None means alpha = r. dropout:
+        Probability of zeroing an element of an adapter's input in training mode. exclude: Weights to leave out, in the
+        grammar of `targets`. layers: Layer numbers that limit `targets`. None means all layers. scaling: "standard" for
+        s = alpha / r, "rslora" for s = alpha / sqrt(r). init: Initial values of A: "kaiming" or "gaussian". dtype:
+        Dtype of A and B. None means float32, or float64 for a float64 weight. overrides: Another r or alpha for some of
+        the sites, as {"k_proj": {"r": 4}} or a list of Override. name: Name of the adapter, 1 to 64 letters, digits,
+        "_" or "-". No other adapter of the model may have it. spec: All settings but the name as one LoraSpec, instead
+        of the arguments above.
+
+    Returns:
+        The plan: the sites with their settings. It prints as a table.
+
+    Raises:
+        SpecError: A setting is invalid.
+        TargetError: An entry matches nothing, or matches a module that cannot carry an adapter; or the model is
+        wrapped, or
+            already has an adapter with this name. The error lists every problem, with the nearest names.
     """
-    spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers, scaling=scaling,
-                       init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
+    spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers,
+                               scaling=scaling, init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
     return resolve(ModelIndex(model), spec, name)
 
 
 def resolve(index: ModelIndex, spec: LoraSpec, name: str) -> Plan:
-    """Return the plan of a spec for an indexed model; raise TargetError with everything that is wrong (see `find`)."""
+    """Return the plan of a spec for an indexed model; raise TargetError as documented at `find`."""
     matcher = Matcher(index)
-    problems = name_problems(index, name) + wrapper_problems(index)
-    excluded = _excluded(spec, matcher, problems)
-    chosen = _in_layers(spec, _targeted(spec, matcher, excluded, problems), problems)
-    settings = _settings(spec, matcher, chosen, problems)
-    problems += _overlaps(chosen)
-    problems += [f"{p.name}: {reason}" for p in chosen if (reason := why_unsuitable(p.weight, p.label))]
+    problems = matcher.problems
+    problems += name_problems(index, name) + wrapper_problems(index)
+    matches = _match_targets(spec, matcher, _match_excluded(spec, matcher))
+    matches = _limit_to_layers(spec, matches, problems)
+    settings = _apply_overrides(spec, matcher, matches)
+    problems += _overlaps(matches)
+    unsuitable = [f"{m.name}: {reason}" for m in matches if (reason := why_unsuitable(m.weight, m.label))]
+    problems += unsuitable
     if problems:
-        raise TargetError(
-            "this can't be injected; nothing was changed:",
-            problems,
-            "correct these and call again; exclude=[...] leaves modules out",
-        )
+        way_out = "correct the arguments and call again" + "; exclude=[...] leaves weights out" * bool(unsuitable)
+        raise TargetError("cannot inject this LoRA; nothing was changed:", problems, way_out)
     sites = tuple(
-        make_site(p, matcher.paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init, dtype=s.dtype)
-        for p, s in zip(chosen, settings, strict=True)
+        make_site(m, index.first_paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init,
+        dtype=s.dtype) for m, s in zip(matches, settings, strict=True)
     )  # fmt: skip
-    taken = {p.weight.key for p in chosen}
-    all_linear = any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets)
-    left_out = tuple(w.names[0] for w in matcher.aside if w.key not in taken) if all_linear else ()
+    left_out: tuple[str, ...] = ()
+    if any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets):
+        chosen = {m.weight.key for m in matches}
+        left_out = tuple(w.names[0] for w in matcher.not_all_linear if w.key not in chosen)
     return Plan(sites=sites, total=count_parameters(index), left_out=left_out, towers=towers(index))
 
 
-def _excluded(spec: LoraSpec, matcher: Matcher, problems: list[str]) -> set[tuple[int, str]]:
-    excluded: set[tuple[int, str]] = set()
-    for entry in spec.exclude:
-        if isinstance(entry, str) and sliced(entry)[1]:
-            problems.append(f"exclude {entry!r}: a slice can't be left out; name the slices that are wanted in targets")
-            continue
-        inside = {id(inner) for module in matcher.modules(entry) for inner in module.modules()}
-        matched = {p.weight.key for p in matcher(entry, problems)} | {
-            w.key for w in matcher.weights if id(w.module) in inside
-        }
-        excluded |= matched
-        if not matched and not inside:
-            problems.append(f"exclude {_show(entry)} matches nothing{matcher.nearest(entry)}")
-    return excluded
+def make_site(match: WeightMatch, paths: Mapping[int, str], *, r: int, alpha: float | None, scaling: str,
+              dropout: float, init: str, dtype: torch.dtype | None) -> Site:  # fmt: skip
+    """Return the site that a weight or slice becomes with these settings (see LoraSpec).
+
+    Args:
+        match: The weight or slice.
+        paths: The path of each module of the model, by the module's id.
+    """
+    weight, rows = match.weight, match.rows
+    shape = weight_shape(weight.module, weight.parameter)
+    stack, out_features, in_features = weight.kind.sizes(shape)
+    stored = weight.module._parameters[weight.parameter]
+    assert stored is not None
+    wide = torch.float32 if is_quantized(weight.module) else torch.promote_types(stored.dtype, torch.float32)
+    return Site(
+        path=weight.paths[0], aliases=weight.paths[1:], parameter=weight.parameter, label=match.label, rows=rows,
+        kind=weight.kind.name, shape=shape, stack=stack[0] if stack else 1, in_features=in_features,
+        out_features=out_features if rows is None else sum(map(len, rows)),
+        readers=tuple(paths[id(reader)] for reader in weight.readers), named=weight.named,
+        r=r, alpha=float(r if alpha is None else alpha), scaling=scaling, dropout=float(dropout), init=init,
+        dtype=dtype or wide,
+    )  # fmt: skip
 
 
-def _targeted(spec: LoraSpec, matcher: Matcher, excluded: set[tuple[int, str]], problems: list[str]) -> list[Pick]:
-    """What the targets name, in the model's order. A pattern passes over what can't carry an adapter; a plain name must not."""
-    chosen: dict[tuple[tuple[int, str], str], Pick] = {}
-    for entry in spec.targets:
-        wrong = len(problems)
-        matched = matcher(entry, problems)
-        kept = [p for p in matched if p.weight.key not in excluded]
-        if isinstance(entry, str) and not is_pattern(entry) and not matcher.is_role(entry):
-            # Beside layers that fit, a container of the same name (BERT's `output`) is no mistake; another layer is.
-            known = {id(w.module) for w in matcher.weights}
-            for path, module in matcher.modules_by_path(entry):
-                if id(module) not in known and (
-                    not matched or next(module.parameters(recurse=False), None) is not None
-                ):
-                    problems.append(
-                        f"{path} is a {type(module).__name__}, which can't carry an adapter{matcher.inside(path)}"
-                    )
-        if not kept and len(problems) == wrong:
-            problems.append(
-                f"{_show(entry)}: exclude leaves nothing of it"
-                if matched
-                else f"{_show(entry)} {matcher.why_nothing(entry)}"
-            )
-        chosen |= {(p.weight.key, p.label): p for p in kept}
-    order = {w.key: n for n, w in enumerate(matcher.weights)}
-    return sorted(chosen.values(), key=lambda p: (order[p.weight.key], p.rows[0].start if p.rows else 0))
-
-
-def _overlaps(chosen: Sequence[Pick]) -> list[str]:
-    """Weights of which the same rows were asked for twice."""
-    problems = []
-    of: dict[tuple[int, str], list[Pick]] = {}
-    for p in chosen:
-        of.setdefault(p.weight.key, []).append(p)
-    for picks in of.values():
-        taken: dict[int, Pick] = {}
-        for p in picks if len(picks) > 1 else ():
-            rows = range(out_of(p.weight)) if p.rows is None else [i for part in p.rows for i in part]
-            if other := next((taken[i] for i in rows if i in taken), None):
-                problems.append(f"{p.name} and {other.name} overlap: each row takes one of them")
-            taken |= dict.fromkeys(rows, p)
-    return problems
-
-
-def _in_layers(spec: LoraSpec, chosen: list[Pick], problems: list[str]) -> list[Pick]:
-    if spec.layers is None or not chosen:
-        return chosen
-    there = sorted({n for p in chosen if (n := layer_of(p.name)) is not None})
-    where = f"; they lie in {there[0]} to {there[-1]}" if there else ""
-    if beyond := sorted(set(spec.layers) - set(there)):
-        problems.append(f"layers: no target lies in layer {', '.join(map(str, beyond))}{where}")
-    return [p for p in chosen if layer_of(p.name) in spec.layers]
-
-
-def _settings(spec: LoraSpec, matcher: Matcher, chosen: Sequence[Pick], problems: list[str]) -> list[LoraSpec]:
-    """The spec as it holds for each site: the first override that matches decides."""
-    settings = [spec] * len(chosen)
-    for override in reversed(spec.overrides):  # the first is laid over the others
-        picks = matcher(override.target, problems)
-        matched = {(p.weight.key, p.label) for p in picks}
-        hit = [bool({(p.weight.key, p.label), (p.weight.key, "")} & matched) for p in chosen]
-        settings = [spec.with_override(override) if h else s for h, s in zip(hit, settings, strict=True)]
-        if not any(hit):
-            problems.append(
-                f"override {override.target!r} matches none of the targets{matcher.nearest(override.target)}"
-            )
-    return settings
-
-
-def why_unsuitable(weight: Weight, label: str = "") -> str | None:
-    """Why this weight can't take an adapter; None if it can."""
-    child = child_name(weight.parameter, label)
-    if adapters_of(weight.module, weight.parameter, label) is None and hasattr(weight.module, child):
-        return f"has an attribute `{child}` of its own (another library's adapter?)"
-    if (reason := why_unsupported(weight.module, weight.parameter)) is not None:
+def why_unsuitable(weight: ModelWeight, label: str = "") -> str | None:
+    """Return why a weight (or the slice `label` of it) cannot carry an adapter; None if it can."""
+    module, child = weight.module, child_name(weight.parameter, label)
+    if adapters_of(module, weight.parameter, label) is None and hasattr(module, child):
+        return f"the module already has an attribute `{child}`, not from lorainject (another library's adapter?)"
+    if (reason := why_unsupported(module, weight.parameter)) is not None:
         return reason
-    if any(
-        inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f)
-        for f in (base_class(type(m)).forward for m in weight.readers)
-    ):
-        return (
-            "it is read by a forward that is a generator or a coroutine, which would run after the adapter is off again"
-        )
-    if weight.readers and is_quantized(weight.module):
-        return f"{base_class(type(weight.readers[0])).__name__} reads its weight itself, which is quantised"
-    return next(
-        (
-            f"{base_class(type(m)).__name__} reads it, and {reason}"
-            for m in weight.readers
-            if (reason := graft_obstacle(m)) is not None
-        ),
-        None,
-    )
+    for reader in weight.readers:
+        cls = base_class(type(reader))
+        if inspect.isgeneratorfunction(cls.forward) or inspect.iscoroutinefunction(cls.forward):
+            return (
+                f"{cls.__name__}.forward reads it, and is a generator or coroutine, which would run without the adapter"
+            )
+        if is_quantized(module):
+            return f"{cls.__name__} reads it in its own code, which is not supported for a quantized weight"
+        if (reason := graft_obstacle(reader)) is not None:
+            return f"{cls.__name__} reads it, and {reason}"
+    return None
 
 
 def wrapper_problems(index: ModelIndex) -> list[str]:
-    """Whose model this is already: data-parallel wrappers, under which the ranks' new parameters would silently differ, and PEFT."""
+    """Return what is wrong if the model carries adapters of PEFT or is already wrapped for data-parallel training."""
     classes = {type(module) for _, module in index.walked}
-    peft = any(cls.__module__.startswith("peft.") for cls in classes)
-    by = {cls: WRAPPERS[c.__name__] for cls in classes for c in cls.__mro__ if c.__name__ in WRAPPERS}
-    return ["the model carries PEFT's adapters, on which ours would be stacked: unload() them first"] * peft + [
-        f"{path or 'the model'} is already wrapped by {by[type(module)]}, under which the ranks' adapters would diverge: inject first, wrap after"
-        for path, module in index.walked
-        if type(module) in by
-    ]
+    wrappers = {cls: WRAPPERS[c.__name__] for cls in classes for c in cls.__mro__ if c.__name__ in WRAPPERS}
+    problems = []
+    if any(cls.__module__.startswith("peft.") for cls in classes):
+        problems.append("the model carries adapters of PEFT, and a second LoRA would come on top: unload() them first")
+    for path, module in index.walked:
+        if (wrapper := wrappers.get(type(module))) is not None:
+            why = "which does not synchronize parameters that are added later: inject first, then wrap"
+            problems.append(f"{path or 'the model'} is already wrapped by {wrapper}, {why}")
+    return problems
 
 
 def name_problems(index: ModelIndex, name: str) -> list[str]:
-    """An adapter's name is new to the model, and fit to be part of state-dict keys and of folder names."""
+    """Return what is wrong with the name of a new adapter, which becomes a part of state-dict keys and folder names."""
     if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         return [f"the adapter name {name!r} must be 1 to 64 letters, digits, '_' or '-'"]
     if name in index.adapter_names:
@@ -198,32 +153,103 @@ def name_problems(index: ModelIndex, name: str) -> list[str]:
     return []
 
 
-def make_site(pick: Pick, paths: Mapping[int, str], *, r: int, alpha: float | None, scaling: str, dropout: float, init: str,
-         dtype: torch.dtype | None) -> Site:  # fmt: skip
-    """The site that this weight becomes under these settings (see LoraSpec); `paths` are those of the model's modules, by id."""
-    w, rows = pick.weight, pick.rows
-    shape = weight_shape(w.module, w.parameter)
-    stack, out_features, in_features = w.kind.sizes(shape)
-    stored = w.module._parameters[w.parameter]
-    assert stored is not None
-    wide = torch.float32 if is_quantized(w.module) else torch.promote_types(stored.dtype, torch.float32)
-    return Site(
-        path=w.paths[0], aliases=w.paths[1:], parameter=w.parameter, label=pick.label, rows=rows,
-        kind=w.kind.name, shape=shape, stack=stack[0] if stack else 1, readers=tuple(paths[id(m)] for m in w.readers), named=w.named,
-        in_features=in_features, out_features=out_features if rows is None else sum(map(len, rows)),
-        r=r, alpha=float(r if alpha is None else alpha), scaling=scaling, dropout=float(dropout), init=init, dtype=dtype or wide,
-    )  # fmt: skip
-
-
 def count_parameters(index: ModelIndex) -> int:
-    """Parameters of the base: each once, the adapters' not counted."""
-    own = {id(p): p for _, module in index.walked for p in module._parameters.values() if p is not None}
-    return sum(p.numel() for p in own.values())
+    """Return the number of parameters of the base model. Shared parameters count once, adapters do not count."""
+    parameters = {id(p): p for _, module in index.walked for p in module._parameters.values() if p is not None}
+    return sum(p.numel() for p in parameters.values())
 
 
 def layer_of(path: str) -> int | None:
-    """The first number in the path: model.layers.3.mlp.experts.5.w1 lies in layer 3."""
+    """Return the first number in a path: model.layers.3.mlp.experts.5.w1 is in layer 3. None if there is none."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _match_excluded(spec: LoraSpec, matcher: Matcher) -> set[WeightKey]:
+    """Return the keys of the weights that are left out, with everything in the modules that an entry matches."""
+    excluded: set[WeightKey] = set()
+    for entry in spec.exclude:
+        if isinstance(entry, str) and split_slices(entry)[1]:
+            why = "a slice cannot be left out; name the wanted slices in targets"
+            matcher.problems.append(f"exclude {entry!r}: {why}")
+            continue
+        inside = {id(inner) for module in matcher.modules(entry) for inner in module.modules()}
+        keys = {w.key for w in matcher.weights if id(w.module) in inside} | {m.weight.key for m in matcher.match(entry)}
+        excluded |= keys
+        if not keys and not inside:
+            matcher.problems.append(f"exclude {_show(entry)} matches nothing{matcher.nearest(entry)}")
+    return excluded
+
+
+def _match_targets(spec: LoraSpec, matcher: Matcher, excluded: set[WeightKey]) -> list[WeightMatch]:
+    """Return what the targets match, in the model's order, each weight or slice once."""
+    chosen: dict[tuple[WeightKey, str], WeightMatch] = {}
+    for entry in spec.targets:
+        problems_before = len(matcher.problems)
+        matches = matcher.match(entry)
+        kept = [m for m in matches if m.weight.key not in excluded]
+        if isinstance(entry, str) and not is_pattern(entry) and not matcher.is_role(entry):
+            matcher.problems += _named_modules_without_weight(entry, matcher, matched=bool(matches))
+        if not kept and len(matcher.problems) == problems_before:
+            why = ": exclude leaves nothing of it" if matches else f" {matcher.why_nothing(entry)}"
+            matcher.problems.append(_show(entry) + why)
+        chosen |= {(m.weight.key, m.label): m for m in kept}
+    order = {w.key: position for position, w in enumerate(matcher.weights)}
+    return sorted(chosen.values(), key=lambda m: (order[m.weight.key], m.rows[0].start if m.rows else 0))
+
+
+def _named_modules_without_weight(entry: str, matcher: Matcher, *, matched: bool) -> list[str]:
+    """Return a problem for each module that a plain name means, but that cannot carry an adapter.
+
+    Where the name also matches weights, a container of the same name (BERT's `output`) is no mistake, but a layer is.
+    """
+    adaptable = {id(w.module) for w in matcher.weights}
+    problems = []
+    for module in dict.fromkeys(matcher.modules(entry)):
+        is_layer = next(module.parameters(recurse=False), None) is not None
+        if id(module) not in adaptable and (is_layer or not matched):
+            path = matcher.index.first_paths[id(module)]
+            what = f"{path} is a {type(module).__name__}, which cannot carry an adapter"
+            problems.append(what + matcher.layers_inside(path))
+    return problems
+
+
+def _limit_to_layers(spec: LoraSpec, matches: list[WeightMatch], problems: list[str]) -> list[WeightMatch]:
+    if spec.layers is None or not matches:
+        return matches
+    existing = sorted({layer for m in matches if (layer := layer_of(m.name)) is not None})
+    if missing := sorted(set(spec.layers) - set(existing)):
+        where = f"; the targets are in layers {existing[0]} to {existing[-1]}" if existing else ""
+        problems.append(f"layers: no target is in layer {', '.join(map(str, missing))}{where}")
+    return [m for m in matches if layer_of(m.name) in spec.layers]
+
+
+def _apply_overrides(spec: LoraSpec, matcher: Matcher, matches: Sequence[WeightMatch]) -> list[LoraSpec]:
+    """Return the settings of each match: the first override that matches it applies."""
+    settings = [spec] * len(matches)
+    for override in reversed(spec.overrides):  # so that the first one is applied last, and wins
+        targeted = {(m.weight.key, m.label) for m in matcher.match(override.target)}
+        concerned = [bool({(m.weight.key, m.label), (m.weight.key, "")} & targeted) for m in matches]
+        settings = [spec.with_override(override) if c else s for c, s in zip(concerned, settings, strict=True)]
+        if not any(concerned):
+            nearest = matcher.nearest(override.target)
+            matcher.problems.append(f"override {override.target!r} matches none of the targets{nearest}")
+    return settings
+
+
+def _overlaps(matches: Sequence[WeightMatch]) -> list[str]:
+    """Return a problem for each pair of matches that share rows of a weight."""
+    problems = []
+    by_weight: dict[WeightKey, list[WeightMatch]] = {}
+    for match in matches:
+        by_weight.setdefault(match.weight.key, []).append(match)
+    for slices in by_weight.values():
+        taken: dict[int, WeightMatch] = {}
+        for match in slices if len(slices) > 1 else ():
+            rows = range(match.weight.out_features) if match.rows is None else [i for part in match.rows for i in part]
+            if other := next((taken[i] for i in rows if i in taken), None):
+                problems.append(f"{match.name} and {other.name} overlap: a row can belong to one of them only")
+            taken |= dict.fromkeys(rows, match)
+    return problems
 
 
 def _show(entry: Target) -> str:
