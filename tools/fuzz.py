@@ -42,7 +42,7 @@ from lorainject.files.describe import survey
 from lorainject.files.io.open_adapter import CONFIGS, FILES
 
 from mutations import mutated
-from oracle import FIXTURES, tree
+from oracle import FIXTURES, module_tree
 
 SECONDS = 10.0  # for one input
 MEMORY = 2**31  # bytes of address space for one child, in addition to what it starts with
@@ -83,11 +83,11 @@ def seeds() -> dict[str, list[Seed]]:
     peft = [directory_seed(FIXTURES / f"peft_{name}") for name in names]
     peft += [directory_seed(p) for p in sorted((FIXTURES / "peft_target_parameters").glob("*/*_ad"))]
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
-    model = tree({key: tuple(t.shape) for key, t in base.items()})
+    model = module_tree({key: tuple(t.shape) for key, t in base.items()})
     groups = {"m101": [True, False, True], "m111": [True] * 3, "mf": [True, False, True]}
     with tempfile.TemporaryDirectory() as folder:
         natives = [_native_seed(Path(folder), name) for name in ("plain", "dora", "tokens", "params", "bias_all")]
-        llama = li.inject(tree(LINEARS), ["q_proj", "re:.*k_proj"], r=2)
+        llama = li.inject(module_tree(LINEARS), ["q_proj", "re:.*k_proj"], r=2)
         natives.append(directory_seed(li.save(llama, Path(folder) / "llama")))
         natives.append(file_seed(li.save(llama, Path(folder) / "llama.safetensors")))
     loralib = [f"{name}.pt" for name in ("lora", "lora_bias", "full_train_mode")]
@@ -108,7 +108,7 @@ def seeds() -> dict[str, list[Seed]]:
             file_seed(pipeline / "pytorch_lora_weights.safetensors", component="unet"),
         ],
         "mlx": [directory_seed(FIXTURES / "mlx_lora"), _npz_seed(FIXTURES / "mlx_lora")],
-        "gguf": [file_seed(gguf, heads=(4, 2)), file_seed(gguf, heads=(4, 2), model=tree(LINEARS))],
+        "gguf": [file_seed(gguf, heads=(4, 2)), file_seed(gguf, heads=(4, 2), model=module_tree(LINEARS))],
         "torchtune": [
             directory_seed(torchtune, alpha=6, heads=(4, 2)),
             file_seed(torchtune / "adapter_model.pt", alpha=6, heads=(4, 2)),

@@ -15,7 +15,7 @@ import lorainject as li
 from lorainject.files.transforms import halves_from_pairs
 
 from adapter_files import LLAMA_HINTS, records
-from oracle import delta, deltas
+from oracle import dense_deltas, site_delta
 
 
 def site(path: str, out: int = 8, in_: int = 6, r: int = 2, alpha: float = 2, **more: object) -> li.StoredSite:
@@ -85,7 +85,7 @@ def test_the_same_update(engine, tmp_path_factory):
         place = tmp_path_factory.mktemp("engine") / "a.gguf"
         place = place if engine == "llama.cpp" else place.with_suffix("")
         done = li.write(file, place, engine=engine, hints=LLAMA_HINTS)
-        found, wanted = READ[engine](place), deltas(file)
+        found, wanted = READ[engine](place), dense_deltas(file)
         assert done.lost == ()
         for name, d in found.items():
             assert torch.allclose(d, wanted.pop(name, torch.zeros((), dtype=d.dtype)), rtol=1e-5, atol=1e-5)
@@ -122,11 +122,11 @@ def test_experts_and_slices(tmp_path):
         "1 stacks of experts are written as one linear per expert",
         "1 slices are padded with zeros to the whole weight",
     )
-    found, d = plain_peft(tmp_path / "a"), delta(stack)
+    found, d = plain_peft(tmp_path / "a"), site_delta(stack)
     for e in range(E):
         assert torch.allclose(found[f"m.experts.{e}.gate_proj.weight"], d[e, : out // 2], atol=1e-6)
         assert torch.allclose(found[f"m.experts.{e}.up_proj.weight"], d[e, out // 2 :], atol=1e-6)
-    assert torch.allclose(found["m.qkv.weight"][3:6], delta(part), atol=1e-6)
+    assert torch.allclose(found["m.qkv.weight"][3:6], site_delta(part), atol=1e-6)
     assert not found["m.qkv.weight"][[0, 1, 2, 6, 7, 8]].any()
     assert len(found) == 2 * E + 1
 

@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 
 import lorainject as li
 
-from oracle import FIXTURES, alike
+from oracle import FIXTURES, is_same_record
 
 PAIR = {"base_model.model.a.lora_A.weight": torch.ones(2, 3), "base_model.model.a.lora_B.weight": torch.ones(4, 2)}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]}
@@ -119,7 +119,7 @@ WHOLE = (("x/adapter_model.safetensors", save(PAIR)), ("x/adapter_config.json", 
 
 def test_a_tinker_archive(tmp_path):
     """Its two files are read where they are; nothing is unpacked."""
-    assert alike(li.read(archive(tmp_path / "a.tar.gz", *WHOLE)), li.read(peft(tmp_path / "b")))
+    assert is_same_record(li.read(archive(tmp_path / "a.tar.gz", *WHOLE)), li.read(peft(tmp_path / "b")))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_cut_short(fixture, tmp_path):
         except li.FileError:
             continue
         assert n == len(data) - 1  # padding, behind the last tensor
-        assert alike(file, li.read(FIXTURES / fixture, allow_pickle=True, hints=hints))
+        assert is_same_record(file, li.read(FIXTURES / fixture, allow_pickle=True, hints=hints))
 
 
 STARTS = {

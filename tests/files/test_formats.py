@@ -14,7 +14,7 @@ from torch import Tensor
 import lorainject as li
 
 from adapter_files import LLAMA_HINTS, LORALIB_HINTS, records
-from oracle import FIXTURES, alike, deltas, error, merged, tree
+from oracle import FIXTURES, dense_deltas, is_same_record, max_error, merged_weights, module_tree
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Fixture:
 
 def kohya() -> li.Hints:
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
-    return li.Hints(component="unet", model=tree({key: tuple(t.shape) for key, t in base.items()}))
+    return li.Hints(component="unet", model=module_tree({key: tuple(t.shape) for key, t in base.items()}))
 
 
 FOUND = {
@@ -69,7 +69,7 @@ def test_what_the_library_computes(name, fixture):
     if fixture.base:
         base = {key.replace("conv.conv", "conv"): t for key, t in load_file(folder(fixture) / fixture.base).items()}
         wanted = {key.replace("conv.conv", "conv"): t for key, t in wanted.items()}
-        assert error(merged(file, base, fixture.transposed, fixture.eps), wanted) < 1e-5
+        assert max_error(merged_weights(file, base, fixture.transposed, fixture.eps), wanted) < 1e-5
     elif name == "torchtune":
         assert all(
             torch.equal(wanted[f"base_model.model.{s.path}.lora_{h}.weight"], getattr(s, h))
@@ -78,7 +78,7 @@ def test_what_the_library_computes(name, fixture):
         )
         assert len(wanted) == 2 * len(file.sites)
     else:
-        found = {f"{key.removesuffix('.weight')}.weight": d for key, d in deltas(file).items()}
+        found = {f"{key.removesuffix('.weight')}.weight": d for key, d in dense_deltas(file).items()}
         assert found.keys() == wanted.keys()
         for key, t in wanted.items():
             turned = any(key.endswith(f"{leaf}.weight") for leaf in fixture.transposed)
@@ -91,14 +91,14 @@ def test_a_name_says_nothing(name, tmp_path):
     fixture = FOUND[name]
     for ending in ("x", "x.safetensors", "x.bin", "x.gguf"):
         (tmp_path / ending).write_bytes((FIXTURES / fixture.path).read_bytes())
-        assert alike(li.read(tmp_path / ending, allow_pickle=True, hints=fixture.hints), opened(fixture))
+        assert is_same_record(li.read(tmp_path / ending, allow_pickle=True, hints=fixture.hints), opened(fixture))
 
 
 def test_litgpt_in_transformers_names():
     """q and v come apart, the rest is renamed; the fused rows of the merged weight are the judge."""
     at = FIXTURES / "litgpt"
     base, wanted = load_file(at / "base.safetensors"), load_file(at / "expected_merged.safetensors")
-    found = deltas(li.read(at, allow_pickle=True))
+    found = dense_deltas(li.read(at, allow_pickle=True))
     layer = "model.layers.0."
     qkv = torch.zeros(32, 16, dtype=torch.float64)
     qkv[:16], qkv[24:] = found.pop(layer + "self_attn.q_proj.weight"), found.pop(layer + "self_attn.v_proj.weight")
@@ -110,7 +110,7 @@ def test_litgpt_in_transformers_names():
     now = {f"transformer.h.0.{key}.weight": d + base[f"transformer.h.0.{key}.weight"] for key, d in theirs.items()}
     now["lm_head.weight"] = found.pop("lm_head.weight") + base["lm_head.weight"]
     assert not found
-    assert error(now, {key: t for key, t in wanted.items() if key in now}) < 1e-5
+    assert max_error(now, {key: t for key, t in wanted.items() if key in now}) < 1e-5
     assert all(torch.equal(t, base[key]) for key, t in wanted.items() if key not in now)
 
 
@@ -127,7 +127,7 @@ def test_there_and_back(name, fixture, tmp_path):
     li.write(file, tmp_path / f"a{suffix}", format=file.format, hints=fixture.hints)
     again = li.read(tmp_path / f"a{suffix}", allow_pickle=True, hints=fixture.hints)
     assert again.format == file.format
-    assert alike(again, file)
+    assert is_same_record(again, file)
 
 
 # --- each format into each other, on adapters that any of them can hold -------------------------------------------------
@@ -144,7 +144,7 @@ def through(file: li.AdapterFile, format: str, folder: Path) -> li.AdapterFile:
 
 
 def same(file: li.AdapterFile, other: li.AdapterFile) -> bool:
-    mine, theirs = ({key: d for key, d in deltas(f).items() if d.any()} for f in (file, other))
+    mine, theirs = ({key: d for key, d in dense_deltas(f).items() if d.any()} for f in (file, other))
     return mine.keys() == theirs.keys() and all(
         torch.allclose(d, theirs[key], rtol=1e-5, atol=1e-5) for key, d in mine.items()
     )
@@ -177,7 +177,7 @@ def test_a_second_time_changes_nothing(format, tmp_path_factory):
     def check(file):
         folder = tmp_path_factory.mktemp("twice")
         once = through(file, format, folder)
-        assert alike(through(once, format, folder / "again"), once)
+        assert is_same_record(through(once, format, folder / "again"), once)
 
     check()
 

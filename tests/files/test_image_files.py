@@ -16,7 +16,7 @@ from torch import nn
 
 import lorainject as li
 
-from oracle import FIXTURES, alike, deltas, tree
+from oracle import FIXTURES, dense_deltas, is_same_record, module_tree
 
 DIFFUSERS = FIXTURES / "diffusers"
 WEIGHTS = {key: tuple(t.shape) for key, t in load_file(DIFFUSERS / "expected_delta.safetensors").items()}
@@ -24,7 +24,7 @@ WEIGHTS = {key: tuple(t.shape) for key, t in load_file(DIFFUSERS / "expected_del
 
 def part(component: str) -> nn.Module:
     """The adapted layers of one component."""
-    return tree({key.partition(".")[2]: shape for key, shape in WEIGHTS.items() if key.startswith(f"{component}.")})
+    return module_tree({key.partition(".")[2]: shape for key, shape in WEIGHTS.items() if key.startswith(f"{component}.")})
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
@@ -47,7 +47,7 @@ def test_a_whole_pipelines_file_is_too_much_for_one_model():
         li.FileError, match=r"text_encoder\.encoder\.layers\.0\.self_attn\.q_proj: is not in this model"
     ):
         li.load(
-            tree({key: shape for key, shape in WEIGHTS.items() if key.startswith("unet.")}),
+            module_tree({key: shape for key, shape in WEIGHTS.items() if key.startswith("unet.")}),
             DIFFUSERS / "pytorch_lora_weights.safetensors",
         )
 
@@ -70,8 +70,8 @@ def test_diffusers_own_export_for_kohya():
     """Its kohya file is its other file under flat names, with alpha = rank (diffusers loses alpha there)."""
     flat = li.read(DIFFUSERS / "kohya.safetensors")
     dotted = li.read(DIFFUSERS / "no_header.safetensors")
-    found = {key.removesuffix(".weight").removeprefix("lora_unet_"): d for key, d in deltas(flat).items()}
-    wanted = {key.removesuffix(".weight").partition(".")[2].replace(".", "_"): d for key, d in deltas(dotted).items()}
+    found = {key.removesuffix(".weight").removeprefix("lora_unet_"): d for key, d in dense_deltas(flat).items()}
+    wanted = {key.removesuffix(".weight").partition(".")[2].replace(".", "_"): d for key, d in dense_deltas(dotted).items()}
     shared = found.keys() & wanted.keys()
     assert len(shared) == sum(key.startswith("unet.") for key in WEIGHTS) == len(flat.sites)
     assert all(torch.equal(found[key], wanted[key]) for key in shared)
@@ -88,7 +88,7 @@ def test_pipelines_between_the_formats(format, tmp_path):
         hints = li.Hints(component=component, model=part(component))
         once = li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints)
         again = li.read(place, hints=hints)
-        assert alike(again, once)
+        assert is_same_record(again, once)
         assert len(once.sites) == sum(key.startswith(f"{component}.") for key in WEIGHTS)
 
 
@@ -104,7 +104,7 @@ def test_a_component_is_a_peft_directory(component, tmp_path):
     for path, weight, d in li.deltas(li.load(copy.deepcopy(base), tmp_path / "a")):
         assert torch.allclose(theirs.get_submodule(path).weight, weight + d, atol=1e-5)
     li.convert(tmp_path / "a", tmp_path / "b", format="diffusers", hints=hints)
-    assert alike(
+    assert is_same_record(
         li.read(tmp_path / "b", hints=hints), li.read(DIFFUSERS / "pytorch_lora_weights.safetensors", hints=hints)
     )
 
@@ -118,7 +118,7 @@ def test_a_model_without_text_model(tmp_path):
             tmp_path / "x.safetensors",
         )
         for prefix in ("", "text_model."):
-            model = li.load(tree({f"{prefix}encoder.fc1.weight": (4, 3)}), tmp_path / "x.safetensors")
+            model = li.load(module_tree({f"{prefix}encoder.fc1.weight": (4, 3)}), tmp_path / "x.safetensors")
             assert [name for name, _, _ in li.deltas(model)] == [f"{prefix}encoder.fc1"]
 
 
@@ -183,7 +183,7 @@ def test_names_that_collide_without_dots(tmp_path):
     )
     with pytest.raises(li.FileError, match=r"may mean a\.b_c or a_b\.c"):
         li.read(
-            tmp_path / "x.safetensors", hints=li.Hints(model=tree({"a.b_c.weight": (4, 3), "a_b.c.weight": (4, 3)}))
+            tmp_path / "x.safetensors", hints=li.Hints(model=module_tree({"a.b_c.weight": (4, 3), "a_b.c.weight": (4, 3)}))
         )
 
 
@@ -193,19 +193,19 @@ def test_flat_names_are_not_written_as_paths(tmp_path):
     with pytest.raises(li.FileError, match=r"the names of this record are of the kind 'kohya'"):
         li.convert(at, tmp_path / "a", format="peft", lossy=True)
     done = li.convert(at, tmp_path / "a.safetensors", format="lorainject")
-    assert alike(li.read(done.path), li.read(at))
+    assert is_same_record(li.read(done.path), li.read(at))
 
 
 def test_dora_by_input_is_peft_s_neither(tmp_path):
     """LyCORIS has magnitudes for inputs; PEFT has not, and our own file has, without a config that PEFT would misread."""
     base = load_file(FIXTURES / "kohya_lycoris" / "base.safetensors")
-    hints = li.Hints(model=tree({key: tuple(t.shape) for key, t in base.items()}))
+    hints = li.Hints(model=module_tree({key: tuple(t.shape) for key, t in base.items()}))
     file = li.read(FIXTURES / "kohya_lycoris" / "lora.safetensors", hints=hints)
     with pytest.raises(li.FileError, match=r"peft has no place for:\n  - mid_block\.dora_in: magnitudes by input"):
         li.write(file, tmp_path / "a", format="peft")
     li.write(file, tmp_path / "b")
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["adapter_model.safetensors"]
-    assert alike(li.read(tmp_path / "b"), file)
+    assert is_same_record(li.read(tmp_path / "b"), file)
 
 
 def test_diffusers_reads_what_we_write(tmp_path):
@@ -258,7 +258,7 @@ def kohya(at: Path, shapes: dict[str, tuple[int, ...]], r: int = 2) -> dict[str,
 def test_names_of_the_original_unet(tmp_path):
     """SDXL's adapters with Stability's names, onto diffusers' U-Net."""
     wanted = kohya(tmp_path / "x.safetensors", {f"lora_unet_{name}": (4, 3) for name in SAI})
-    model = li.load(tree({f"{path}.weight": (4, 3) for path in SAI.values()}), tmp_path / "x.safetensors")
+    model = li.load(module_tree({f"{path}.weight": (4, 3) for path in SAI.values()}), tmp_path / "x.safetensors")
     found = {path: d for path, _, d in li.deltas(model)}
     assert found.keys() == set(SAI.values())
     assert all(torch.allclose(found[path], wanted[f"lora_unet_{name}"], atol=1e-6) for name, path in SAI.items())
@@ -286,7 +286,7 @@ def test_names_of_the_original_flux(tmp_path):
     sizes = {path: 8 if path.endswith("proj_mlp") else 4 for paths in FLUX.values() for path in paths}
     at = tmp_path / "x.safetensors"
     wanted = kohya(at, {f"lora_unet_{name}": (sum(sizes[p] for p in paths), 3) for name, paths in FLUX.items()})
-    model = li.load(tree({f"{path}.weight": (n, 3) for path, n in sizes.items()}), at)
+    model = li.load(module_tree({f"{path}.weight": (n, 3) for path, n in sizes.items()}), at)
     found = {path: d for path, _, d in li.deltas(model)}
     assert found.keys() == sizes.keys()
     for name, paths in FLUX.items():
@@ -294,7 +294,7 @@ def test_names_of_the_original_flux(tmp_path):
     tensors = load_file(at)
     m = torch.rand(20, 1) + 1
     save_file(tensors | {"lora_unet_single_blocks_3_linear1.dora_scale": m}, at)
-    model = li.load(tree({f"{path}.weight": (n, 3) for path, n in sizes.items()}), at)
+    model = li.load(module_tree({f"{path}.weight": (n, 3) for path, n in sizes.items()}), at)
     assert torch.equal(model.get_submodule("single_transformer_blocks.3.proj_mlp").lora["default"].m, m[12:].flatten())
 
 
@@ -312,7 +312,7 @@ def test_comfyui_s_names(onto, tmp_path):
         else {f"{p}.weight": (4, 3) for p in FLUX["double_blocks_0_img_attn_qkv"]}
     )
     with pytest.warns(UserWarning, match="the scale was taken for 1"):
-        model = li.load(tree(there), tmp_path / "x.safetensors")
+        model = li.load(module_tree(there), tmp_path / "x.safetensors")
     assert torch.allclose(torch.cat([d for _, _, d in li.deltas(model)]), B @ A, atol=1e-6)
 
 
@@ -320,6 +320,6 @@ def test_comfyui_s_names(onto, tmp_path):
 def test_what_is_no_flux_is_said_so(change, tmp_path):
     """Rows that are not the parts' together, or a model without one of the parts."""
     kohya(tmp_path / "x.safetensors", {"lora_unet_double_blocks_0_img_attn_qkv": (12 + (change == "rows"), 3)})
-    model = tree({f"transformer_blocks.0.attn.to_{x}.weight": (4, 3) for x in ("qkv" if change == "rows" else "qk")})
+    model = module_tree({f"transformer_blocks.0.attn.to_{x}.weight": (4, 3) for x in ("qkv" if change == "rows" else "qk")})
     with pytest.raises(li.FileError, match=r"double_blocks_0_img_attn_qkv: is not in this model"):
         li.load(model, tmp_path / "x.safetensors")

@@ -13,7 +13,7 @@ from torch import nn
 import lorainject as li
 
 from adapter_files import LORALIB_HINTS, LoralibBase
-from oracle import FIXTURES, alike, error, tree
+from oracle import FIXTURES, is_same_record, max_error, module_tree
 
 
 @pytest.mark.parametrize("format", ["torchtune", "gguf"])
@@ -81,9 +81,9 @@ def test_gguf_of_another_architecture(tmp_path):
         ),
     )
     file = li.AdapterFile(path=tmp_path, format="peft", sites=sites)
-    model = tree({"transformer.h.1.attn.c_attn.weight": (18, 6), "transformer.wte.weight": (9, 6)})
+    model = module_tree({"transformer.h.1.attn.c_attn.weight": (18, 6), "transformer.wte.weight": (9, 6)})
     done = li.write(file, tmp_path / "a.gguf", format="gguf", hints=li.Hints(architecture="gpt2"))
-    assert alike(li.read(done.path, hints=li.Hints(model=model)), file)
+    assert is_same_record(li.read(done.path, hints=li.Hints(model=model)), file)
     with pytest.raises(
         li.FileError,
         match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, no weight that is known here; read it with the model",
@@ -128,7 +128,7 @@ def test_loralib_onto_a_model():
     )
     li.merge(li.load(model, at / "lora.pt", allow_pickle=True, hints=LORALIB_HINTS), reversible=False)
     wanted = {key.replace("conv.conv", "conv"): t for key, t in load_file(at / "expected_merged.safetensors").items()}
-    assert error(li.eject(model).state_dict(), wanted) < 1e-5
+    assert max_error(li.eject(model).state_dict(), wanted) < 1e-5
 
 
 def test_biases_become_pefts(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 import lorainject as li
 
 from models import ids
-from oracle import FIXTURES, alike, error, merged
+from oracle import FIXTURES, is_same_record, max_error, merged_weights
 
 VARIANTS = ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens", "params")
 BASE = FIXTURES / "peft_base.safetensors"
@@ -33,7 +33,7 @@ def test_the_record_means_what_peft_computes(variant):
     """DoRA, biases, heads, tokens, convolutions and experts: the record, taken at its word, gives PEFT's own merged tensors."""
     folder = FIXTURES / f"peft_{variant}"
     file = li.read(folder)
-    assert error(merged(file, load_file(BASE)), load_file(folder / "expected_merged.safetensors")) < 1e-5
+    assert max_error(merged_weights(file, load_file(BASE)), load_file(folder / "expected_merged.safetensors")) < 1e-5
 
 
 @pytest.mark.parametrize("format", ["peft", "lorainject"])
@@ -43,7 +43,7 @@ def test_round_trip(variant, format, tmp_path):
     file = li.read(FIXTURES / f"peft_{variant}")
     done = li.write(file, tmp_path / "a", format=format)
     assert done.lost == ()
-    assert alike(li.read(tmp_path / "a"), file)
+    assert is_same_record(li.read(tmp_path / "a"), file)
     if format == "peft":
         theirs, ours = (
             load_file(p / "adapter_model.safetensors") for p in (FIXTURES / f"peft_{variant}", tmp_path / "a")
@@ -254,7 +254,7 @@ def test_attention_whose_update_counts_twice(tmp_path):
         assert torch.allclose(
             again(x), li.load(copy.deepcopy(base), tmp_path, hints=li.Hints(out_proj_factor=1))(x), atol=1e-5
         )
-    assert alike(li.read(li.write(file, tmp_path / "native").path), file)
+    assert is_same_record(li.read(li.write(file, tmp_path / "native").path), file)
     assert not (tmp_path / "native" / "adapter_config.json").exists()  # in which PEFT's out_proj would do nothing
 
 
@@ -313,10 +313,10 @@ def test_tensors_in_a_pickle(tmp_path):
     theirs = FIXTURES / "peft_plain"
     torch.save(load_file(theirs / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_bytes((theirs / "adapter_config.json").read_bytes())
-    assert alike(li.read(tmp_path, allow_pickle=True), li.read(theirs))
+    assert is_same_record(li.read(tmp_path, allow_pickle=True), li.read(theirs))
     (tmp_path / "adapter_model.safetensors").write_bytes((theirs / "adapter_model.safetensors").read_bytes())
     (tmp_path / "adapter_model.bin").write_bytes(b"spoilt")
-    assert alike(li.read(tmp_path), li.read(theirs))
+    assert is_same_record(li.read(tmp_path), li.read(theirs))
 
 
 def raw(tensors):
@@ -354,7 +354,7 @@ def test_dialects_of_the_keys(dialect, tmp_path):
         DIALECTS[dialect](load_file(folder / "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors"
     )
     (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
-    assert alike(li.read(tmp_path), li.read(folder))
+    assert is_same_record(li.read(tmp_path), li.read(folder))
 
 
 def test_tensors_alone_need_their_alpha(tmp_path):

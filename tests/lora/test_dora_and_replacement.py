@@ -25,7 +25,7 @@ from lorainject.lora.model_index import adapted_sites
 
 from interrupts import interrupted
 from models import bits, ids, llama, state
-from oracle import FIXTURES, alike, merged
+from oracle import FIXTURES, is_same_record, merged_weights
 
 VARIANTS = ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens")
 BASE = load_file(FIXTURES / "peft_base.safetensors")
@@ -102,7 +102,7 @@ def test_fixtures(variant, tmp_path):
     li.merge(model)
     assert list(model.state_dict()) == keys
     assert all(torch.allclose(t, wanted.state_dict()[k], atol=1e-6) for k, t in model.state_dict().items())
-    assert alike(li.read(li.save(model, tmp_path / "a", format="peft")), li.read(folder))
+    assert is_same_record(li.read(li.save(model, tmp_path / "a", format="peft")), li.read(folder))
     li.unmerge(model)
     assert torch.equal(out(model), now)
     assert torch.equal(out(li.load(net(), li.save(model, tmp_path / "b.safetensors"))), now)
@@ -278,7 +278,7 @@ def dense(model: nn.Module, file: li.AdapterFile) -> nn.Module:
         W[at] = V if s.magnitude is None else V * (s.magnitude.double() / V.norm(dim=1)).unsqueeze(1)
         if s.bias is not None:
             tensors[f"{s.path}.bias"][at] += s.scale * s.bias.double()
-    plain.load_state_dict(merged(replace(file, sites=()), tensors))
+    plain.load_state_dict(merged_weights(replace(file, sites=()), tensors))
     return plain
 
 
@@ -298,14 +298,14 @@ def test_the_laws(record, dtype, seed):
         assert (now - exact).abs().max() < tolerance
         with li.disabled(model):
             assert torch.equal(out(model), y)
-        assert alike(li.read(li.save(model, Path(folder) / "again.safetensors")), file)
+        assert is_same_record(li.read(li.save(model, Path(folder) / "again.safetensors")), file)
         li.merge(model, strict=False)
         assert [
             type(m) for m in model.modules() if type(m).__name__ in ("LoraLinear", "LoraConv2d", "LoraLayerNorm")
         ] == []
         assert list(model.state_dict()) == keys
         assert (out(model) - exact).abs().max() < tolerance
-        assert alike(li.read(li.save(model, Path(folder) / "merged.safetensors")), file)
+        assert is_same_record(li.read(li.save(model, Path(folder) / "merged.safetensors")), file)
         for p in (p for host in adapted_sites(model).values() for p in host.adapters["default"].parameters()):
             p.add_(1)  # trained meanwhile
         li.unmerge(model)

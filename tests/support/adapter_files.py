@@ -10,7 +10,7 @@ from torch import nn
 
 import lorainject as li
 
-from oracle import tree
+from oracle import module_tree
 
 
 class LoralibBase(nn.Module):
@@ -38,7 +38,7 @@ LLAMA_SHAPES = {
     "mlp.up_proj": (12, 8),
     "mlp.down_proj": (8, 12),
 }
-LLAMA = tree({f"model.layers.{i}.{leaf}.weight": shape for i in range(3) for leaf, shape in LLAMA_SHAPES.items()})
+LLAMA = module_tree({f"model.layers.{i}.{leaf}.weight": shape for i in range(3) for leaf, shape in LLAMA_SHAPES.items()})
 LLAMA_HINTS = li.Hints(heads=(4, 2), architecture="llama", component="unet", model=LLAMA)
 
 

@@ -1,4 +1,4 @@
-"""What a record means, in dense tensors: an independent reading of the formulas that the tests compare everything with."""
+"""What a record means, in dense tensors: an independent reading of the formulas, with which the tests compare everything."""
 
 from __future__ import annotations
 
@@ -13,100 +13,94 @@ import lorainject as li
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "formats"
 
 
-def delta(s: li.StoredSite) -> Tensor:
-    """s B A (*stack, out, in), float64; of a slice, its own rows."""
+def site_delta(s: li.StoredSite) -> Tensor:
+    """Return s B A (*stack, out, in) in float64; for a slice, the slice's rows alone."""
     return s.scale * (s.B.double() @ s.A.double())
 
 
-def deltas(file: li.AdapterFile) -> dict[str, Tensor]:
-    """By weight name; slices summed up in the whole weight, as far as the file tells how large that is."""
-    found: dict[str, Tensor] = {}
+def dense_deltas(file: li.AdapterFile) -> dict[str, Tensor]:
+    """Return the update of every weight by the weight's name.
+
+    The slices of a weight are summed up in the whole weight, if the file tells how large the weight is.
+    """
+    deltas: dict[str, Tensor] = {}
     for s in file.sites:
-        d, name = delta(s), ".".join(filter(None, (s.path, s.parameter)))
+        delta, name = site_delta(s), ".".join(filter(None, (s.path, s.parameter)))
         if s.rows is not None:
-            whole = torch.zeros(
-                *d.shape[:-2], s.shape[-1] if s.kind == "linear^T" else s.shape[-2], d.shape[-1], dtype=d.dtype
-            )
-            whole[..., [i for part in s.rows for i in part], :] = d
-            d = whole
-        found[name] = found[name] + d if name in found else d
-    return found
+            out = s.shape[-1] if s.kind == "linear^T" else s.shape[-2]
+            whole = delta.new_zeros(*delta.shape[:-2], out, delta.shape[-1])
+            whole[..., [i for part in s.rows for i in part], :] = delta
+            delta = whole
+        deltas[name] = deltas[name] + delta if name in deltas else delta
+    return deltas
 
 
-def merged(
+def merged_weights(
     file: li.AdapterFile, base: Mapping[str, Tensor], transposed: tuple[str, ...] = (), eps: float = 0.0
 ) -> dict[str, Tensor]:
-    """The base's tensors with the whole record in them; `transposed` weights are stored (in, out)."""
-    now = {name: t.double().clone() for name, t in base.items()}
+    """Return the base's tensors with everything that the record holds merged into them, in float64.
+
+    Args:
+        file: The record.
+        base: The base's tensors by name.
+        transposed: Names of the weights that are stored (in, out), if their shape does not tell.
+        eps: Added to the norm of DoRA, as LyCORIS does.
+    """
+    weights = {name: t.double().clone() for name, t in base.items()}
     magnitudes = {f"{s.path}.weight": s for s in file.sites if s.magnitude is not None}
-    for name, d in deltas(file).items():
-        turned = (
-            name in transposed or tuple(d.shape[-2:]) == tuple(now[name].shape[-2:])[::-1] != tuple(d.shape[-2:])[::-1]
-        )
-        w = now[name].mT if turned else now[name]
-        v = w + d.reshape(w.shape)
+    for name, delta in dense_deltas(file).items():
+        shape, stored = tuple(delta.shape[-2:]), tuple(weights[name].shape[-2:])
+        is_transposed = name in transposed or shape == stored[::-1] != stored
+        w = weights[name].mT if is_transposed else weights[name]
+        w = w + delta.reshape(w.shape)
         if (s := magnitudes.get(name)) is not None:
             axis = 0 if s.magnitude_axis == "out" else 1
-            shape = [-1 if i == axis else 1 for i in range(v.ndim)]
-            v = v * (s.magnitude.double() / (v.transpose(0, axis).flatten(1).norm(dim=1) + eps)).view(shape)
-        now[name] = v.mT if turned else v
+            norm = w.transpose(0, axis).flatten(1).norm(dim=1) + eps
+            w = w * (s.magnitude.double() / norm).view([-1 if i == axis else 1 for i in range(w.ndim)])
+        weights[name] = w.mT if is_transposed else w
     for s in file.sites:
         if s.bias is not None:
-            now[f"{s.path}.bias"] += s.scale * s.bias.double()
+            weights[f"{s.path}.bias"] += s.scale * s.bias.double()
     for name, t in file.replaced.items():
-        now[name if name in now else f"{name}.weight"] = t.double()
-    for path, t in file.tokens.items():
-        now[f"{path}.weight"][list(t.ids)] = t.rows.double()
-    return now
+        weights[name if name in weights else f"{name}.weight"] = t.double()
+    for path, tokens in file.tokens.items():
+        weights[f"{path}.weight"][list(tokens.ids)] = tokens.rows.double()
+    return weights
 
 
-def tree(weights: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    """A model of linears and convolutions, by the names and shapes of their weights."""
+def module_tree(weights: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """Return a module of linears and convolutions that has weights of these names and shapes."""
     root = nn.Module()
     for name, (out, in_, *kernel) in weights.items():
         *parents, leaf = name.removesuffix(".weight").split(".")
-        at = root
+        module = root
         for part in parents:
-            at = (
-                at._modules[part] if part in at._modules else at.register_module(part, nn.Module()) or at._modules[part]
-            )
-        at.add_module(leaf, nn.Conv2d(in_, out, kernel) if kernel else nn.Linear(in_, out))
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.add_module(leaf, nn.Conv2d(in_, out, kernel) if kernel else nn.Linear(in_, out))
     return root
 
 
-def error(now: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The largest difference."""
-    return max(float((now[name].double() - t.double()).abs().max()) for name, t in wanted.items())
+def max_error(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of any element of the expected tensors."""
+    return max(float((tensors[name].double() - t.double()).abs().max()) for name, t in expected.items())
 
 
-def alike(file: li.AdapterFile, other: li.AdapterFile) -> bool:
-    """Whether two records are the same to the bit, whatever formats they come from."""
+def is_same_record(file: li.AdapterFile, other: li.AdapterFile) -> bool:
+    """True if two records are the same to the bit, whatever formats they come from."""
 
     def bits(t: Tensor | None) -> object:
-        return (
-            None
-            if t is None
-            else (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        )
+        if t is None:
+            return None
+        return t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
-    def said(f: li.AdapterFile) -> object:
-        sites = {
-            s.name: (
-                s.parameter,
-                s.kind,
-                bits(s.A),
-                bits(s.B),
-                round(s.scale, 12),
-                bits(s.magnitude),
-                s.magnitude_axis,
-                bits(s.bias),
-            )
-            for s in f.sites
-        }
-        return (
-            sites,
-            {n: bits(t) for n, t in f.replaced.items()},
-            {n: (t.ids, bits(t.rows)) for n, t in f.tokens.items()},
-        )
+    def content(s: li.StoredSite) -> object:
+        tensors = [bits(t) for t in (s.A, s.B, s.magnitude, s.bias)]
+        return s.parameter, s.kind, tensors, round(s.scale, 12), s.magnitude_axis
 
-    return said(file) == said(other)
+    def whole(f: li.AdapterFile) -> object:
+        tokens = {path: (t.ids, bits(t.rows)) for path, t in f.tokens.items()}
+        return {s.name: content(s) for s in f.sites}, {name: bits(t) for name, t in f.replaced.items()}, tokens
+
+    return whole(file) == whole(other)
