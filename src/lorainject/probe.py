@@ -77,7 +77,7 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
         raise UnreachedAdapter(
             "these adapters do nothing in this forward:",
             [f"{name}: {_reason(name in gradients.weights)}" for name in bypassed],
-            _way_out([name for name in unreached if name in gradients.weights and not sites[name].adapters.read]),
+            _way_out([name for name in unreached if name in gradients.weights and not sites[name].adapters.is_read]),
         )
     dense = {name: tuple(site.adapters.fallbacks - fallbacks[name]) for name, site in sites.items()}
     return Reach(

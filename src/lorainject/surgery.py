@@ -57,9 +57,10 @@ class PlannedReplacement(NamedTuple):
 
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *,
            alpha: float | None = None, dropout: float = 0.0, exclude: Target | Sequence[Target] = (),
-           layers: Sequence[int] | None = None, scaling: str = "standard", init: str = "kaiming", dtype: torch.dtype | None = None,
-           overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), name: str = "default",
-           spec: LoraSpec | None = None) -> nn.Module:  # fmt: skip
+           layers: Sequence[int] | None = None, scaling: str = "standard", init: str = "kaiming",
+           dtype: torch.dtype | None = None,
+           overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (),
+           name: str = "default", spec: LoraSpec | None = None) -> nn.Module:  # fmt: skip
     """Add LoRA, W = W0 + s B A, to the matched weights of a model, in place, and return the same model.
 
     The base model is frozen, and only A and B train. B starts at zero, so the output does not change. The new adapter
@@ -266,10 +267,11 @@ def _group_shared_inputs(modules: Mapping[str, nn.Module]) -> None:
     groups: dict[tuple[str, int], list[AdapterDict]] = {}
     for path, module in modules.items():
         for child in module._modules.values():
-            if isinstance(child, AdapterDict) and child.kind.form == "linear":
-                if group := input_group(path) or (child.label and path):
-                    in_features = child.kind.sizes(weight_shape(module, child.parameter))[2]
-                    groups.setdefault((group, in_features), []).append(child)
+            if not isinstance(child, AdapterDict) or child.kind.form != "linear":
+                continue
+            if group := input_group(path) or (child.label and path):
+                in_features = child.kind.sizes(weight_shape(module, child.parameter))[2]
+                groups.setdefault((group, in_features), []).append(child)
     for members in groups.values():
         shared_input = SharedInput(dict.fromkeys(members))
         for member in members:

@@ -239,7 +239,7 @@ def test_interrupted_inject(case, where, when):
 @laws
 @given(
     cases(),
-    st.sampled_from(["surgery._finish", "surgery.unmount", "lora.weight_graft.change_class"]),
+    st.sampled_from(["surgery._restore_untouched", "surgery.unmount", "lora.weight_graft.change_class"]),
     st.integers(0, 4),
 )
 def test_interrupted_eject(case, where, when):

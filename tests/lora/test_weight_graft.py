@@ -600,7 +600,7 @@ def test_eject_in_the_middle_of_a_forward(reader):
     assert type(reader[0]) is Grad
 
 
-@pytest.mark.parametrize("where", ["_open", "_close", "_show", "_tell_kernel"])
+@pytest.mark.parametrize("where", ["_shadow", "_unshadow", "_remove_shadow", "_update_flat_weights"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupted_forward(reader, where, when, monkeypatch):
     """An interrupt at any step of hiding and showing: at the latest the next verb shows the weight again."""

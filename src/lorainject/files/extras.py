@@ -44,7 +44,7 @@ def problem(stored: StoredSite, w: ModelWeight | None, dtype: torch.dtype | None
     if (
         b is not None
         and w.kind.name != "conv"
-        and (w.readers or any(a.read for a in w.module.children() if isinstance(a, AdapterDict)))
+        and (w.readers or any(a.is_read for a in w.module.children() if isinstance(a, AdapterDict)))
     ):
         return "an update of a bias that the model's own code reads, or that another adapter replaces: not supported"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
@@ -90,7 +90,7 @@ def replacements(
             found.append(
                 PlannedReplacement(
                     tuple(paths[id(m)]), p, tuple((paths[id(r)][0], r) for r in readers if r is not m),
-                    ReplacementTensor(tensor, tuple(m._parameters[p].shape), ids, twin=m is not module),  # type: ignore[union-attr]
+                    ReplacementTensor(tensor, tuple(m._parameters[p].shape), ids, is_tied_copy=m is not module),  # type: ignore[union-attr]
                 )
             )  # fmt: skip
     return found
@@ -131,7 +131,7 @@ def beside(on: Mapping[str, AdaptedSite], name: str) -> Iterator[tuple[str, Tens
     """The whole tensors and rows of tokens of an adapter on a model, each once, as a record has them."""
     for at, host in on.items():
         a = host.adapters[name]
-        if isinstance(a, ReplacementTensor) and not a.twin:
+        if isinstance(a, ReplacementTensor) and not a.is_tied_copy:
             yield at, a.value.detach() if a.ids is None else TokenRows(ids=a.ids, rows=a.value.detach())
 
 

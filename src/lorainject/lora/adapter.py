@@ -1,14 +1,19 @@
-"""The value W0 + s B A that is never computed, and the one place where its formula stands.
+"""One LoRA adapter on one weight: the factors A and B, and the scale s.
 
-    y = x W0^T + s (x A^T) B^T        A_RI (r, in)   B_OR (out, r)   W0 (out, in)   s = alpha / r, or alpha / sqrt(r)
+    y = x W0^T + s (x A^T) B^T        A: (r, in_features)    B: (out_features, r)    W0: (out_features, in_features)
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3; the second scaling is
-Kalajdzievski 2023, "rsLoRA", arXiv 2312.03732. A stack of experts has one A and one B each: A (E, r, in), B (E, out, r).
+    s = alpha / r    or, rank-stabilized,    s = alpha / sqrt(r)
 
-A and B are kept in float32 by default and cast *down* to the activations' dtype where they are used: they are small, the
-activations are not, and the optimiser needs the precision.
+A stack of experts has one A and one B per expert: A (experts, r, in), B (experts, out, r). An adapter on a slice of a
+fused weight has a B with the rows of the slice alone.
 
-Legend of the suffixes: R rank, I in, O out, and for embeddings V vocabulary (= in), D width (= out).
+A and B are kept in float32 by default and cast to the dtype of the activations where they are used: they are small, and
+the optimizer needs the precision. This module holds the plain formula; `kernels/` computes the same faster.
+
+Sources: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3. The scale
+alpha / sqrt(r) is from Kalajdzievski 2023, arXiv 2312.03732.
+
+Suffixes name axes: R rank, I input features, O output features.
 """
 
 from __future__ import annotations
@@ -26,30 +31,43 @@ from ..numerics.delta import Factors, scale
 from .hooks import HookAware
 
 Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
-"""(adapter, output y, input x, whether y may be written to) -> y with the low-rank term of x added."""
+"""(adapter, y, x, y_is_ours) -> y plus the low-rank term of x. The term may be added in place if `y_is_ours`."""
 Parts = tuple[tuple[slice, slice], ...]
-"""Of a slice: runs of the outputs, and the rows of B that stand for them; empty for the whole weight."""
+"""The contiguous runs of a slice: a run of the layer's outputs, and the rows of B that belong to it. Empty for a whole
+weight."""
 
 
 class LoraAdapter(HookAware):
-    """One adapter on one weight: parameters A (*stack, r, in) and B (*stack, out, r), and the scale s as a 0-d buffer.
+    """The factors A and B of one adapter on one weight.
 
-    s is in float32, or float64 beside such an A. It is a buffer, since a Python float would make torch.compile build anew whenever it
-    changes, and it follows from `alpha`, `r` and `scaling`, so that neither `.to(bfloat16)` nor `.to_empty()` can harm it. So is `rows`
-    (int64), which follows from `slices`: those of the full weight's outputs that B's rows stand for, where only a slice of a fused weight
-    is adapted.
+    Args:
+        A: Shape (*stack, r, in_features). Trainable.
+        B: Shape (*stack, out_features, r). Trainable. Zero at the start, so that the layer's output does not change.
+        alpha: Numerator of the scale.
+        scaling: "standard" for alpha / r, or "rslora" for alpha / sqrt(r).
+        dropout: Probability of dropping an element of the adapter's input in training mode.
+        init: How `reset_parameters` draws A: "kaiming" or "gaussian".
+        padding_idx: Of an embedding, the token whose vector is not adapted.
+        slices: The rows of the fused weight that B stands for. None for a whole weight.
+        out: Number of output features of the whole weight. None if B has all of them.
 
-    A and B are used by calling the module, `adapter(function, ...)` -> function(adapter, ...), never read around it, so that
-    hooks which bring weights to the right device (accelerate) or gather them (FSDP) do so for A and B as well.
+    The scale is a 0-d buffer, not a Python float, because torch.compile recompiles whenever a float changes. It follows
+    from alpha, r and scaling, so that neither `.to(bfloat16)` nor `.to_empty()` can change it: it is float64 beside a
+    float64 A, and float32 otherwise. So does the buffer `rows` follow from `slices`.
+
+    A and B are used by calling the module with a function, `adapter(function, *args)`, which returns function(adapter,
+    *args). A call runs the hooks that move weights to the right device (accelerate) or gather them (FSDP), for A and B
+    as well.
     """
 
     def __init__(self, A: Tensor, B: Tensor, *, alpha: float, scaling: str, dropout: float, init: str,
-                 padding_idx: int | None = None, slices: tuple[range, ...] | None = None, out: int | None = None) -> None:  # fmt: skip
+                 padding_idx: int | None = None, slices: tuple[range, ...] | None = None,
+                 out: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         vars(self).update(  # what is no tensor: nn.Module's way takes 10 us each
             r=A.shape[-2], alpha=alpha, scaling=scaling, dropout=dropout, init=init, padding_idx=padding_idx,
-            out=B.shape[-2] if out is None else out, slices=slices, parts=_parts(slices),
+            out=B.shape[-2] if out is None else out, slices=slices, parts=_runs(slices or ()),
         )  # fmt: skip
         self.register_buffer("s", None, persistent=False)
         self.register_buffer("rows", None, persistent=False)
@@ -62,27 +80,33 @@ class LoraAdapter(HookAware):
     init: str
     padding_idx: int | None
     out: int
-    """Outputs of the whole weight."""
+    """Number of output features of the whole weight."""
     slices: tuple[range, ...] | None
     s: Tensor
+    """The scale as a 0-d buffer."""
     scale: float
-    """The same as a Python float."""
+    """The scale as a Python float."""
     rows: Tensor | None
+    """Outputs of the whole weight, int64, that the rows of B stand for. None for a whole weight."""
     parts: Parts | None
-    """The same in runs; None if it has none."""
+    """`rows` as contiguous runs. None if the slice has a step (interleaved layouts)."""
 
-    def forward(self, use: Callable[..., Any], *args: Any) -> Any:
-        return use(self, *args)
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(self, *args)."""
+        return function(self, *args)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A ~ Kaiming uniform (as in loralib and PEFT) or Gaussian of deviation 1/r; B = 0, so the output is the base's."""
+        """Draw A, and set B to zero.
+
+        A is Kaiming-uniform with a = sqrt(5), as in loralib and PEFT, or Gaussian with standard deviation 1 / r.
+        """
         for A_RI in self.A if self.A.ndim == 3 else [self.A]:
             if self.init == "gaussian":
                 nn.init.normal_(A_RI, std=1 / self.r)
             else:
                 nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
-        if self.padding_idx is not None:  # the padding token keeps its vector: its column of A gets no gradient
+        if self.padding_idx is not None:  # its column of A gets no gradient, so the padding token keeps its vector
             self.A[:, self.padding_idx] = 0
         nn.init.zeros_(self.B)
 
@@ -93,12 +117,12 @@ class LoraAdapter(HookAware):
 
     @torch.no_grad()
     def rescale(self, alpha: float, scaling: str) -> None:
-        """Another s in the memory of the old one, where what was compiled looks for it."""
+        """Change the scale in place: compiled code reads it from where it is."""
         vars(self).update(alpha=alpha, scaling=scaling, scale=scale(alpha, self.r, scaling))
         self.s.copy_(torch.tensor(self.scale, dtype=torch.float64))  # fill_ refuses what float32 does not hold
 
     def _rebuild(self) -> None:
-        """What follows from Python values, on the device that A is on."""
+        """Compute the buffers from the settings, on the device of A."""
         vars(self)["scale"] = scale(self.alpha, self.r, self.scaling)
         dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32  # float8 has no promotion
         self.s = torch.tensor(self.scale, dtype=dtype, device=self.A.device)
@@ -106,59 +130,64 @@ class LoraAdapter(HookAware):
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(
-            key.startswith(prefix) for key in state_dict
-        ):  # else it may be the base's own checkpoint: Adapters decides
+        # A checkpoint of the base alone has none of these keys. AdapterDict decides whether that is an error.
+        if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
-            self._rebuild()  # assign=True may have brought A to another device
+            self._rebuild()  # assign=True may have moved A to another device
 
     def extra_repr(self) -> str:
-        return f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+        sizes = f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}"
+        return f"{sizes}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-def _parts(slices: tuple[range, ...] | None) -> Parts | None:
-    if any(part.step != 1 for part in slices or ()):
+def _runs(slices: tuple[range, ...]) -> Parts | None:
+    """Return each run of outputs with the rows of B that belong to it; None if a slice has a step."""
+    if any(rows.step != 1 for rows in slices):
         return None
-    ends = list(itertools.accumulate(map(len, slices or ())))
+    ends = itertools.accumulate(map(len, slices))
     return tuple(
-        (slice(part.start, part.stop), slice(end - len(part), end))
-        for part, end in zip(slices or (), ends, strict=True)
+        (slice(rows.start, rows.stop), slice(end - len(rows), end)) for rows, end in zip(slices, ends, strict=True)
     )
 
 
 def add_term(adapter: LoraAdapter, y: Tensor, term: Callable[[LoraAdapter, Tensor], Tensor], x: Tensor) -> Tensor:
-    """y + term(x), in y's dtype; a slice's term goes to the outputs that are its rows."""
+    """Return y + term(adapter, x) in the dtype of y. The term of a slice is added to the outputs of the slice."""
     t = term(adapter, x).to(y.dtype)
     return y + t if adapter.rows is None else y.index_add(-1, adapter.rows, t)
 
 
 def lora_term(adapter: LoraAdapter, x: Tensor) -> Tensor:
-    """s (x A^T) B^T for x (..., in) -> (..., out), in x's dtype."""
+    """Return s (x A^T) B^T, shape (..., out), for x of shape (..., in), in the dtype of x."""
     x = F.dropout(x, adapter.dropout, adapter.training)
     h_R = F.linear(x, adapter.A.to(x.dtype)) * adapter.s
     return F.linear(h_R, adapter.B.to(h_R.dtype))
 
 
 def embedding_term(adapter: LoraAdapter, ids: Tensor) -> Tensor:
-    """The same for an embedding, whose x is one-hot: column `id` of A. ids (...) -> (..., width), in A's dtype.
+    """Return the term of an embedding, shape (*ids.shape, width), in the dtype of A.
 
-    Dropout on a one-hot row drops or keeps its single 1, so it acts on whole tokens.
+    The input of an embedding is one-hot, so x A^T is column `id` of A. Dropout on a one-hot row drops or keeps its
+    single 1, so it acts on whole tokens.
     """
     h_R = F.embedding(ids, adapter.A.t(), padding_idx=adapter.padding_idx) * adapter.s
     h_R = h_R * F.dropout(h_R.new_ones(*ids.shape, 1), adapter.dropout, adapter.training)
     return F.linear(h_R, adapter.B)
 
 
-def add_embedding_term(adapter: LoraAdapter, y: Tensor, ids: Tensor, own: bool) -> Tensor:
-    """y plus what `look_up` finds."""
+def add_embedding_term(adapter: LoraAdapter, y: Tensor, ids: Tensor, y_is_ours: bool) -> Tensor:
+    """Return y plus the term of an embedding. y is never written to."""
     return add_term(adapter, y, embedding_term, ids)
 
 
 def delta_factors(adapter: LoraAdapter, transposed: bool, rest: tuple[int, ...]) -> Factors:
-    """The delta as factors in the stored orientation: rows are `out`, or `in` where the weight is stored transposed.
+    """Return the delta s B A as factors s P Q in the orientation in which the weight is stored.
 
-    `rest` is the stored shape after the rows' axis: (in,), (in, kernel, kernel), or (out,) if transposed. A slice's missing rows
-    are zeros.
+    Args:
+        adapter: The adapter.
+        transposed: True if the weight is stored as (in, out), as in transformers' Conv1D.
+        rest: The stored shape behind the axis of the rows: (in,), (in, kernel, kernel), or (out,) if transposed.
+
+    Rows that a slice does not have are zero in P (or in Q if transposed).
     """
     A: Tensor = adapter.A
     B: Tensor = adapter.B

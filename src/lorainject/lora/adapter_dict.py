@@ -1,8 +1,8 @@
-"""The adapters that sit on one weight, and which of them are on.
+"""The adapters of one weight, by name.
 
-A grafted module has a child for each weight of its that carries adapters (`lora` for `weight`, `lora_down_proj` for `down_proj`,
-`lora[q]` for a slice): an `Adapters`, which holds a LowRank for each adapter name. Which names are on is not the module's business:
-all modules of a model share one `Routing`, so switching is one assignment however many adapters and layers there are.
+A grafted module has one child per weight that carries adapters: `lora` for `weight`, `lora_down_proj` for `down_proj`,
+`lora[q]` for a slice. The child is an `AdapterDict` with one `LoraAdapter` per adapter name. Which of them are active
+is not decided here: all modules of a model share one `AdapterState` (active.py).
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ from .weight_kinds import Kind
 
 
 class AdapterDict(HookAware):
-    """All adapters of one weight (or slice), by name; `forward(x, y)` adds the terms of those that are on to the base's output y (see Term)."""
+    """All adapters of one weight, or of one slice of it, by name.
+
+    Args:
+        state: The state that all modules of the model share.
+        kind: The kind of the weight.
+        parameter: The name of the weight in its module.
+        label: The slice of a fused weight ("q", "0:768"). Empty for the whole weight.
+        named: True if the weight itself was named as a target, so that all modules that contain it count as readers.
+    """
 
     def __init__(
         self, state: AdapterState, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
     ) -> None:
         super().__init__()
         vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
-            state=state, kind=kind, parameter=parameter, label=label, named=named, read=False, merge_record=None, fallbacks=Counter(), siblings=None,
+            state=state, kind=kind, parameter=parameter, label=label, named=named, is_read=False, merge_record=None,
+            fallbacks=Counter(), siblings=None,
         )  # fmt: skip
 
     state: AdapterState
@@ -38,24 +47,22 @@ class AdapterDict(HookAware):
     merge_record: object | None
     """What merge leaves on the weight, for unmerge (merging/adapted_weight.py); None while nothing is merged."""
     parameter: str
-    """The name of the weight in its module."""
     label: str
-    """Which slice of a fused weight ("q", "0:768"); empty for the whole."""
-    read: bool
-    """Whether the weight is read by somebody's own code (the weight graft), or applied by calling its module (the forward graft)."""
     named: bool
-    """Whether the weight itself was named as a target, so that all modules it lies in read it."""
+    is_read: bool
+    """True if other code reads the weight (weight graft), False if it is applied by calling its module (forward
+    graft)."""
     fallbacks: Counter[str]
-    """By torch function: how often the dense sum had to be formed (see LowRankSum)."""
+    """How often the dense sum had to be formed, by the torch function that needed it (lazy_weight.py)."""
     siblings: SharedInput | None
-    """With those of other weights that read the same input."""
+    """The adapters of other weights that read the same input."""
 
     def __getitem__(self, name: str) -> LoraAdapter:
         return cast(LoraAdapter, self._modules[name])
 
     def __setitem__(self, name: str, adapter: LoraAdapter) -> None:
-        self._modules[name] = adapter  # not add_module, which reserves names such as "train" and "half"
-        self._mark(adapter)
+        self._modules[name] = adapter  # add_module refuses names such as "train" and "half"
+        self._tag_parameters(adapter)
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
@@ -72,8 +79,8 @@ class AdapterDict(HookAware):
         return [self[name] for name in self.state.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
-        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was called with, by which
-        siblings know their input."""
+        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was
+        called with, by which siblings know their input."""
         assert self.kind.form is not None
         state, term, lows = self.state, TERMS[self.kind.form], cast("dict[str | None, LoraAdapter]", self._modules)
         if state.rows is not None:
@@ -89,13 +96,13 @@ class AdapterDict(HookAware):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self._modules.values():
-            self._mark(cast(LoraAdapter, adapter))  # a copied Parameter loses its attributes
+            self._tag_parameters(cast(LoraAdapter, adapter))  # a copied Parameter loses its attributes
 
-    def _mark(self, adapter: LoraAdapter) -> None:
-        """Let the optimiser's guard ask whether A and B are merged (by an attribute of theirs, since it sees nothing else)."""
+    def _tag_parameters(self, adapter: LoraAdapter) -> None:
+        """Let an optimizer's step, which sees parameters alone, find out whether they are merged (merging/merge.py)."""
         for p in adapter._parameters.values():
             if p is not None:
-                p._lora_routing = self.state  # type: ignore[attr-defined]
+                p._lora_state = self.state  # type: ignore[attr-defined]
 
     def _load_from_state_dict(
         self,
@@ -107,34 +114,35 @@ class AdapterDict(HookAware):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        """The base's own checkpoint has no A and B, and nothing is missing then; one that has some must have all."""
+        """Accept a checkpoint of the base, which has no adapter keys; report missing keys of one that has some."""
         if self.state.merged:
             errors.append(f"{prefix}: cannot load while merged; call unmerge(model) first")
-        if self.state.loading is None or self.state.loading.missing is not missing:
+        if self.state.loading is None or self.state.loading.missing_keys is not missing:
             self.state.loading = StateDictLoad(missing)
         loading = self.state.loading
-        for keys in ([f"{prefix}{name}.{p}" for p, _ in self[name].named_parameters()] for name in self):
+        for name in self:
+            keys = [f"{prefix}{name}.{parameter}" for parameter, _ in self[name].named_parameters()]
             if any(key in state_dict for key in keys):
-                loading.some = True  # what is missing of these, torch finds itself
+                loading.has_adapter_keys = True  # torch itself reports which of these keys are missing
             else:
                 loading.absent += keys
-        if loading.some:
+        if loading.has_adapter_keys:
             missing += loading.absent
             loading.absent = []
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """While merged a model's state dict is the base's keys alone: its weights already hold A and B."""
+        """Return no keys while adapters are merged: the weights of the base already hold them."""
         if self.state.merged:
             return kwargs.get("destination", {})
         return super().state_dict(*args, **kwargs)
 
 
 def child_name(parameter: str, label: str) -> str:
-    """What the Adapters of a weight is called among its module's children."""
+    """Return the name of a weight's AdapterDict among the children of its module."""
     return "lora" + (f"_{parameter}" if parameter != "weight" else "") + (f"[{label}]" if label else "")
 
 
 def adapters_of(module: nn.Module, parameter: str = "weight", label: str = "") -> AdapterDict | None:
-    """The adapters on this weight of the module; None if there are none."""
+    """Return the adapters on a weight or slice of the module; None if there are none."""
     child = module._modules.get(child_name(parameter, label))
     return child if isinstance(child, AdapterDict) else None

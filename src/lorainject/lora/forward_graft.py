@@ -1,7 +1,8 @@
 """The forward graft: the base's own forward, untouched, and then the terms of the adapters that are on.
 
-Beside the products with a single token what Python asks before them counts. So what is nearly always so, a frozen nn.Linear with one adapter on, is
-told at once, by as few objects of the layer's own as will do (each has left the cache since the last token), and goes straight to its products.
+Beside the products with a single token what Python asks before them counts. So what is nearly always so, a frozen
+nn.Linear with one adapter on, is told at once, by as few objects of the layer's own as will do (each has left the cache
+since the last token), and goes straight to its products.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class LoraForward(Graft):
     """The graft of a module that applies its weight itself, when it is called."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the base's; one frozen nn.Linear with one adapter on, which is the most of all calls, without what others need to be asked."""
+        """As the base's; one frozen nn.Linear with one adapter on, which is the most of all calls, without what others
+        need to be asked."""
         base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = type(weight) is nn.Parameter and not is_compiling()
@@ -58,8 +60,9 @@ class LoraForward(Graft):
 
 
 def _only(linear: nn.Module, x: Tensor) -> LoraAdapter | None:
-    """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share what it computes. What can be
-    otherwise is asked elsewhere, which costs more than the products with a single token."""
+    """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share
+    what it computes. What can be otherwise is asked elsewhere, which costs more than the products with a single
+    token."""
     own = linear.__dict__  # an attribute of a module costs as much as a few of these
     children = own["_modules"]
     if len(children) != 1 or len(own["_parameters"]) != 2:
@@ -76,7 +79,8 @@ def _only(linear: nn.Module, x: Tensor) -> LoraAdapter | None:
 
 
 def _would_be_view(linear: nn.Module, x: Tensor) -> bool:
-    """Whether torch would flatten the input itself and return a view, of whose gradient autograd makes a copy when it is written to."""
+    """Whether torch would flatten the input itself and return a view, of whose gradient autograd makes a copy when it
+    is written to."""
     if linear._parameters.get("bias") is None or x.ndim < 3 or not x.is_contiguous() or not x.numel():
         return False
     return all(child.state.rows is None for child in linear._modules.values() if isinstance(child, AdapterDict))

@@ -22,8 +22,8 @@ def _noting(register: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class HookAware(nn.Module):
-    """A module that every token asks: it notes when it gets hooks, since to look through the four dictionaries of them, which have left the cache
-    since the last token, takes as long as a product with one."""
+    """A module that every token asks: it notes when it gets hooks, since to look through the four dictionaries of them,
+    which have left the cache since the last token, takes as long as a product with one."""
 
     register_forward_pre_hook = _noting(nn.Module.register_forward_pre_hook)
     register_forward_hook = _noting(nn.Module.register_forward_hook)

@@ -1,13 +1,18 @@
 """W0 + s P Q as an object that a model's own code can compute with, without the sum ever being formed.
 
-`LowRankSum` stands where a model reads a weight itself: experts[i], weight.chunk(3), F.multi_head_attention_forward(...,
-in_proj_weight), einsum. torch hands every function that meets one to `__torch_function__` (torch.overrides). Two sorts are
-answered exactly and cheaply: views (indexing, transposing, splitting), which are again such sums, and products, which cost the
-base's product and two thin ones. Any other function gets the dense sum, which is exact too, costs the weight's size, and is
-counted in `fallbacks`, so that probe can name it.
+A `LazyWeight` stands where a model reads a weight itself: experts[i], weight.chunk(3),
+F.multi_head_attention_forward(..., in_proj_weight), einsum. torch hands every function that meets one to
+`__torch_function__` (torch.overrides). Two kinds of functions are answered exactly and cheaply:
 
-The stored shape is (*stack, rows, *rest): a stack of experts, or nothing; the rows; columns, or a convolution's channels and kernel.
-A delta is P (*stack, rows, r) times Q (*stack, r, *rest) for whatever the axes mean, so W (out, in) and W^T are the same to it.
+- views (indexing, transposing, splitting), which return another lazy weight;
+- products (lazy_weight_ops.py), which cost the product with W0 and two products of rank r.
+
+Any other function gets the dense sum. It is exact, too, but takes memory of the weight's size; `fallbacks` counts it,
+so that `probe` can name the function.
+
+The stored shape is (*stack, rows, *rest): the experts of a stack, or nothing; the rows; and columns, or the channels
+and kernel of a convolution. The delta is P (*stack, rows, r) times Q (*stack, r, *rest), whatever the axes mean: W
+stored as (out, in) and W stored as (in, out) are handled alike.
 """
 
 from __future__ import annotations
@@ -25,61 +30,69 @@ from ..errors import StateError
 from ..numerics.delta import Factors, delta
 
 Handler = Callable[..., Any]
-ANSWERS: dict[Any, Handler] = {}  # torch function -> what it does to a LowRankSum among its arguments (products.py)
-BY_NAME: dict[str, Handler] = {}  # the same for operators that exist only where their library is installed
+ANSWERS: dict[Any, Handler] = {}
+"""The answer of a lazy weight to each torch function."""
+ANSWERS_BY_NAME: dict[str, Handler] = {}
+"""Answers to operators that exist only if the library that defines them is installed."""
 
 
 class LazyWeight:
-    """W0 + the sum of s P Q over `factors`. No Tensor, and no copy of one: it lives as long as one forward."""
+    """The sum of W0 and all s P Q of `factors`. It is no Tensor, and lives as long as one forward.
+
+    Args:
+        W0: The base weight, shape (*stack, rows, *rest).
+        factors: The factors of every active adapter. Without any, the sum is W0.
+        stack: The number of axes before the axis of the rows.
+        fallbacks: Counts how often the dense sum was formed, by the name of the function that needed it.
+    """
 
     def __init__(self, W0: Tensor, factors: tuple[Factors, ...], stack: int, fallbacks: Counter[str]) -> None:
         self.W0, self.factors, self.stack, self.fallbacks = W0, factors, stack, fallbacks
 
     W0: Tensor
     factors: tuple[Factors, ...]
-    """One for each adapter that is on; with none the sum is W0."""
-    stack: int
-    """How many axes stand before the rows'."""
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(function, "__name__", str(function))
-        if (answer := ANSWERS.get(function) or BY_NAME.get(name)) is not None:
-            with contextlib.suppress(TypeError):  # arguments in a form that is not foreseen
+        if (answer := ANSWERS.get(function) or ANSWERS_BY_NAME.get(name)) is not None:
+            with contextlib.suppress(TypeError):  # arguments in a form that the answer does not expect
                 result = answer(function, *args, **(kwargs or {}))
                 if result is not NotImplemented:
                     return result
         args, kwargs = tree_map_only(cls, lambda w: w.dense(name), (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def dense(self, asked_by: str) -> Tensor:
-        """The sum itself, differentiable; without LoRA dropout, since the weight's input is not known here."""
+    def dense(self, function_name: str) -> Tensor:
+        """Return the sum, differentiable. LoRA dropout does not act, since the input of the weight is not known
+        here."""
         factors, W = self.factors, self.W0
         if factors and not torch.compiler.is_compiling():
-            self.fallbacks[asked_by] += 1
+            self.fallbacks[function_name] += 1
         for P, Q, s, *_ in factors:
             W = W + delta(P, Q, s).reshape(W.shape).to(W.dtype)
         return W
 
-    def biased(self, bias: Tensor | None) -> Tensor | None:
-        """The bias that goes with the sum, from the layer's own."""
+    def updated_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return the bias that belongs to the weight, from the layer's bias."""
         return bias
 
     @property
     def is_matrix(self) -> bool:
-        """Whether one axis follows the rows'."""
+        """True if exactly one axis follows the axis of the rows."""
         return self.W0.ndim == self.stack + 2
 
     def view_of(
         self, W: Tensor, on_P: Callable[[Tensor], Tensor], on_Q: Callable[[Tensor], Tensor], rest: int
     ) -> LazyWeight:
-        """The sum whose parts are these functions of the parts, W of W0: a view of this one, with so many axes after the rows'."""
+        """Return a view of the sum, from a view W of W0 and the matching views of P and Q; `rest` axes follow the
+        rows."""
         factors = tuple(f._replace(P=on_P(f.P), Q=on_Q(f.Q)) for f in self.factors)
         return LazyWeight(W, factors, W.ndim - 1 - rest, self.fallbacks)
 
-    # Views.
+    # Views
 
     def __getitem__(self, index: Any) -> LazyWeight | Tensor:
         where = index if isinstance(index, tuple) else (index,)
@@ -115,10 +128,8 @@ class LazyWeight:
         return self.transpose(-2, -1)
 
     def permute(self, *dims: Any) -> LazyWeight | Tensor:
-        n, order = (
-            self.W0.ndim,
-            tuple(d % self.W0.ndim for d in (dims[0] if isinstance(dims[0], list | tuple) else dims)),
-        )
+        n = self.W0.ndim
+        order = tuple(d % n for d in (dims[0] if isinstance(dims[0], list | tuple) else dims))
         if order == (*range(n - 2), n - 1, n - 2):
             return self.transpose(-2, -1)
         return self if order == tuple(range(n)) else self.dense("permute").permute(order)
@@ -149,20 +160,16 @@ class LazyWeight:
         W, dim, rest = self.W0.squeeze(dim), dim % self.W0.ndim, self.W0.ndim - self.stack - 1
         if dim <= self.stack or (rest == 1 and W.ndim < self.W0.ndim):
             return self.dense("squeeze").squeeze(dim)
-        return self.view_of(
-            W, lambda P: P, lambda Q: Q.squeeze(dim), W.ndim - self.stack - 1
-        )  # Q has r where W has the rows: the same axis
+        # Q has the ranks where W has the rows, so that `dim` is the same axis in both.
+        return self.view_of(W, lambda P: P, lambda Q: Q.squeeze(dim), W.ndim - self.stack - 1)
 
     def reshape(self, *shape: Any) -> LazyWeight | Tensor:
         W, n = self.W0.reshape(*shape), self.stack
         rest = self.W0.shape[n + 1 :]
-        if W.ndim > n + 1 and W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only the rest is arranged anew
-            return self.view_of(
-                W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *W.shape[n + 1 :]), W.ndim - n - 1
-            )
-        if (
-            n == 0 and W.ndim > len(rest) and W.shape[-len(rest) :] == rest
-        ):  # the rows become a stack of rows (dbrx), over which Q is one
+        if W.ndim > n + 1 and W.shape[: n + 1] == self.W0.shape[: n + 1]:  # only `rest` changes its shape
+            new_rest = W.shape[n + 1 :]
+            return self.view_of(W, lambda P: P, lambda Q: Q.reshape(*Q.shape[: n + 1], *new_rest), len(new_rest))
+        if n == 0 and W.ndim > len(rest) and W.shape[-len(rest) :] == rest:  # the rows become a stack of rows (dbrx)
             rows = W.shape[: -len(rest)]
             return self.view_of(
                 W, lambda P: P.reshape(*rows, P.shape[-1]), lambda Q: Q.expand(*rows[:-1], *Q.shape), len(rest)
@@ -178,13 +185,14 @@ class LazyWeight:
         return self.reshape(other.shape)
 
     def _parts(self, parts: tuple[Tensor, ...], dim: int) -> tuple[LazyWeight | Tensor, ...]:
-        found, start, dim = [], 0, dim % self.W0.ndim
+        """Return the lazy weights of these parts of W0, which follow each other along an axis."""
+        lazy_parts, start, dim = [], 0, dim % self.W0.ndim
         for part in parts:
-            found.append(self[_at(dim, slice(start, start + part.shape[dim]))])
+            lazy_parts.append(self[_at(dim, slice(start, start + part.shape[dim]))])
             start += part.shape[dim]
-        return tuple(found)
+        return tuple(lazy_parts)
 
-    # Metadata and casts: W0's. The factors are cast where they are used, to what they are multiplied with.
+    # Metadata and casts are those of W0. The factors are cast where they are used, to the dtype of the other operand.
 
     shape = property(lambda self: self.W0.shape)
     dtype = property(lambda self: self.W0.dtype)
@@ -197,7 +205,7 @@ class LazyWeight:
 
     def to(self, *args: Any, **kwargs: Any) -> LazyWeight | Tensor:
         W = self.W0.to(*args, **kwargs)
-        if W.is_meta:  # accelerate puts an offloaded parameter away while it is hidden
+        if W.is_meta:  # accelerate offloads a parameter while it is shadowed
             return W
         factors = tuple(Factors(f.P.to(W.device), f.Q.to(W.device), f.s.to(W.device), f.dropout) for f in self.factors)
         return LazyWeight(W, factors, self.stack, self.fallbacks)
@@ -232,22 +240,25 @@ class LazyWeight:
         if name in METADATA:
             return getattr(self.W0, name)
         if name.endswith("_") and not name.startswith("_"):
-            raise StateError(f"the model's own code changes an adapted weight in place ({name})",
-                             way_out="inject without it: exclude=[...]")  # fmt: skip
+            raise StateError(
+                f"the model's own code changes an adapted weight in place ({name})",
+                way_out="inject the adapters without this weight: exclude=[...]",
+            )
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.dense(name), name)
 
 
-# What is asked of W0, since the sum has the same; a function's call included.
 METADATA = frozenset({
-    "dim", "numel", "nelement", "stride", "element_size", "itemsize", "nbytes", "data_ptr", "storage_offset", "untyped_storage", "layout",
-    "is_contiguous", "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn",
-    "is_leaf", "is_inference", "get_device",
+    "dim", "numel", "nelement", "stride", "element_size", "itemsize", "nbytes", "data_ptr", "storage_offset",
+    "untyped_storage", "layout", "is_contiguous", "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta",
+    "is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_leaf", "is_inference", "get_device",
 })  # fmt: skip
+"""Attributes and methods that are the same for the sum as for W0."""
 
 
 def _dense_operator(name: str) -> Callable[[LazyWeight, Any], Any]:
+    """Return an operator method that computes with the dense sum."""
     return lambda self, other: getattr(self.dense(name), name)(other)
 
 
@@ -259,16 +270,20 @@ for _operator in ("eq", "ne", "lt", "le", "gt", "ge"):
 
 
 def _at(dim: int, index: Any) -> tuple[Any, ...]:
-    """`index` at axis `dim`, everything before it whole."""
+    """Return a full index that applies `index` to axis `dim` and keeps all axes before it whole."""
     return (*[slice(None)] * dim, index)
 
 
 def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[Any, ...], tuple[Any, ...], int] | None:
-    """The same index for P and for Q, and how many axes then follow the rows'; None if the result is no such sum (one row, picked columns)."""
-    taken = sum(i is not None and i is not Ellipsis for i in index)
+    """Split an index of the weight into one of P and one of Q.
+
+    Return both and the number of axes that then follow the rows. Return None if the result is not a sum W0 + s P Q (a
+    single row, or picked columns).
+    """
     if any(i is Ellipsis for i in index):
-        at = next(n for n, i in enumerate(index) if i is Ellipsis)
-        index = (*index[:at], *[slice(None)] * (ndim - taken), *index[at + 1 :])
+        position = next(n for n, i in enumerate(index) if i is Ellipsis)
+        missing = ndim - sum(i is not None and i is not Ellipsis for i in index)
+        index = (*index[:position], *[slice(None)] * missing, *index[position + 1 :])
     on_P: list[Any] = []
     on_Q: list[Any] = []
     axis, rest = 0, ndim - stack - 1
@@ -283,22 +298,21 @@ def _split_index(index: tuple[Any, ...], ndim: int, stack: int) -> tuple[tuple[A
             on_P.append(i)
             on_Q.append(i)
         elif axis == stack:
-            if not isinstance(i, slice) and not (
-                isinstance(i, Tensor) and i.ndim == 1 and stack == 0 and len(index) == 1
-            ):
+            picks_rows = isinstance(i, Tensor) and i.ndim == 1 and stack == 0 and len(index) == 1
+            if not isinstance(i, slice) and not picks_rows:
                 return None
             on_P.append(i)
             on_Q.append(slice(None))
-        else:
-            if not isinstance(i, slice):
-                return None
+        elif isinstance(i, slice):
             on_Q.append(i)
+        else:
+            return None
         axis += i is not None
     return tuple(on_P), tuple(on_Q), rest
 
 
 def answers(*functions: Any) -> Callable[[Handler], Handler]:
-    """Register what these torch functions do; a handler is called as handler(function, *args, **kwargs)."""
+    """Register an answer to these torch functions. It is called as handler(function, *args, **kwargs)."""
 
     def register(handler: Handler) -> Handler:
         ANSWERS.update(dict.fromkeys(functions, handler))
@@ -307,12 +321,15 @@ def answers(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-VIEWS = ("transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind", "narrow", "select", "index_select", "unsqueeze", "squeeze",
-         "reshape", "view", "flatten", "type", "contiguous")  # fmt: skip
+VIEWS = (
+    "transpose", "swapaxes", "t", "permute", "split", "chunk", "unbind", "narrow", "select", "index_select",
+    "unsqueeze", "squeeze", "reshape", "view", "flatten", "type", "contiguous",
+)  # fmt: skip
+"""Methods that return lazy weights, and the torch functions of the same names."""
 
 
 def _or_dense(name: str, method: Handler) -> Handler:
-    """The method; called in a way that it does not foresee, that of the dense sum."""
+    """Return the method with a fallback to the dense sum, for calls in a form that the method does not expect."""
 
     def call(self: LazyWeight, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -208,9 +208,9 @@ def states_to_switch(model: nn.Module, verb: str, *names: str, nested: bool = Fa
     has. Otherwise the model is indexed, and StateError is raised as by `ModelIndex.require_adapters`.
     """
     state = ROOTS.get(model)
-    if state is not None and state.before and not state.merged and (nested or not state.context):
-        if state.before.keys() >= set(names):
-            return [state]
+    can_switch = state is not None and not state.merged and (nested or not state.context)
+    if state is not None and can_switch and state.before and state.before.keys() >= set(names):
+        return [state]
     index = ModelIndex(model)
     index.require_adapters(verb, *names, nested=nested)
     return index.states

@@ -1,9 +1,9 @@
-"""A whole tensor in place of one of the base's, or some of its rows: trained heads and biases, and trained tokens (what PEFT calls
-modules_to_save, bias="all" and trainable_token_indices).
+"""A tensor that stands in the place of a base tensor, or of some of its rows, while its adapter is active.
 
-No value of the base is ever overwritten. The tensor is hidden by the weight graft (readers.py) while a forward reads it, so that what is
-on decides, in every thread, and switching costs nothing. Rows alone are copied into the rest of W0 at each use, which then takes the
-weight's size.
+Files of PEFT hold such tensors: trained heads (modules_to_save), biases (bias="all"), and token vectors
+(trainable_token_indices). No value of the base is overwritten. The weight graft (weight_graft.py) lets a forward read
+the replacement instead of the base tensor, so switching takes no time. Rows alone are copied into the rest of W0 at
+each use, which takes memory of the weight's size.
 """
 
 from __future__ import annotations
@@ -19,26 +19,33 @@ from .adapter import LoraAdapter, delta_factors
 
 
 class ReplacementTensor(LoraAdapter):
-    """An adapter without A and B: `value` (*shape), or with `ids` the rows (len(ids), *shape[1:]) alone. In the dtype of the file."""
+    """An adapter without A and B, which replaces a tensor of the base.
 
-    def __init__(
-        self, value: nn.Parameter, shape: tuple[int, ...], ids: tuple[int, ...] | None = None, twin: bool = False
-    ) -> None:
+    Args:
+        value: The replacement, in the dtype of its file. Shape `shape`, or (len(ids), *shape[1:]) if `ids` is given.
+        shape: The shape of the base tensor.
+        ids: The rows of the base tensor that are replaced. None for the whole tensor.
+        is_tied_copy: True if this is the second of two replacements with one value, made because the base tensors are
+            tied.
+    """
+
+    def __init__(self, value: nn.Parameter, shape: tuple[int, ...], ids: tuple[int, ...] | None = None,
+                 is_tied_copy: bool = False) -> None:  # fmt: skip
         nn.Module.__init__(self)
-        self.value, self.shape, self.ids, self.twin = value, shape, ids, twin
+        self.value, self.shape, self.ids, self.is_tied_copy = value, shape, ids, is_tied_copy
         self.register_buffer("index", None, persistent=False)
         self._rebuild()
 
     index: Tensor | None
-    twin: bool
-    """Whether it is there for a tied weight, with the value of another, which a file names."""
+    """`ids` as int64. None for the whole tensor."""
 
-    def forward(self, use: Callable[..., Any], *args: Any) -> Any:
-        return self._factors(*args) if use is delta_factors else use(self, *args)
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return the factors with the replacement in them, or function(self, *args)."""
+        return self._factors(*args) if function is delta_factors else function(self, *args)
 
-    def of(self, W0: Tensor) -> Tensor:
-        """What stands in W0's place, in its dtype."""
-        return placed(W0, self.value, self.index)
+    def replace(self, W0: Tensor) -> Tensor:
+        """Return what stands in the place of W0, in W0's dtype."""
+        return replace_rows(W0, self.value, self.index)
 
     def _factors(self, transposed: bool, rest: tuple[int, ...]) -> Factors:
         P, Q = self.value.new_zeros(self.shape[0], 0), self.value.new_zeros(0, *(rest or (1,)))
@@ -49,15 +56,14 @@ class ReplacementTensor(LoraAdapter):
             self.index = torch.tensor(self.ids, device=self.value.device)
 
     def reset_parameters(self) -> None:
-        """There is nothing to draw: it comes from a file."""
+        """Do nothing: the value comes from a file."""
 
     def extra_repr(self) -> str:
-        return f"value={tuple(self.value.shape)}" + (
-            f", rows={len(self.ids)} of {self.shape[0]}" if self.ids is not None else ""
-        )
+        rows = "" if self.ids is None else f", rows={len(self.ids)} of {self.shape[0]}"
+        return f"value={tuple(self.value.shape)}{rows}"
 
 
-def placed(W0: Tensor, value: Tensor, index: Tensor | None) -> Tensor:
-    """The value, or W0 with these rows of it."""
+def replace_rows(W0: Tensor, value: Tensor, index: Tensor | None) -> Tensor:
+    """Return `value` in W0's dtype, or a copy of W0 with the rows `index` taken from `value`."""
     value = value.to(W0.dtype)
     return value if index is None else W0.index_copy(0, index, value)

@@ -264,7 +264,7 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
 def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """Raise StateError if an optimizer steps over merged A and B: it would silently train nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(p._lora_routing.merged for p in parameters if hasattr(p, "_lora_routing")):
+    if any(p._lora_state.merged for p in parameters if hasattr(p, "_lora_state")):
         raise StateError(
             "cannot train while merged: A and B are in the weights, and out of the graph",
             way_out="call unmerge(model) first",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..lora.graft import base_class, change_class
-from ..lora.replacement import placed
+from ..lora.replacement import replace_rows
 from ..lora.weight_kinds import is_quantized
 from ..numerics.checksum import checksum
 from ..numerics.delta import total_gain
@@ -320,4 +320,4 @@ def gain_and_start(deltas: AdapterDeltas, W0: Tensor) -> tuple[Tensor, Tensor]:
             "one of several adapters replaces the whole tensor, which leaves nothing of the others: merge one at a time"
         )
     gain = total_gain(parts)
-    return W0.new_ones(()) if gain is None else gain, placed(W0, *values[0]) if values else W0
+    return W0.new_ones(()) if gain is None else gain, replace_rows(W0, *values[0]) if values else W0
