@@ -15,6 +15,7 @@ import lorainject as li
 from lorainject.files.transforms import halves_from_pairs
 
 from adapter_files import LLAMA_HINTS, records
+from example_count import examples
 from oracle import dense_deltas, site_delta
 
 
@@ -79,7 +80,7 @@ READ = {"vllm": plain_peft, "sglang": plain_peft, "llama.cpp": plain_gguf}
 def test_the_same_update(engine, tmp_path_factory):
     """Ranks, scales and scalings that differ by site: an engine that passes over them comes to the very update of each weight."""
 
-    @settings(max_examples=12)
+    @settings(max_examples=examples(12))
     @given(records())
     def check(file):
         place = tmp_path_factory.mktemp("engine") / "a.gguf"

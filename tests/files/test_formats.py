@@ -14,6 +14,7 @@ from torch import Tensor
 import lorainject as li
 
 from adapter_files import LLAMA_HINTS, LORALIB_HINTS, records
+from example_count import examples
 from oracle import FIXTURES, dense_deltas, is_same_record, max_error, merged_weights, module_tree
 
 
@@ -159,7 +160,7 @@ HOLDS_LLAMA = [name for name in li.FORMATS if name != "adapterhub"]
 def test_every_pair(first, second, tmp_path_factory):
     """Through two formats in a row, and what is added to each weight is what it was."""
 
-    @settings(max_examples=2)
+    @settings(max_examples=examples(8))
     @given(records())
     def check(file):
         folder = tmp_path_factory.mktemp("pair")
@@ -172,7 +173,7 @@ def test_every_pair(first, second, tmp_path_factory):
 def test_a_second_time_changes_nothing(format, tmp_path_factory):
     """What a format holds is written by it to the bit: the first conversion may fold scales, the next finds nothing to do."""
 
-    @settings(max_examples=4)
+    @settings(max_examples=examples(16))
     @given(records())
     def check(file):
         folder = tmp_path_factory.mktemp("twice")

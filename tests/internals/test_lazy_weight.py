@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorainject.lora.lazy_weight import ANSWERS, LazyWeight
 from lorainject.numerics.delta import Factors
 
+from example_count import examples
+
 R = 3
-laws = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+laws = settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LazyWeight:

@@ -32,6 +32,7 @@ from lorainject.files.weight_map import (
 )
 
 import zoo
+from example_count import examples
 
 Pieces = Mapping[str, tuple[StoredPiece, ...]]
 
@@ -447,7 +448,7 @@ def test_elements_without_a_strided_view_are_refused(moves, reason):
         list(trace.pieces(meta))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(st.data())
 def test_any_chain_of_moves_is_traced_or_refused(data):
     """For any chain of operators that move elements, the pieces are right, or Untraceable is raised."""

@@ -17,12 +17,13 @@ import lorainject as li
 from lorainject.lora.graft import Graft
 from lorainject.lora.model_index import adapted_sites
 
+from example_count import examples
 from interrupts import interrupted
 from models import TINY, bits, randomise, run, state, weight_at
 from strategies import DTYPES, Case, cases
 
 laws = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

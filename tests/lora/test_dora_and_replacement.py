@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lorainject as li
 from lorainject.lora.model_index import adapted_sites
 
+from example_count import examples
 from interrupts import interrupted
 from models import bits, ids, llama, state
 from oracle import FIXTURES, is_same_record, merged_weights
@@ -30,7 +31,7 @@ from oracle import FIXTURES, is_same_record, merged_weights
 VARIANTS = ("plain", "dora", "lora_bias", "bias_all", "bias_lora_only", "tokens")
 BASE = load_file(FIXTURES / "peft_base.safetensors")
 laws = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 

@@ -15,9 +15,13 @@ import lorainject as li
 from lorainject.lora.weight_kinds import is_quantized
 from lorainject.merging.quantization import find_scheme
 
+from compilers import needs_compiler_and_ninja, unpack
 from models import randomise
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, at import and while quantising
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # the libraries' own, at import and while they quantize
+    pytest.mark.usefixtures("quanto_in_python"),
+]
 
 
 def bitsandbytes(model: nn.Sequential, bits: int) -> nn.Sequential:
@@ -153,7 +157,9 @@ def test_a_quantised_weight_that_others_read_is_refused():
 
     model = Reads()
     ao.quantize_(model, ao.Int8WeightOnlyConfig())
-    with pytest.raises(li.TargetError, match="read: Reads reads it in its own code, which is not supported for a quantized weight"):
+    with pytest.raises(
+        li.TargetError, match="read: Reads reads it in its own code, which is not supported for a quantized weight"
+    ):
         li.inject(copy.deepcopy(model), ["read"])
 
 
@@ -447,3 +453,15 @@ def test_what_has_no_find_scheme(make):
 def test_a_plain_layer_has_no_find_scheme():
     assert find_scheme(nn.Linear(4, 4)) is None
     assert find_scheme(nn.ReLU()) is None
+
+
+@pytest.mark.long
+@needs_compiler_and_ninja
+@pytest.mark.parametrize("bits", [2, 4])
+def test_python_unpacks_as_quanto_does(bits, monkeypatch):
+    """The other tests unpack quanto's weights in Python; here its C++ extension is built and must give the same numbers."""
+    extensions = pytest.importorskip("optimum.quanto.library.extensions")
+    extension = extensions.get_extension("quanto_cpp")
+    monkeypatch.setattr(extension, "_lib", None)  # builds the extension when it is asked for
+    packed = torch.arange(256).to(torch.uint8).reshape(32, 8)
+    assert torch.equal(extension.lib.unpack(packed, bits), unpack(packed, bits))

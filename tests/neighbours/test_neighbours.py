@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lorainject as li
 
+from compilers import needs_compiler
 from models import bits, ids, llama, randomise, run, state
 from moe_models import mixtral, moe_model, moe_output
 
@@ -150,6 +151,7 @@ def test_compile_fullgraph(base, wanted):
     assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
 
 
+@needs_compiler
 def test_compile_inductor(base, wanted):
     """The real compiler, forward and backward, agrees with eager."""
     model = adapted(base)
