@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description="lorainject beside PEFT and loralib, row by row",
                                      epilog="rows: " + ", ".join(f"{row.name} ({row.what})" for row in TABLE))  # fmt: skip
     parser.add_argument(
-        "--quick", action="store_true", help="smaller sizes, under five minutes; docs/benchmarks.md is left as it is"
+        "--quick", action="store_true", help="smaller sizes, about seven minutes; docs/benchmarks.md is left as it is"
     )
     parser.add_argument(
         "--only", nargs="+", metavar="ROW", choices=[row.name for row in TABLE], help="these rows alone"

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 import lorainject as li
+from lorainject.lora.adapter import LoraAdapter
 
 from .measure import MOST, Setup, Times, alone, growth
 from .row import Figure, Goal, Row, exactly
@@ -94,7 +95,7 @@ def adapter(folder: Path, base: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     li.inject(model, "all-linear", r=16, alpha=16)
     for module in model.modules():
-        if type(module).__name__ == "LowRank":
+        if isinstance(module, LoraAdapter):
             module.to_empty(device="cpu")
             with torch.no_grad():
                 module.A.normal_(std=0.01)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorainject.lora.kernels.gemm import applied
 
 from .measure import Times
-from .models import ALPHA, R, Trio, pairs
+from .models import ALPHA, Trio, pairs
 
 TORCH = "torch's calls alone"
 
@@ -26,7 +26,7 @@ class Products(nn.Linear):
     cast: tuple[Tensor, Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, s = x.numel() // x.shape[-1], ALPHA / R
+        tokens, s = x.numel() // x.shape[-1], ALPHA / len(self.factors[0])
         if tokens > (16 if x.dtype == torch.float32 else 64):
             A, B = self.cast
             return applied(x, self.weight, None, torch.mm(A, x.view(tokens, -1).t()), B, s)

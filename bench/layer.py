@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 
 import loralib
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .floor import TORCH, least, products
 from .measure import Setup, Timed, excess, interleaved, peak, saved
-from .models import ALPHA, Block, R, Trio, agree, mebibytes, pairs, said, trio
+from .models import ALPHA, RANKS, Block, R, Trio, agree, mebibytes, pairs, said, trio
 from .row import Figure, Goal, Row, exactly
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -36,7 +37,7 @@ def with_loralib(model: Trio) -> nn.Module:
     """loralib's layers in the block, with the same weights, A and B. It keeps A and B in the weight's dtype."""
     other = copy.deepcopy(model.base)
     for (name, linear), ((A, B), _) in zip(model.base.named_children(), pairs(model.ours, model.theirs), strict=True):
-        layer = loralib.Linear(linear.in_features, linear.out_features, R, ALPHA, bias=False).to(linear.weight)
+        layer = loralib.Linear(linear.in_features, linear.out_features, model.r, ALPHA, bias=False).to(linear.weight)
         layer.weight = linear.weight if model.shared else copy.deepcopy(linear.weight)
         with torch.no_grad():
             layer.lora_A.copy_(A), layer.lora_B.copy_(B)
@@ -63,23 +64,28 @@ def outputs_agree(blocks: dict[str, nn.Module], x: Tensor) -> float:
     return agree(found["ours"], found["PEFT"], x.dtype)
 
 
-def limit(k: int, n: int, part: float) -> str:
-    """Of the time: the products that are needed on top."""
-    return f"{1 + part * R * (k + n) / (k * n):.3f} x base by FLOPs"
+def limit(k: int, n: int, r: int, part: float) -> str:
+    """Return the least time by FLOPs; `part` is the adapter's share of a step's products over the base's."""
+    return f"{1 + part * r * (k + n) / (k * n):.3f} x base by FLOPs"
+
+
+def rank(r: int) -> str:
+    """Return the part of a case's name that says its rank, empty for the rank of all other rows."""
+    return f", r {r}" * (r != R)
 
 
 def forward(on: Setup) -> Iterator[Figure]:
-    for (m, k, n), dtype in [(shape, dtype) for shape in shapes(on) for dtype in on.dtypes]:
+    for (m, k, n), dtype, r in product(shapes(on), on.dtypes, RANKS):
         model, x = (
-            trio(Block(["q_proj"], k, n, dtype, on.device), ["q_proj"]),
+            trio(Block(["q_proj"], k, n, dtype, on.device), ["q_proj"], r=r),
             torch.randn(m, k, dtype=dtype, device=on.device),
         )
         blocks = bare(model) | {TORCH: products(model)}
         differ = outputs_agree(blocks, x)
         calls = {who: Timed(torch.no_grad()(partial(block, x))) for who, block in blocks.items()}
-        case = f"{said(dtype)}, M {m}, {k} x {n}"
+        case = f"{said(dtype)}, M {m}, {k} x {n}{rank(r)}"
         times = interleaved(calls, on, steady=True)
-        yield Figure(case=case, metric="rho", value=times.rho(), beside=times.beside(), limit=f"{limit(k, n, 1)}; {least(times)}", differ=differ,
+        yield Figure(case=case, metric="rho", value=times.rho(), beside=times.beside(), limit=f"{limit(k, n, r, 1)}; {least(times)}", differ=differ,
                      why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
         most = {who: peak(call, on) for who, call in calls.items()}
         yield Figure(
@@ -107,9 +113,9 @@ def has_fast_way_back(dtype: torch.dtype) -> bool:
     return times.ratio("dx", "y").value < 4
 
 
-def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]:
+def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: torch.dtype, r: int) -> Iterator[Figure]:
     """Time and memory of a step, after the gradients of A, B and x have been compared."""
-    model = trio(Block(names, k, n, dtype, on.device).train(), names)
+    model = trio(Block(names, k, n, dtype, on.device).train(), names, r=r)
     blocks = bare(model)
     g = torch.randn(m, n, dtype=dtype, device=on.device)
     inner = on.cuda or has_fast_way_back(dtype)
@@ -132,8 +138,8 @@ def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: t
         for who, block in blocks.items()
     }
     times, grouped = interleaved(calls, on, steady=True), ", q k v grouped" * (len(names) > 1)
-    case = f"{said(dtype)}, M {m}, {k} x {n}{', x a leaf' * (not inner)}"
-    yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.beside(), limit=limit(k, n, 1.5), differ=differ,
+    case = f"{said(dtype)}, M {m}, {k} x {n}{rank(r)}{', x a leaf' * (not inner)}"
+    yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.beside(), limit=limit(k, n, r, 1.5), differ=differ,
                  why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
     most = {
         who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), on) for who, block in blocks.items()
@@ -143,10 +149,8 @@ def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: t
 
 
 def train(on: Setup) -> Iterator[Figure]:
-    for names in (("q_proj",), QKV):
-        for m, k, n in shapes(on):
-            for dtype in on.dtypes:
-                yield from training(on, names, m, k, n, dtype)
+    for names, (m, k, n), dtype, r in product((("q_proj",), QKV), shapes(on), on.dtypes, RANKS):
+        yield from training(on, names, m, k, n, dtype, r)
 
 
 def backward(on: Setup) -> Iterator[Figure]:

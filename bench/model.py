@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from transformers import DynamicCache
 import lorainject as li
 
 from .floor import TORCH, least, products
-from .layer import SLOW, STEP, has_fast_way_back
+from .layer import SLOW, STEP, has_fast_way_back, rank
 from .measure import Setup, Timed, Times, excess, interleaved
-from .models import SIZES, SMALL, R, Trio, agree, gradients, llama, said, trio
+from .models import RANKS, SIZES, SMALL, R, Trio, agree, gradients, llama, said, trio
 from .row import Figure, Goal, Row
 
 Forward = Callable[..., Tensor]
@@ -38,10 +39,10 @@ def tokens(on: Setup, rows: int, length: int) -> Tensor:
     return torch.randint(0, 1000, (rows, length), device=on.device)
 
 
-def limit(size: str, part: float = 1) -> str:
+def limit(size: str, part: float = 1, r: int = R) -> str:
     """The adapters' share of the linears' products, and of their bytes."""
     h, i = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
-    more = R * (4 * 2 * h + 3 * (h + i)) / (4 * h * h + 3 * h * i)
+    more = r * (4 * 2 * h + 3 * (h + i)) / (4 * h * h + 3 * h * i)
     return f"{1 + part * more:.3f} x base by FLOPs"
 
 
@@ -89,9 +90,9 @@ def one_token(
 
 
 def decode(on: Setup) -> Iterator[Figure]:
-    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in on.dtypes]:
-        calls, differ = one_token(ways(trio(llama(size, dtype, on.device))), on)
-        yield measured(calls, on, f"{said(dtype)}, {size}", limit(size), differ)
+    for size, dtype, r in product(sizes(on), on.dtypes, RANKS):
+        calls, differ = one_token(ways(trio(llama(size, dtype, on.device), r=r)), on)
+        yield measured(calls, on, f"{said(dtype)}, {size}{rank(r)}", limit(size, r=r), differ)
 
 
 def at_once(forwards: dict[str, Forward], ids: Tensor) -> tuple[dict[str, Timed], float]:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorainject as li
 
 R, ALPHA = 8, 16
+RANKS = (8, 16, 64)  # the ranks at which `forward`, `train` and `decode` are measured
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 APART = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative difference at most: a mistake gives one near 1
 
@@ -54,14 +55,16 @@ class Trio:
     ours: nn.Module
     theirs: peft.PeftModel
     shared: bool
-    """Whether W0 is the same memory in all three."""
+    """True if W0 is the same memory in all three."""
+    r: int = R
+    """The rank of every adapter."""
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module]]:
         return iter({"base": self.base, "ours": self.ours, "PEFT": self.theirs}.items())
 
 
 def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[str] = ("default",), dropout: float = 0.0,
-         shared: bool = True) -> Trio:  # fmt: skip
+         shared: bool = True, r: int = R) -> Trio:  # fmt: skip
     """Three models of the same weights, two of them with the same A and B, drawn anew for each of the `names`.
 
     The matrices of W0 are shared, but for those who merge: in copies of their own, where the system happens to place them decides how fast
@@ -71,28 +74,29 @@ def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[s
     ours, other = (
         copy.deepcopy(base, {id(p): p for p in base.parameters() if shared and p.ndim > 1}) for _ in range(2)
     )
-    config = config_of(targets, dropout)
+    config = config_of(targets, dropout, r)
     theirs = peft.get_peft_model(other, config, adapter_name=names[0])
     for name in names[1:]:
         theirs.add_adapter(name, config)
     for name in names:
-        li.inject(ours, list(targets), r=R, alpha=ALPHA, dropout=dropout, name=name)
-        for ours_AB, theirs_AB in pairs(ours, theirs, name):
-            for mine, their in zip(ours_AB, theirs_AB, strict=True):
-                draw(mine)
-                their.data.copy_(mine)
+        li.inject(ours, list(targets), r=r, alpha=ALPHA, dropout=dropout, name=name)
+        for (A, B), their_factors in pairs(ours, theirs, name):
+            draw(A, B)
+            for factor, theirs_too in zip((A, B), their_factors, strict=True):
+                theirs_too.data.copy_(factor)
     li.activate(ours, names[0])
-    return Trio(base, ours.train(base.training), theirs.train(base.training), shared)
+    return Trio(base, ours.train(base.training), theirs.train(base.training), shared, r)
 
 
-def config_of(targets: Sequence[str] = TARGETS, dropout: float = 0.0) -> peft.LoraConfig:
-    return peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(targets))
+def config_of(targets: Sequence[str] = TARGETS, dropout: float = 0.0, r: int = R) -> peft.LoraConfig:
+    return peft.LoraConfig(r=r, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(targets))
 
 
 @torch.no_grad()
-def draw(p: Tensor) -> None:
-    """Random A (r, in) or B (out, r): a term of about a quarter of the base's. A zero B would make everything unfairly easy."""
-    p.normal_(std=p.shape[1] ** -0.5 if p.shape[0] == R else 0.02)
+def draw(A: Tensor, B: Tensor) -> None:
+    """Fill A (r, in) and B (out, r) so that the term is about a quarter of the base's output; B = 0 would be unfairly easy."""
+    A.normal_(std=A.shape[1] ** -0.5)
+    B.normal_(std=0.02)
 
 
 def pairs(

@@ -36,7 +36,7 @@ the median over the rounds of a ratio taken within the round, with its quartiles
 - **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}.
   The row `disk` is wall time, with all cores, each run in a process of its own. Memory is what torch's allocator hands out during the call, or,
   where it is called growth, what a process of its own grows by.
-- A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r = 8; W0 is the same memory in all,
+- A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r = 8 where the case names no other; W0 is the same memory in all,
   but where it is written to (where its pages lie decides how fast they are read). PEFT is used as its
   documentation does. *apart*: how far the outputs (and gradients, where there is a step) of ours and PEFT's were from each other, relatively,
   in this very run, before anything was timed; too far is a failure.
