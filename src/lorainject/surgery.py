@@ -25,17 +25,15 @@ from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import AdapterDict, adapters_of
 from .lora.dora import DoraAdapter
 from .lora.kernels.per_row import RowAssignment
-from .lora.kernels.shared_input import SharedInput
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, execution_device, states_to_switch
 from .lora.replacement import ReplacementTensor
 from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
-from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, weight_shape
+from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
 from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
 from .plan import Plan, Site
 from .spec import LoraSpec, Override, Target, spec_from_arguments
 from .targets.resolve import resolve
-from .targets.roles import input_group
 
 FROZEN = "_lora_frozen"
 """The attribute of a base module that lists the parameters that inject froze, so that eject can thaw them."""
@@ -117,7 +115,6 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
                 siblings = AdapterDict(states[0], kind_of(module, new.parameter) or WHOLE, new.parameter)
             mount(new.paths, module, siblings, [*new.readers, (new.paths[0], module)])
             siblings[name] = new.adapter
-        _group_shared_inputs(modules)
         for state in states:
             state.before[name], state.active = state.active, (name,)
         _freeze(modules.values())
@@ -260,22 +257,6 @@ def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     if not adapters:
         raise StateError("no adapter is active", way_out="call activate(model, name) first")
     return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
-
-
-def _group_shared_inputs(modules: Mapping[str, nn.Module]) -> None:
-    """Tell the adapters of projections that probably read the same input (q, k, v) about each other."""
-    groups: dict[tuple[str, int], list[AdapterDict]] = {}
-    for path, module in modules.items():
-        for child in module._modules.values():
-            if not isinstance(child, AdapterDict) or child.kind.form != "linear":
-                continue
-            if group := input_group(path) or (child.label and path):
-                in_features = child.kind.sizes(weight_shape(module, child.parameter))[2]
-                groups.setdefault((group, in_features), []).append(child)
-    for members in groups.values():
-        shared_input = SharedInput(dict.fromkeys(members))
-        for member in members:
-            member.siblings = shared_input
 
 
 def _new_adapter(module: nn.Module, site: Site, loaded: LoadedFactors | None) -> LoraAdapter:

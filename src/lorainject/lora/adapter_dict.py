@@ -11,13 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from .active import AdapterState, StateDictLoad
 from .adapter import LoraAdapter
 from .hooks import HookAware
-from .kernels.shared_input import SharedInput
 from .kernels.terms import TERMS
 from .weight_kinds import Kind
 
@@ -39,7 +37,7 @@ class AdapterDict(HookAware):
         super().__init__()
         vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
             state=state, kind=kind, parameter=parameter, label=label, named=named, is_read=False, merge_record=None,
-            fallbacks=Counter(), siblings=None,
+            fallbacks=Counter(),
         )  # fmt: skip
 
     state: AdapterState
@@ -54,8 +52,6 @@ class AdapterDict(HookAware):
     graft)."""
     fallbacks: Counter[str]
     """How often the dense sum had to be formed, by the torch function that needed it (lazy_weight.py)."""
-    siblings: SharedInput | None
-    """The adapters of other weights that read the same input."""
 
     def __getitem__(self, name: str) -> LoraAdapter:
         return cast(LoraAdapter, self._modules[name])
@@ -78,19 +74,15 @@ class AdapterDict(HookAware):
         """The active adapters that this weight has."""
         return [self[name] for name in self.state.active if name in self._modules]
 
-    def forward(self, x: Tensor, y: Tensor, own: bool = False, given: Tensor | None = None) -> Tensor:
-        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`. `given` is what the module was
-        called with, by which siblings know their input."""
+    def forward(self, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
+        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`."""
         assert self.kind.form is not None
         state, term, lows = self.state, TERMS[self.kind.form], cast("dict[str | None, LoraAdapter]", self._modules)
         if state.rows is not None:
             return state.rows.add(lows, term, y, x, own)
-        made: Mapping[LoraAdapter, Tensor] = {}
-        if self.siblings is not None and given is not None and not torch.compiler.is_compiling():
-            made = self.siblings.lowered(self, state.active, y, x, given)
         for name in state.active:
             if (low := lows.get(name)) is not None:
-                y, own = low(term, y, x, own, made[low]) if low in made else low(term, y, x, own), True
+                y, own = low(term, y, x, own), True
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -33,13 +33,7 @@ class LoraForward(Graft):
         base, weight = type(self)._lora_base, cast(nn.Parameter, self._parameters.get("weight"))
         # Not of a quantised or sharded weight; and torch.compile does better without.
         own = type(weight) is nn.Parameter and not is_compiling()
-        if (
-            own
-            and base.forward is LINEAR
-            and len(args) == 1
-            and not kwargs
-            and (low := _only(self, args[0])) is not None
-        ):
+        if own and base.forward is LINEAR and len(args) == 1 and not kwargs and (low := _only(self)) is not None:
             if not is_grad_enabled():
                 if args[0].numel() > FEW * weight.shape[1]:  # few tokens are not asked what many are
                     return in_inference(low, args[0], weight, self._parameters["bias"])
@@ -47,7 +41,7 @@ class LoraForward(Graft):
             if joins(low, args[0], self):
                 return together(low, args[0], weight, self._parameters["bias"])
         own = own and returns_fresh_output(base)  # type: ignore[arg-type]
-        x = given = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
+        x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear says `input`, Conv1D says `x`
         shape = x.shape if own and is_grad_enabled() and _would_be_view(self, x) else None
         if shape is not None:
             x = x.flatten(0, -2)
@@ -55,11 +49,11 @@ class LoraForward(Graft):
         y = base.forward(self, *args, **kwargs)
         for child in self._modules.values():
             if isinstance(child, AdapterDict):
-                y = child(x, y, own, given)
+                y = child(x, y, own)
         return y if shape is None else y.unflatten(0, shape[:-1])
 
 
-def _only(linear: nn.Module, x: Tensor) -> LoraAdapter | None:
+def _only(linear: nn.Module) -> LoraAdapter | None:
     """The adapter that is on, if all is as it mostly is: only one is on, nobody has hooks on it, and no siblings share
     what it computes. What can be otherwise is asked elsewhere, which costs more than the products with a single
     token."""
@@ -71,8 +65,8 @@ def _only(linear: nn.Module, x: Tensor) -> LoraAdapter | None:
     of = child.__dict__
     if type(child) is not AdapterDict or is_hooked(child) or "forward" in of:
         return None
-    state, siblings = of["state"], of["siblings"]
-    if state.rows is not None or len(state.active) != 1 or (siblings is not None and siblings.may_share(child, x)):
+    state = of["state"]
+    if state.rows is not None or len(state.active) != 1:
         return None
     low = of["_modules"].get(state.active[0])
     return low if type(low) is LoraAdapter and HOOKED not in low.__dict__ and "forward" not in low.__dict__ else None

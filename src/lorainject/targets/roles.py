@@ -141,17 +141,3 @@ def _attention_role(names: Sequence[str], owner: nn.Module, leaf: str) -> frozen
     if len(roles) == 1 and not words & NOT_WITH and name not in DISTANCES:
         return roles
     return frozenset({"output"}) if not roles and name in OUTPUTS else frozenset()
-
-
-PROJECTIONS = frozenset().union(*WORDS.values())
-GATED = frozenset(("gate_proj", "up_proj", "gate", "up", "w1", "w3", "wi_0", "wi_1"))
-CROSS = re.compile(r"cross|enc\w*dec|encoder_attn", re.IGNORECASE)  # attention whose q reads another input than k and v
-
-
-def input_group(path: str) -> str:
-    """Projections for which this is the same probably read the same input; empty for one that reads its own."""
-    owner, _, name = path.rpartition(".")
-    words = set(name.lower().split("_"))
-    if words & PROJECTIONS and not words & NOT_WITH:
-        return f"{owner}: {'q' if CROSS.search(owner) and words & WORDS['query'] else 'attention'}"
-    return f"{owner}: gated" if name in GATED else ""
