@@ -1,126 +1,179 @@
-"""Which bytes of a checkpoint an adapter changes, and by what: A and B, cut to what each run of elements on disk needs.
+"""Which bytes of a tensor on disk a delta changes, and by what.
 
-A parameter in memory may lie on disk in parts, transposed, or under several keys (see places.py). Whatever the way, a delta s P Q
-restricted to a place is again rows of P times columns of Q, so nothing of the weight's size is ever formed.
+A weight may be stored in several pieces, transposed or interleaved (files/weight_map.py). Each piece is cut into
+patches, which are runs of elements that are contiguous on disk. Whatever the layout is, the delta of a patch is again a
+low-rank product, so nothing of the weight's size is ever formed. With P (rows, r) and Q (r, columns) of one matrix, the
+n runs of a patch, `width` elements each, change by
+
+    s P[rows] Q[:, columns]              (n, width)    if a run on disk goes along a row in memory
+    s Q[:, columns]^T P[rows]^T          (n, width)    if it goes along a column: the matrix is stored transposed
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..files.weight_map import StoredPiece
 from ..numerics.delta import Factors
+from ..numerics.tile_merge import TileWorkspace
+from .copying import start_writeback
 
-Axis = tuple[int, int, int]
-"""Count, step on disk, step in memory (in elements)."""
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of elements of a tensor on disk. A tile is a range of runs, as a matrix (runs, width)."""
+
+    starts: np.ndarray
+    """int64 (n,): the first element of each run, counted in the tensor."""
+    width: int
+    """Elements per run."""
+
+    @functools.cached_property
+    def contiguous(self) -> bool:
+        """True if each run begins where the run before it ends."""
+        return bool((np.diff(self.starts) == self.width).all())
+
+    def nbytes(self, entry: TensorEntry) -> int:
+        """Return the bytes of all runs."""
+        return len(self.starts) * self.width * TORCH_DTYPES[entry.dtype].itemsize
+
+    def read_tile(self, file: int, entry: TensorEntry, rows: slice, workspace: TileWorkspace) -> Tensor:
+        """Read a tile of the tensor from a file descriptor. The same thread's next call overwrites the tile."""
+        shape = rows.stop - rows.start, self.width
+        tile = workspace.buffer("read", shape, TORCH_DTYPES[entry.dtype])
+        for offset, memory in self._extents(entry, rows, tile):
+            if os.preadv(file, [memory], offset) != len(memory):
+                raise OSError(errno.EIO, "a shard became shorter while it was read")
+        return tile
+
+    def write_tile(self, file: int, entry: TensorEntry, rows: slice, tile: Tensor) -> None:
+        """Write a tile of the tensor to a file descriptor."""
+        for offset, memory in self._extents(entry, rows, tile.contiguous()):
+            while memory:
+                n = os.pwrite(file, memory, offset)
+                if self.contiguous:
+                    start_writeback(file, offset, n)
+                memory, offset = memory[n:], offset + n
+
+    def _extents(self, entry: TensorEntry, rows: slice, tile: Tensor) -> Iterator[tuple[int, memoryview]]:
+        """Yield the offset in the file and the memory of each part of the tile that is contiguous in the file."""
+        memory = memoryview(tile.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+        starts = self.starts[rows][:1] if self.contiguous else self.starts[rows]
+        step = len(memory) if self.contiguous else self.width * tile.itemsize
+        for i, start in enumerate(starts):
+            yield entry.start + int(start) * tile.itemsize, memory[i * step : (i + 1) * step]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Runs of `width` elements that are contiguous on disk; run i gets row i of P Q."""
+    """What the deltas of one weight change in some runs of a tensor on disk."""
 
-    key: str
-    width: int
-    starts: np.ndarray
-    """int64 (runs,): the first element of each in the tensor on disk."""
-    parts: tuple[Factors, ...]
-    """Of the whole parameter: P (*stack, rows, r), Q (*stack, r, columns)."""
-    at: tuple[int, ...]
-    """Which matrix of a stack."""
+    runs: Runs
+    deltas: tuple[Factors, ...]
+    """The deltas of the whole weight: P (*stack, rows, r), Q (*stack, r, columns)."""
+    matrix: tuple[int, ...]
+    """The index of the matrix in a stack; () if the weight is no stack."""
     rows: np.ndarray
-    """int64: of P, one for each run; if `turned`, one for each element of a run."""
+    """int64: rows of P, one per run; if transposed, one per element of a run."""
     columns: np.ndarray
-    """int64: of Q, the other way round."""
-    turned: bool
-    """Whether a run on disk is a column in memory."""
+    """int64: columns of Q, one per element of a run; if transposed, one per run."""
+    transposed: bool
+    """True if a run on disk is a part of a column in memory."""
 
     def factors(self) -> list[Factors]:
-        """Each with P (runs, r) and Q (r, width)."""
+        """Return the deltas of the runs: P (n, r), Q (r, width) of each."""
         rows, columns = torch.from_numpy(self.rows), torch.from_numpy(self.columns)
-        return [self.cut(f, rows, columns) for f in self.parts]
-
-    def cut(self, f: Factors, rows: Tensor, columns: Tensor) -> Factors:
-        P, Q = f.P[self.at][rows], f.Q[self.at][:, columns]
-        return Factors(Q.mT, P.mT, f.s) if self.turned else Factors(P, Q, f.s)
-
-    @functools.cached_property
-    def whole(self) -> bool:
-        """Whether its runs follow each other without a gap."""
-        return bool((np.diff(self.starts) == self.width).all())
+        parts = [(f.P[self.matrix][rows], f.Q[self.matrix][:, columns], f.s) for f in self.deltas]
+        return [Factors(Q.mT, P.mT, s) if self.transposed else Factors(P, Q, s) for P, Q, s in parts]
 
 
-def patches(place: StoredPiece, shape: Sequence[int], stacked: bool, parts: tuple[Factors, ...]) -> Iterator[Patch]:
-    """What becomes of a place of a parameter of this shape. `parts` are its deltas."""
+class _Axis(NamedTuple):
+    """One axis of a piece: its size, and its strides in elements."""
+
+    size: int
+    on_disk: int
+    in_memory: int
+
+
+def cut_into_patches(
+    piece: StoredPiece, shape: Sequence[int], stacked: bool, deltas: tuple[Factors, ...]
+) -> Iterator[Patch]:
+    """Yield the patches of a piece of a weight (*stack, rows, *rest) of this shape, in as few patches as possible."""
     rows, columns = shape[stacked], math.prod(shape[stacked + 1 :])
-    axes = sorted(
-        zip(place.disk.sizes, place.disk.strides, place.memory.strides, strict=True), key=lambda axis: -axis[1]
-    )
+    axes = list(map(_Axis, piece.disk.sizes, piece.disk.strides, piece.memory.strides))
+    axes.sort(key=lambda axis: -axis.on_disk)
     for unit in (columns, rows * columns):
-        axes = [part for axis in axes for part in _split(axis, unit) if part[0] > 1]
+        axes = [part for axis in axes for part in _split(axis, unit) if part.size > 1]
 
-    def goes(axis: Axis) -> str:
-        return "stack" if axis[2] % (rows * columns) == 0 and stacked else "row" if axis[2] % columns == 0 else "column"
+    def direction(axis: _Axis) -> str:
+        if stacked and axis.in_memory % (rows * columns) == 0:
+            return "stack"
+        return "row" if axis.in_memory % columns == 0 else "column"
 
-    inner: list[Axis] = []
-    while (
-        axes
-        and axes[-1][1] == math.prod(n for n, _, _ in inner)
-        and goes(axes[-1]) in ("row", "column")
-        and goes(axes[-1]) == goes((inner or axes)[-1])
-    ):
-        inner.insert(0, axes.pop())
-    turned = bool(inner) and goes(inner[-1]) == "row"
-    outer: list[Axis] = []
-    while axes and goes(axes[-1]) == ("column" if turned else "row"):
-        outer.insert(0, axes.pop())
-    run, runs = _steps(inner), _steps(outer)
-    for disk, memory in zip(*_steps(axes), strict=True):
-        memory = memory + place.memory.offset
-        row, column = divmod(memory % (rows * columns), columns)
-        along_runs, along_run = runs[1], run[1]
+    along_run: list[_Axis] = []  # the innermost axes on disk, as long as they have no gaps and one direction
+    while axes and axes[-1].on_disk == math.prod(axis.size for axis in along_run):
+        if direction(axes[-1]) != direction((along_run or axes)[-1]) or direction(axes[-1]) == "stack":
+            break
+        along_run.insert(0, axes.pop())
+    transposed = bool(along_run) and direction(along_run[-1]) == "row"
+    across_runs: list[_Axis] = []  # the next axes, as long as they have the other direction of the matrix
+    while axes and direction(axes[-1]) == ("column" if transposed else "row"):
+        across_runs.insert(0, axes.pop())
+    (run, run_memory), (starts, starts_memory) = _offsets(along_run), _offsets(across_runs)
+    row_offsets, column_offsets = (run_memory, starts_memory) if transposed else (starts_memory, run_memory)
+    for disk, memory in zip(*_offsets(axes), strict=True):
+        matrix, element = divmod(int(memory) + piece.memory.offset, rows * columns)
+        row, column = divmod(element, columns)
         yield Patch(
-            key=place.key, width=len(run[0]), starts=place.disk.offset + disk + runs[0], parts=parts, turned=turned,
-            at=(int(memory // (rows * columns)),) if stacked else (),
-            rows=row + (along_run if turned else along_runs) // columns, columns=column + (along_runs if turned else along_run),
-        )  # fmt: skip
+            Runs(piece.disk.offset + disk + starts, len(run)),
+            deltas,
+            (matrix,) if stacked else (),
+            row + row_offsets // columns,
+            column + column_offsets,
+            transposed,
+        )
 
 
-def _split(axis: Axis, unit: int) -> list[Axis]:
-    """An axis that runs over the end of a row (or matrix) of so many elements, in two that don't."""
-    n, disk, memory = axis
-    if memory >= unit or n * memory <= unit:
+def _split(axis: _Axis, unit: int) -> list[_Axis]:
+    """Split an axis that crosses rows (or matrices) of `unit` elements in memory: one axis across, and one within."""
+    size, on_disk, in_memory = axis
+    if in_memory >= unit or size * in_memory <= unit:
         return [axis]
-    inside = unit // memory
-    assert unit % memory == n % inside == 0, "a place covers whole rows, or lies within one"
-    return [(n // inside, disk * inside, unit), (inside, disk, memory)]
+    inside = unit // in_memory
+    assert unit % in_memory == size % inside == 0, "a piece covers whole rows, or lies within one"
+    return [_Axis(size // inside, on_disk * inside, unit), _Axis(inside, on_disk, in_memory)]
 
 
-def _steps(axes: Sequence[Axis]) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets on disk and in memory of all elements along these axes, in order: int64."""
+def _offsets(axes: Sequence[_Axis]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets on disk and in memory, int64, of all elements along these axes, the last axis fastest."""
     disk = memory = np.zeros(1, np.int64)
-    for n, on_disk, in_memory in axes:
-        along = np.arange(n, dtype=np.int64)
-        disk = (disk[:, None] + along * on_disk).reshape(-1)
-        memory = (memory[:, None] + along * in_memory).reshape(-1)
+    for size, on_disk, in_memory in axes:
+        index = np.arange(size, dtype=np.int64)
+        disk = (disk[:, None] + index * on_disk).reshape(-1)
+        memory = (memory[:, None] + index * in_memory).reshape(-1)
     return disk, memory
 
 
-def find(places: Sequence[StoredPiece], index: int) -> tuple[str, int]:
-    """Where element `index` of a parameter is: the key on disk, and the element of that tensor."""
-    for place in places:
-        rest, disk = index - place.memory.offset, place.disk.offset
-        axes = sorted(zip(place.memory.strides, place.memory.sizes, place.disk.strides, strict=True), reverse=True)
-        for step, n, on_disk in axes:
-            if n > 1:
-                i = min(max(rest // step, 0), n - 1)
-                rest, disk = rest - i * step, disk + i * on_disk
+def locate_element(pieces: Sequence[StoredPiece], index: int) -> tuple[str, int]:
+    """Return where element `index` of a weight is stored: the key, and the number of the element in that tensor."""
+    for piece in pieces:
+        rest, disk = index - piece.memory.offset, piece.disk.offset
+        axes = sorted(zip(piece.memory.strides, piece.memory.sizes, piece.disk.strides, strict=True), reverse=True)
+        for in_memory, size, on_disk in axes:
+            if size > 1:
+                i = min(max(rest // in_memory, 0), size - 1)
+                rest, disk = rest - i * in_memory, disk + i * on_disk
         if rest == 0:
-            return place.key, disk
-    raise AssertionError("the places of a parameter cover it")
+            return piece.key, disk
+    raise AssertionError("the pieces of a weight cover it")

@@ -1,71 +1,88 @@
-"""Merge into a checkpoint on disk, shard by shard, without loading the model: `merge_checkpoint`.
+"""Merge adapters into a copy of a checkpoint on disk, shard by shard, without loading the model: `merge_checkpoint`.
 
-dtype, shape and header of every tensor stay the same, so a shard is copied, and only the bytes of adapted tensors take a way through
-memory, one tile at a time (sums.py). A new directory is built beside the place where it shall be, and renamed at the end; nothing else
-is ever to be seen there.
+dtype, shape and header of every tensor stay the same, so a shard is copied, and only the bytes of adapted weights pass
+through memory (shard_writer.py). The copy is built in a temporary directory beside `out_dir`, and renamed at the end.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FileError
+from ..files.io.atomic_write import new_file, new_folder
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
-from .copying import Meter, Progress, building, copy, new, opened
+from .copying import Meter, Progress, copy_bytes
 from .plan import plan_merge
-from .shards import INDEX, OTHER_WEIGHTS, Shard
+from .shards import INDEX, WEIGHT_FILES, Shard, open_unchanged
 
 
-def merge_checkpoint(base_dir: str | Path, adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], out_dir: str | Path, *,
-                     weights: Sequence[float] | None = None, strict: bool = False, check_base: bool = True,
-                     progress: Progress | None = None) -> MergeReport:  # fmt: skip
-    """Write a copy of the checkpoint in `base_dir` with W0 + s B A in it to `out_dir`, which must not exist or be empty.
+def merge_checkpoint(base_dir: str | Path,
+                     adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile],
+                     out_dir: str | Path, *, weights: Sequence[float] | None = None, strict: bool = False,
+                     check_base: bool = True, progress: Progress | None = None) -> MergeReport:  # fmt: skip
+    """Write a copy of a checkpoint with W0 + s B A in place of every adapted weight.
 
-    The bits of every tensor are those that load, merge and save_pretrained give; memory is one tile's, whatever the model's size. Names,
-    order, dtypes, headers, index, config and all files beside the weights stay as they are. Several adapters are added with these
-    `weights` (1 each), and rounded once. `progress(done, total)` is called with bytes.
+    The tensors have the bits that load, merge, eject and save_pretrained would write. Names, order, dtypes, headers,
+    index, config and all other files stay as they are. Memory is needed for a few tiles and the adapter, however large
+    the model is. If anything is raised, or the process is killed, `out_dir` is as it was.
 
-    Raises FileError with all that does not fit, MergeError where a sum is not finite, or with `strict=True` where less than 0.9
-    of a delta survives the rounding (else a SurvivalWarning). In any case, and if killed, `out_dir` is as it was.
+    Args:
+        base_dir: The directory with the model's config.json and safetensors files.
+        adapters: One adapter or several, as paths or as records that `read` returned.
+        out_dir: The directory to write, outside of `base_dir`. It must be empty or not exist.
+        weights: What each adapter's delta is multiplied with; 1 each by default. The sum is rounded once.
+        strict: Raise MergeError where less than 0.9 of a delta survives the rounding, instead of a SurvivalWarning.
+        check_base: Raise FileError if the adapter's fingerprint says that it was made for another base.
+        progress: Called with the bytes done and the bytes in total.
+
+    Returns:
+        What became of each weight's delta.
+
+    Raises:
+        SpecError: The weights are not one finite number per adapter.
+        FileError: A file can't be read or written, or something does not fit; everything wrong is listed.
+        MergeError: A sum is not finite, or, if strict, too little of a delta survives.
     """
     base, out = Path(base_dir), Path(out_dir)
     plan = plan_merge(base, adapters, weights, check_base)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileError(f"{out} already exists", way_out="name a directory that does not, or is empty")
+        raise FileError(f"{out} already exists and is not an empty directory", way_out="give a new or empty directory")
     if out.resolve().is_relative_to(base.resolve()):
-        raise FileError(f"{out} lies in the checkpoint that is to be merged", way_out="name a directory outside of it")
-    beside = list(_beside(base, plan.shards))
-    meter = Meter(sum(s.size for s in plan.shards) + sum(p.stat().st_size for p in beside), progress)
-    with building(out) as folder:
-        for path in beside:
-            target = folder / path.relative_to(base)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source, new(target) as f:
-                copy(source.fileno(), f, 0, os.fstat(source.fileno()).st_size, meter)
+        raise FileError(f"{out} lies in the checkpoint that is to be merged", way_out="give a directory outside of it")
+    others = _other_files(base, plan.shards)
+    total = sum(shard.size for shard in plan.shards) + sum(path.stat().st_size for path in others)
+    meter = Meter(total, progress)
+    with new_folder(out) as folder:
+        for path in others:
+            copy_path = folder / path.relative_to(base)
+            copy_path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source, new_file(copy_path) as target:
+                copy_bytes(source.fileno(), target, 0, os.fstat(source.fileno()).st_size, meter)
         for shard in plan.shards:
-            with opened(shard) as source, new(folder / shard.path.name) as f:
-                plan.write(shard, source, f, meter)
+            with open_unchanged(shard) as shard_file, new_file(folder / shard.path.name) as target:
+                plan.write(shard, shard_file, target, meter)
         report = plan.report()
         check_survival(report.sites, strict, stacklevel=3)
     return report
 
 
-def _beside(base: Path, found: Sequence[Shard]) -> Iterator[Path]:
-    """All other files of the model; warns of weights in other formats, which would be the unmerged ones."""
-    mine, left = {shard.path for shard in found}, []
+def _other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
+    """Return the model's files besides the shards, and warn of weights in other formats: they would stay unmerged."""
+    shard_paths = {shard.path for shard in shards}
+    others, skipped = list[Path](), list[str]()
     for path in sorted(base.rglob("*")):
-        if path in mine or not path.is_file() or any(part.startswith(".") for part in path.relative_to(base).parts):
+        name = path.relative_to(base)
+        if path in shard_paths or not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        if path.name.endswith((*OTHER_WEIGHTS, ".index.json")) and path.name != INDEX:
-            left.append(str(path.relative_to(base)))
+        if path.name.endswith(WEIGHT_FILES) and path.name != INDEX:
+            skipped.append(str(name))
         else:
-            yield path
-    if left:
-        warnings.warn(
-            f"{', '.join(left[:5])}{', ...' * (len(left) > 5)}: not copied, since nothing was merged into these weights",
-            stacklevel=4,
-        )
+            others.append(path)
+    if skipped:
+        names = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
+        warnings.warn(f"{names}: not copied, because these weights are not merged", stacklevel=3)
+    return others

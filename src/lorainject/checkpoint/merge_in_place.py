@@ -1,11 +1,11 @@
-"""Merge into a checkpoint where it lies, and take it out again to the byte: `merge_in_place` and `unmerge_in_place`.
+"""Merge into a checkpoint itself, and restore it to the byte: `merge_in_place` and `unmerge_in_place`.
 
-    model/.lorainject-merge/manifest.json       the state: which shards are merged, with the SHA-256 of each before and after
-    model/.lorainject-merge/000000.safetensors  the journal of one patch (fold.py), with the A and B that were used
+    model/.lorainject-merge/manifest.json       which shards are merged, with the SHA-256 of each before and after
+    model/.lorainject-merge/000000.safetensors  of one patch (byte_runs.py): the journal, and the A and B that were used
 
-A shard is written anew beside its place, with its journal, and takes its place in one step; so each is the old or the new one, whenever
-the process is killed. Lest a mixture be loaded, the index lies with the journal meanwhile, without which no reader finds
-the shards. Whatever was interrupted, `unmerge_in_place` gives the old bytes back.
+Each shard is written under a temporary name, after its journal, and then renamed. So whenever the process is killed, a
+shard is either the old or the new one. Lest a mixture be loaded, the index is kept beside the journal meanwhile, and
+without the index no reader finds the shards. From any such state `unmerge_in_place` restores the old bytes.
 """
 
 from __future__ import annotations
@@ -22,59 +22,74 @@ import torch
 
 from ..errors import FileError, MergeError, StateError, system_errors
 from ..files.io import atomic_write, safetensors_file
+from ..files.io.atomic_write import SPACE, UNFINISHED, lock, new_file, sync_folder
+from ..files.io.safetensors_file import TensorEntry
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.delta import Factors
 from ..numerics.journal import Journal
 from ..numerics.tile_merge import TileMerger, TileWorkspace
 from ..numerics.tiled_matmul import exact_product
-from .byte_runs import Patch
-from .copying import UNFINISHED, Meter, Progress, copy, locked, new, opened, sync
+from .byte_runs import Patch, Runs
+from .copying import Meter, Progress, copy_bytes
 from .plan import plan_merge
-from .shard_writer import MergePlan, get, put
-from .shards import INDEX, Shard, Stored
+from .shard_writer import MergePlan
+from .shards import INDEX, Shard, open_unchanged
 
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 2
-SPACE = "check its permissions and the free space"
 
 
-def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], *,
+def merge_in_place(model_dir: str | Path,
+                   adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], *,
                    weights: Sequence[float] | None = None, strict: bool = False, check_base: bool = True,
                    progress: Progress | None = None) -> MergeReport:  # fmt: skip
-    """Like `merge_checkpoint`, but into the checkpoint itself; `unmerge_in_place` gives the old files back, to the byte.
+    """Merge adapters into a checkpoint itself. `unmerge_in_place` restores the old files to the byte.
 
-    Takes the place of one shard more on disk while it works, and the journal's afterwards: a few per cent. Raises StateError if an
-    adapter is merged there already, else as merge_checkpoint does; whatever is raised, the checkpoint is as it was.
+    The tensors have the bits that `merge_checkpoint` would write. On disk, a merge needs room for one more shard while
+    it works, and for the journal afterwards: a few per cent. If anything is raised, the checkpoint is as it was.
+
+    Args:
+        model_dir: The directory with the model's config.json and safetensors files.
+        adapters, weights, strict, check_base, progress: See `merge_checkpoint`.
+
+    Returns:
+        What became of each weight's delta.
+
+    Raises:
+        StateError: An adapter is merged there already.
+        SpecError, FileError, MergeError: See `merge_checkpoint`. FileError is also raised if a shard is a symlink.
     """
     base = Path(model_dir)
     folder = base / FOLDER
-    _refuse_merged(base)
+    _check_not_merged(base)
     plan = plan_merge(base, adapters, weights, check_base)
-    touched = [shard for shard in plan.shards if plan.touches(shard)]
     if links := [f"{shard.path.name} -> {os.readlink(shard.path)}" for shard in plan.shards if shard.path.is_symlink()]:
-        raise FileError(f"{base} holds symlinks, as the hub's cache does; the files that they point to belong to others, too:", links,
-                        "merge into a directory of its own")  # fmt: skip
-    meter = Meter(sum(shard.size for shard in touched), progress)
-    with locked(base), system_errors(f"{base} can't be merged into", way_out=SPACE):
-        _refuse_merged(base)  # by somebody else meanwhile, whose journal lies there
+        raise FileError(
+            f"{base} can't be merged in place, because its shards are symlinks (as in a hub's cache):",
+            links,
+            "write the merged model to another directory, or merge into a copy without symlinks",
+        )
+    meter = Meter(sum(shard.size for shard in plan.changed_shards), progress)
+    with lock(base, required=True), system_errors(f"{base} can't be merged into", way_out=SPACE):
+        _check_not_merged(base)  # another process may have merged meanwhile
         if strict:
-            for shard in touched:
-                with opened(shard) as source:
-                    plan.write(shard, source, None, Meter(0, None))
+            for shard in plan.changed_shards:
+                with open_unchanged(shard) as source:
+                    plan.write(shard, source, None, Meter())
             check_survival(plan.report().sites, strict, stacklevel=3)
-            plan.forget()
-        shutil.rmtree(folder, ignore_errors=True)  # a merge that was killed before it had a manifest
+            plan.reset_statistics()
+        shutil.rmtree(folder, ignore_errors=True)  # left by a merge that was killed before it had a manifest
         folder.mkdir()
         try:
-            state: dict[str, Any] = {"version": VERSION, "adapters": plan.names, "shards": {}}
-            _save(folder, state)
-            _hide_index(base)
-            for shard in touched:
-                _merge_shard(base, shard, plan, state, meter)
-            _show_index(base)
+            manifest: dict[str, Any] = {"version": VERSION, "adapters": plan.names, "shards": {}}
+            _save_manifest(folder, manifest)
+            _move_index(base, folder)
+            for shard in plan.changed_shards:
+                _merge_shard(base, shard, plan, manifest, meter)
+            _move_index(folder, base)
         except BaseException:
             if (folder / MANIFEST).exists():
-                _restore(base, Meter(0, None))
+                _restore(base, Meter())
             else:
                 shutil.rmtree(folder)
             raise
@@ -83,169 +98,160 @@ def merge_in_place(model_dir: str | Path, adapters: str | Path | AdapterFile | S
     return report
 
 
-def _refuse_merged(base: Path) -> None:
-    if (base / FOLDER / MANIFEST).exists():
-        raise StateError(
-            f"{base} is merged already, or a merge was interrupted there", way_out=f"lorainject unmerge {base}"
-        )
-
-
 def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) -> Path:
-    """Give a checkpoint back what it was before `merge_in_place`, or before one that was interrupted: every shard to the byte (SHA-256).
+    """Restore every shard of a checkpoint to what it was before `merge_in_place`, complete or interrupted, to the byte.
 
-    Raises StateError if nothing is merged there; MergeError, and changes nothing, where a shard was changed since or does not come out.
+    All shards are tried before the first is written, and compared by SHA-256.
+
+    Args:
+        model_dir: The directory that `merge_in_place` merged into.
+        progress: Called with the bytes done and the bytes in total.
+
+    Returns:
+        The directory.
+
+    Raises:
+        StateError: Nothing is merged there.
+        FileError: The manifest can't be read, or a file can't be read or written.
+        MergeError: A shard was changed after the merge, or would not come out as it was; nothing was changed.
     """
     base = Path(model_dir)
     if not (base / FOLDER / MANIFEST).exists():
-        raise StateError(f"nothing is merged in place in {base}", way_out="merge_in_place comes first")
-    with locked(base), system_errors(f"{base} can't be unmerged", way_out=SPACE):
-        _restore(base, Meter(sum(2 * (base / name).stat().st_size for name in _state(base)["shards"]), progress))
+        raise StateError(
+            f"nothing is merged in place in {base}",
+            way_out="give the directory that was merged in place; a merged copy stays merged, but its base is intact",
+        )
+    with lock(base, required=True), system_errors(f"{base} can't be unmerged", way_out=SPACE):
+        sizes = [(base / name).stat().st_size for name in _load_manifest(base)["shards"]]
+        _restore(base, Meter(2 * sum(sizes), progress))
     return base
 
 
-def _merge_shard(base: Path, shard: Shard, plan: MergePlan, state: dict[str, Any], meter: Meter) -> None:
-    """Journal first, then the shard."""
+def _check_not_merged(base: Path) -> None:
+    if (base / FOLDER / MANIFEST).exists():
+        raise StateError(
+            f"{base} is merged already, or a merge into it was interrupted",
+            way_out=f"restore the checkpoint first: lorainject unmerge {base}",
+        )
+
+
+def _merge_shard(base: Path, shard: Shard, plan: MergePlan, manifest: dict[str, Any], meter: Meter) -> None:
+    """Write the journal of a shard, then the manifest, then the merged shard in the place of the old one."""
     folder, temporary = base / FOLDER, base / UNFINISHED.format(shard.path.name)
     records: list[dict[str, Any]] = []
+    first = sum(len(record["patches"]) for record in manifest["shards"].values())
 
-    def keep(key: str, patch: Patch, tally: TileMerger) -> None:
-        name = f"{sum(len(s['patches']) for s in state['shards'].values()) + len(records):06}.safetensors"
-        atomic_write.write({folder / name: safetensors_file.dump(_journal(patch, tally), {})})
-        records.append({"file": name, "key": key, "width": patch.width, "s": [float(f.s) for f in patch.parts]})
+    def keep_journal(key: str, patch: Patch, merger: TileMerger) -> None:
+        factors = patch.factors()
+        tensors = vars(Journal.join(merger.journals)) | {"starts": torch.from_numpy(patch.runs.starts)}
+        for i, f in enumerate(factors):
+            tensors |= {f"P{i}": f.P.contiguous(), f"Q{i}": f.Q.contiguous()}
+        name = f"{first + len(records):06}.safetensors"
+        atomic_write.write({folder / name: safetensors_file.dump(tensors, {})})
+        records.append({"file": name, "key": key, "width": patch.runs.width, "s": [float(f.s) for f in factors]})
 
     temporary.unlink(missing_ok=True)
-    with opened(shard) as source, new(temporary) as target:
-        plan.write(shard, source, target, meter, keep)
+    with open_unchanged(shard) as source, new_file(temporary) as target:
+        plan.write(shard, source, target, meter, keep_journal)
         os.fchmod(target, os.fstat(source).st_mode & 0o777)
-    tensors = {
-        key: [t.dtype, t.shape, t.start, t.stop]
-        for key, t in shard.tensors.items()
-        if any(r["key"] == key for r in records)
-    }
-    state["shards"][shard.path.name] = {
+    entries = {record["key"]: shard.tensors[record["key"]] for record in records}
+    manifest["shards"][shard.path.name] = {
         "before": sha256(shard.path),
         "after": sha256(temporary),
-        "tensors": tensors,
+        "tensors": {key: [entry.dtype, entry.shape, entry.start, entry.stop] for key, entry in entries.items()},
         "patches": records,
     }
-    _save(folder, state)
+    _save_manifest(folder, manifest)
     os.replace(temporary, shard.path)
-    sync(base)
-
-
-def _journal(patch: Patch, tally: TileMerger) -> dict[str, torch.Tensor]:
-    """The patch's runs, its P and Q, and what the fold has kept: everything that is needed to take it out."""
-    rows, columns = torch.from_numpy(patch.rows), torch.from_numpy(patch.columns)
-    cut = [patch.cut(f, rows, columns) for f in patch.parts]
-    factors = {f"{name}{i}": t.contiguous() for i, f in enumerate(cut) for name, t in (("P", f.P), ("Q", f.Q))}
-    return vars(Journal.join(tally.journals)) | factors | {"starts": torch.from_numpy(patch.starts)}
+    sync_folder(base)
 
 
 def _restore(base: Path, meter: Meter) -> None:
-    """The old shards, wherever there are new ones. All are tried before the first is written."""
-    folder, state = base / FOLDER, _state(base)
-    now = {name: sha256(base / name) for name in state["shards"]}
-    merged = {
-        name: record for name, record in state["shards"].items() if now[name] == record["after"] != record["before"]
-    }
-    changed = [
-        f"{name}: was changed since it was merged"
-        for name, record in state["shards"].items()
-        if now[name] not in (record["before"], record["after"])
-    ]
-    problems = changed or [
-        p for name, record in merged.items() if (p := _unmerge_shard(base, name, record, None, meter))
-    ]
-    if problems:
-        raise MergeError(f"{base} was not unmerged:", problems, "download the shards anew")
-    _hide_index(base)
-    for name, record in merged.items():
+    """Put the old shards in the places of the merged ones. Every shard is tried before the first is written."""
+    folder, shards = base / FOLDER, _load_manifest(base)["shards"]
+    hashes = {name: sha256(base / name) for name in shards}
+    merged = {name: shard for name, shard in shards.items() if hashes[name] == shard["after"] != shard["before"]}
+    changed = [name for name, shard in shards.items() if hashes[name] not in (shard["before"], shard["after"])]
+    trials = [] if changed else [_unmerge_shard(base, name, shard, None, meter) for name, shard in merged.items()]
+    if problems := [f"{name}: was changed after the merge" for name in changed] or [p for p in trials if p]:
+        raise MergeError(f"{base} can't be unmerged; nothing was changed:", problems, "download these shards again")
+    _move_index(base, folder)
+    for name, shard in merged.items():
         temporary = base / UNFINISHED.format(name)
         temporary.unlink(missing_ok=True)
-        with new(temporary) as target:
-            _unmerge_shard(base, name, record, target, meter)
+        with new_file(temporary) as target:
+            _unmerge_shard(base, name, shard, target, meter)
             os.fchmod(target, (base / name).stat().st_mode & 0o777)
-        if sha256(temporary) != record["before"]:  # cannot be, after the trial
-            raise MergeError(f"{base / name} does not come out as it was", way_out="download it anew")
+        if sha256(temporary) != shard["before"]:  # the trial excludes this
+            raise MergeError(f"{base / name} does not come out as it was", way_out="download this shard again")
         os.replace(temporary, base / name)
-        sync(base)
-    _show_index(base)
+        sync_folder(base)
+    _move_index(folder, base)
     (folder / MANIFEST).unlink()
-    sync(folder)
+    sync_folder(folder)
     shutil.rmtree(folder)
     for stale in base.glob(UNFINISHED.format("*")):
         stale.unlink()
 
 
-def _unmerge_shard(base: Path, name: str, record: dict[str, Any], target: int | None, meter: Meter) -> str | None:
-    """W0's bytes into `target`, or nowhere; what is wrong, or None."""
-    desk = TileWorkspace()
+def _unmerge_shard(base: Path, name: str, shard: dict[str, Any], target: int | None, meter: Meter) -> str | None:
+    """Write a shard with W0 into `target`, or only try to; return what is wrong, or None."""
+    workspace = TileWorkspace()
     with (base / name).open("rb") as f:
         source = f.fileno()
-        if target is not None:
-            copy(source, target, 0, os.fstat(source).st_size, Meter(0, None))
-        for entry in record["patches"]:
-            dtype, shape, start, stop = record["tensors"][entry["key"]]
-            stored = Stored(dtype, tuple(shape), start, stop)
-            t, _ = safetensors_file.read(base / FOLDER / entry["file"])
+        size = os.fstat(source).st_size
+        copy_bytes(source, target, 0, size, Meter())
+        for record in shard["patches"]:
+            dtype, shape, start, stop = shard["tensors"][record["key"]]
+            entry = TensorEntry(dtype, tuple(shape), start, stop)
+            t, _ = safetensors_file.read(base / FOLDER / record["file"])
             journal = Journal(*(t[field] for field in ("before", "after", "counts", "gaps", "bits")))
-            parts = [
-                Factors(t[f"P{i}"], t[f"Q{i}"], torch.tensor(s, dtype=torch.float64)) for i, s in enumerate(entry["s"])
-            ]
-            runs = torch.arange(len(t["starts"]))
-            columns = torch.arange(entry["width"]).numpy()
-            patch = Patch(
-                entry["key"], entry["width"], t["starts"].numpy(), tuple(parts), (), runs.numpy(), columns, False
-            )
-            of = exact_product(patch.factors())
-            of_tiles = list(of.tiles())
-            for rows, kept in zip(
-                of_tiles, journal.tiles((rows.stop - rows.start) * patch.width for rows in of_tiles), strict=True
-            ):
-                m = get(desk, source, stored, patch, rows)
-                w0 = desk.unmerge(m, of.select_rows(rows), kept)
+            runs = Runs(t["starts"].numpy(), record["width"])
+            scales = [torch.tensor(s, dtype=torch.float64) for s in record["s"]]
+            delta = exact_product([Factors(t[f"P{i}"], t[f"Q{i}"], s) for i, s in enumerate(scales)])
+            tiles = list(delta.tiles())
+            journals = journal.tiles((rows.stop - rows.start) * runs.width for rows in tiles)
+            for rows, tile_journal in zip(tiles, journals, strict=True):
+                m = runs.read_tile(source, entry, rows, workspace)
+                w0 = workspace.unmerge(m, delta.select_rows(rows), tile_journal)
                 if w0 is None:
-                    return f"{name}: {entry['key']} does not come out as it was (another machine or BLAS library)"
+                    return f"{name}: {record['key']} would not come out as it was (on another machine or BLAS library)"
                 if target is not None:
-                    put(target, stored, patch, rows, w0)
-        meter.add(os.fstat(source).st_size)
+                    runs.write_tile(target, entry, rows, w0)
+        meter.add(size)
     return None
 
 
 def sha256(path: Path) -> str:
-    """Of a file, as hex."""
-    digest, room = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as f:
-        while n := f.readinto(room):
-            digest.update(room[:n])
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
     return digest.hexdigest()
 
 
-def _hide_index(base: Path) -> None:
-    if (base / INDEX).exists():
-        os.replace(base / INDEX, base / FOLDER / INDEX)
-        sync(base)
+def _move_index(source: Path, target: Path) -> None:
+    """Move the index, if there is one, from one folder to another."""
+    if (source / INDEX).exists():
+        os.replace(source / INDEX, target / INDEX)
+        for folder in (source, target):
+            sync_folder(folder)
 
 
-def _show_index(base: Path) -> None:
-    if (base / FOLDER / INDEX).exists():
-        os.replace(base / FOLDER / INDEX, base / INDEX)
-        sync(base)
+def _save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    atomic_write.write({folder / MANIFEST: [json.dumps(manifest).encode()]})
 
 
-def _state(base: Path) -> dict[str, Any]:
+def _load_manifest(base: Path) -> dict[str, Any]:
     path = base / FOLDER / MANIFEST
     try:
-        state = json.loads(path.read_bytes())
-        if state["version"] == VERSION and all(Path(name).name == name for name in state["shards"]):
-            return state
+        manifest = json.loads(path.read_bytes())
+        if manifest["version"] == VERSION and all(Path(name).name == name for name in manifest["shards"]):
+            return manifest
     except (ValueError, KeyError, TypeError):
         pass
     raise FileError(
-        f"{path} is not a manifest that this version reads",
-        way_out="use the version that merged, or download the model anew",
+        f"{path} is not a manifest that this version of lorainject can read",
+        way_out="unmerge with the version that merged, or download the model again",
     )
-
-
-def _save(folder: Path, state: dict[str, Any]) -> None:
-    atomic_write.write({folder / MANIFEST: [json.dumps(state).encode()]})

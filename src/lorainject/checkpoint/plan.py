@@ -1,13 +1,13 @@
-"""What a merge on disk will write, found and checked before it begins: adapters and a checkpoint's headers, brought together.
+"""Plan a merge on disk: read the adapters and the checkpoint's headers, and check everything before a byte is written.
 
-The model is built without memory, from its config; transformers' rules for loading it tell which bytes of the checkpoint are which of its
-weights (places.py), and it takes the adapters as a model in memory would.
+The model is built on the meta device from its config, and takes the adapters as a model in memory would. Which bytes on
+disk belong to which of its weights is found by transformers' own loading rules (files/weight_map.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,201 +18,211 @@ from torch import Tensor, nn
 from ..errors import FileError, SpecError
 from ..files.convert import read_source
 from ..files.io.open_adapter import Hints, open_source
+from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..files.record import AdapterFile, BasePrint, StoredSite
 from ..files.rename import rename_for_model
 from ..files.save_load import fitted
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
 from ..lora.adapter import LoraAdapter, delta_factors
 from ..lora.model_index import ModelIndex
+from ..lora.weight_kinds import DTYPES, weight_shape
 from ..numerics.delta import Factors, flatten_factors
 from ..numerics.fingerprint import sample_positions, samples_agree
 from ..plan import Site, site_name
 from ..targets.model_weights import ModelWeight, model_weights
-from .byte_runs import find
-from .shard_writer import MergePlan, Sum
-from .shards import BYTES, DTYPES, Shard, scan
+from .byte_runs import locate_element
+from .shard_writer import MergePlan, WeightUpdate
+from .shards import Shard, read_shards
 
 
 def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check_base: bool) -> MergePlan:
-    """Read the adapters and the checkpoint's headers, and find each delta's bytes. Raises FileError with all that does not fit."""
-    asked = [adapters] if isinstance(adapters, str | Path | AdapterFile) else list(adapters)
-    files = [a if isinstance(a, AdapterFile) else read_source(open_source(a, spool=True)) for a in asked]
-    factor = [1.0] * len(files) if weights is None else [float(w) for w in weights]
-    if not files or len(factor) != len(files) or not all(map(math.isfinite, factor)):
+    """Return what a merge of these adapters (see merge_checkpoint) writes, after checking that everything fits."""
+    sources = [adapters] if isinstance(adapters, str | Path | AdapterFile) else list(adapters)
+    files = [a if isinstance(a, AdapterFile) else read_source(open_source(a, spool=True)) for a in sources]
+    multipliers = [1.0] * len(files) if weights is None else [float(w) for w in weights]
+    if not files or len(multipliers) != len(files) or not all(map(math.isfinite, multipliers)):
         raise SpecError(
-            f"{len(files)} adapters and the weights {factor}", way_out="give each adapter one weight, a finite number"
+            f"{len(files)} adapters can't be merged with the weights {multipliers}",
+            way_out="give at least one adapter, and one finite weight for each (or no weights, which means 1 each)",
         )
-    found = scan(base)
-    disk = Disk(found)
-    try:
-        model = build_meta_model(base) or _skeleton(files, disk)
-    except (
-        Exception
-    ) as e:  # whatever a model's class raises: a package that it needs is missing, a config it can't be built from
-        raise FileError(
-            f"the model of {base} can't be built from its config.json: {e}",
-            way_out="mend it, or install what it asks for",
-        ) from e
-    at, reasons, _ = locate_weights(model, {key: t.shape for key, t in disk.tensors.items()})
-    index = ModelIndex(model)
-    by_name = {n: w for w in model_weights(index) for n in w.names}
-    sums: dict[tuple[int, str], Sum] = {}
-    problems, strange = [], []
-    for given, file, times in zip(asked, files, factor, strict=True):
-        if file.notes and not isinstance(given, AdapterFile):  # what was taken for granted, the model tells
-            file = read_source(open_source(given, spool=True), hints=Hints(model=model))
-        own = file.format == "lorainject"  # whose fingerprint goes by its own names
-        named = _named_as(file, model, by_name) if own else rename_for_model(file, index)
-        wrong = [f"{line}; merging does not put it on yet" for line in file.beside]
-        wrong += [
-            f"{path}: {reason}"
-            for path, t in named.replaced.items()
-            if (reason := _replaced(by_name.get(path), t, at, disk))
-        ]
-        for ours, site in zip((file if own else named).sites, fitted(index, named, by_name, None, wrong), strict=True):
-            weight = by_name[site_name(site.path, site.parameter)]
-            lies = at.get(full_name(weight), ())
-            if reason := reasons.get(full_name(weight)) or _unwritable(weight, model, lies, disk):
+    checkpoint = _Checkpoint(base, files)
+    updates: dict[tuple[int, str], WeightUpdate] = {}
+    problems, mismatches = list[str](), list[str]()
+    for source, file, multiplier in zip(sources, files, multipliers, strict=True):
+        if file.notes and not isinstance(source, AdapterFile):  # what the file leaves open, the model tells
+            hints, index = Hints(model=checkpoint.model), checkpoint.index
+            file = read_source(open_source(source, spool=True), hints=hints, index=index)
+        for stored, site in checkpoint.fit(file):
+            weight = checkpoint.weights[site_name(site.path, site.parameter)]
+            if reason := checkpoint.why_unwritable(weight):
                 problems.append(f"{site.name}: {reason}")
                 continue
-            if check_base and file.base is not None and not _same(disk, lies, weight, file.base, ours.name):
-                strange.append(f"{site.name}: another base weight than the one this adapter was made for")
-            if weight.key not in sums:
-                shape = tuple(weight.module._parameters[weight.parameter].shape)  # type: ignore[union-attr]
-                sums[weight.key] = Sum(
-                    site_name(site.path, site.parameter),
-                    disk.tensors[lies[0].key].dtype,
-                    shape,
-                    weight.kind.stacked,
-                    lies,
-                    (),
-                )
-            sums[weight.key].parts += (_factors(ours, site, weight, times),)
+            if check_base and file.base is not None and not checkpoint.has_base(weight, file.base, stored.name):
+                mismatches.append(f"{site.name}: differs from the base weight that this adapter was made for")
+            if weight.key not in updates:
+                updates[weight.key] = checkpoint.update(weight, site_name(site.path, site.parameter))
+            updates[weight.key].deltas += (_delta(stored, site, weight, multiplier),)
     if problems:
-        raise FileError(f"{base} can't be merged into on disk:", problems, "load the model and merge in memory: load, merge(reversible=False), eject,"
-                        " save_pretrained")  # fmt: skip
-    if strange:
+        raise FileError(
+            f"{base} can't be merged into on disk:",
+            problems,
+            "merge in memory: load the model and the adapter, then merge(reversible=False), eject, save_pretrained",
+        )
+    if mismatches:
         raise FileError(
             f"{base} is not the base that the adapter was made for:",
-            strange,
-            "give its own base, or accept this one: check_base=False",
+            mismatches,
+            "give the checkpoint that the adapter was trained on, or accept this one: check_base=False",
         )
-    return MergePlan(tuple(f.name for f in files), found, list(sums.values()))
+    return MergePlan(tuple(file.name for file in files), checkpoint.shards, list(updates.values()))
 
 
-class Disk:
-    """The tensors of all shards."""
+class _Checkpoint:
+    """A checkpoint on disk: its tensors, its model on the meta device, and where the model's weights are stored."""
 
-    def __init__(self, found: Sequence[Shard]) -> None:
-        self.tensors = {key: t for shard in found for key, t in shard.tensors.items()}
-        self.shard = {key: shard.path for shard in found for key in shard.tensors}
+    def __init__(self, base: Path, files: Sequence[AdapterFile]) -> None:
+        self.shards = read_shards(base)
+        self.tensors = {key: entry for shard in self.shards for key, entry in shard.tensors.items()}
+        self.shard_of: dict[str, Shard] = {key: shard for shard in self.shards for key in shard.tensors}
+        try:
+            self.model = build_meta_model(base) or _build_adapted_layers(files, self.tensors)
+        except Exception as e:  # whatever a model's class raises: for a missing package, or an impossible config
+            raise FileError(
+                f"the model of {base} can't be built from its config.json: {e}",
+                way_out="correct config.json, or install the packages that the model needs",
+            ) from e
+        shapes = {key: entry.shape for key, entry in self.tensors.items()}
+        self._pieces, self._reasons, _ = locate_weights(self.model, shapes)
+        self.index = ModelIndex(self.model)
+        self.weights = {name: weight for weight in model_weights(self.index) for name in weight.names}
+
+    def pieces(self, weight: ModelWeight) -> tuple[StoredPiece, ...]:
+        """Return where the weight is stored; () if it can't be located."""
+        return self._pieces.get(_full_name(weight), ())
 
     def read(self, key: str, element: int | None = None) -> Tensor:
-        """A tensor, or one element of it."""
-        t = self.tensors[key]
-        size, start = (
-            (t.stop - t.start, t.start) if element is None else (BYTES[t.dtype], t.start + BYTES[t.dtype] * element)
-        )
-        with self.shard[key].open("rb") as f:
+        """Read a tensor, or one element of it, shape (1,)."""
+        entry = self.tensors[key]
+        dtype = TORCH_DTYPES[entry.dtype]
+        start, size, shape = entry.start, entry.stop - entry.start, entry.shape
+        if element is not None:
+            start, size, shape = start + dtype.itemsize * element, dtype.itemsize, (1,)
+        with self.shard_of[key].path.open("rb") as f:
             f.seek(start)
-            return torch.frombuffer(bytearray(f.read(size)), dtype=DTYPES[t.dtype]).view(
-                t.shape if element is None else (1,)
-            )
+            return torch.frombuffer(bytearray(f.read(size)), dtype=dtype).view(shape)
 
+    def fit(self, file: AdapterFile) -> Iterable[tuple[StoredSite, Site]]:
+        """Return the file's sites, each with its site in the model. Raise FileError with all that does not fit."""
+        native = file.format == "lorainject"
+        renamed = _rename_native(file, self.model, self.weights) if native else rename_for_model(file, self.index)
+        problems = [f"{line}; only A and B can be merged on disk" for line in file.beside]
+        problems += [
+            f"{path}: the file replaces this base weight, which can't be merged on disk"
+            for path, tensor in renamed.replaced.items()
+            if not self._holds(path, tensor)
+        ]
+        sites = fitted(self.index, renamed, self.weights, None, problems)
+        return zip((file if native else renamed).sites, sites, strict=True)  # a fingerprint has the names in the file
 
-def full_name(w: ModelWeight) -> str:
-    """As in model.named_parameters()."""
-    return ".".join(filter(None, (w.paths[0], w.parameter)))
+    def _holds(self, path: str, tensor: Tensor) -> bool:
+        """True if the checkpoint already holds these values of a weight: PEFT's files may bring base weights along."""
+        weight = self.weights.get(path)
+        pieces = () if weight is None else self.pieces(weight)
+        if len(pieces) != 1:
+            return False
+        entry = self.tensors[pieces[0].key]
+        if entry.shape != tuple(tensor.shape) or not _is_float(entry):
+            return False
+        return torch.equal(self.read(pieces[0].key).to(tensor.dtype), tensor)
 
-
-def _factors(ours: StoredSite, site: Site, w: ModelWeight, times: float) -> Factors:
-    _, out, _ = w.kind.sizes(site.shape)
-    low = LoraAdapter(
-        ours.A,
-        ours.B,
-        alpha=ours.alpha * times,
-        scaling=ours.scaling,
-        dropout=0.0,
-        init="kaiming",
-        slices=ours.rows,
-        out=out,
-    )
-    return flatten_factors(delta_factors(low, w.kind.transposed, tuple(site.shape[w.kind.stacked + 1 :])))
-
-
-def _unwritable(w: ModelWeight, model: nn.Module, lies: Sequence[StoredPiece], disk: Disk) -> str | None:
-    """Why this weight's bytes can't be written; None if they can."""
-    if not lies:
-        return "is nowhere in the checkpoint"
-    if odd := {disk.tensors[p.key].dtype for p in lies} - DTYPES.keys():
-        return (
-            f"is stored as {', '.join(sorted(odd))}, quantised: merge into the checkpoint that this one was made from"
-        )
-    mine = {".".join(filter(None, (path, w.parameter))) for path in w.paths}
-    parameter = w.module._parameters[w.parameter]
-    if tied := [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n not in mine]:
-        return f"is tied to {', '.join(tied)}, which the fold would change as well (in memory, merge(model, untie=True) parts them)"
-    return None
-
-
-def _same(disk: Disk, lies: Sequence[StoredPiece], w: ModelWeight, base: BasePrint, name: str) -> bool:
-    found = [find(lies, i) for i in sample_positions(w.module._parameters[w.parameter].numel())]  # type: ignore[union-attr]
-    mine = torch.cat([disk.read(key, i).float() for key, i in found])
-    return samples_agree(mine, base.sample[name], DTYPES[disk.tensors[found[0][0]].dtype], base.dtype[name])
-
-
-def _replaced(w: ModelWeight | None, tensor: Tensor, at: Mapping[str, Sequence[StoredPiece]], disk: Disk) -> str | None:
-    """PEFT lets whole base weights come along: fine where they are what is there already."""
-    lies = at.get(full_name(w), ()) if w is not None else ()
-    alike = (
-        len(lies) == 1
-        and disk.tensors[lies[0].key].shape == tuple(tensor.shape)
-        and disk.tensors[lies[0].key].dtype in DTYPES
-    )
-    if alike and torch.equal(disk.read(lies[0].key).to(tensor.dtype), tensor):
+    def why_unwritable(self, weight: ModelWeight) -> str | None:
+        """Return why the bytes of this weight can't be changed; None if they can."""
+        if reason := self._reasons.get(_full_name(weight)):
+            return reason
+        entries = [self.tensors[piece.key] for piece in self.pieces(weight)]
+        if not entries:
+            return "is not in the checkpoint"
+        if odd := {entry.dtype for entry in entries if not _is_float(entry)}:
+            return f"is quantized, stored as {', '.join(sorted(odd))}: merge into the checkpoint before quantization"
+        names = {".".join(filter(None, (path, weight.parameter))) for path in weight.paths}
+        parameter = weight.module._parameters[weight.parameter]
+        everything = self.model.named_parameters(remove_duplicate=False)
+        if tied := [name for name, p in everything if p is parameter and name not in names]:
+            return f"is tied to {', '.join(tied)}, which would change too (in memory, merge(untie=True) separates them)"
         return None
-    return "the file brings a whole base weight that is not this checkpoint's; adapters that replace weights are not supported"
+
+    def has_base(self, weight: ModelWeight, base: BasePrint, name: str) -> bool:
+        """True if the weight agrees with the fingerprint that the adapter has of its base under this site name."""
+        numel = math.prod(weight_shape(weight.module, weight.parameter))
+        elements = [locate_element(self.pieces(weight), i) for i in sample_positions(numel)]
+        sample = torch.cat([self.read(key, i).float() for key, i in elements])
+        dtype = TORCH_DTYPES[self.tensors[elements[0][0]].dtype]
+        return samples_agree(sample, base.sample[name], dtype, base.dtype[name])
+
+    def update(self, weight: ModelWeight, name: str) -> WeightUpdate:
+        """Return the update of a weight, still without deltas."""
+        pieces, shape = self.pieces(weight), weight_shape(weight.module, weight.parameter)
+        return WeightUpdate(name, self.tensors[pieces[0].key].dtype, shape, weight.kind.stacked, pieces, ())
 
 
-def _named_as(file: AdapterFile, model: nn.Module, by_name: Mapping[str, ModelWeight]) -> AdapterFile:
-    """With its paths as in this model, if it was made on the model inside this one (or the other way round): `bert.encoder` and `encoder`."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-
-    def renamed(change: Callable[[str], str]) -> AdapterFile:
-        sites = tuple(replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites)
-        return replace(file, sites=sites, replaced={change(p): t for p, t in file.replaced.items()})
-
-    candidates = (
-        [lambda path: path, lambda path: prefix + path, lambda path: path.removeprefix(prefix)] if prefix != "." else []
-    )
-    fits = (f for f in map(renamed, candidates) if all(site_name(s.path, s.parameter) in by_name for s in f.sites))
-    return next(fits, file)
+def _full_name(weight: ModelWeight) -> str:
+    """Return the weight's name in model.named_parameters()."""
+    return ".".join(filter(None, (weight.paths[0], weight.parameter)))
 
 
-def _skeleton(files: Sequence[AdapterFile], disk: Disk) -> nn.Module:
-    """For a checkpoint whose code is its own: the adapted layers, as far as a matrix of the file's name and shape is on disk.
+def _is_float(entry: TensorEntry) -> bool:
+    return TORCH_DTYPES.get(entry.dtype) in DTYPES
 
-    PEFT's `fan_in_fan_out` may mean some of the layers: which are stored (in, out), only their code could tell.
+
+def _delta(stored: StoredSite, site: Site, weight: ModelWeight, multiplier: float) -> Factors:
+    """Return the delta of a site, times the multiplier, in the orientation in which the weight is stored in memory."""
+    _, out, _ = weight.kind.sizes(site.shape)
+    adapter = LoraAdapter(stored.A, stored.B, alpha=stored.alpha * multiplier, scaling=stored.scaling, dropout=0.0,
+                          init="kaiming", slices=stored.rows, out=out)  # fmt: skip
+    rest = tuple(site.shape[weight.kind.stacked + 1 :])
+    return flatten_factors(delta_factors(adapter, weight.kind.transposed, rest))
+
+
+def _rename_native(file: AdapterFile, model: nn.Module, weights: Mapping[str, ModelWeight]) -> AdapterFile:
+    """Return our own file with the names of this model, if it was made on the model inside of it or around it.
+
+    The names then differ by the model's prefix: `bert.encoder` in BertForMaskedLM is `encoder` in BertModel.
     """
-    root = nn.Module()
+    prefix = getattr(model, "base_model_prefix", "")
+    changes: list[Callable[[str], str]] = [
+        lambda path: path,
+        lambda path: f"{prefix}.{path}",
+        lambda path: path.removeprefix(f"{prefix}."),
+    ]
+    for change in changes if prefix else ():
+        if all(site_name(change(s.path), s.parameter) in weights for s in file.sites):
+            sites = [replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites]
+            return replace(file, sites=tuple(sites), replaced={change(p): t for p, t in file.replaced.items()})
+    return file
+
+
+def _build_adapted_layers(files: Sequence[AdapterFile], tensors: Mapping[str, TensorEntry]) -> nn.Module:
+    """Build the adapted layers of a model whose code transformers does not have, by the names and shapes on disk.
+
+    Only linears and embeddings are built. With PEFT's `fan_in_fan_out` some layers may be stored (in, out); which ones,
+    only the model's code could tell, so no layer is built.
+    """
+    model = nn.Module()
     for s in (s for file in files if not file.config.get("fan_in_fan_out") for s in file.sites):
-        stored = disk.tensors.get(f"{s.path}.weight")
-        if (
-            stored is None
-            or len(stored.shape) != 2
-            or s.parameter != "weight"
-            or s.A.ndim != 2
-            or s.kind not in ("linear", "embedding")
-        ):
+        entry = tensors.get(f"{s.path}.weight")
+        if entry is None or len(entry.shape) != 2 or s.parameter != "weight" or s.A.ndim != 2:
             continue
-        layer: Any = nn.Linear(stored.shape[1], stored.shape[0], bias=False, device="meta")
         if s.kind == "embedding":
-            layer = nn.Embedding(*stored.shape, device="meta")
-        *parents, leaf = s.path.split(".")
-        at = root
+            layer: nn.Module = nn.Embedding(*entry.shape, device="meta")
+        elif s.kind == "linear":
+            layer = nn.Linear(entry.shape[1], entry.shape[0], bias=False, device="meta")
+        else:
+            continue
+        *parents, name = s.path.split(".")
+        parent = model
         for part in parents:
-            if part not in at._modules:
-                at.add_module(part, nn.Module())
-            at = at._modules[part]  # type: ignore[assignment]
-        at.add_module(leaf, layer)
-    return root
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, layer)
+    return model

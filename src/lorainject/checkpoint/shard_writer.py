@@ -1,192 +1,163 @@
-"""The sums that a merge on disk writes: every adapted tensor goes through memory, a tile at a time, on its way from shard to shard.
+"""Write a shard with merged weights: copy its bytes, and pass those of adapted weights through memory, tile by tile.
 
-A parameter may lie in several tensors, and a tensor hold several parameters (patches.py), so what is measured of a parameter is added up.
+    M = round(W0 + the sum of all s P Q)        for each tile of a patch (byte_runs.py), by numerics/tile_merge.py
+
+dtypes, shapes and the header stay the same, so the merged bytes take the places of the old ones. A weight may be stored
+in several tensors, and a tensor may hold several weights. So what is measured of a weight is summed over its patches.
 """
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-
-import torch
-from torch import Tensor
+from functools import cached_property
 
 from ..errors import MergeError
+from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..files.weight_map import StoredPiece
 from ..merging.report import MergeReport, merged_site
 from ..numerics.delta import Factors
-from ..numerics.threads import thread_pool
+from ..numerics.threads import ForEach, thread_pool
 from ..numerics.tile_merge import DeltaStats, TileMerger, TileWorkspace
-from ..numerics.tiled_matmul import LowRankProduct, exact_product, fast_product
-from .byte_runs import Patch, patches
-from .copying import Meter, copy, hasten
-from .shards import BYTES, DTYPES, Shard, Stored
+from ..numerics.tiled_matmul import exact_product, fast_product
+from .byte_runs import Patch, cut_into_patches
+from .copying import Meter, copy_bytes
+from .shards import Shard
+
+KeepJournal = Callable[[str, Patch, TileMerger], None]
+"""A function that takes the key on disk, a patch, and the merger that holds the journals of the patch's tiles."""
 
 
 @dataclass
-class Sum:
-    """A parameter's deltas, where it lies on disk, and what the fold measures."""
+class WeightUpdate:
+    """The deltas of one weight, where the weight is stored, and what has become of the deltas so far."""
 
     name: str
     dtype: str
+    """The data type on disk, as safetensors writes it."""
     shape: tuple[int, ...]
     stacked: bool
-    places: tuple[StoredPiece, ...]
-    parts: tuple[Factors, ...]
-    measured: DeltaStats = field(default_factory=lambda: DeltaStats.total(()))
-    """Of what has been folded."""
+    """True if the first axis of the shape counts experts."""
+    pieces: tuple[StoredPiece, ...]
+    deltas: tuple[Factors, ...]
+    """Empty once all pieces are written: A and B may be large."""
+    stats: DeltaStats = field(default_factory=lambda: DeltaStats.total(()))
     norm: float = 0.0
-    """Of all of it, once all of it has been written."""
+    """The Frobenius norm of the sum of the deltas, once all pieces are written."""
     written: set[str] = field(default_factory=set)
     """Keys on disk."""
 
-    def patches(self, key: str) -> Iterator[Patch]:
-        """Of one tensor on disk."""
-        return (
-            patch
-            for place in self.places
-            if place.key == key
-            for patch in patches(place, self.shape, self.stacked, self.parts)
-        )
+    @property
+    def keys(self) -> set[str]:
+        """The tensors on disk that hold a part of the weight."""
+        return {piece.key for piece in self.pieces}
 
-    def close(self, key: str) -> None:
-        """This tensor is written; after the last one A and B are not needed any more."""
+    def patches(self, key: str) -> Iterator[Patch]:
+        """Yield the patches of one tensor on disk."""
+        for piece in self.pieces:
+            if piece.key == key:
+                yield from cut_into_patches(piece, self.shape, self.stacked, self.deltas)
+
+    def finish(self, key: str) -> None:
+        """Note that a tensor on disk is written; free A and B after the last one."""
         self.written.add(key)
-        if self.written == {place.key for place in self.places}:
-            self.norm, self.parts = exact_product(self.parts).norm, ()
+        if self.written == self.keys:
+            self.norm, self.deltas = exact_product(self.deltas).norm, ()
 
 
 @dataclass
 class MergePlan:
-    """All that a merge will write, checked; nothing has been read but headers and a few values."""
+    """Everything that a merge will write, checked before anything is written."""
 
     names: tuple[str, ...]
+    """The names of the adapters."""
     shards: list[Shard]
-    sums: list[Sum]
+    updates: list[WeightUpdate]
+
+    @cached_property
+    def updates_of(self) -> dict[str, list[WeightUpdate]]:
+        """The updates of each tensor on disk, by its key."""
+        by_key: dict[str, list[WeightUpdate]] = {}
+        for update in self.updates:
+            for key in update.keys:
+                by_key.setdefault(key, []).append(update)
+        return by_key
+
+    @property
+    def changed_shards(self) -> list[Shard]:
+        """The shards in which the merge changes something."""
+        return [shard for shard in self.shards if not self.updates_of.keys().isdisjoint(shard.tensors)]
 
     def write(
-        self,
-        shard: Shard,
-        source: int,
-        target: int | None,
-        meter: Meter,
-        keep: Callable[[str, Patch, TileMerger], None] | None = None,
+        self, shard: Shard, source: int, target: int | None, meter: Meter, keep_journal: KeepJournal | None = None
     ) -> None:
-        """Copy a shard, with the sums in it. Without a target they are only measured; `keep` takes each patch's journal."""
-        done, by_key, problems, desk = 0, self._by_key(), [], TileWorkspace()
-        with thread_pool() as each:
-            for key, stored in shard.tensors.items():
-                if key not in by_key:
+        """Copy a shard from one file descriptor to another, with the merged weights in it.
+
+        Without a target, merge only to measure. With `keep_journal`, merge reversibly. Raise MergeError with all
+        weights of the shard whose sums are not finite.
+        """
+        position, problems, workspace = 0, list[str](), TileWorkspace()
+        with thread_pool() as for_each:
+            for key, entry in shard.tensors.items():
+                if key not in self.updates_of:
                     continue
-                found = [(s, patch) for s in by_key[key] for patch in s.patches(key)]
-                streamed = all(p.whole for _, p in found) and sum(
-                    p.width * len(p.starts) for _, p in found
-                ) == math.prod(stored.shape)
-                if target is not None:
-                    copy(source, target, done, stored.start if streamed else stored.stop, meter)
-                for s, patch in found:
-                    tally = TileMerger(desk)
-                    cut = patch.factors()
-                    of = exact_product(cut) if keep else fast_product(cut, DTYPES[stored.dtype])
+                updates = self.updates_of[key]
+                patches = [(update, patch) for update in updates for patch in update.patches(key)]
+                overwritten = _fill(entry, [patch for _, patch in patches])  # then no old byte needs to be copied
+                copy_bytes(source, target, position, entry.start if overwritten else entry.stop, meter)
+                position = entry.stop
+                for update, patch in patches:
+                    merger = TileMerger(workspace)
                     try:
-                        each(
-                            partial(_fold, tally, patch, stored, source, target, of, keep is not None),
-                            enumerate(of.tiles()),
-                        )
+                        _merge_patch(patch, merger, entry, source, target, for_each, keep_journal is not None)
                     except MergeError as e:
-                        problems.append(f"{s.name}: {e}")
+                        problems.append(f"{update.name}: {e}")
                         continue
-                    s.measured = DeltaStats.total((s.measured, tally.total))
-                    if keep is not None:
-                        keep(key, patch, tally)
-                    if streamed and target is not None:
-                        meter.add(patch.width * len(patch.starts) * BYTES[stored.dtype])
-                for s in by_key[key] if target is not None else ():
-                    s.close(key)
-                done = stored.stop
-        if target is not None:
-            copy(source, target, done, shard.size, meter)
+                    update.stats = DeltaStats.total((update.stats, merger.total))
+                    if keep_journal is not None:
+                        keep_journal(key, patch, merger)
+                    if overwritten:
+                        meter.add(patch.runs.nbytes(entry))
+                if target is not None:
+                    for update in updates:
+                        update.finish(key)
+        copy_bytes(source, target, position, shard.size, meter)
         if problems:
-            raise MergeError(
-                "nothing was merged:",
-                problems,
-                "lower alpha or the weights, or merge into a copy of the model in a wider dtype",
-            )
+            way_out = "lower alpha or the weights, or merge into a copy of the model in a wider dtype"
+            raise MergeError("nothing was merged, because some sums overflow:", problems, way_out)
 
-    def _by_key(self) -> dict[str, list[Sum]]:
-        found: dict[str, list[Sum]] = {}
-        for s in self.sums:
-            for key in dict.fromkeys(place.key for place in s.places):
-                found.setdefault(key, []).append(s)
-        return found
-
-    def touches(self, shard: Shard) -> bool:
-        """Whether anything in it changes."""
-        return not self._by_key().keys().isdisjoint(shard.tensors)
-
-    def forget(self) -> None:
-        """What was measured."""
-        for s in self.sums:
-            s.measured = DeltaStats.total(())
+    def reset_statistics(self) -> None:
+        """Forget what was measured."""
+        for update in self.updates:
+            update.stats = DeltaStats.total(())
 
     def report(self) -> MergeReport:
-        """What became of the deltas."""
-        sites = (
-            merged_site(
-                s.name,
-                exact_product(s.parts).norm if s.parts else s.norm,
-                s.measured,
-                math.prod(s.shape) * BYTES[s.dtype],
-            )
-            for s in self.sums
-        )
+        """Return what became of the deltas."""
+        sites = []
+        for u in self.updates:
+            norm = exact_product(u.deltas).norm if u.deltas else u.norm
+            sites.append(merged_site(u.name, norm, u.stats, math.prod(u.shape) * TORCH_DTYPES[u.dtype].itemsize))
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
-def get(desk: TileWorkspace, source: int, stored: Stored, patch: Patch, rows: slice) -> Tensor:
-    """A tile's elements (runs, width). This thread's next call overwrites them."""
-    values = desk.buffer("read", (rows.stop - rows.start, patch.width), DTYPES[stored.dtype])
-    for offset, run in _extents(stored, patch, rows, values):
-        if os.preadv(source, [run], offset) != len(run):
-            raise OSError(errno.EIO, "a shard became shorter while it was read")
-    return values
+def _fill(entry: TensorEntry, patches: Sequence[Patch]) -> bool:
+    """True if the patches write all bytes of the tensor, each in one go."""
+    covered = sum(len(patch.runs.starts) * patch.runs.width for patch in patches)
+    return covered == math.prod(entry.shape) and all(patch.runs.contiguous for patch in patches)
 
 
-def _fold(
-    tally: TileMerger,
-    patch: Patch,
-    stored: Stored,
-    source: int,
-    target: int | None,
-    of: LowRankProduct,
-    keep: bool,
-    i: int,
-    rows: slice,
-) -> None:
-    w0 = get(tally.workspace, source, stored, patch, rows)
-    m = tally.merge(i, w0, of.select_rows(rows), reversible=keep)
-    if target is not None:
-        put(target, stored, patch, rows, m)
+def _merge_patch(patch: Patch, merger: TileMerger, entry: TensorEntry, source: int, target: int | None,
+                 for_each: ForEach, reversible: bool) -> None:  # fmt: skip
+    """Merge the tiles of a patch from one file descriptor into another, in all threads."""
+    factors = patch.factors()
+    # The journal needs a product that comes out the same on another machine (see tiled_matmul).
+    delta = exact_product(factors) if reversible else fast_product(factors, TORCH_DTYPES[entry.dtype])
 
+    def merge_tile(i: int, rows: slice) -> None:
+        w0 = patch.runs.read_tile(source, entry, rows, merger.workspace)
+        m = merger.merge(i, w0, delta.select_rows(rows), reversible)
+        if target is not None:
+            patch.runs.write_tile(target, entry, rows, m)
 
-def put(target: int, stored: Stored, patch: Patch, rows: slice, values: Tensor) -> None:
-    """Write a tile back."""
-    for offset, run in _extents(stored, patch, rows, values.contiguous()):
-        while run:
-            n = os.pwrite(target, run, offset)
-            if patch.whole:
-                hasten(target, offset, n)
-            run, offset = run[n:], offset + n
-
-
-def _extents(stored: Stored, patch: Patch, rows: slice, values: Tensor) -> Iterator[tuple[int, memoryview]]:
-    """Where the tile's bytes are in the file, with the memory that holds them: all at once if they follow each other there."""
-    raw = memoryview(values.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
-    starts, size = patch.starts[rows], values.itemsize
-    step = len(raw) if patch.whole else patch.width * size
-    for i, start in enumerate(starts[:1] if patch.whole else starts):
-        yield stored.start + int(start) * size, raw[i * step : (i + 1) * step]
+    for_each(merge_tile, enumerate(delta.tiles()))
