@@ -143,10 +143,7 @@ def test_second_process_is_refused(folder):
         pytest.raises(li.FileError, match="another process is at work in"),
     ):
         li.merge_checkpoint(folder / "base", folder / "adapter0", folder / "out")
-    with (
-        atomic_write.lock(folder / "base"),
-        pytest.raises(li.FileError, match="another process is at work in"),
-    ):
+    with atomic_write.lock(folder / "base"), pytest.raises(li.FileError, match="another process is at work in"):
         li.merge_in_place(folder / "base", folder / "adapter0")
 
 
