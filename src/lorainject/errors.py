@@ -1,17 +1,17 @@
-"""Everything that lorainject raises on a user's mistake.
+"""Every error that lorainject raises on a user's mistake.
 
     LoraError
-    ├── SpecError      a value that can't be meant: r = 0, alpha = NaN, a pattern that does not compile
-    ├── TargetError    targets that match nothing, or modules that can't carry an adapter
-    ├── StateError     a verb at the wrong time: merging twice, training while merged, an unknown adapter name
-    ├── GraftError     the module is no longer as we left it, so its class can't be changed back
+    ├── SpecError          a setting is invalid: r = 0, alpha = NaN, a pattern that does not compile
+    ├── TargetError        a target matches nothing, or a weight that cannot carry an adapter
+    ├── StateError         a verb at the wrong time: merging twice, training while merged, an unknown adapter name
+    ├── GraftError         a module was changed since inject, so that its class cannot be changed back
     ├── UnreachedAdapter   probe found adapters that do nothing
-    ├── MergeError     a fold that would lose or spoil a weight: tied, overflowing, changed since
-    └── FileError      an adapter file that can't be read, written, or does not fit this model
+    ├── MergeError         a merge or unmerge would lose or spoil a weight: tied, overflowing, changed since
+    └── FileError          an adapter file cannot be read or written, or does not fit the model
 
-    SurvivalWarning    the one warning: a merge whose result is right, but coarse
+    SurvivalWarning        the one warning: a merge whose result is right, but coarse
 
-An error lists *all* that is wrong, ends with the next step, and leaves the model as it was.
+An error lists everything that is wrong, ends with the next step, and leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -22,55 +22,61 @@ from contextlib import contextmanager
 
 
 class LoraError(Exception):
-    """Root of the tree. `problems` holds one line for each thing that is wrong."""
+    """The root of all errors of lorainject.
 
-    LISTED = 20  # problems shown in the message; a wrong checkpoint can have thousands
+    Args:
+        what: What cannot be done.
+        problems: One line per thing that is wrong. Lines that differ only in layer numbers are shown once, with their count.
+        way_out: The next step.
+    """
+
+    LISTED = 20  # problems in the message; a wrong checkpoint can have thousands
 
     def __init__(self, what: str, problems: Iterable[str] = (), way_out: str = "") -> None:
         self.problems = tuple(problems)
-        alike: dict[str, list[str]] = {}  # one line for all layers
+        groups: dict[str, list[str]] = {}
         for problem in self.problems:
-            alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem), []).append(problem)
-        shown = [f"  - {starred} ({len(of)} times)" if len(of) > 1 else f"  - {of[0]}" for starred, of in alike.items()]
-        lines = [what, *shown[: self.LISTED]]
-        if len(shown) > self.LISTED:
-            lines.append(f"  - ... and {len(shown) - self.LISTED} more (see .problems)")
-        if way_out:
-            lines.append(f"=> {way_out}")
-        super().__init__("\n".join(lines))
+            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem), []).append(problem)
+        lines = [
+            f"  - {name} ({len(group)} times)" if len(group) > 1 else f"  - {group[0]}"
+            for name, group in groups.items()
+        ]
+        more = [f"  - ... and {len(lines) - self.LISTED} more (see .problems)"] if len(lines) > self.LISTED else []
+        step = [f"=> {way_out}"] if way_out else []
+        super().__init__("\n".join([what, *lines[: self.LISTED], *more, *step]))
 
 
 class SpecError(LoraError, ValueError):
-    """A setting that can't be meant."""
+    """A setting is invalid."""
 
 
 class TargetError(LoraError, ValueError):
-    """Targets that match nothing, or modules that can't carry an adapter."""
+    """A target matches nothing, or matches a weight that cannot carry an adapter."""
 
 
 class StateError(LoraError, RuntimeError):
-    """The verb does not fit the state that the model is in."""
+    """The verb is not possible in the state that the model is in."""
 
 
 class GraftError(LoraError, RuntimeError):
-    """A module's class can't be changed (back)."""
+    """The class of a module cannot be changed, or changed back."""
 
 
 class UnreachedAdapter(LoraError, RuntimeError):
-    """Adapters that a forward and backward do not reach."""
+    """A forward and backward do not reach some adapters."""
 
 
 class MergeError(LoraError, RuntimeError):
-    """Folding, or taking out again, would lose or spoil a weight."""
+    """A merge or unmerge would lose or spoil a weight."""
 
 
 class FileError(LoraError, OSError):
-    """An adapter file can't be read or written, or does not fit the model."""
+    """An adapter file cannot be read or written, or does not fit the model."""
 
 
 @contextmanager
 def system_errors(what: str, problems: Iterable[str] = (), way_out: str = "") -> Iterator[None]:
-    """Within it, what the operating system raises becomes a FileError that says `what` can't be done."""
+    """Turn an error of the operating system within the context into a FileError that says what cannot be done."""
     try:
         yield
     except FileError:
@@ -80,4 +86,4 @@ def system_errors(what: str, problems: Iterable[str] = (), way_out: str = "") ->
 
 
 class SurvivalWarning(UserWarning):
-    """The storage dtype is too coarse for a delta: less than 0.9 of it is in the merged weight."""
+    """Less than 0.9 of a delta is in the merged weight, because the dtype of the weight is too coarse for it."""
