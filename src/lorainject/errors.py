@@ -26,7 +26,7 @@ class LoraError(Exception):
 
     Args:
         what: What cannot be done.
-        problems: One line per thing that is wrong. Lines that differ only in layer numbers are shown once, with their count.
+        problems: One line per thing that is wrong. Lines that differ only in layer numbers are shown once.
         way_out: The next step.
     """
 
