@@ -233,7 +233,7 @@ def test_convert(cli, saved):
     ("args", "message"),
     [
         (("a.pt", "--to", "gguff"), "error: there is no format 'gguff'\n=> choose one of lorainject, "),
-        (("a.pt", "--to", "torchtune"), "the rows of q and k are in another order there: give the heads"),
+        (("a.pt", "--to", "torchtune"), "the rows of q and k have another order in this format than in transformers: give the heads"),
         (("a.gguf", "--to", "gguf", "--heads", "many"), "error: --heads many: not one or two numbers"),
         (("a.gguf", "--to", "gguf", "--group", "x=2"), "error: --group x=2: not a name and a row of 0 and 1"),
         (("a.safetensors", "--to", "gguf"), "gguf is a single file\n=> give a path that ends in .gguf"),

@@ -167,7 +167,7 @@ REFUSED = {
     "llama.cpp, DoRA": ("llama.cpp", record(replace(site("model.layers.0.self_attn.v_proj"), magnitude=torch.ones(8))), "llama.cpp has no place for"),
     "llama.cpp, a head": ("llama.cpp", record(site("model.layers.0.self_attn.v_proj"), replaced={"lm_head": torch.ones(2, 2)}), "lm_head: a whole tensor"),
     "llama.cpp, a convolution": ("llama.cpp", record(conv()), "c: convolutions"),
-    "llama.cpp, no such weight": ("llama.cpp", record(site("model.layers.0.attn.wide")), "GGUF's llama has no such weight"),
+    "llama.cpp, no such weight": ("llama.cpp", record(site("model.layers.0.attn.wide")), "GGUF's llama has no weight of this name"),
     "transformers, DoRA": ("transformers", record(replace(site("m.v_proj"), magnitude=torch.ones(8))), "transformers has no place for:\n  - m.v_proj: magnitudes"),
 }  # fmt: skip
 

@@ -60,8 +60,8 @@ def test_without_the_header_the_scale_is_one():
     assert {s.scale for s in without.sites} == {1}
     assert {s.scale for s in with_.sites if s.path.startswith("unet.")} == {2}
     assert {s.scale for s in with_.sites if s.path.startswith("text_encoder.")} == {3}
-    assert "scale was taken for 1" in without.notes[0]
-    with pytest.warns(UserWarning, match="no header tells alpha: as in diffusers, the scale was taken for 1"):
+    assert "scale was taken to be 1" in without.notes[0]
+    with pytest.warns(UserWarning, match="no header tells alpha, so the scale was taken to be 1, as in diffusers"):
         li.load(part("unet"), DIFFUSERS / "no_header.safetensors", hints=li.Hints(component="unet"))
     assert not with_.notes
 
@@ -311,7 +311,7 @@ def test_comfyui_s_names(onto, tmp_path):
         if onto == "original"
         else {f"{p}.weight": (4, 3) for p in FLUX["double_blocks_0_img_attn_qkv"]}
     )
-    with pytest.warns(UserWarning, match="the scale was taken for 1"):
+    with pytest.warns(UserWarning, match="the scale was taken to be 1"):
         model = li.load(module_tree(there), tmp_path / "x.safetensors")
     assert torch.allclose(torch.cat([d for _, _, d in li.deltas(model)]), B @ A, atol=1e-6)
 

@@ -86,7 +86,7 @@ def test_gguf_of_another_architecture(tmp_path):
     assert is_same_record(li.read(done.path, hints=li.Hints(model=model)), file)
     with pytest.raises(
         li.FileError,
-        match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, no weight that is known here; read it with the model",
+        match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, no weight of this name is known: read the file with the model",
     ):
         li.read(done.path)
 
@@ -171,7 +171,7 @@ def test_loralib_whole_checkpoints(tmp_path):
         li.read(at / n, allow_pickle=True, hints=LORALIB_HINTS) for n in ("full_eval_mode_already_merged.pt", "lora.pt")
     )
     assert all(torch.equal(a.A, b.A) and torch.equal(a.B, b.B) for a, b in zip(whole.sites, alone.sites, strict=True))
-    assert "may hold them already" in whole.notes[0]
+    assert "may hold the update already" in whole.notes[0]
     assert "head" in whole.replaced
     assert "lin" not in whole.replaced
 
@@ -179,7 +179,7 @@ def test_loralib_whole_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ("fixture", "hints", "message"),
     [
-        ("loralib/lora.pt", li.Hints(), r"does not store alpha: say it, as in Hints\(alpha=32\)"),
+        ("loralib/lora.pt", li.Hints(), r"does not store alpha: pass it, as in Hints\(alpha=32\)"),
         (
             "loralib/lora.pt",
             li.Hints(alpha=6),

@@ -106,7 +106,7 @@ def _with_model_kind(s: StoredSite, w: ModelWeight | None) -> StoredSite:
     return s
 
 
-# --- changes of names alone --------------------------------------------------------------------------------------------
+# --- changes of names alone -------------------------------------------------------------------------------------------
 
 
 def _prefix_change(file: AdapterFile, model: nn.Module, by_name: Mapping[str, ModelWeight]) -> Callable[[str], str]:
@@ -161,7 +161,7 @@ def _from_comfyui(file: AdapterFile) -> AdapterFile:
     return replace(file, sites=tuple(sites), namespace="kohya")
 
 
-# --- changes that cut B by rows ----------------------------------------------------------------------------------------
+# --- changes that cut B by rows ---------------------------------------------------------------------------------------
 
 
 def _split_flux(s: StoredSite, by_name: Mapping[str, ModelWeight]) -> list[StoredSite]:

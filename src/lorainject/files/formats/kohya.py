@@ -1,16 +1,20 @@
-"""kohya-ss, A1111 and LyCORIS' LoCon (4.1.3): https://github.com/kohya-ss/sd-scripts, https://github.com/KohakuBlueleaf/LyCORIS.
+"""kohya-ss, A1111 and LyCORIS' LoCon (4.1.3): https://github.com/kohya-ss/sd-scripts,
+https://github.com/KohakuBlueleaf/LyCORIS.
 
-    <prefix>_<path with _ for .>.lora_down.weight (r, in[, *kernel])    .lora_up.weight (out, r[, 1, 1])    .alpha ()     s = alpha / r
-    .lora_mid.weight (r, r, *kernel)                with .lora_down.weight (r, in, 1, 1): a convolution in three factors (Tucker)
-    .dora_scale (out, 1[, 1, 1]) or (1, in[, 1, 1])    DoRA by output or by input
-    .scale ()                                       s itself (A1111)
+    <prefix>_<path with _ for .>
+        .lora_down.weight (r, in[, *kernel])               .lora_up.weight (out, r[, 1, 1])
+        .alpha ()                                          s = alpha / r
+        .lora_mid.weight (r, r, *kernel)                   with .lora_down.weight (r, in, 1, 1): a convolution in three
+                                                           factors (Tucker)
+        .dora_scale (out, 1[, 1, 1]) or (1, in[, 1, 1])    DoRA by output or by input
+        .scale ()                                          s itself (A1111)
 
-Without alpha s is 1. An underscore in a name may have been a dot: only the model tells, so the names stay as they are until it is there.
+Without alpha s is 1. An underscore in a name may have been a dot, which only the model can tell: the record keeps the
+flat names until the model is given (rename.py).
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -21,103 +25,101 @@ from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source
-from ..record import NONE, AdapterFile, StoredSite, checked
+from ..record import AdapterFile, StoredSite, checked_sites
 from .image_model_names import PREFIXES, kohya_prefix
-from .pairs import other_method
+from .pairs import Pair, as_matrices, read_pairs
 
-KEY = re.compile(r"(?P<path>[^.]+)\.(?P<part>lora_(?:down|up|mid|A|B)\.weight|alpha|dora_scale|scale)")
-SAME = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+ENDINGS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_A.weight": "A", ".lora_B.weight": "B",
+           ".lora_mid.weight": "mid", ".alpha": "alpha", ".dora_scale": "magnitude", ".scale": "scale"}  # fmt: skip
 
 
 def claims(source: Source) -> bool:
-    """Whether any tensor has a name of one part and kohya's ends, or all have kohya's prefixes."""
-    return any((m := KEY.fullmatch(key)) and ("lora_down" in key or kohya_prefix(m["path"])) for key in source.tensors)
+    """True if any tensor has a name without dots and kohya's ending, or one of kohya's prefixes and any ending of
+    these."""
+    for key in source.tensors:
+        name, _, ending = key.partition(".")
+        if f".{ending}" in ENDINGS and (kohya_prefix(name) or (name and ending == "lora_down.weight")):
+            return True
+    return False
 
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
-    """The record, under the file's own names; what is wrong goes into `problems`."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, t in source.tensors.items():
-        if known := KEY.fullmatch(key):
-            found.setdefault(known["path"], {})[SAME.get(known["part"], known["part"])] = t
-        else:
-            what = other_method(key)
-            problems.append(
-                f"{key}: {f'{what}, which is no pair of low-rank factors' if what else 'unexpected, neither lora_down nor lora_up'}"
-            )
-    sites = [s for at, parts in found.items() if (s := _site(at, parts, problems)) is not None]
-    return AdapterFile(
-        path=source.path, format="kohya", sites=tuple(sites), config=dict(source.metadata), namespace="kohya"
+    """Return the record, under the file's own names."""
+    pairs = read_pairs(
+        source.tensors, ENDINGS, problems, translate=lambda name: name if name and "." not in name else None
     )
+    sites = [s for name, pair in pairs.items() if (s := _site(name, pair, problems)) is not None]
+    return AdapterFile(path=source.path, format="kohya", sites=tuple(checked_sites(sites, problems)),
+                       config=dict(source.metadata), namespace="kohya")  # fmt: skip
 
 
-def _site(at: str, parts: dict[str, Tensor], problems: list[str]) -> StoredSite | None:
-    if missing := [half for half in ("lora_down.weight", "lora_up.weight") if half not in parts]:
-        problems.extend(f"{at}.{half}: missing" for half in missing)
-        return None
-    down, up, mid = parts["lora_down.weight"], parts["lora_up.weight"], parts.get("lora_mid.weight")
-    unfit = mid is not None and (mid.ndim < 3 or mid.shape[:2] != (up.shape[1], down.shape[0]))
-    if up.ndim < 2 or down.ndim < 2 or up.shape[2:].numel() != 1 or unfit:
-        problems.append(
-            f"{at}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} are no pair (r, in) and (out, r)"
-        )
-        return None
-    A = down if mid is None else transforms.tucker_A(at, mid, down)
-    r, out = A.shape[0], up.shape[0]
-    alpha = (
-        float(parts["scale"]) * r if "scale" in parts else float(parts["alpha"].flatten()[0]) if "alpha" in parts else r
-    )
-    m, axis = parts.get("dora_scale"), "out"
-    if m is not None:
-        axis = "out" if m.shape[0] == m.numel() else "in"
-    s = StoredSite(path=at, kind="conv" if A.ndim > 2 else "linear", shape=(out, *A.shape[1:]) if A.ndim > 2 else (), A=NONE, B=NONE, alpha=0,
-                   magnitude=None if m is None else m.flatten(), magnitude_axis=axis)  # fmt: skip
-    return checked(s, A.flatten(1), up.flatten(1), problems, alpha=alpha)
+def _site(name: str, pair: Pair, problems: list[str]) -> StoredSite | None:
+    A, B = pair.A, pair.B
+    if B.ndim > 2 and B.shape[2:].numel() == 1:
+        B = B.flatten(1)
+    if (mid := pair.extras.get("mid")) is not None:
+        if mid.ndim < 3 or min(A.ndim, B.ndim) < 2 or mid.shape[:2] != (B.shape[1], A.shape[0]):
+            shapes = f"lora_down {tuple(A.shape)}, lora_mid {tuple(mid.shape)} and lora_up {tuple(B.shape)}"
+            problems.append(f"{name}: {shapes} are no three factors (r, in, 1, 1), (r, r, *kernel) and (out, r)")
+            return None
+        A = transforms.tucker_A(name, mid, A)
+    r = A.shape[0] if A.ndim else 1
+    alpha: float = r
+    if "scale" in pair.extras:
+        alpha = float(pair.extras["scale"]) * r
+    elif "alpha" in pair.extras:
+        alpha = float(pair.extras["alpha"].flatten()[0])
+    m = pair.extras.get("magnitude")
+    axis = "out" if m is None or m.shape[0] == m.numel() else "in"
+    return StoredSite(path=name, alpha=alpha, magnitude=None if m is None else m.flatten(), magnitude_axis=axis,
+                      **as_matrices(A, B))  # fmt: skip
 
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
-    """One safetensors file. Raises FileError for names that are the same with underscores."""
+    """Return one safetensors file. Raises FileError if two paths have the same flat name."""
     tensors: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
+    paths: dict[str, str] = {}
     problems = []
-    for s in map(transforms.to_standard_scaling, file.sites):
-        at = s.path if file.namespace == "kohya" else _flat(s.path, file, hints)
-        if names.setdefault(at, s.path) != s.path:
-            problems.append(f"{s.path} and {names[at]} are both {at}")
-        kernel = tuple(s.shape[2:]) if s.kind == "conv" else ()
+    sites = [transforms.to_standard_scaling(s) for s in file.sites]
+    for s in sites:
+        name = s.path if file.namespace == "kohya" else _flat_name(s.path, file, hints)
+        if paths.setdefault(name, s.path) != s.path:
+            problems.append(f"{s.path} and {paths[name]} are both {name}")
+        kernel = s.shape[2:] if s.kind == "conv" else ()
         ones, alpha = [1] * len(kernel), torch.tensor(s.alpha, dtype=torch.float64)
-        down = s.A.reshape(s.r, -1, *kernel)
-        tensors |= {f"{at}.lora_down.weight": down, f"{at}.lora_up.weight": s.B.view(*s.B.shape, *ones),
-                    f"{at}.alpha": alpha.float() if alpha.float().double() == alpha else alpha}  # fmt: skip
+        tensors[f"{name}.lora_down.weight"] = s.A.reshape(s.r, -1, *kernel)
+        tensors[f"{name}.lora_up.weight"] = s.B.view(*s.B.shape, *ones)
+        tensors[f"{name}.alpha"] = alpha.float() if alpha.float().double() == alpha else alpha
         if s.magnitude is not None:
-            tensors[f"{at}.dora_scale"] = s.magnitude.view(*((-1, 1) if s.magnitude_axis == "out" else (1, -1)), *ones)
+            shape = (-1, 1) if s.magnitude_axis == "out" else (1, -1)
+            tensors[f"{name}.dora_scale"] = s.magnitude.view(*shape, *ones)
     if problems:
-        raise FileError("kohya's names have no dots:", problems, "rename one of them, or choose another format")
-    ranks, alphas = (
-        {str(v) for v in values}
-        for values in ((s.r for s in file.sites), (transforms.to_standard_scaling(s).alpha for s in file.sites))
-    )
-    about = {"ss_network_module": "networks.lora", "ss_network_dim": _one(ranks), "ss_network_alpha": _one(alphas)}
-    return {path: safetensors_file.dump(tensors, file.config if file.format == "kohya" else about)}
+        raise FileError("kohya's names have no dots, and so some modules would have the same name:", problems,
+                        "rename one of the modules, or choose another format")  # fmt: skip
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": _common_value({str(s.r) for s in sites}),
+                "ss_network_alpha": _common_value({str(s.alpha) for s in sites})}  # fmt: skip
+    return {path: safetensors_file.dump(tensors, file.config if file.format == "kohya" else metadata)}
 
 
-def _one(values: set[str]) -> str:
+def _common_value(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "Dynamic"
 
 
-def _flat(path: str, file: AdapterFile, hints: Hints) -> str:
-    component, _, rest = path.partition(".") if file.namespace == "pipeline" else (hints.component, "", path)
-    two = any(s.path.startswith("text_encoder_2.") for s in file.sites) and file.namespace == "pipeline"
-    prefix = next(
-        (p for p, parts in PREFIXES.items() if component in parts and not (p == "lora_te1_" and not two)), None
+def _flat_name(path: str, file: AdapterFile, hints: Hints) -> str:
+    component, is_pipeline = hints.component, file.namespace == "pipeline"
+    if is_pipeline:
+        component, _, path = path.partition(".")
+    # lora_te1_ and lora_te2_ are the names in pipelines with two text encoders, lora_te_ in others.
+    has_two_text_encoders = is_pipeline and any(s.path.startswith("text_encoder_2.") for s in file.sites)
+    for prefix, components in PREFIXES.items():
+        if component in components and (prefix != "lora_te1_" or has_two_text_encoders):
+            return prefix + path.replace(".", "_")
+    raise FileError(
+        f"kohya has no prefix for {component!r}",
+        way_out="say which part of the pipeline the adapter belongs to: Hints(component='unet')",
     )
-    if prefix is None:
-        raise FileError(
-            f"kohya has no prefix for {component!r}",
-            way_out="say which part of the pipeline it is: Hints(component='unet')",
-        )
-    return prefix + rest.replace(".", "_")
 
 
-FORMAT = Format(name="kohya", library="lycoris-lora 4.1.3", claims=claims, read=read, write=write, scales="site", suffix=".safetensors",
-                holds=frozenset({"convolutions", "magnitudes", "magnitudes by input"}), names=frozenset({"hf", "kohya", "pipeline"}))  # fmt: skip
+FORMAT = Format(name="kohya", library="lycoris-lora 4.1.3", claims=claims, read=read, write=write, scales="site",
+                suffix=".safetensors", holds=frozenset({"convolutions", "magnitudes", "magnitudes by input"}),
+                names=frozenset({"hf", "kohya", "pipeline"}))  # fmt: skip

@@ -1,9 +1,11 @@
-"""mlx-lm's adapters (0.32.2): https://github.com/ml-explore/mlx-lm. adapters.safetensors (once .npz) and adapter_config.json.
+"""mlx-lm's adapters (0.32.2), adapters.safetensors (once .npz) and a config: https://github.com/ml-explore/mlx-lm.
 
-<path>.lora_a (in, r)       <path>.lora_b (r, out)       linear; of embeddings (V, r) and (r, d)
-<path>.lora_a (E, r, in)    <path>.lora_b (E, out, r)    experts: <layer>.mlp.switch_mlp.{gate,up,down}_proj
-<path>.m (out,)                                          DoRA
-config: lora_parameters.scale, which is s itself; in old files with an alpha beside it, and then s = scale * alpha / rank
+    <path>.lora_a (in, r)       <path>.lora_b (r, out)       linear; for embeddings (V, r) and (r, d)
+    <path>.lora_a (E, r, in)    <path>.lora_b (E, out, r)    experts: <layer>.mlp.switch_mlp.{gate,up,down}_proj
+    <path>.m (out,)                                          DoRA
+
+In adapter_config.json, lora_parameters.scale is the scale s itself. Old files have an alpha next to it; mlx-lm then
+trained with s = scale * alpha / rank. Before October 2025 the lora_a of experts was one matrix (E r, in).
 """
 
 from __future__ import annotations
@@ -19,93 +21,77 @@ from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import NONE, AdapterFile, StoredSite, checked
-from .names import stacks
+from ..record import AdapterFile, StoredSite, checked_sites
+from .language_model_names import stack_experts
+from .pairs import Pair, read_pairs
 
-ENDS = (".lora_a", ".lora_b")
+ENDINGS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
 
 
 def claims(source: Source) -> bool:
-    """Whether its config is mlx-lm's, or any tensor is called <path>.lora_a."""
-    ends = source.container != "gguf" and any(key.endswith(ENDS) for key in source.tensors)
-    return ends or bool({"lora_parameters", "fine_tune_type"} & source.config.keys())
+    """True if the config is mlx-lm's, or any tensor is called <path>.lora_a."""
+    named = source.container != "gguf" and any(key.endswith((".lora_a", ".lora_b")) for key in source.tensors)
+    return named or not source.config.keys().isdisjoint({"lora_parameters", "fine_tune_type"})
 
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
-    """The record; what is wrong goes into `problems`."""
-    given = source.config.get("lora_parameters", {})
+    """Return the record, with stacks of experts as one linear per expert."""
+    settings = source.config.get("lora_parameters", {})
     if (kind := source.config.get("fine_tune_type", "lora")) not in ("lora", "dora"):
         problems.append(f"fine_tune_type is {kind!r}: whole weights, no pair of low-rank factors")
         return None
-    paths = dict.fromkeys(key[: -len(ENDS[0])] for key in source.tensors if key.endswith(ENDS))
-    known = {at + end for at in paths for end in (*ENDS, ".m")}
-    problems += [f"{at}{end}: missing" for at in paths for end in ENDS if at + end not in source.tensors]
-    problems += [f"{key}: unexpected, neither lora_a nor lora_b" for key in source.tensors if key not in known]
-    if "scale" not in given and hints.alpha is None:
-        problems.append(
-            "it holds no scale: give the directory with adapter_config.json, or say alpha, as in Hints(alpha=16)"
-        )
+    pairs = read_pairs(source.tensors, ENDINGS, problems)
+    if "scale" not in settings and hints.alpha is None:
+        problems.append(f"it holds no scale: give the directory with {CONFIG}, or pass alpha, as in Hints(alpha=16)")
     if problems:
         return None
-    notes = [
-        "alpha stands beside scale, so the scale is scale * alpha / rank, as mlx-lm of that time (before April 2025) trained"
-    ] * ("alpha" in given)
-    sites: list[StoredSite] = []
-    for at in paths:
-        a, b = (source.tensors[at + end] for end in ENDS)
-        if not 2 <= min(a.ndim, b.ndim) <= max(a.ndim, b.ndim) <= 3:
-            problems.append(
-                f"{at}: lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} are no pair (in, r) and (r, out)"
-            )
-            continue
-        if b.ndim == 3 and a.ndim == 2:  # before October 2025
-            a = a.reshape(b.shape[0], -1, a.shape[1])
-        A, B = (a, b) if b.ndim == 3 else (a.mT.contiguous(), b.mT.contiguous())
-        r = A.shape[-2]
-        scale = given.get("scale", (hints.alpha or 0) / r)
-        alpha = scale * r * (given["alpha"] / given.get("rank", r) if "alpha" in given else 1)
-        embedding = at.rpartition(".")[2] in EMBEDDINGS
-        s = StoredSite(path=at, kind="experts" if b.ndim == 3 else "embedding" if embedding else "linear", A=NONE, B=NONE, alpha=0,
-                       magnitude=source.tensors.get(f"{at}.m"))  # fmt: skip
-        if made := checked(s, A, B, problems, alpha=alpha, dropout=given.get("dropout", 0.0)):
-            sites += _experts(made) if b.ndim == 3 else [made]
-    return AdapterFile(path=source.path, format="mlx", sites=tuple(sites), config=source.config, notes=tuple(notes))
+    sites = checked_sites([_site(path, pair, settings, hints) for path, pair in pairs.items()], problems)
+    note = "the config has an alpha too, so the scale is scale * alpha / rank, as mlx-lm before April 2025 trained"
+    notes = (note,) * ("alpha" in settings)
+    linears = [part for s in sites for part in (_split_experts(s) if s.A.ndim == 3 else [s])]
+    return AdapterFile(path=source.path, format="mlx", sites=tuple(linears), config=source.config, notes=notes)
 
 
-def _experts(s: StoredSite) -> list[StoredSite]:
-    """switch_mlp's stack as the experts that checkpoints have."""
+def _site(path: str, pair: Pair, settings: dict[str, Any], hints: Hints) -> StoredSite:
+    A, B, kind = pair.A, pair.B, "linear"
+    if B.ndim == 3:
+        kind = "experts"
+        A = A.reshape(B.shape[0], -1, A.shape[1]) if A.ndim == 2 else A
+    elif A.ndim == B.ndim == 2:
+        kind = "embedding" if path.rpartition(".")[2] in EMBEDDINGS else "linear"
+        A, B = A.mT.contiguous(), B.mT.contiguous()
+    r = (A.shape[-2] if A.ndim > 1 else 1) or 1  # an empty A is reported by checked_sites
+    scale = settings.get("scale", (hints.alpha or 0) / r)
+    alpha = scale * r * (settings["alpha"] / settings.get("rank", r) if "alpha" in settings else 1)
+    return StoredSite(path=path, kind=kind, A=A, B=B, alpha=alpha, dropout=settings.get("dropout", 0.0),
+                      magnitude=pair.extras.get("magnitude"))  # fmt: skip
+
+
+def _split_experts(s: StoredSite) -> list[StoredSite]:
+    """Return the stack in switch_mlp as the linears of the experts that checkpoints have."""
     block, _, leaf = s.path.rpartition(".")
-    return transforms.split_experts(
-        s, [f"{block.removesuffix('.switch_mlp')}.experts.{e}.{leaf}" for e in range(len(s.A))]
-    )
+    experts = f"{block.removesuffix('.switch_mlp')}.experts"
+    return transforms.split_experts(s, [f"{experts}.{n}.{leaf}" for n in range(len(s.A))])
 
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
-    """The directory that mlx-lm reads. Raises FileError for experts of which some have no adapter."""
+    """Return the directory that mlx-lm reads. Raises FileError if some expert of a layer has no adapter."""
     tensors: dict[str, Tensor] = {}
-    for s in stacks(file.sites, ".switch_mlp"):
-        a, b = (s.A, s.B) if s.A.ndim == 3 else (s.A.mT, s.B.mT)
-        tensors |= {f"{s.path}.lora_a": a.contiguous(), f"{s.path}.lora_b": b.contiguous()}
-        tensors |= {f"{s.path}.m": s.magnitude} if s.magnitude is not None else {}
+    for s in stack_experts(file.sites, ".switch_mlp"):
+        A, B = (s.A, s.B) if s.A.ndim == 3 else (s.A.mT, s.B.mT)
+        tensors |= {f"{s.path}.lora_a": A.contiguous(), f"{s.path}.lora_b": B.contiguous()}
+        if s.magnitude is not None:
+            tensors[f"{s.path}.m"] = s.magnitude
     first = file.sites[0]
-    own = file.config if file.format == "mlx" else {}
+    is_dora = any(s.magnitude is not None for s in file.sites)
     keys = sorted({re.sub(r"^.*?\.?layers\.\d+\.", "", key.rpartition(".")[0]) for key in tensors})
-    config: dict[str, Any] = {
-        "fine_tune_type": "dora" if any(s.magnitude is not None for s in file.sites) else "lora",
-        "num_layers": -1,
-    } | own
+    config: dict[str, Any] = {"fine_tune_type": "dora" if is_dora else "lora", "num_layers": -1}
+    config |= file.config if file.format == "mlx" else {}
     config["lora_parameters"] = {"rank": first.r, "scale": first.scale, "dropout": first.dropout, "keys": keys}
     text = json.dumps(config, indent=4) + "\n"
     return {path / "adapters.safetensors": safetensors_file.dump(tensors, {}), path / CONFIG: [text.encode()]}
 
 
-FORMAT = Format(
-    name="mlx",
-    library="mlx-lm 0.32.2",
-    claims=claims,
-    read=read,
-    write=write,
-    scales="one",
-    holds=frozenset({"embeddings", "magnitudes"}),
-)
+FORMAT = Format(name="mlx", library="mlx-lm 0.32.2", claims=claims, read=read, write=write, scales="one",
+                holds=frozenset({"embeddings", "magnitudes"}))  # fmt: skip
