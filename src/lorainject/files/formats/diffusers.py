@@ -24,7 +24,7 @@ from torch import Tensor
 from ...errors import FileError
 from ..format import Files, Format
 from ..io import safetensors_file
-from ..io.open_adapter import Hints, Source, header
+from ..io.open_adapter import Hints, Source, header_json
 from ..record import AdapterFile, StoredSite, checked_sites
 from . import peft_layout
 from .pairs import as_matrices, read_pairs
@@ -63,7 +63,7 @@ def _later_key(key: str) -> str:
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
     """Return the record, whose paths begin with the component."""
-    metadata = header(source, KEY) or {}
+    metadata = header_json(source, KEY) or {}
     tensors = {_later_key(key): t for key, t in source.tensors.items()}
     pairs = read_pairs(tensors, ENDINGS, problems, translate=lambda path: path.removesuffix(".processor"))
     sites = []

@@ -27,7 +27,7 @@ from ...numerics.fingerprint import SAMPLES
 from ...spec import INITS, SCALINGS
 from ..format import FEATURES, Files, Format
 from ..io import safetensors_file
-from ..io.open_adapter import CONFIG, TENSORS, Hints, Source, parsed
+from ..io.open_adapter import CONFIG, TENSORS, Hints, Source, parse_json
 from ..record import NONE, AdapterFile, BasePrint, StoredSite, TokenRows, checked_sites
 from . import peft_layout
 
@@ -136,7 +136,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
 
 def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
     tensors = source.tensors
-    body = parsed("the record", source.metadata[KEY])
+    body = parse_json("the record", source.metadata[KEY])
     expected = body.pop("digest")
     if body["version"] not in VERSIONS:
         problems.append(f"its record has version {body['version']!r}; this library reads up to {VERSIONS[-1]}")

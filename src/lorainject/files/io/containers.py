@@ -1,7 +1,8 @@
-"""The containers that adapters come in, and how each is opened without trusting it.
+"""The containers of tensors (safetensors, pickle, npz, GGUF, ONNX Runtime), each opened without trusting what it says.
 
-Which one a file is say its first bytes, never its name. Pickles are opened by torch's restricted unpickler alone, and only if the caller
-allows it (source.py); there is no second try. What a header says of sizes is checked before anything is allocated.
+The first bytes of a file decide which container it is, never its name. Pickles are opened by torch's restricted
+unpickler only, and only if the caller allows it (open_adapter.py). Sizes in a header are compared with the file's size
+before anything is allocated.
 """
 
 from __future__ import annotations
@@ -12,121 +13,132 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ...errors import FileError, system_errors
 from . import safetensors_file
+from .safetensors_file import CHECK_PATH, COPY_AGAIN
 
-Opened = tuple[dict[str, Tensor], dict[str, Any]]
-SMALL = 2**28  # bytes that any archive may unpack to; else 100 times its own size, and no more
+Contents = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and the header's metadata."""
+MIN_UNPACKED, MAX_RATIO = 2**28, 100  # an archive may unpack to so many bytes, or to so many times its own size
 PICKLES = {b"P": "a zip, perhaps a torch pickle", b"\x80": "a pickle (torch.save)"}
 REFUSED = {
-    b"ggla": "a LoRA of old llama.cpp, which its own successors no longer read: convert the original adapter anew",
-    b"ggml": "a model of old llama.cpp, no adapter", b"ggjt": "a model of old llama.cpp, no adapter",
-    b"age-encryption.org/v1": "encrypted (age): decrypt it first",
-    b"version https://git-lfs": "a git-lfs pointer: the file itself was not fetched",
-    b"<": "a web page",
+    b"ggla": ("a LoRA of old llama.cpp, which later versions no longer read", "convert the original adapter again"),
+    b"ggml": ("a model of old llama.cpp, not an adapter", "give the adapter's own file"),
+    b"ggjt": ("a model of old llama.cpp, not an adapter", "give the adapter's own file"),
+    b"age-encryption.org/v1": ("encrypted (age)", "decrypt it first"),
+    b"version https://git-lfs": ("a git-lfs pointer: the file itself was not fetched", "run git lfs pull"),
+    b"<": ("a web page", "download the file itself, not the page that shows it"),
 }  # fmt: skip
-WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which trainers put the tensors
+WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which training programs put the tensors
+INSTALL = 'pip install "lorainject[formats]"'
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value by GGUF's number of its type. Type 8 is a string, type 9 an array."""
+GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
-def sniff(path: Path) -> str:
-    """Which container it is, by its first bytes; safetensors, if they say nothing. FileError for those that hold no LoRA we could read."""
-    first = start(path)
-    if first[4:9] == b"\0\0\0\0{":  # a header's length may look like any of the marks below
+def detect(path: Path) -> str:
+    """Return the container of a file: a key of `READERS`, or "tar". A file that looks like none counts as safetensors.
+
+    Raises:
+        FileError: If the file is empty or can't be read, or if no container that holds adapters begins like it.
+    """
+    start = first_bytes(path)
+    if start[4:9] == b"\0\0\0\0{":  # safetensors; the length of its header may look like any of the marks below
         return "safetensors"
-    if reason := next((why for magic, why in REFUSED.items() if first.startswith(magic)), None):
-        raise FileError(
-            f"{path} is not a whole safetensors file",
-            [f"it looks like {reason}"],
-            "get the adapter itself, in a format of li.FORMATS",
-        )
-    if first.startswith(b"PK\x03\x04"):
-        return _zip(path)
-    if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    for mark, (kind, way_out) in REFUSED.items():
+        if start.startswith(mark):
+            raise FileError(f"{path} is not an adapter file", [f"it looks like {kind}"], way_out)
+    if start.startswith(b"PK\x03\x04"):
+        return _zip_container(path)
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
-    if first[257:262] == b"ustar" or first[:2] == b"\x1f\x8b":
+    if start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b":
         return "tar"
-    return "gguf" if first[:4] == b"GGUF" else "onnx_adapter" if first[4:8] == b"TORT" else "safetensors"
+    return "gguf" if start[:4] == b"GGUF" else "onnx_adapter" if start[4:8] == b"TORT" else "safetensors"
 
 
-def start(path: Path) -> bytes:
-    """The first bytes. Raises FileError for what is not there or empty."""
-    with system_errors(
-        f"{path} can't be read",
-        way_out="check the path and its permissions; a hub's name is not taken: download the adapter first",
-    ):
+def first_bytes(path: Path) -> bytes:
+    """Return the first 512 bytes of a file. Raise FileError if there is no such file, or if it is empty."""
+    with system_errors(f"{path} can't be read", way_out=CHECK_PATH):
         if path.stat().st_size == 0:
-            raise FileError(f"{path} is empty", way_out="it was cut off while it was written or copied: get it again")
+            way_out = "it was cut off while it was written or copied: copy or download it again, or save it again"
+            raise FileError(f"{path} is empty", way_out=way_out)
         with path.open("rb") as f:
             return f.read(512)
 
 
-def _pickle(path: Path) -> Opened:
-    try:
-        # Not the path, by whose ending torch may take it for something else; nor the file, of which a forged pickle asks for more than there is.
-        value = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a forged file makes the unpickler raise
-        why = next(iter(str(e).splitlines()), type(e).__name__)
-        raise FileError(f"{path} is no pickle of tensors alone: {why}", way_out="it is not opened in any other way; ask for the"
-                        " adapter as safetensors") from None  # fmt: skip
-    for key in WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(key), dict):
-            value = value[key]
-    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in value.items()):
-        raise FileError(f"{path} holds no flat table of tensors", ["a list of tensors (cloneofsimo/lora) says nothing of where they belong"]
-                        * isinstance(value, list), "convert it with the tool that made it")  # fmt: skip
-    if odd := [
-        key for key, t in value.items() if t.layout is not torch.strided or t.device.type != "cpu" or t.is_quantized
-    ]:
-        raise FileError(
-            f"{path} holds tensors that are not plain:",
-            [f"{key}: sparse, quantised or without data" for key in odd],
-            "ask for dense ones",
-        )
-    if large := [key for key, t in value.items() if t.numel() * t.itemsize > t.untyped_storage().nbytes()]:
-        raise FileError(
-            f"{path} says more than it holds:",
-            [f"{key}: its elements are not all in the file" for key in large],
-            "get the file again",
-        )
-    return {key: t.detach().contiguous() for key, t in value.items()}, {}
-
-
-def _zip(path: Path) -> str:
-    """Which of the containers that are zips it is. Nothing is ever unpacked to disk, so members' names lead nowhere."""
+def _zip_container(path: Path) -> str:
+    """Tell numpy's zips from torch's. Nothing is unpacked to disk, so the names of members do no harm."""
     try:
         with zipfile.ZipFile(path) as z:
             members = z.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return "pickle"  # refused there, in its words
-    if (size := sum(m.file_size for m in members)) > max(SMALL, 100 * path.stat().st_size):
-        raise FileError(
-            f"{path} would unpack to {size:,} bytes", way_out="no adapter is that large: it was made to do harm"
-        )
+        return "pickle"  # whose reader refuses it
+    if (size := sum(m.file_size for m in members)) > max(MIN_UNPACKED, MAX_RATIO * path.stat().st_size):
+        way_out = "no adapter is that large, so the file may be an attack: get the adapter from a source that you trust"
+        raise FileError(f"{path} would unpack to {size:,} bytes", way_out=way_out)
     return "npz" if members and all(m.filename.endswith(".npy") for m in members) else "pickle"
 
 
-def _npz(path: Path) -> Opened:
+def _read_pickle(path: Path) -> Contents:
+    try:
+        # From memory: torch would choose a loader by the path's ending, and a forged pickle would ask the file for more
+        # bytes than there are.
+        value = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except Exception as e:  # a forged file can make the unpickler raise anything
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        way_out = "no other way of opening it is safe: ask for the adapter as safetensors"
+        raise FileError(f"{path} is not a pickle that holds only tensors: {reason}", way_out=way_out) from None
+    for key in WRAPPERS:
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in value.items()):
+        problems = [f"it is a {type(value).__name__}"]
+        if isinstance(value, list):
+            problems = ["it is a list of tensors (cloneofsimo/lora), which does not say where they belong"]
+        elif isinstance(value, dict):
+            others = {str(k)[:40]: type(t).__name__ for k, t in value.items() if not isinstance(t, Tensor)}
+            problems = [f"{key}: {kind}" for key, kind in others.items()] or ["its keys are not names"]
+        raise FileError(f"{path} is not a table of tensors by name", problems, "convert it with the tool that wrote it")
+    if odd := [
+        k for k, t in value.items() if t.layout is not torch.strided or t.device.type != "cpu" or t.is_quantized
+    ]:
+        problems = [f"{key}: sparse, quantized or without data" for key in odd]
+        raise FileError(f"{path} holds tensors that are not dense:", problems, "ask for an adapter with dense tensors")
+    if large := [k for k, t in value.items() if t.numel() * t.itemsize > t.untyped_storage().nbytes()]:
+        problems = [f"{key}: its elements are not all in the file" for key in large]
+        raise FileError(
+            f"{path} describes larger tensors than it holds:", problems, "ask for the adapter as safetensors"
+        )
+    return {key: t.detach().contiguous() for key, t in value.items()}, {}
+
+
+def _read_npz(path: Path) -> Contents:
     import numpy
 
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             return {key: torch.from_numpy(arrays[key].copy()) for key in arrays.files}, {}
-    except Exception as e:  # of a forged member's header, which is parsed as Python, anything
-        raise FileError(f"{path} is no whole npz file of numbers: {e}", way_out="get the file again") from None
+    except Exception as e:  # numpy parses a member's header as Python, so a forged one can raise anything
+        raise FileError(f"{path} is not a whole npz file of numbers: {e}", way_out=COPY_AGAIN) from None
 
 
-def _gguf(path: Path) -> Opened:
-    _check_gguf(path)
+def _read_gguf(path: Path) -> Contents:
+    with path.open("rb") as f:
+        try:
+            _check_gguf(f, path.stat().st_size)
+        except (ValueError, struct.error) as e:
+            raise FileError(f"{path} is not a whole GGUF file: {e}", way_out=COPY_AGAIN) from None
     try:
         import gguf
         import numpy
     except ModuleNotFoundError:
-        raise FileError(f"{path} is a GGUF file", way_out='pip install "lorainject[formats]"') from None
+        raise FileError(f"{path} is a GGUF file", way_out=INSTALL) from None
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -136,86 +148,74 @@ def _gguf(path: Path) -> Opened:
             if kind.name not in ("F32", "F16", "BF16", "Q8_0"):
                 raise ValueError(f"{t.name} is {kind.name}; adapters are F32, F16, BF16 or Q8_0")
             values = t.data if kind.name in ("F32", "F16") else gguf.dequantize(t.data, kind)
-            whole = torch.from_numpy(numpy.array(values))
-            tensors[str(t.name)] = whole.bfloat16() if kind.name == "BF16" else whole
+            tensor = torch.from_numpy(numpy.array(values))
+            tensors[str(t.name)] = tensor.bfloat16() if kind.name == "BF16" else tensor
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as e:
-        raise FileError(f"{path} is no whole GGUF file: {e}", way_out="get the file again") from e
+        raise FileError(f"{path} is not a whole GGUF file: {e}", way_out=COPY_AGAIN) from e
     return tensors, metadata
 
 
-def _check_gguf(path: Path) -> None:
-    """Walk the header and its counts, by which the gguf package would loop and allocate: all must lie within the file."""
-    sizes = {
-        0: 1,
-        1: 1,
-        2: 2,
-        3: 2,
-        4: 4,
-        5: 4,
-        6: 4,
-        7: 1,
-        10: 8,
-        11: 8,
-        12: 8,
-    }  # by GGUF's number of the type; 8 is a string, 9 an array
-    end = path.stat().st_size
-    with path.open("rb") as f:
+def _check_gguf(f: BinaryIO, size: int) -> None:
+    """Raise ValueError or struct.error unless all that the header announces lies within the file.
 
-        def number(form: str) -> int:
-            return int(struct.unpack(form, f.read(struct.calcsize(form)))[0])
+    The gguf package would loop and allocate by the header's counts.
+    """
 
-        def skip(length: int) -> None:
-            if f.tell() + length > end:
-                raise ValueError("what its header announces is longer than the file")
-            f.seek(length, 1)
+    def number(form: str) -> int:
+        return int(struct.unpack(form, f.read(struct.calcsize(form)))[0])
 
-        def value(kind: int, depth: int = 0) -> None:
-            """Pass over one, whatever it is."""
-            if kind == 8:
-                skip(number("<Q"))
-            elif kind == 9 and depth < 4:
-                inner, count = number("<I"), number("<Q")
-                if inner in sizes:
-                    skip(sizes[inner] * count)
-                elif count > end:
-                    raise ValueError("an array is longer than the file")
-                else:
-                    for _ in range(count):
-                        value(inner, depth + 1)
-            elif kind in sizes:
-                skip(sizes[kind])
+    def skip(length: int) -> None:
+        if f.tell() + length > size:
+            raise ValueError("its header announces more bytes than it has")
+        f.seek(length, 1)
+
+    def skip_value(kind: int, depth: int = 0) -> None:
+        if kind == GGUF_STRING:
+            skip(number("<Q"))
+        elif kind == GGUF_ARRAY and depth < 4:
+            inner, count = number("<I"), number("<Q")
+            if inner in GGUF_SIZES:
+                skip(GGUF_SIZES[inner] * count)
+            elif count > size:
+                raise ValueError("an array is longer than the file")
             else:
-                raise ValueError(f"a value of the unknown type {kind}")
+                for _ in range(count):
+                    skip_value(inner, depth + 1)
+        elif kind in GGUF_SIZES:
+            skip(GGUF_SIZES[kind])
+        else:
+            raise ValueError(f"a value has the unknown type {kind}")
 
-        try:
-            f.seek(8)
-            tensors, keys = number("<Q"), number("<Q")
-            for _ in range(keys):
-                skip(number("<Q"))
-                value(number("<I"))
-            for _ in range(tensors):
-                skip(number("<Q"))
-                axes = number("<I")
-                if axes > 4 or math.prod(number("<Q") for _ in range(axes)) > 8 * end:
-                    raise ValueError("a tensor is larger than the file")
-                skip(12)
-        except (ValueError, struct.error) as e:
-            raise FileError(f"{path} is no whole GGUF file: {e}", way_out="get the file again") from None
+    f.seek(8)
+    tensors, keys = number("<Q"), number("<Q")
+    for _ in range(keys):
+        skip(number("<Q"))
+        skip_value(number("<I"))
+    for _ in range(tensors):
+        skip(number("<Q"))
+        axes = number("<I")
+        if axes > 4 or math.prod(number("<Q") for _ in range(axes)) > 8 * size:
+            raise ValueError("a tensor is larger than the file")
+        skip(12)
 
 
-def _onnx_adapter(path: Path) -> Opened:
+def _read_onnx_adapter(path: Path) -> Contents:
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        raise FileError(f"{path} is an adapter of ONNX Runtime", way_out='pip install "lorainject[formats]"') from None
+        raise FileError(f"{path} is an adapter of ONNX Runtime", way_out=INSTALL) from None
     try:
         adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
         tensors = {name: torch.from_numpy(value.numpy().copy()) for name, value in adapter.get_parameters().items()}
         return tensors, {"adapter_version": adapter.get_adapter_version(), "model_version": adapter.get_model_version()}
     except Exception as e:  # onnxruntime's own errors have no common class
-        raise FileError(f"{path} is no whole adapter of ONNX Runtime: {e}", way_out="get the file again") from None
+        raise FileError(f"{path} is not a whole adapter of ONNX Runtime: {e}", way_out=COPY_AGAIN) from None
 
 
-OPEN: dict[str, Callable[[Path], Opened]] = {
-    "safetensors": safetensors_file.read, "pickle": _pickle, "npz": _npz, "gguf": _gguf, "onnx_adapter": _onnx_adapter,
-}  # fmt: skip
+READERS: dict[str, Callable[[Path], Contents]] = {
+    "safetensors": safetensors_file.read,
+    "pickle": _read_pickle,
+    "npz": _read_npz,
+    "gguf": _read_gguf,
+    "onnx_adapter": _read_onnx_adapter,
+}
