@@ -34,38 +34,37 @@ from .strategies import STRATEGIES, MergeStrategy, choose_strategy, gain_and_sta
 
 
 @torch.no_grad()
-def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True, strict: bool | None = None,
-          untie: bool = False, dequantise: bool = False) -> MergeReport:  # fmt: skip
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True,
+          strict: bool | None = None, untie: bool = False, dequantise: bool = False) -> MergeReport:  # fmt: skip
     """Merge adapters into the weights, in all of them or in none.
 
     While some adapters are merged, further ones can be merged as well: the sum is always formed from W0, with one
     rounding.
 
     Args:
-        model: A model with adapters. names: The adapters to merge, which must include the active ones. None merges the
-        active adapters. reversible: Keep what `unmerge` needs. If False, nothing is kept, and an interrupt (Ctrl-C)
-        waits until all weights are
-            merged.
+        model: A model with adapters.
+        names: The adapters to merge, which must include the active ones. None merges the active adapters.
+        reversible: Keep what `unmerge` needs. If False, nothing is kept, and an interrupt (Ctrl-C) waits until all
+            weights are merged.
         strict: What to do where less than 0.9 of a delta survives the rounding to the weight's dtype. True refuses
-        before
-            anything is written, False warns (SurvivalWarning), None refuses quantized weights and warns of others.
+            before anything is written, False warns (SurvivalWarning), None refuses quantized weights and warns of
+            others.
         untie: Give a weight that is tied to another module's weight memory of its own until unmerge. Before such a
-        model is
-            exported, set its config's `tie_word_embeddings=False`: transformers 5 sees that the weights differ, but
-            other readers go by the config.
+            model is exported, set its config's `tie_word_embeddings=False`: transformers 5 sees that the weights
+            differ, but other readers go by the config.
         dequantise: Turn quantized layers into nn.Linear, in the dtype of the bias, or in bfloat16 without one. By
-        default,
-            they are dequantized, summed and quantized again by the same scheme.
+            default, they are dequantized, summed and quantized again by the same scheme.
 
     Returns:
         What became of every weight's delta.
 
     Raises:
-        StateError: The adapters are merged already, none is active, or an active one would be left out. MergeError:
-        Some weights cannot be merged, all of which are listed: tied to another module's, on the meta device, or
-            with a sum that is not finite, for example.
+        StateError: The adapters are merged already, none is active, or an active one would be left out.
+        MergeError: Some weights cannot be merged, all of which are listed: tied to another module's, on the meta
+            device, or with a sum that is not finite, for example.
 
-    If an error is raised, the model is unchanged.
+    If an error is raised, the model is unchanged. The exception is an error of the system, such as out of memory,
+    during a merge with reversible=False: its message says that weights are half merged.
     """
     index = ModelIndex(model)
     merged = index.merged
@@ -96,13 +95,14 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     Every weight is W0 again, to the bit, and the adapters are active as before.
 
     Args:
-        model: A model with merged adapters. names: The adapters to take out, in any order. They are inactive then, and
-        the weights have the bits that merging
-            the remaining ones gives. None takes all of them out.
+        model: A model with merged adapters.
+        names: The adapters to take out, in any order. They are inactive then, and the weights have the bits that
+            merging the remaining ones gives. None takes all of them out.
 
     Raises:
-        StateError: Nothing is merged, or not these adapters. MergeError: W0 cannot be restored, after
-        merge(reversible=False) or because a weight's dtype or values were changed.
+        StateError: Nothing is merged, or not these adapters.
+        MergeError: W0 cannot be restored, after merge(reversible=False) or because a weight's dtype or values were
+            changed.
 
     If an error is raised, the model is unchanged.
     """
@@ -226,8 +226,9 @@ def _merge_weights(index: ModelIndex, weights: Sequence[AdaptedWeight], strategi
     return report
 
 
-def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: Sequence[MergeStrategy], names: tuple[str, ...],
-               reversible: bool, strict: bool | None, undoable: bool = True) -> MergeReport:  # fmt: skip
+def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: Sequence[MergeStrategy],
+               names: tuple[str, ...], reversible: bool, strict: bool | None,
+               undoable: bool = True) -> MergeReport:  # fmt: skip
     """Merge by these strategies, after a trial that writes nothing if strict; undo everything if anything is raised."""
     workspace = TileWorkspace()
     try:

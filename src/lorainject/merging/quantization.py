@@ -1,79 +1,95 @@
-"""Out of a quantized linear's codes and back into them: what merging needs where a weight is not stored as numbers.
+"""Turn a quantized linear's codes into numbers and back: what a merge into a quantized weight needs.
 
-    codes -> dequantize -> W0, float32 -> (merge adds s B A) -> requantize -> codes and scales of the same scheme
+    codes -> dequantize -> W0 in float32 -> (merge adds s B A) -> requantize -> codes and scales of the same scheme
 
-The library's own quantizer does it, from float32, with the type, block size, nesting and dtypes that the weight had.
-But W0 lies on the grid, so a d of less than half a step is rounded away again, and a larger one pays for one more
-quantisation. For a Gaussian W0 and a d of 5 % (1 %) of its size, int8 keeps <W - W0, d> / <d, d> = 1.00 (0.95), float8
-0.97 (0.37), nf4 0.23 (0.02): in 4 bits, merging an ordinary adapter is mostly losing it. QLoRA (Dettmers et al. 2023,
-arXiv 2305.14314) keeps A and B apart.
+The library's own quantizer does the last step, from float32, with the type, block size, nesting and dtypes that the
+weight had. W0 lies on the grid of the codes, so a delta smaller than half a step is rounded away again, and a larger
+one pays for one more quantization: in 4 bits, most of an ordinary adapter's delta is lost (figures in
+docs/merging.md). QLoRA (Dettmers et al. 2023, arXiv 2305.14314) therefore keeps A and B apart.
 
-Requantising W0 itself gives W0, codes and scales: rows that no adapter touches must not move. With most schemes that
-is so because a block's extreme is the outermost code. Symmetric integers are not so sure of it (torchao stores 7.5
-steps as 7): a grid found anew from stored values could be 13 % off (int4). There, a block keeps its scale while W
-still fits it (`_kept`). The one exception is bitsandbytes' double quantisation, whose 8 bit scales are rounded around
-their common mean: 1e-4 of the weight, 3e-3 with outliers.
+The surprising decision: requantizing W0 itself must give W0, codes and scales, because rows that no adapter touches
+must not change. With most schemes it does, since a block's extreme value has the outermost code. Symmetric integers do
+not always have it (torchao stores 7.5 steps as 7), so a new scale computed from stored values could be 13 % off
+(int4). Such a block keeps its scale while W still fits it (`_keep_scales`). The exception is bitsandbytes' double
+quantization, whose 8-bit scales are rounded around their common mean: W0 changes by 1e-4 of its norm, or 3e-3 with
+outliers.
 
-One row a scheme, by the exact classes of layer and weight: whatever else is quantized (GPTQ, AWQ, HQQ layers,
-quantized inputs, a weight that is still to be quantized) has none. No library is imported but that whose layer is
-asked about.
+`find_scheme` goes by the exact classes of layer and weight. Whatever else is quantized has no scheme: GPTQ, AWQ and
+HQQ layers, layers that quantize their inputs, and weights that are still to be quantized. No library is imported but
+the one whose layer is asked about.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..lora.graft import base_class
 
+UNPICKLED = (
+    "torch.nn.parameter.Parameter"  # the class of bitsandbytes' weights after torch.load, which keeps their attributes
+)
 
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """How one kind of quantized linear stores its weight. None of the functions but `install` changes the module."""
+
+class Scheme(ABC):
+    """How one kind of quantized linear stores its weight. Only `install` changes a module.
+
+    Args:
+        weight_type: What the library calls the type of this weight.
+    """
+
+    library: ClassVar[str]
+    layer: ClassVar[str]
+    """Dotted name of the class whose forward the layer has."""
+    weights: ClassVar[tuple[str, ...]]
+    """Dotted names of the classes that the weight may have."""
+
+    def __init__(self, weight_type: str) -> None:
+        self.name = f"{self.library} {weight_type}"
 
     name: str
-    """For messages: the library's, and then what it calls the type of this weight."""
-    layer: str
-    """Dotted name of the class whose forward the layer has."""
-    weights: tuple[str, ...]
-    """Dotted names of the classes that the weight may have."""
-    kind: Callable[[Any], str | None]
-    """module -> the type, as `name` ends; None if this layer's settings or state can't be had again by requantizing."""
-    dequantize: Callable[[Any], Tensor]
-    """module -> (out, in), float32: codes times scales, before any rounding to the dtype that the forward computes
-    in."""
-    requantize: Callable[[Any, Tensor], nn.Parameter]
-    """(module, W (out, in) float32) -> a new weight for this module, on the device of its present one, not
-    installed."""
-    install: Callable[[Any, Any], None]
-    """(module, parameter): the forward uses this weight from now on. The one that leaves can be installed again."""
-    codes: Callable[[Any], Tensor]
-    """parameter -> uint8, one for each of out * in elements; two are equal where the codes mean the same."""
+    """The library and the type of the weight, for messages."""
+
+    @staticmethod
+    @abstractmethod
+    def weight_type(module: Any) -> str | None:
+        """Return the type of the layer's weight; None if requantizing cannot reproduce its settings or state."""
+
+    @abstractmethod
+    def dequantize(self, module: Any) -> Tensor:
+        """Return codes times scales, shape (out, in), in float32: before the forward rounds them to its dtype."""
+
+    @abstractmethod
+    def requantize(self, module: Any, W: Tensor) -> nn.Parameter:
+        """Return W (out, in), float32, as a new weight for this layer, on the device of its present weight."""
+
+    def install(self, module: Any, parameter: Any) -> None:
+        """Let the layer's forward use this weight. The weight that it replaces can be installed again."""
+        module.weight = parameter
+
+    @abstractmethod
+    def codes(self, weight: Any) -> Tensor:
+        """Return one code (uint8) for each of out * in elements; codes that mean the same are equal."""
 
     def codes_changed(self, before: nn.Parameter, after: nn.Parameter) -> float:
-        """The share of the elements whose code differs, whatever became of the scales."""
+        """Return the share of the elements whose code differs, whatever happened to the scales."""
         a, b = self.codes(before), self.codes(after)
         return int(torch.count_nonzero(a != b)) / a.numel()
 
 
 def find_scheme(module: nn.Module) -> Scheme | None:
-    """The row for this layer, with the type in its name; None if there is none, or the weight is not (yet) stored
-    quantized."""
-    weight = module._parameters.get("weight")
-    for row in SCHEMES:
-        if (
-            _dotted(type(weight)) in row.weights
-            and _computes_as(base_class(type(module)), row.layer)
-            and (kind := row.kind(module)) is not None
-        ):
-            return dataclasses.replace(row, name=f"{row.name} {kind}")
+    """Return the scheme by which the layer's weight is quantized; None if there is none, or it is not quantized yet."""
+    weight_class, layer_class = _dotted(type(module._parameters.get("weight"))), base_class(type(module))
+    for scheme in SCHEMES:
+        is_this = weight_class in scheme.weights and _has_forward_of(layer_class, scheme.layer)
+        if is_this and (weight_type := scheme.weight_type(module)) is not None:
+            return scheme(weight_type)
     return None
 
 
@@ -81,234 +97,240 @@ def _dotted(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _computes_as(cls: type[nn.Module], layer: str) -> bool:
-    """Whether `cls` is `layer`, or inherits its forward."""
+def _has_forward_of(cls: type[nn.Module], layer: str) -> bool:
+    """True if `cls` is the class of this dotted name, or inherits that class's forward."""
     return any(_dotted(c) == layer and vars(c).get("forward") is cls.forward for c in cls.__mro__)
 
 
-# -- bitsandbytes, 4 bits: codes in pairs, and a QuantState with one absmax for each block
+class Bitsandbytes4bit(Scheme):
+    """Two codes per byte, and a QuantState with one absmax per block, which may be quantized too (nested)."""
+
+    library = "bitsandbytes"
+    layer = "bitsandbytes.nn.modules.Linear4bit"
+    weights = ("bitsandbytes.nn.modules.Params4bit", UNPICKLED)
+
+    @staticmethod
+    def weight_type(module: Any) -> str | None:
+        state = getattr(module.weight, "quant_state", None)
+        if state is None or tuple(state.shape) != (module.out_features, module.in_features):
+            return None  # not quantized yet, or made from a weight (in, out)
+        return str(state.quant_type)
+
+    @torch.no_grad()
+    def dequantize(self, module: Any) -> Tensor:
+        codes, state, *_ = self._stored(module.weight)
+        state.dtype = torch.float32
+        W: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(codes.view(-1, 1), state)
+        return W
+
+    @torch.no_grad()
+    def requantize(self, module: Any, W: Tensor) -> nn.Parameter:
+        old = module.weight
+        _, state, nested, dtype = self._stored(
+            old
+        )  # the parameter's own settings are the defaults when FSDP has made it
+        settings = {
+            "blocksize": state.blocksize,
+            "quant_type": state.quant_type,
+            "compress_statistics": nested,
+            "quant_storage": old.quant_storage,
+        }
+        functional = import_module("bitsandbytes.functional")
+        codes, state = functional.quantize_4bit(W.to(old.device).contiguous(), **settings)
+        state.dtype = dtype
+        settings |= {"quant_state": state, "module": old.module, "bnb_quantized": True}
+        new: nn.Parameter = import_module("bitsandbytes.nn").Params4bit(
+            codes, requires_grad=old.requires_grad, **settings
+        )
+        return new
+
+    def install(self, module: Any, parameter: Any) -> None:
+        module.weight = parameter
+        module.quant_state = parameter.quant_state  # a second reference, for FSDP
+
+    def codes(self, weight: Any) -> Tensor:
+        packed, state, *_ = self._stored(weight)
+        packed = packed.view(torch.uint8).flatten()
+        codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: state.shape.numel()]
+        return codes.masked_fill(codes == 8, 0) if state.quant_type == "fp4" else codes  # code 8 of fp4 is minus zero
+
+    @staticmethod
+    def _stored(weight: Any) -> tuple[Tensor, Any, bool, torch.dtype]:
+        """Return the packed codes, the state, whether its absmax was quantized too, and the dtype before
+        quantization."""
+        state = copy.copy(weight.quant_state)
+        if not getattr(state, "packing_format_for_cpu", False):
+            return weight.data, state, state.nested, state.dtype
+        # A forward on a CPU with AVX512-BF16 has rearranged the codes and stored absmax (in / block, out) in bfloat16.
+        # The library's inverse quantizes that absmax again, but the forward multiplies by it as it is.
+        absmax = state.absmax.T.reshape(-1).float()
+        functional = import_module("bitsandbytes.functional")
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+        nested, state.absmax, state.nested = state.nested, absmax, False
+        return codes, state, nested, state.dtype
 
 
-def _kind_4bit(module: Any) -> str | None:
-    state = getattr(module.weight, "quant_state", None)
-    if state is None or tuple(state.shape) != (
-        module.out_features,
-        module.in_features,
-    ):  # not quantized yet, or made from (in, out)
-        return None
-    return str(state.quant_type)
+class Bitsandbytes8bit(Scheme):
+    """Codes, and one absmax per row. The first forward moves both from the weight to the layer's state."""
+
+    library = "bitsandbytes"
+    layer = "bitsandbytes.nn.modules.Linear8bitLt"
+    weights = ("bitsandbytes.nn.modules.Int8Params", UNPICKLED)
+
+    @staticmethod
+    def weight_type(module: Any) -> str | None:
+        # With has_fp16_weights the weight is a float that each forward quantizes.
+        if module.state.has_fp16_weights or not hasattr(module.weight, "CB"):
+            return None
+        return "int8" if all(t is not None for t in _int8_codes_and_absmax(module)) else None
+
+    @torch.no_grad()
+    def dequantize(self, module: Any) -> Tensor:
+        codes, absmax = _int8_codes_and_absmax(module)
+        return codes.float() * (absmax * (1 / 127)).unsqueeze(1)
+
+    @torch.no_grad()
+    def requantize(self, module: Any, W: Tensor) -> nn.Parameter:
+        W = W.to(module.weight.device, torch.float16)  # the only dtype of its kernels
+        codes, absmax, _ = import_module("bitsandbytes.functional").int8_vectorwise_quant(W)
+        new: nn.Parameter = import_module("bitsandbytes.nn").Int8Params(
+            codes, requires_grad=False, CB=codes, SCB=absmax
+        )
+        return new
+
+    def install(self, module: Any, parameter: Any) -> None:
+        module.weight.CB, module.weight.SCB = _int8_codes_and_absmax(module)  # the old weight must keep its scales
+        module.state.reset_grads()
+        module.weight = parameter
+
+    def codes(self, weight: Any) -> Tensor:
+        codes: Tensor = weight.data.view(torch.uint8).flatten()
+        return codes
 
 
-def _stored_4bit(weight: Any) -> tuple[Tensor, Any, bool, torch.dtype]:
-    """Packed codes, the state, whether its absmax was quantized too, and the dtype of what it was made from."""
-    state = copy.copy(weight.quant_state)
-    if not getattr(state, "packing_format_for_cpu", False):
-        return weight.data, state, state.nested, state.dtype
-    # A forward on a CPU with AVX512-BF16 has rearranged the codes and made absmax (in / block, out), bfloat16. The library's way
-    # back quantises that absmax anew, but the forward multiplies by it as it is.
-    absmax = state.absmax.T.reshape(-1).float()
-    codes, state = import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    nested, state.absmax, state.nested = state.nested, absmax, False
-    return codes, state, nested, state.dtype
-
-
-@torch.no_grad()
-def _dequantize_4bit(module: Any) -> Tensor:
-    codes, state, *_ = _stored_4bit(module.weight)
-    state.dtype = torch.float32
-    W: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(codes.view(-1, 1), state)
-    return W
-
-
-@torch.no_grad()
-def _requantize_4bit(module: Any, W: Tensor) -> nn.Parameter:
-    old = module.weight
-    _, state, nested, dtype = _stored_4bit(
-        old
-    )  # and not the parameter's own settings: from FSDP it comes back with the defaults
-    how = {
-        "blocksize": state.blocksize,
-        "quant_type": state.quant_type,
-        "compress_statistics": nested,
-        "quant_storage": old.quant_storage,
-    }
-    codes, state = import_module("bitsandbytes.functional").quantize_4bit(W.to(old.device).contiguous(), **how)
-    state.dtype = dtype
-    new: nn.Parameter = import_module("bitsandbytes.nn").Params4bit(
-        codes, requires_grad=old.requires_grad, quant_state=state, module=old.module, bnb_quantized=True, **how
-    )
-    return new
-
-
-def _install_4bit(module: Any, parameter: Any) -> None:
-    module.weight = parameter
-    module.quant_state = parameter.quant_state  # a second reference, for FSDP
-
-
-def _codes_4bit(weight: Any) -> Tensor:
-    packed, state, *_ = _stored_4bit(weight)
-    packed = packed.view(torch.uint8).flatten()
-    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: state.shape.numel()]
-    return codes.masked_fill(codes == 8, 0) if state.quant_type == "fp4" else codes  # fp4's 8 is minus zero
-
-
-# -- bitsandbytes, 8 bits: rows of codes, and SCB, their absmax. The first forward moves both from the weight to the layer's state
-
-
-def _stored_8bit(module: Any) -> tuple[Tensor | None, Tensor | None]:
+def _int8_codes_and_absmax(module: Any) -> tuple[Any, Any]:
     holder = module.state if module.weight.CB is None else module.weight
     return holder.CB, holder.SCB
 
 
-def _kind_8bit(module: Any) -> str | None:
-    # has_fp16_weights: the weight is a float that each forward quantises
-    if module.state.has_fp16_weights or not hasattr(module.weight, "CB"):
-        return None
-    return "int8" if all(t is not None for t in _stored_8bit(module)) else None
+class TensorSubclass(Scheme):
+    """A tensor subclass, which torch.compile's protocol (__tensor_flatten__) takes apart and puts together again."""
+
+    @torch.no_grad()
+    def dequantize(self, module: Any) -> Tensor:
+        w = module.weight
+
+        def part(name: str) -> Tensor:  # 16-bit scales in float32, so that their products with the codes are exact
+            value: Tensor = getattr(w, name)
+            return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+        attributes = {"dtype": torch.float32} if "dtype" in w.__tensor_flatten__()[1] else {}
+        W: Tensor = _rebuild(w, part, **attributes).dequantize()
+        return W
 
 
-@torch.no_grad()
-def _dequantize_8bit(module: Any) -> Tensor:
-    codes, absmax = _stored_8bit(module)
-    assert codes is not None
-    assert absmax is not None
-    return codes.float() * (absmax * (1 / 127)).unsqueeze(1)
-
-
-@torch.no_grad()
-def _requantize_8bit(module: Any, W: Tensor) -> nn.Parameter:
-    W = W.to(module.weight.device, torch.float16)  # its kernels know no other dtype
-    codes, absmax, _ = import_module("bitsandbytes.functional").int8_vectorwise_quant(W)
-    new: nn.Parameter = import_module("bitsandbytes.nn").Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax)
-    return new
-
-
-def _install_8bit(module: Any, parameter: Any) -> None:
-    module.weight.CB, module.weight.SCB = _stored_8bit(
-        module
-    )  # else the weight that leaves would leave its scales behind
-    module.state.reset_grads()
-    module.weight = parameter
-
-
-def _codes_8bit(weight: Any) -> Tensor:
-    return weight.data.view(torch.uint8).flatten()
-
-
-# -- torchao and quanto: tensor subclasses, which the protocol of torch.compile takes apart and puts together again
-
-
-def _rebuilt(tensor: Any, part: Callable[[str], Tensor], **attributes: Any) -> Any:
-    """The same class and attributes, but for these, with other parts (codes, scales ...)."""
+def _rebuild(tensor: Any, part: Callable[[str], Tensor], **attributes: Any) -> Any:
+    """Return a tensor of the same class with other parts (codes, scales ...) and, of its attributes, these changed."""
     names, meta = tensor.__tensor_flatten__()
-    return type(tensor).__tensor_unflatten__(
-        {n: part(n) for n in names}, {**meta, **attributes}, tensor.shape, tensor.stride()
-    )
+    parts = {name: part(name) for name in names}
+    return type(tensor).__tensor_unflatten__(parts, {**meta, **attributes}, tensor.shape, tensor.stride())
 
 
-@torch.no_grad()
-def _dequantize_subclass(module: Any) -> Tensor:
-    """With scales of 16 bits as float32, so that their products with the codes are exact."""
-    w = module.weight
+def _keep_scales(old: Tensor, new: Tensor, smallest: Tensor, top: float) -> Tensor:
+    """Return the old scale of each block whose extreme still has the outermost code or one of the two next to it, else
+    the new scale.
 
-    def part(name: str) -> Tensor:
-        value: Tensor = getattr(w, name)
-        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-
-    W: Tensor = _rebuilt(
-        w, part, **({"dtype": torch.float32} if "dtype" in w.__tensor_flatten__()[1] else {})
-    ).dequantize()
-    return W
-
-
-def _install_subclass(module: Any, parameter: Any) -> None:
-    module.weight = parameter
-
-
-def _kept(old: Tensor, new: Tensor, least: Tensor, top: float) -> Tensor:
-    """The old scale of each block whose extreme still has the outermost code, or one of the two next to it; else the
-    new one.
-
-    `least` is the smallest scale that clips nothing: of the largest value over `top`, and the smallest over -top - 1.
+    Args:
+        old: The scales that the weight has.
+        new: The scales that the library computes from W.
+        smallest: The smallest scales that clip nothing: the larger of max(W) / top and min(W) / (-top - 1).
+        top: The largest code.
     """
-    extreme = least / old * top
+    extreme = smallest / old * top
     return torch.where((extreme >= max(top - 2.5, top / 2)) & (extreme <= top + 0.25), old, new.to(old.dtype))
 
 
-def _kind_torchao(module: Any) -> str | None:
-    w = module.weight
-    kind = str(getattr(w, "target_dtype", w.qdata.dtype)).removeprefix("torch.")
-    zero_point = getattr(
-        w, "zero_point", None
-    )  # only asymmetric mappings have one; Int8Tensor's own forward ignores it
-    on_inputs = [getattr(w, name, None) for name in ("act_quant_kwargs", "act_pre_scale", "activation_quantization")]
-    if kind == "int1" or any(a is not None for a in on_inputs) or (zero_point is not None and bool(zero_point.any())):
-        return None
-    return kind
+class Torchao(TensorSubclass):
+    """torchao's weight-only integers and float8."""
+
+    library = "torchao"
+    layer = "torch.nn.modules.linear.Linear"
+    weights = tuple(f"torchao.quantization.{c}" for c in ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"))
+
+    @staticmethod
+    def weight_type(module: Any) -> str | None:
+        w = module.weight
+        name = str(getattr(w, "target_dtype", w.qdata.dtype)).removeprefix("torch.")
+        zero_point = getattr(w, "zero_point", None)  # of asymmetric mappings only; Int8Tensor's own forward ignores it
+        for_inputs = ("act_quant_kwargs", "act_pre_scale", "activation_quantization")
+        quantizes_inputs = any(getattr(w, attribute, None) is not None for attribute in for_inputs)
+        if name == "int1" or quantizes_inputs or (zero_point is not None and bool(zero_point.any())):
+            return None
+        return name
+
+    @torch.no_grad()
+    def requantize(self, module: Any, W: Tensor) -> nn.Parameter:
+        w, W, block = module.weight, W.to(module.weight.device).contiguous(), list(module.weight.block_size)
+        if type(w).__name__ == "Float8Tensor":
+            q = type(w).from_hp(W, w.qdata.dtype, import_module("torchao.quantization").PerBlock(block))
+            new = {"qdata": q.qdata, "scale": q.scale}
+        else:
+            ao = import_module("torchao.quantization.quant_primitives")
+            bits = int(str(getattr(w, "target_dtype", torch.int8)).removeprefix("torch.int"))
+            bits -= bool(getattr(w, "reduce_range", False))
+            low, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+            settings = {
+                "block_size": block,
+                "target_dtype": torch.int8,
+                "quant_min": low,
+                "quant_max": top,
+                "keepdim": True,
+            }
+            smallest, zero = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, **settings)
+            eps = torch.finfo(torch.float32).eps
+            scale, _ = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC, eps=eps, **settings)
+            new = {"scale": _keep_scales(w.scale, scale, smallest, top)}
+            new["qdata"] = ao.quantize_affine(W, block, new["scale"], zero, torch.int8, low, top)
+        return nn.Parameter(_rebuild(w, lambda name: new.get(name, getattr(w, name))), requires_grad=w.requires_grad)
+
+    def codes(self, weight: Any) -> Tensor:
+        codes: Tensor = weight.qdata.view(torch.uint8).flatten()
+        return codes
 
 
-@torch.no_grad()
-def _requantize_torchao(module: Any, W: Tensor) -> nn.Parameter:
-    w, W, block = module.weight, W.to(module.weight.device).contiguous(), list(module.weight.block_size)
-    if type(w).__name__ == "Float8Tensor":
-        q = type(w).from_hp(W, w.qdata.dtype, import_module("torchao.quantization").PerBlock(block))
-        new = {"qdata": q.qdata, "scale": q.scale}
-    else:
-        ao = import_module("torchao.quantization.quant_primitives")
-        bits = int(str(getattr(w, "target_dtype", torch.int8)).removeprefix("torch.int")) - bool(
-            getattr(w, "reduce_range", False)
-        )
-        low, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        how = {"block_size": block, "target_dtype": torch.int8, "quant_min": low, "quant_max": top, "keepdim": True}
-        least, zero = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, **how)
-        scale, _ = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC, eps=torch.finfo(torch.float32).eps, **how)
-        new = {"scale": _kept(w.scale, scale, least, top)}
-        new["qdata"] = ao.quantize_affine(W, block, new["scale"], zero, torch.int8, low, top)
-    return nn.Parameter(_rebuilt(w, lambda name: new.get(name, getattr(w, name))), requires_grad=w.requires_grad)
+class Quanto(TensorSubclass):
+    """optimum-quanto's frozen layers."""
+
+    library = "quanto"
+    layer = "optimum.quanto.nn.qlinear.QLinear"
+    weights = tuple(
+        f"optimum.quanto.tensor.weights.{c}"
+        for c in ("qbytes.WeightQBytesTensor", "qbits.WeightQBitsTensor", "tinygemm.qbits.TinyGemmWeightQBitsTensor")
+    )
+
+    @staticmethod
+    def weight_type(module: Any) -> str | None:
+        return str(module.weight_qtype.name) if module.activation_qtype is None else None
+
+    @torch.no_grad()
+    def requantize(self, module: Any, W: Tensor) -> nn.Parameter:  # as the layer's qweight property, but from float32
+        w, W = module.weight, W.to(module.weight.device).contiguous()
+        if w.qtype.bits == 8:
+            settings, top = {"qtype": w.qtype, "axis": 0}, w.qtype.qmax
+            smallest = torch.maximum(W / top, -W / (top + 1))
+            smallest = smallest.amax(dim=1, keepdim=True) if w._scale.ndim else smallest.amax()
+            scales = {"scale": _keep_scales(w._scale, module.optimizer(W, **settings), smallest, top)}
+        else:
+            settings = {"qtype": w.qtype, "axis": 0, "group_size": module.weight_group_size}
+            scale, shift = module.optimizer(W, **settings)
+            scales = {"scale": scale.to(w.dtype), "shift": shift.to(w.dtype)}
+        q = import_module("optimum.quanto").quantize_weight(W, **settings, **scales)
+        return nn.Parameter(q, requires_grad=w.requires_grad)
+
+    def codes(self, weight: Any) -> Tensor:
+        data = weight._data
+        codes: Tensor = data.unpack() if hasattr(data, "unpack") else data.view(torch.uint8)
+        return codes.flatten()
 
 
-def _codes_torchao(weight: Any) -> Tensor:
-    return weight.qdata.view(torch.uint8).flatten()
-
-
-def _kind_quanto(module: Any) -> str | None:
-    return str(module.weight_qtype.name) if module.activation_qtype is None else None
-
-
-@torch.no_grad()
-def _requantize_quanto(module: Any, W: Tensor) -> nn.Parameter:
-    """As its qweight property does, but from float32."""
-    w, W = module.weight, W.to(module.weight.device).contiguous()
-    how = {"qtype": w.qtype, "axis": 0} | ({} if w.qtype.bits == 8 else {"group_size": module.weight_group_size})
-    if w.qtype.bits == 8:
-        top = w.qtype.qmax
-        least = torch.maximum(W / top, -W / (top + 1))
-        least = least.amax(dim=1, keepdim=True) if w._scale.ndim else least.amax()
-        scales = {"scale": _kept(w._scale, module.optimizer(W, **how), least, top)}
-    else:
-        scales = dict(zip(("scale", "shift"), (t.to(w.dtype) for t in module.optimizer(W, **how)), strict=True))
-    q = import_module("optimum.quanto").quantize_weight(W, **how, **scales)
-    return nn.Parameter(q, requires_grad=w.requires_grad)
-
-
-def _codes_quanto(weight: Any) -> Tensor:
-    data = weight._data
-    return (data.unpack() if hasattr(data, "unpack") else data.view(torch.uint8)).flatten()
-
-
-UNPICKLED = "torch.nn.parameter.Parameter"  # what bitsandbytes' weights are after torch.load, with all their attributes
-SCHEMES = (
-    Scheme(name="bitsandbytes", layer="bitsandbytes.nn.modules.Linear4bit",
-           weights=("bitsandbytes.nn.modules.Params4bit", UNPICKLED), kind=_kind_4bit,
-           dequantize=_dequantize_4bit, requantize=_requantize_4bit, install=_install_4bit, codes=_codes_4bit),
-    Scheme(name="bitsandbytes", layer="bitsandbytes.nn.modules.Linear8bitLt",
-           weights=("bitsandbytes.nn.modules.Int8Params", UNPICKLED), kind=_kind_8bit,
-           dequantize=_dequantize_8bit, requantize=_requantize_8bit, install=_install_8bit, codes=_codes_8bit),
-    Scheme(name="torchao", layer="torch.nn.modules.linear.Linear",
-           weights=tuple(f"torchao.quantization.{c}" for c in ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")), kind=_kind_torchao,
-           dequantize=_dequantize_subclass, requantize=_requantize_torchao, install=_install_subclass, codes=_codes_torchao),
-    Scheme(name="quanto", layer="optimum.quanto.nn.qlinear.QLinear",
-           weights=tuple(f"optimum.quanto.tensor.weights.{c}" for c in ("qbytes.WeightQBytesTensor", "qbits.WeightQBitsTensor",
-                         "tinygemm.qbits.TinyGemmWeightQBitsTensor")), kind=_kind_quanto,
-           dequantize=_dequantize_subclass, requantize=_requantize_quanto, install=_install_subclass, codes=_codes_quanto),
-)  # fmt: skip
+SCHEMES: tuple[type[Scheme], ...] = (Bitsandbytes4bit, Bitsandbytes8bit, Torchao, Quanto)

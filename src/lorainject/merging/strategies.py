@@ -54,7 +54,8 @@ class MergeStrategy:
 
     def __init__(self, weight: AdaptedWeight, deltas: AdapterDeltas) -> None:
         self.adapted, self.deltas = weight, deltas
-        self.original, self.module_class = weight.weight, base_class(type(weight.module))
+        self.original, self.original_bias = weight.weight, weight.bias
+        self.module_class = base_class(type(weight.module))
         self.sample = None if is_quantized(weight.module) else sample_values(weight.weight)
         self.merger = TileMerger()
 
@@ -71,9 +72,11 @@ class MergeStrategy:
         """Measure the merge and, if asked to, write it.
 
         Args:
-            write: Write the sum. undoable: Keep what `undo` needs, and use the exact delta. Without it, a merge that
-            is written must not fail. for_each: Calls a function for every tile, in threads. workspace: The threads'
-            buffers.
+            write: Write the sum.
+            undoable: Keep what `undo` needs, and use the exact delta. Without it, a merge that is written must not
+                fail.
+            for_each: Calls a function for every tile, in threads.
+            workspace: The threads' buffers.
 
         Returns:
             What is wrong with the sum, or None.
@@ -96,25 +99,21 @@ class MergeStrategy:
         """Do what has to wait until the module has no graft."""
 
     def undo(self) -> None:
-        """Restore W0, however far the merge has come."""
+        """Restore W0, and the bias, however far the merge has come."""
         self.adapted.weight = self.original
+        if self.adapted.bias is not self.original_bias:
+            self.adapted.bias = self.original_bias
 
     def record(self, reversible: bool) -> MergeRecord:
-        """Return what is to be left on the weight."""
-        return self._record(reversible, original=self.original if reversible else None)
-
-    def _record(
-        self,
-        reversible: bool,
-        journal: Journal | None = None,
-        original: nn.Parameter | None = None,
-        original_bias: nn.Parameter | None = None,
-    ) -> MergeRecord:
-        merged = self.adapted.weight
+        """Return what is to be left on the weight, once it is merged."""
+        merged, bias = self.adapted.weight, self.adapted.bias
+        in_place = merged is self.original
+        original = self.original if reversible and not in_place else None
+        original_bias = self.original_bias if reversible and bias is not self.original_bias else None
         return MergeRecord(
             strategy=type(self).__name__,
             deltas=self.deltas if reversible else {},
-            journal=journal,
+            journal=Journal.join(self.merger.journals) if reversible and in_place else None,
             original=original,
             original_bias=original_bias,
             module_class=self.module_class,
@@ -178,9 +177,6 @@ class InPlace(TiledMerge):
             if (w0 := self.merger.workspace.unmerge(as_matrix(view), d, journal)) is not None:
                 view.copy_(w0.view(view.shape))
 
-    def record(self, reversible: bool) -> MergeRecord:
-        return self._record(reversible, journal=Journal.join(self.merger.journals) if reversible else None)
-
 
 class Untied(TiledMerge):
     """The sum goes into a new parameter; modules that share W0 keep it."""
@@ -200,7 +196,6 @@ class WithExtras(MergeStrategy):
 
     def __init__(self, weight: AdaptedWeight, deltas: AdapterDeltas) -> None:
         super().__init__(weight, deltas)
-        self.original_bias = weight.bias
         self.updates = [f.update for parts in deltas.values() for f in parts if f.update is not None]
 
     def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
@@ -224,17 +219,6 @@ class WithExtras(MergeStrategy):
             if self.updates and (bias := self.original_bias) is not None:
                 value = sum((u.double() for u in self.updates), start=bias.double()).to(bias.dtype)
                 self.adapted.bias = nn.Parameter(value, bias.requires_grad)
-
-    def undo(self) -> None:
-        super().undo()
-        if self.updates:
-            self.adapted.bias = self.original_bias
-
-    def record(self, reversible: bool) -> MergeRecord:
-        if not reversible:
-            return self._record(reversible)
-        bias = self.original_bias if self.updates else None
-        return self._record(reversible, original=self.original, original_bias=bias)
 
 
 class Requantized(MergeStrategy):

@@ -172,10 +172,10 @@ def row_tiles(rows: int, width: int, device: torch.device, size: int | None = No
     """Yield slices of rows that cut a matrix into tiles.
 
     Args:
-        rows: Rows of the matrix. width: Elements per row. device: Where the matrix lies; a tile on a GPU has up to
-        GPU_TILE elements. size: Elements per tile on a CPU (default: TILE). The number of rows is rounded down to a
-        multiple of STRIP_ROWS, but is
-            at least STRIP_ROWS.
+        rows: Rows of the matrix.
+        width: Elements per row.
+        device: Where the matrix lies; a tile on a GPU has up to GPU_TILE elements.
+        size: Elements per tile on a CPU (default: TILE). The number of rows is a multiple of STRIP_ROWS.
     """
     size, unit = (GPU_TILE, 1) if device.type != "cpu" else (size or TILE, STRIP_ROWS)
     step = max(unit, size // width // unit * unit)
