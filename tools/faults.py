@@ -1,7 +1,8 @@
-"""kill -9 at random points of a merge on disk, and what must hold afterwards: `python tools/faults.py FOLDER KILLS`.
+"""Kill merges on disk at random moments, and check what is left: `python tools/faults.py FOLDER KILLS`.
 
-FOLDER holds `base`, a sharded checkpoint, and `adapter0`. Each time a child process begins a verb and is killed at a random moment
-of its usual time.
+FOLDER holds `base`, a sharded checkpoint, and `adapter0`. Each time a child process begins one of the three verbs, and
+is killed (SIGKILL) at a random moment of the verb's usual time. Afterwards a reader must find the old checkpoint, the
+merged one, or none that it can load; and unmerging or merging again must succeed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files in a folder, by their relative paths."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def child(verb: Callable[[], object]) -> int:
-    """Run it in another process."""
+def start_child(verb: Callable[[], object]) -> int:
+    """Run a verb in another process, and return its process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -40,7 +42,7 @@ def child(verb: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    """Kill, look, clean up, again."""
+    """Kill a verb, check what is left, restore the checkpoint; again and again."""
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     base, out, adapter = folder / "base", folder / "out", folder / "adapter0"
     warnings.simplefilter("ignore")
@@ -54,11 +56,11 @@ def main() -> None:
     li.merge_checkpoint(base, adapter, out)
     merged = contents(out)
     shutil.rmtree(out)
-    usual, seen = {}, Counter()
-    for name in verbs:
+    usual_seconds, outcomes = {}, Counter()
+    for name, verb in verbs.items():
         start = time.perf_counter()
-        os.waitpid(child(verbs[name]), 0)
-        usual[name] = time.perf_counter() - start
+        os.waitpid(start_child(verb), 0)
+        usual_seconds[name] = time.perf_counter() - start
         shutil.rmtree(out, ignore_errors=True)
     assert contents(base) == before
     rng = random.Random(kills)
@@ -66,32 +68,32 @@ def main() -> None:
         name = list(verbs)[i % 3]
         if name == "unmerge_in_place":
             li.merge_in_place(base, adapter)
-        pid = child(verbs[name])
-        time.sleep(rng.uniform(0, 1.1 * usual[name]))
+        pid = start_child(verbs[name])
+        time.sleep(rng.uniform(0, 1.1 * usual_seconds[name]))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        weights = {k: v for k, v in contents(base).items() if not k.startswith(".")}
+        visible = {k: v for k, v in contents(base).items() if not k.startswith(".")}
         if name == "merge_checkpoint":
-            assert weights == before
+            assert visible == before
             assert not out.exists() or contents(out) == merged
-            seen[name, "done" if out.exists() else "undone"] += 1
+            outcomes[name, "done" if out.exists() else "undone"] += 1
             shutil.rmtree(out, ignore_errors=True)
             li.merge_checkpoint(base, adapter, out)
             assert contents(out) == merged
             shutil.rmtree(out)
             assert not [p for p in folder.iterdir() if p.name.startswith(".")]
         else:
-            whole = weights in (before, merged)
-            seen[name, "whole" if whole else "index hidden"] += 1
-            assert whole or INDEX not in weights, "a reader would load a mixture"
+            whole = visible in (before, merged)
+            outcomes[name, "whole" if whole else "index hidden"] += 1
+            assert whole or INDEX not in visible, "a reader would load a mixture"
             if (base / ".lorainject-merge" / "manifest.json").exists():
                 li.unmerge_in_place(base)
-            else:  # so early or late that all is as before; what is left over troubles nobody
-                assert weights == before
+            else:  # killed so early or so late that the checkpoint is the old one; what is left must not disturb
+                assert visible == before
                 li.merge_in_place(base, adapter)
                 li.unmerge_in_place(base)
         assert contents(base) == before
-    print(f"{kills} kills", dict(seen))
+    print(f"{kills} kills", dict(outcomes))
 
 
 if __name__ == "__main__":

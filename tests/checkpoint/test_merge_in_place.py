@@ -35,7 +35,7 @@ def merge(folder: Path, in_place: bool) -> None:
 
 
 def test_merge_in_place_and_unmerge(folder):
-    """merge_in_place writes what merge_checkpoint writes; unmerge_in_place restores every file, and leaves no other."""
+    """merge_in_place writes what merge_checkpoint does; unmerge_in_place restores all files, and leaves no other."""
     before = contents(folder / "base")
     li.merge_checkpoint(folder / "base", [folder / "adapter0", folder / "adapter1"], folder / "out", weights=[0.5, -2])
     li.merge_in_place(folder / "base", [folder / "adapter0", folder / "adapter1"], weights=[0.5, -2])
@@ -51,6 +51,21 @@ def test_merge_in_place_and_unmerge(folder):
     assert contents(folder / "base") == before
     with pytest.raises(li.StateError, match="nothing is merged in place"):
         li.unmerge_in_place(folder / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_merge_in_place_has_the_bits_of_a_reversible_merge(dtype, tmp_path):
+    """The tensors are those of a reversible merge in memory, to the bit."""
+    torch.manual_seed(0)
+    model = mixtral().to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    randomise(li.inject(model, ["q_proj", "down_proj"], r=7, alpha=5))
+    li.save(model, tmp_path / "adapter")
+    li.merge(model)
+    li.merge_in_place(tmp_path / "base", tmp_path / "adapter")
+    loaded = type(model).from_pretrained(tmp_path / "base", dtype=dtype)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
 
 
 def test_symlinks_are_never_written_through(folder):

@@ -40,13 +40,14 @@ class Runs:
     """Elements per run."""
 
     @functools.cached_property
-    def contiguous(self) -> bool:
+    def is_contiguous(self) -> bool:
         """True if each run begins where the run before it ends."""
         return bool((np.diff(self.starts) == self.width).all())
 
-    def nbytes(self, entry: TensorEntry) -> int:
-        """Return the bytes of all runs."""
-        return len(self.starts) * self.width * TORCH_DTYPES[entry.dtype].itemsize
+    @property
+    def numel(self) -> int:
+        """The number of elements of all runs."""
+        return len(self.starts) * self.width
 
     def read_tile(self, file: int, entry: TensorEntry, rows: slice, workspace: TileWorkspace) -> Tensor:
         """Read a tile of the tensor from a file descriptor. The same thread's next call overwrites the tile."""
@@ -62,15 +63,15 @@ class Runs:
         for offset, memory in self._extents(entry, rows, tile.contiguous()):
             while memory:
                 n = os.pwrite(file, memory, offset)
-                if self.contiguous:
+                if self.is_contiguous:
                     start_writeback(file, offset, n)
                 memory, offset = memory[n:], offset + n
 
     def _extents(self, entry: TensorEntry, rows: slice, tile: Tensor) -> Iterator[tuple[int, memoryview]]:
         """Yield the offset in the file and the memory of each part of the tile that is contiguous in the file."""
         memory = memoryview(tile.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
-        starts = self.starts[rows][:1] if self.contiguous else self.starts[rows]
-        step = len(memory) if self.contiguous else self.width * tile.itemsize
+        starts = self.starts[rows][:1] if self.is_contiguous else self.starts[rows]
+        step = len(memory) if self.is_contiguous else self.width * tile.itemsize
         for i, start in enumerate(starts):
             yield entry.start + int(start) * tile.itemsize, memory[i * step : (i + 1) * step]
 

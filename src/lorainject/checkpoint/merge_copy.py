@@ -26,9 +26,9 @@ def merge_checkpoint(base_dir: str | Path,
                      check_base: bool = True, progress: Progress | None = None) -> MergeReport:  # fmt: skip
     """Write a copy of a checkpoint with W0 + s B A in place of every adapted weight.
 
-    The tensors have the bits that load, merge, eject and save_pretrained would write. Names, order, dtypes, headers,
-    index, config and all other files stay as they are. Memory is needed for a few tiles and the adapter, however large
-    the model is. If anything is raised, or the process is killed, `out_dir` is as it was.
+    The tensors have the bits that load, merge(reversible=False), eject and save_pretrained write. Names, order, dtypes,
+    headers, index, config and all other files stay as they are. Memory is needed for a few tiles and the adapter,
+    however large the model is. If anything is raised, or the process is killed, `out_dir` is as it was.
 
     Args:
         base_dir: The directory with the model's config.json and safetensors files.

@@ -45,8 +45,9 @@ def merge_in_place(model_dir: str | Path,
                    progress: Progress | None = None) -> MergeReport:  # fmt: skip
     """Merge adapters into a checkpoint itself. `unmerge_in_place` restores the old files to the byte.
 
-    The tensors have the bits that `merge_checkpoint` would write. On disk, a merge needs room for one more shard while
-    it works, and for the journal afterwards: a few per cent. If anything is raised, the checkpoint is as it was.
+    The tensors have the bits of a reversible merge in memory, which may differ from those of `merge_checkpoint` in the
+    last place (see numerics/tiled_matmul.py). On disk, a merge needs room for one more shard while it works, and for
+    the journal afterwards: a few per cent. If anything is raised, the checkpoint is as it was.
 
     Args:
         model_dir: The directory with the model's config.json and safetensors files.

@@ -7,7 +7,7 @@ disk belong to which of its weights is found by transformers' own loading rules 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
             updates[weight.key].deltas += (_delta(stored, site, weight, multiplier),)
     if problems:
         raise FileError(
-            f"{base} can't be merged into on disk:",
+            f"{base} can't be merged on disk, because some of the adapted weights can't be changed there:",
             problems,
             "merge in memory: load the model and the adapter, then merge(reversible=False), eject, save_pretrained",
         )
@@ -184,17 +184,12 @@ def _delta(stored: StoredSite, site: Site, weight: ModelWeight, multiplier: floa
 
 
 def _rename_native(file: AdapterFile, model: nn.Module, weights: Mapping[str, ModelWeight]) -> AdapterFile:
-    """Return our own file with the names of this model, if it was made on the model inside of it or around it.
+    """Return a file of our own format with the names of this model, if it was made on the model inside or around it.
 
     The names then differ by the model's prefix: `bert.encoder` in BertForMaskedLM is `encoder` in BertModel.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    changes: list[Callable[[str], str]] = [
-        lambda path: path,
-        lambda path: f"{prefix}.{path}",
-        lambda path: path.removeprefix(f"{prefix}."),
-    ]
-    for change in changes if prefix else ():
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for change in (lambda path: path, lambda path: prefix + path, lambda path: path.removeprefix(prefix)):
         if all(site_name(change(s.path), s.parameter) in weights for s in file.sites):
             sites = [replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites]
             return replace(file, sites=tuple(sites), replaced={change(p): t for p, t in file.replaced.items()})

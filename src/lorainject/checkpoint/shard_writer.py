@@ -25,6 +25,7 @@ from .byte_runs import Patch, cut_into_patches
 from .copying import Meter, copy_bytes
 from .shards import Shard
 
+NO_STATS = DeltaStats.total(())
 KeepJournal = Callable[[str, Patch, TileMerger], None]
 """A function that takes the key on disk, a patch, and the merger that holds the journals of the patch's tiles."""
 
@@ -42,7 +43,7 @@ class WeightUpdate:
     pieces: tuple[StoredPiece, ...]
     deltas: tuple[Factors, ...]
     """Empty once all pieces are written: A and B may be large."""
-    stats: DeltaStats = field(default_factory=lambda: DeltaStats.total(()))
+    stats: DeltaStats = NO_STATS
     norm: float = 0.0
     """The Frobenius norm of the sum of the deltas, once all pieces are written."""
     written: set[str] = field(default_factory=set)
@@ -104,7 +105,7 @@ class MergePlan:
                     continue
                 updates = self.updates_of[key]
                 patches = [(update, patch) for update in updates for patch in update.patches(key)]
-                overwritten = _fill(entry, [patch for _, patch in patches])  # then no old byte needs to be copied
+                overwritten = _is_overwritten(entry, [patch for _, patch in patches])  # then no old byte is copied
                 copy_bytes(source, target, position, entry.start if overwritten else entry.stop, meter)
                 position = entry.stop
                 for update, patch in patches:
@@ -118,7 +119,7 @@ class MergePlan:
                     if keep_journal is not None:
                         keep_journal(key, patch, merger)
                     if overwritten:
-                        meter.add(patch.runs.nbytes(entry))
+                        meter.add(patch.runs.numel * TORCH_DTYPES[entry.dtype].itemsize)
                 if target is not None:
                     for update in updates:
                         update.finish(key)
@@ -130,7 +131,7 @@ class MergePlan:
     def reset_statistics(self) -> None:
         """Forget what was measured."""
         for update in self.updates:
-            update.stats = DeltaStats.total(())
+            update.stats = NO_STATS
 
     def report(self) -> MergeReport:
         """Return what became of the deltas."""
@@ -141,10 +142,10 @@ class MergePlan:
         return MergeReport(names=self.names, sites=tuple(sites))
 
 
-def _fill(entry: TensorEntry, patches: Sequence[Patch]) -> bool:
-    """True if the patches write all bytes of the tensor, each in one go."""
-    covered = sum(len(patch.runs.starts) * patch.runs.width for patch in patches)
-    return covered == math.prod(entry.shape) and all(patch.runs.contiguous for patch in patches)
+def _is_overwritten(entry: TensorEntry, patches: Sequence[Patch]) -> bool:
+    """True if the patches write all bytes of the tensor, without gaps between their runs."""
+    covered = sum(patch.runs.numel for patch in patches)
+    return covered == math.prod(entry.shape) and all(patch.runs.is_contiguous for patch in patches)
 
 
 def _merge_patch(patch: Patch, merger: TileMerger, entry: TensorEntry, source: int, target: int | None,
