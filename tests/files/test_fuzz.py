@@ -1,4 +1,4 @@
-"""The fuzzer (tools/fuzz.py): inputs that once broke a reader stay fixed, and every reader survives a few fresh ones."""
+"""The fuzzer (tools/fuzz.py): inputs that once broke a reader stay fixed, and every reader survives some fresh ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.mark.parametrize("finding", CORPUS, ids=lambda path: path.name)
 def test_earlier_findings_stay_fixed(finding, tmp_path):
-    """Each of these files once raised an error of Python or torch. Now it is read or refused, and written or refused."""
+    """These files once raised an error of Python or torch. Now they are read or refused, and written or refused."""
     shutil.copytree(finding, tmp_path / "in")
     files = [p for p in (tmp_path / "in").iterdir() if p.name != "adapter_config.json"]
     is_single_file = files[0].name not in FILES or len(list(finding.iterdir())) == 1
