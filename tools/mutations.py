@@ -1,7 +1,11 @@
-"""Adapter files as an enemy would write them: mutations of real ones that know the containers. The same random state gives the same bytes.
+"""Damaged and hostile adapter files: mutations of real files that know the containers.
 
-`mutated(files, rng)` changes one to three things: bits, lengths, fields of headers and configs, members of archives, and the tensors themselves
-(their names, shapes, dtypes, values), after which the container is put together again so that readers get to see them.
+`mutated(files, rng)` changes one to three things: bits, lengths, fields of headers and configs, members of archives, or
+the tensors (their names, shapes, dtypes, values). The container is then put together again with correct checksums, so
+that the readers behind it get to see the change.
+
+The same random state gives the same mutation. (The bytes may still differ: gzip holds a time, old torch pickles hold
+addresses.)
 """
 
 from __future__ import annotations
@@ -26,134 +30,118 @@ from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
 
 NUMBERS = (
-    0,
-    1,
-    -1,
-    2,
-    3,
-    7,
-    127,
-    128,
-    255,
-    256,
-    2**15,
-    2**16,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**53,
-    2**63 - 1,
-    2**63,
+    0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**63 - 1, 2**63,
     2**64 - 1,
-)
-JUNK: tuple[Any, ...] = (None, True, False, "", "x", "../../x", "a" * 5000, "\0", "\ud800", -1, 0, 1, 2**31, 2**63, 2**70, 1e-320, 1e308, float("nan"), float("inf"), [], {}, [[]],
-                         {"": {}}, [None], ["(a|aa)+$"], {"(.*)*x": 3}, "float16", "LORA", "all-linear", [1, 2], {"a": [1]})  # fmt: skip
-SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_B", ".lora_a", ".lora_b", ".lora_a.weight", ".lora_b.weight", ".lora_down.weight", ".lora_up.weight",
-            ".lora_mid.weight", ".alpha", ".dora_scale", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B", ".m", ".magnitude", ".lora_B.bias", ".bias", ".weight",
-            ".token_adapter.trainable_tokens_delta", ".lora_A.default.weight", ".base_layer.lora_A.weight", ".diff", ".hada_w1_a", ".scale", ".loras.a.lora_A", "")  # fmt: skip
-PREFIXES = ("", "base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "transformer.h.0.attn.", "layers.0.attn.", "model.layers.0.mlp.experts.0.", "blk.0.",
-            "model.layers.99999999999999999999.", "model.layers.0.mlp.switch_mlp.", "roberta.encoder.layer.0.", ".", "..", "a" * 2000)  # fmt: skip
+)  # fmt: skip
+JUNK: tuple[Any, ...] = (
+    None, True, False, "", "x", "../../x", "a" * 5000, "\0", "\ud800", -1, 0, 1, 2**31, 2**63, 2**70, 1e-320, 1e308,
+    float("nan"), float("inf"), [], {}, [[]], {"": {}}, [None], ["(a|aa)+$"], {"(.*)*x": 3}, "float16", "LORA",
+    "all-linear", [1, 2], {"a": [1]},
+)  # fmt: skip
+SUFFIXES = (
+    ".lora_A.weight", ".lora_B.weight", ".lora_A", ".lora_B", ".lora_a", ".lora_b", ".lora_a.weight", ".lora_b.weight",
+    ".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".alpha", ".dora_scale", ".lora_magnitude_vector",
+    ".lora_embedding_A", ".lora_embedding_B", ".m", ".magnitude", ".lora_B.bias", ".bias", ".weight",
+    ".token_adapter.trainable_tokens_delta", ".lora_A.default.weight", ".base_layer.lora_A.weight", ".diff",
+    ".hada_w1_a", ".scale", ".loras.a.lora_A", "",
+)  # fmt: skip
+PREFIXES = (
+    "", "base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "transformer.h.0.attn.",
+    "layers.0.attn.", "model.layers.0.mlp.experts.0.", "blk.0.", "model.layers.99999999999999999999.",
+    "model.layers.0.mlp.switch_mlp.", "roberta.encoder.layer.0.", ".", "..", "a" * 2000,
+)  # fmt: skip
 DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-)
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
+    torch.bool, torch.complex64,
+)  # fmt: skip
 Rng = random.Random
-Way = Callable[[bytes, Rng], bytes]
+Mutation = Callable[[bytes, Rng], bytes]
 
 
 def mutated(files: dict[str, bytes], rng: Rng) -> dict[str, bytes]:
-    """The files with one to three things wrong with them."""
+    """Return the files with one to three things wrong with them."""
     files = dict(files)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         name = rng.choice(sorted(files))
-        files[name] = changed(files[name], rng)
+        files[name] = mutated_bytes(files[name], rng)
     if len(files) > 1 and rng.random() < 0.03:
         del files[rng.choice(sorted(files))]
     return files
 
 
-def changed(data: bytes, rng: Rng) -> bytes:
-    """One mutation that knows the container; of what is one no more, of the bytes."""
-    ways = next((ways for is_one, ways in WAYS if is_one(data)), ())
-    way = rng.choice((*ways, *ways, *BYTES))
+def mutated_bytes(data: bytes, rng: Rng) -> bytes:
+    """Return the bytes with one mutation that knows their container, or of the plain bytes if they are in none."""
+    mutations = next((mutations for is_container, mutations in MUTATIONS if is_container(data)), ())
+    mutation = rng.choice((*mutations, *mutations, *BYTES))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return way(data, rng)
-    except Exception:  # an earlier mutation made it something that can't be taken apart
+            return mutation(data, rng)
+    except Exception:  # after an earlier mutation the container can't be opened any more
         return rng.choice(BYTES)(data, rng)
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------------
+# --- bytes ---
 
 
-def _flipped(data: bytes, rng: Rng) -> bytes:
+def _flip_bits(data: bytes, rng: Rng) -> bytes:
     new = bytearray(data or b"\0")
     for _ in range(rng.choice((1, 1, 2, 8))):
-        new[_at(new, rng)] ^= 1 << rng.randrange(8)
+        new[_position(new, rng)] ^= 1 << rng.randrange(8)
     return bytes(new)
 
 
-def _cut(data: bytes, rng: Rng) -> bytes:
+def _truncate(data: bytes, rng: Rng) -> bytes:
     return data[: rng.choice((0, 1, 8, 9, len(data) // 2, max(len(data) - 1, 0), rng.randrange(len(data) + 1)))]
 
 
-def _numbered(data: bytes, rng: Rng) -> bytes:
-    """A number of some width in place of what was there."""
+def _overwrite_number(data: bytes, rng: Rng) -> bytes:
+    """Overwrite some bytes with a number."""
     form = rng.choice("BHIQ")
     value = struct.pack(f"<{form}", rng.choice(NUMBERS) % 2 ** (8 * struct.calcsize(form)))
-    at = _at(data, rng)
+    at = _position(data, rng)
     at -= at % len(value) * (rng.random() < 0.5)
     return data[:at] + value + data[at + len(value) :]
 
 
-def _moved(data: bytes, rng: Rng) -> bytes:
-    """A piece of it somewhere else, too."""
-    a, b, n = _at(data, rng), _at(data, rng), rng.choice((1, 4, 8, 64, 1024))
+def _copy_piece(data: bytes, rng: Rng) -> bytes:
+    """Copy a piece of the bytes to another place."""
+    a, b, n = _position(data, rng), _position(data, rng), rng.choice((1, 4, 8, 64, 1024))
     return data[:a] + data[b : b + n] + data[a + n * rng.randrange(2) :]
 
 
-def _at(data: bytes | bytearray, rng: Rng) -> int:
-    """Anywhere, but rather in front, where headers are."""
+def _position(data: bytes | bytearray, rng: Rng) -> int:
+    """Return a random position, more often near the start, where headers are."""
     n = max(len(data), 1)
     return rng.randrange(min(n, rng.choice((16, 64, 512, 4096, n, n))))
 
 
-BYTES: tuple[Way, ...] = (_flipped, _cut, _numbered, _moved)
+BYTES: tuple[Mutation, ...] = (_flip_bits, _truncate, _overwrite_number, _copy_piece)
 
 
-# --- values in JSON ------------------------------------------------------------------------------------------------------
+# --- values in JSON ---
 
 
-def _json(data: bytes, rng: Rng) -> bytes:
-    return _text(node(json.loads(data), rng)).encode(errors="surrogatepass")
+def _mutate_json(data: bytes, rng: Rng) -> bytes:
+    return _to_json(mutated_tree(json.loads(data), rng)).encode(errors="surrogatepass")
 
 
-def _text(value: Any) -> str:
+def _to_json(value: Any) -> str:
     deep = value == "DEEP"
     return "[" * 50_000 if deep else json.dumps(value).replace('"DEEP"', "[" * 200 + "]" * 200)
 
 
-def node(tree: Any, rng: Rng) -> Any:
-    """One value, or key, of a tree changed."""
+def mutated_tree(tree: Any, rng: Rng) -> Any:
+    """Return a tree of JSON values with one value or key changed."""
     if not isinstance(tree, dict | list) or not tree or rng.random() < 0.05:
-        return _junk(tree, rng)
+        return _replacement(tree, rng)
     new: Any = dict(tree) if isinstance(tree, dict) else list(tree)
     key = rng.choice(list(new)) if isinstance(new, dict) else rng.randrange(len(new))
     what = rng.random()
     if isinstance(new[key], dict | list) and new[key] and what < 0.7:
-        new[key] = node(new[key], rng)
+        new[key] = mutated_tree(new[key], rng)
     elif what < 0.8:
-        new[key] = _junk(new[key], rng)
+        new[key] = _replacement(new[key], rng)
     elif what < 0.9 and isinstance(new, dict):
         new[rng.choice((*new, *PREFIXES, "r", "peft_type", "lora_parameters"))] = new.pop(key)
     elif isinstance(new, dict):
@@ -163,7 +151,7 @@ def node(tree: Any, rng: Rng) -> Any:
     return new
 
 
-def _junk(value: Any, rng: Rng) -> Any:
+def _replacement(value: Any, rng: Rng) -> Any:
     if isinstance(value, bool) and rng.random() < 0.5:
         return not value
     if isinstance(value, int | float) and rng.random() < 0.5:
@@ -173,28 +161,28 @@ def _junk(value: Any, rng: Rng) -> Any:
     return "DEEP" if rng.random() < 0.03 else rng.choice(JUNK)
 
 
-# --- tensors ------------------------------------------------------------------------------------------------------------
+# --- tensors ---
 
 
-def table(tensors: dict[str, Tensor], rng: Rng) -> dict[str, Tensor]:
-    """A table with one tensor renamed, left out, doubled, or altered."""
+def mutated_tensors(tensors: dict[str, Tensor], rng: Rng) -> dict[str, Tensor]:
+    """Return the tensors with one of them renamed, left out, doubled, exchanged or changed."""
     new = dict(tensors)
     key, other = rng.choice(list(new)), rng.choice(list(new))
     what = rng.random()
     if what < 0.25:
-        new[_renamed(key, other, rng)] = new.pop(key)
+        new[_rename(key, other, rng)] = new.pop(key)
     elif what < 0.35:
         del new[key]
     elif what < 0.45:
-        new[_renamed(key, other, rng)] = new[key].clone()
+        new[_rename(key, other, rng)] = new[key].clone()
     elif what < 0.55:
         new[key], new[other] = new[other], new[key]
     else:
-        new[key] = altered(new[key], rng)
+        new[key] = mutated_tensor(new[key], rng)
     return new
 
 
-def _renamed(key: str, other: str, rng: Rng) -> str:
+def _rename(key: str, other: str, rng: Rng) -> str:
     for suffix in SUFFIXES[:-1]:
         if key.endswith(suffix) and rng.random() < 0.5:
             return key.removesuffix(suffix) + rng.choice(SUFFIXES)
@@ -207,63 +195,67 @@ def _renamed(key: str, other: str, rng: Rng) -> str:
     )
 
 
-def altered(t: Tensor, rng: Rng) -> Tensor:
-    """Another shape, dtype or value."""
+def mutated_tensor(t: Tensor, rng: Rng) -> Tensor:
+    """Return the tensor with another shape, dtype or value."""
     ways: tuple[Callable[[], Tensor], ...] = (
-        lambda: t.flatten(), lambda: t.unsqueeze(rng.randrange(t.ndim + 1)), lambda: t.transpose(0, -1) if t.ndim else t, lambda: t[:0] if t.ndim else t[None],
-        lambda: t[:1] if t.ndim else t[None, None], lambda: t[..., :1] if t.ndim else t, lambda: t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim else t,
-        lambda: t.to(rng.choice(DTYPES)), lambda: t.to(rng.choice(DTYPES)), lambda: t * 0, lambda: t * float("nan"), lambda: t.double() * 1e300, lambda: t.float() * 1e38,
-        lambda: torch.zeros(rng.choice(((), (0,), (1,), (1, 1), (0, 3), (3, 0), (1, 1, 1), (1, 1, 1, 1, 1, 1, 1)))), lambda: torch.ones(1, 1).expand(3, 2).clone(),
-        lambda: torch.full((), rng.choice((0.0, -1.0, 1e308, float("inf"), 3.0))), lambda: torch.zeros(1, 20_000), lambda: torch.zeros(20_000, 1),
-        lambda: torch.zeros(1, 1, 1000, 1000), lambda: t.reshape(-1, 1),
+        lambda: t.flatten(), lambda: t.unsqueeze(rng.randrange(t.ndim + 1)),
+        lambda: t.transpose(0, -1) if t.ndim else t, lambda: t[:0] if t.ndim else t[None],
+        lambda: t[:1] if t.ndim else t[None, None], lambda: t[..., :1] if t.ndim else t,
+        lambda: t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim else t, lambda: t.to(rng.choice(DTYPES)),
+        lambda: t.to(rng.choice(DTYPES)), lambda: t * 0, lambda: t * float("nan"), lambda: t.double() * 1e300,
+        lambda: t.float() * 1e38,
+        lambda: torch.zeros(rng.choice(((), (0,), (1,), (1, 1), (0, 3), (3, 0), (1, 1, 1), (1, 1, 1, 1, 1, 1, 1)))),
+        lambda: torch.ones(1, 1).expand(3, 2).clone(),
+        lambda: torch.full((), rng.choice((0.0, -1.0, 1e308, float("inf"), 3.0))), lambda: torch.zeros(1, 20_000),
+        lambda: torch.zeros(20_000, 1), lambda: torch.zeros(1, 1, 1000, 1000), lambda: t.reshape(-1, 1),
     )  # fmt: skip
     return rng.choice(ways)().contiguous()
 
 
-# --- containers ----------------------------------------------------------------------------------------------------------
+# --- containers ---
 
 
-def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+def _split_header(data: bytes) -> tuple[dict[str, Any], bytes]:
     n = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + n]), data[8 + n :]
 
 
-def _packed(header: Any, body: bytes) -> bytes:
-    text = _text(header).encode(errors="surrogatepass")
+def _join_header(header: Any, body: bytes) -> bytes:
+    text = _to_json(header).encode(errors="surrogatepass")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
 
 
-def _header(data: bytes, rng: Rng) -> bytes:
-    """safetensors: anything in the header."""
-    header, body = _split(data)
-    return _packed(node(header, rng), body)
+def _mutate_header(data: bytes, rng: Rng) -> bytes:
+    """Change anything in the header of a safetensors file."""
+    header, body = _split_header(data)
+    return _join_header(mutated_tree(header, rng), body)
 
 
-def _metadata(data: bytes, rng: Rng) -> bytes:
-    """safetensors: a value of its metadata, which may be JSON itself; our own record gets a digest that fits."""
-    header, body = _split(data)
+def _mutate_metadata(data: bytes, rng: Rng) -> bytes:
+    """Change a value in a safetensors file's metadata, which may be JSON. lorainject's record gets a new digest."""
+    header, body = _split_header(data)
     about = dict(header["__metadata__"])
     key = rng.choice(list(about))
     try:
-        about[key] = _text(node(json.loads(about[key]), rng))
+        about[key] = _to_json(mutated_tree(json.loads(about[key]), rng))
     except ValueError:
         about[key] = rng.choice(("", "x", "{}", "[]", "[" * 10**5, '{"sites": 3}'))
-    return _signed(_packed(header | {"__metadata__": about}, body))
+    return _with_digest(_join_header(header | {"__metadata__": about}, body))
 
 
-def _table(data: bytes, rng: Rng) -> bytes:
-    """safetensors: its tensors."""
+def _mutate_safetensors(data: bytes, rng: Rng) -> bytes:
+    """Change the tensors of a safetensors file, sorted, because safetensors loads them in random order."""
     tensors, metadata = safetensors_file.parse(data, Path("x"))
-    new = table(dict(sorted(tensors.items())), rng)
+    new = mutated_tensors(dict(sorted(tensors.items())), rng)
     known = {
         key: t if t.dtype in safetensors_file.DTYPE_NAMES else t.double() if t.dtype.is_complex else t.int()
         for key, t in new.items()
     }
-    return _signed(b"".join(safetensors_file.dump(known, metadata)))
+    return _with_digest(b"".join(safetensors_file.dump(known, metadata)))
 
 
-def _signed(data: bytes) -> bytes:
+def _with_digest(data: bytes) -> bytes:
     tensors, metadata = safetensors_file.parse(data, Path("x"))
     if native.KEY not in metadata:
         return data
@@ -273,15 +265,19 @@ def _signed(data: bytes) -> bytes:
     return b"".join(safetensors_file.dump(tensors, metadata))
 
 
-def _pickled(data: bytes, rng: Rng) -> bytes:
-    """torch pickle: its tensors, and things that are none."""
+def _mutate_pickle(data: bytes, rng: Rng) -> bytes:
+    """Change the tensors of a torch pickle, or put other objects among them."""
     value = torch.load(io.BytesIO(data), weights_only=True)
     wrapped = isinstance(value.get("model"), dict)
-    new: dict[Any, Any] = table(value["model"] if wrapped else value, rng)
+    new: dict[Any, Any] = mutated_tensors(value["model"] if wrapped else value, rng)
     key = rng.choice(list(new)) if new else "x"
-    odd = (None, 3, "x", {"a": torch.ones(2)}, [torch.ones(2)], torch.ones(2, 3).to_sparse(), torch.ones(2, 2, device="meta"), torch.nn.Parameter(torch.ones(2, 3)),
-           torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8), torch.ones(1).expand(10**9), torch.ones(2, 3).to_sparse_csr(), torch.eye(3).to(torch.float8_e4m3fn),
-           torch.ones(2, 3).conj(), torch.complex(torch.ones(2), torch.ones(2)).conj(), torch.ones(6).as_strided((2, 2), (1, 1)))  # fmt: skip
+    odd = (
+        None, 3, "x", {"a": torch.ones(2)}, [torch.ones(2)], torch.ones(2, 3).to_sparse(),
+        torch.ones(2, 2, device="meta"), torch.nn.Parameter(torch.ones(2, 3)),
+        torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8), torch.ones(1).expand(10**9),
+        torch.ones(2, 3).to_sparse_csr(), torch.eye(3).to(torch.float8_e4m3fn), torch.ones(2, 3).conj(),
+        torch.complex(torch.ones(2), torch.ones(2)).conj(), torch.ones(6).as_strided((2, 2), (1, 1)),
+    )  # fmt: skip
     if rng.random() < 0.3:
         new[rng.choice((key, key, 3, ("a", "b")))] = rng.choice(odd)
     whole: Any = {"model": new} if wrapped else new
@@ -293,8 +289,8 @@ def _pickled(data: bytes, rng: Rng) -> bytes:
     return out.getvalue()
 
 
-def _members(data: bytes, rng: Rng) -> bytes:
-    """zip: a member's bytes or name, or more of them, with sums that fit."""
+def _mutate_zip_members(data: bytes, rng: Rng) -> bytes:
+    """Change a member's bytes or name in a zip archive, or the list of members, with correct checksums."""
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         members = {name: z.read(name) for name in z.namelist()}
     name = rng.choice(list(members))
@@ -318,23 +314,23 @@ def _members(data: bytes, rng: Rng) -> bytes:
     return out.getvalue()
 
 
-def _arrays(data: bytes, rng: Rng) -> bytes:
-    """npz: its arrays."""
+def _mutate_npz(data: bytes, rng: Rng) -> bytes:
+    """Change the arrays of an npz file."""
     with numpy.load(io.BytesIO(data)) as arrays:
-        new = table({key: torch.from_numpy(arrays[key]) for key in arrays.files}, rng)
+        new = mutated_tensors({key: torch.from_numpy(arrays[key]) for key in arrays.files}, rng)
     out = io.BytesIO()
     numpy.savez(out, **{key: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for key, t in new.items()})
     return out.getvalue()
 
 
-def _gguf(data: bytes, rng: Rng) -> bytes:
-    """GGUF: its tensors and alpha."""
+def _mutate_gguf(data: bytes, rng: Rng) -> bytes:
+    """Change the tensors and the alpha of a GGUF file."""
     import gguf
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").write_bytes(data)
         reader = gguf.GGUFReader(Path(folder) / "a")
-        new = table({str(t.name): torch.from_numpy(t.data.copy()) for t in reader.tensors}, rng)
+        new = mutated_tensors({str(t.name): torch.from_numpy(t.data.copy()) for t in reader.tensors}, rng)
         writer = gguf.GGUFWriter(
             Path(folder) / "b", rng.choice(("llama", "llama", "llama", "qwen2", "gpt2", "x" * 300))
         )
@@ -359,15 +355,15 @@ def _gguf(data: bytes, rng: Rng) -> bytes:
         return (Path(folder) / "b").read_bytes()
 
 
-def _tar(data: bytes, rng: Rng) -> bytes:
-    """tar: a member's bytes, name or kind."""
+def _mutate_tar(data: bytes, rng: Rng) -> bytes:
+    """Change a member's bytes, name or kind in a tar archive."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = [(m, f.read() if (f := tar.extractfile(m)) else b"") for m in tar]
     n = rng.randrange(len(members))
     member, content = members[n]
     what = rng.random()
     if what < 0.6:
-        content = changed(content, rng)
+        content = mutated_bytes(content, rng)
     elif what < 0.8:
         member.name = rng.choice(
             ("../x", "/x", "model_config.yaml", "a/" * 40 + member.name, member.name + "x", "adapter_config.json")
@@ -392,15 +388,16 @@ def _tar(data: bytes, rng: Rng) -> bytes:
     return out.getvalue()
 
 
-def _yaml(data: bytes, rng: Rng) -> bytes:
+def _mutate_yaml(data: bytes, rng: Rng) -> bytes:
     lines = data.decode().splitlines()
     n = rng.randrange(len(lines))
     bomb = [
         "a: &a [x, x]",
         *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     ]
-    new = (": ".join((lines[n].partition(":")[0], rng.choice(("", "-1", "1.5", "x", "[1]", "{}", "true", "2001-01-01", "!!python/name:os.system", "9" * 50, "*a", ".inf", "0x10")))),
-           "", "- x", "? [a]", "\t", "[" * 3000)  # fmt: skip
+    values = ("", "-1", "1.5", "x", "[1]", "{}", "true", "2001-01-01", "!!python/name:os.system", "9" * 50, "*a",
+              ".inf", "0x10")  # fmt: skip
+    new = (": ".join((lines[n].partition(":")[0], rng.choice(values))), "", "- x", "? [a]", "\t", "[" * 3000)
     lines[n : n + 1] = bomb if rng.random() < 0.05 else [rng.choice((new[0],) * 8 + new)]
     return "\n".join(lines).encode()
 
@@ -409,8 +406,13 @@ def _is_zip_of(data: bytes, end: str) -> bool:
     return data[:4] == b"PK\x03\x04" and end.encode() in data
 
 
-WAYS: tuple[tuple[Callable[[bytes], bool], tuple[Way, ...]], ...] = (
-    (lambda d: d[:1] == b"{", (_json,)), (lambda d: d[4:9] == b"\0\0\0\0{", (_header, _metadata, _table, _table)), (lambda d: d[:4] == b"GGUF", (_gguf,)),
-    (lambda d: _is_zip_of(d, ".npy"), (_members, _arrays)), (lambda d: _is_zip_of(d, "data.pkl"), (_members, _pickled, _pickled)), (lambda d: d[:2] in (b"\x80\x02", b"\x80\x03"), (_pickled,)),
-    (lambda d: d[257:262] == b"ustar" or d[:2] == b"\x1f\x8b", (_tar,)), (lambda d: d[:40].isascii() and b": " in d[:200], (_yaml,)),
-)  # fmt: skip
+MUTATIONS: tuple[tuple[Callable[[bytes], bool], tuple[Mutation, ...]], ...] = (
+    (lambda d: d[:1] == b"{", (_mutate_json,)),
+    (lambda d: d[4:9] == b"\0\0\0\0{", (_mutate_header, _mutate_metadata, _mutate_safetensors, _mutate_safetensors)),
+    (lambda d: d[:4] == b"GGUF", (_mutate_gguf,)),
+    (lambda d: _is_zip_of(d, ".npy"), (_mutate_zip_members, _mutate_npz)),
+    (lambda d: _is_zip_of(d, "data.pkl"), (_mutate_zip_members, _mutate_pickle, _mutate_pickle)),
+    (lambda d: d[:2] in (b"\x80\x02", b"\x80\x03"), (_mutate_pickle,)),
+    (lambda d: d[257:262] == b"ustar" or d[:2] == b"\x1f\x8b", (_mutate_tar,)),
+    (lambda d: d[:40].isascii() and b": " in d[:200], (_mutate_yaml,)),
+)
