@@ -24,9 +24,6 @@ from ..numerics.delta import is_finite, scale
 from ..plan import site_name
 from ..spec import is_alpha
 
-NONE = torch.empty(0)
-"""In place of A and B where a site is described before its factors have been read."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSite:
@@ -205,21 +202,6 @@ def _matrix_sizes(s: StoredSite) -> tuple[int, ...] | None:
         return None
     stack, out, in_ = KINDS[s.kind].sizes(s.shape)
     return (*stack, out if s.rows is None else sum(map(len, s.rows)), in_)
-
-
-def checked(
-    s: StoredSite,
-    A: Tensor,
-    B: Tensor,
-    problems: list[str],
-    *,
-    alpha: Any,
-    scaling: Any = "standard",
-    dropout: Any = 0.0,
-) -> StoredSite | None:
-    """Return the site with these factors and settings if `checked_sites` finds no fault with it, else None."""
-    site = replace(s, A=A, B=B, alpha=alpha, scaling=scaling, dropout=dropout)
-    return next(iter(checked_sites([site], problems)), None)
 
 
 def payload_problems(tensors: Mapping[str, Tensor]) -> list[str]:

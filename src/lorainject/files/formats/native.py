@@ -28,7 +28,7 @@ from ...spec import INITS, SCALINGS
 from ..format import FEATURES, Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, TENSORS, Hints, Source, parse_json
-from ..record import NONE, AdapterFile, BasePrint, StoredSite, TokenRows, checked_sites
+from ..record import AdapterFile, BasePrint, StoredSite, TokenRows, checked_sites
 from . import peft_layout
 
 KEY = "lorainject"
@@ -36,6 +36,7 @@ VERSIONS = (1, 2, 3)
 """1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there
 are
 such. 3: magnitudes, biases, whole tensors, token rows; names of another library."""
+UNREAD = torch.empty(0)  # in place of A and B until their keys are known, which depend on all sites together
 
 
 def claims(source: Source) -> bool:
@@ -50,19 +51,21 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     raws = {key: safetensors_file.raw(t) for key, t in tensors.items()}  # copied once, if the tensors are on a GPU
     body = _encode(file, extras)
     record = _json(body | {"digest": digest(body, tensors, raws)})
-    shard = safetensors_file.dump(tensors, {"format": "pt", KEY: record}, raws)
+    content = safetensors_file.dump(tensors, {"format": "pt", KEY: record}, raws)
     if path.suffix == ".safetensors":
-        return {path: shard}
-    is_pefts = all(peft_layout.can_hold(s) and not FEATURES["magnitudes by input"](s) for s in file.sites)
-    config = (json.dumps(peft_layout.config(file), indent=2, sort_keys=True) + "\n").encode() if is_pefts else None
-    return {path / TENSORS: shard, path / CONFIG: None if config is None else [config]}
+        return {path: content}
+    if not all(peft_layout.can_hold(s) and not FEATURES["magnitudes by input"](s) for s in file.sites):
+        return {path / TENSORS: content, path / CONFIG: None}
+    config = json.dumps(peft_layout.config(file), indent=2, sort_keys=True) + "\n"
+    return {path / TENSORS: content, path / CONFIG: [config.encode()]}
 
 
 def _encode(file: AdapterFile, extras: Mapping[str, peft_layout.Extra]) -> dict[str, Any]:
     """Return the record, without its digest."""
     sites, base = file.sites, file.base
+    needs_version_3 = extras or file.namespace != "hf"
     body: dict[str, Any] = {
-        "version": 1 if all(map(_is_plain, sites)) else 2,
+        "version": 3 if needs_version_3 else 1 if all(map(_is_plain, sites)) else 2,
         "name": file.name,
         "init": file.init,
         "sites": {s.name: _encode_site(s) for s in sites},
@@ -77,7 +80,7 @@ def _encode(file: AdapterFile, extras: Mapping[str, peft_layout.Extra]) -> dict[
         body["extras"] = {key: [extra.role, extra.name, *extra.detail] for key, extra in extras.items()}
     if file.namespace != "hf":
         body["namespace"] = file.namespace
-    return body | {"version": 3} if extras or file.namespace != "hf" else body
+    return body
 
 
 def _is_plain(s: StoredSite) -> bool:
@@ -200,8 +203,8 @@ def _decode_site(name: str, settings: Mapping[str, Any], tensors: Mapping[str, T
         named=bool(settings.get("named")),
         peft=not settings.get("apart"),
         aliases=tuple(_text(name, alias) for alias in settings["aliases"]),
-        A=NONE,
-        B=NONE,
+        A=UNREAD,
+        B=UNREAD,
         alpha=settings["alpha"],
         scaling=settings["scaling"],
         dropout=settings["dropout"],
