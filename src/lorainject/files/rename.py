@@ -134,10 +134,7 @@ def _prefix_change(file: AdapterFile, model: nn.Module, by_name: Mapping[str, Mo
 
 
 def _flat_name_change(file: AdapterFile, index: ModelIndex) -> Callable[[str], str]:
-    """Return the change from kohya's flat names to paths, by a table of the model's paths:
-
-    an underscore may be a dot.
-    """
+    """Return the change from kohya's flat names to the model's paths, whose dots became underscores."""
     by_flat_name: dict[str, set[str]] = {}
     for path, _ in index.walked:
         by_flat_name.setdefault(path.replace(".", "_"), set()).add(path)
@@ -210,10 +207,7 @@ def _convert_checkpoint_sites(
 
 
 def _with_sibling_experts(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the shapes with those of the experts and parts that have no adapter:
-
-    transformers stacks what it is given.
-    """
+    """Add the shapes of experts and parts without an adapter, because transformers stacks all of them."""
     complete = dict(shapes)
     count = max((p.shape[0] for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name), default=0)
     for key, shape in shapes.items():

@@ -96,8 +96,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
 
 
 def _tensor_names(paths: Iterable[str], architecture: str) -> dict[str, str]:
-    """Return GGUF's names of these paths, by llama.cpp's table for the architecture or by NAMES, where one has a
-    name."""
+    """Return GGUF's names by path, from llama.cpp's table for the architecture or else from NAMES."""
     import gguf
 
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)

@@ -1,5 +1,4 @@
-"""kohya-ss, A1111 and LyCORIS' LoCon (4.1.3): https://github.com/kohya-ss/sd-scripts,
-https://github.com/KohakuBlueleaf/LyCORIS.
+"""kohya-ss, A1111 and LyCORIS' LoCon (4.1.3), one safetensors file.
 
     <prefix>_<path with _ for .>
         .lora_down.weight (r, in[, *kernel])               .lora_up.weight (out, r[, 1, 1])
@@ -11,6 +10,8 @@ https://github.com/KohakuBlueleaf/LyCORIS.
 
 Without alpha s is 1. An underscore in a name may have been a dot, which only the model can tell: the record keeps the
 flat names until the model is given (rename.py).
+
+Sources: https://github.com/kohya-ss/sd-scripts, https://github.com/KohakuBlueleaf/LyCORIS.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ ENDINGS = {".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_A.weight": "
 
 
 def claims(source: Source) -> bool:
-    """True if any tensor has a name without dots and kohya's ending, or one of kohya's prefixes and any ending of
-    these."""
+    """True if .lora_down.weight follows a name without dots, or any of the endings a name with kohya's prefix."""
     for key in source.tensors:
         name, _, ending = key.partition(".")
         if f".{ending}" in ENDINGS and (kohya_prefix(name) or (name and ending == "lora_down.weight")):

@@ -133,8 +133,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
 
 
 def _zero_site(part: str, attn: str, by_name: dict[str, StoredSite]) -> StoredSite:
-    """Return an adapter of zeros for a part that only other layers adapt: litgpt enables a part in all layers or
-    none."""
+    """Return zeros for a part that only other layers adapt: litgpt enables a part in all layers or in none."""
     A = next(s.A for name, s in by_name.items() if name.startswith(f"{attn}.") and name.endswith(QKV))
     other = next(s for name, s in by_name.items() if name.endswith(f".attn.{part}"))
     return StoredSite(path=attn, A=torch.zeros_like(A), B=torch.zeros_like(other.B), alpha=other.alpha)

@@ -93,10 +93,10 @@ def _sites(s: StoredSite, layer: nn.Module | None, hints: Hints, problems: list[
 
 
 def _convolution(s: StoredSite, layer: nn.Conv2d) -> StoredSite:
-    """Return the update (out ks, in ks) as one on W.flatten(1), (out, in ks ks), with one copy of A per row of the
-    kernel.
+    """Return the update (out ks, in ks) as an update of W.flatten(1), (out, in ks ks).
 
-    The rank becomes r ks^2, and alpha grows with it, so that the scale stays that of rank r.
+    A is copied once per row of the kernel. The rank becomes r ks^2, and alpha grows
+    with it, so that the scale stays that of rank r.
     """
     ks = layer.kernel_size[0]
     transforms.checked_shape(s.name, ks * s.A.shape[0], ks * s.A.shape[1])
