@@ -29,7 +29,8 @@ def test_one_flipped_bit_changes_the_checksum(shape, dtype, data):
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 @given(data=st.data())
 def test_an_exchange_and_opposite_steps_change_the_checksum(shape, data):
-    """It sees two exchanged elements, and a unit added to one element and taken from another, which a plain sum would not."""
+    """It sees two exchanged elements, and a unit added to one element and taken from another, which a plain sum would
+    not."""
     bits = torch.arange(shape[0] * shape[1], dtype=torch.int32) * 7
     i, j = data.draw(st.lists(st.integers(0, len(bits) - 1), min_size=2, max_size=2, unique=True))
     exchanged, stepped = bits.clone(), bits.clone()

@@ -1,4 +1,4 @@
-"""Fold and unfold: what merge reports, refuses, and leaves behind."""
+"""Merge and unmerge: what they compute, report, refuse and leave behind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import lorainject as li
-from lorainject.numerics import tile_merge
 from lorainject.numerics.journal import TileJournal
+from lorainject.numerics.tile_merge import TileWorkspace
 
 from models import TINY, bits, gpt2, ids, llama, randomise, run, state
 
@@ -27,31 +27,31 @@ def model() -> nn.Module:
     return model
 
 
-def one(dtype: torch.dtype = torch.float32, std: float = 0.1, features: int = 64) -> nn.Module:
-    """A single linear layer with an adapter whose delta is about std^2 * sqrt(r)."""
+def one_linear(dtype: torch.dtype = torch.float32, std: float = 0.1, features: int = 64) -> nn.Module:
+    """Return a linear layer with an adapter, whose delta has elements of about std^2 * sqrt(r)."""
     torch.manual_seed(0)
     model = li.inject(nn.Sequential(nn.Linear(features, features, dtype=dtype)), ["0"], r=4)
     randomise(model, std=std)
     return model
 
 
-def test_merged_is_the_original_class_and_costs_nothing_more(model):
-    """type(m) is the original class for every module, and a forward runs exactly the base's operators."""
+def test_a_merged_model_has_its_original_classes_and_runs_the_base_operators(model):
+    """Every module has its original class, and a forward calls exactly the operators of the base model."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Operators(TorchDispatchMode):
         def __init__(self):
             super().__init__()
-            self.seen = []
+            self.names = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen.append(str(func))
+            self.names.append(str(func))
             return func(*args, **(kwargs or {}))
 
     def operators(m: nn.Module) -> list[str]:
         with Operators() as mode, torch.no_grad():
             run(m, X)
-        return mode.seen
+        return mode.names
 
     base = llama()
     li.merge(model)
@@ -63,40 +63,40 @@ def test_merged_is_the_original_class_and_costs_nothing_more(model):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "whisper"])
 def test_eject_after_merge(name):
-    """After merge(reversible=False) eject leaves the folded weights; after a reversible merge, the base."""
+    """After merge(reversible=False) eject leaves the merged weights; after a reversible merge, the base model."""
     tiny = TINY[name]
     base = tiny.build()
     before = state(base)
     model = li.inject(copy.deepcopy(base), list(tiny.targets), r=4)
     randomise(model)
     y, plain = run(model, tiny.inputs()), run(base, tiny.inputs())
-    folded = copy.deepcopy(model)
-    report = li.merge(folded, reversible=False)
+    merged = copy.deepcopy(model)
+    report = li.merge(merged, reversible=False)
     assert report.journal_bytes == 0
     with pytest.raises(li.MergeError, match="reversible=False, which keeps nothing to restore it from"):
-        li.unmerge(folded)
-    li.eject(folded)
-    assert [(type(m), list(m.__dict__), list(m._modules)) for m in folded.modules()] == [
+        li.unmerge(merged)
+    li.eject(merged)
+    assert [(type(m), list(m.__dict__), list(m._modules)) for m in merged.modules()] == [
         (type(m), list(m.__dict__), list(m._modules)) for m in base.modules()
     ]
-    assert [p.requires_grad for p in folded.parameters()] == [p.requires_grad for p in base.parameters()]
-    assert torch.allclose(run(folded, tiny.inputs()), y, atol=1e-4)
-    assert not torch.allclose(run(folded, tiny.inputs()), plain, atol=1e-4)
+    assert [p.requires_grad for p in merged.parameters()] == [p.requires_grad for p in base.parameters()]
+    assert torch.allclose(run(merged, tiny.inputs()), y, atol=1e-4)
+    assert not torch.allclose(run(merged, tiny.inputs()), plain, atol=1e-4)
     li.merge(model)
     assert state(li.eject(model)) == before
 
 
-def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
-    """reversible=False writes at once: nothing is compared or kept on the way, unless a sum might overflow.
+def test_an_irreversible_merge_is_as_exact_and_keeps_nothing(monkeypatch):
+    """With reversible=False weights are written at once, and no journal is recorded unless a sum might overflow.
 
-    d is formed in float32 then, so that a float32 sum may be off by its last bit.
+    The delta is formed in float32 then, so a float32 sum may differ in its last bit.
     """
-    kept = []
-    monkeypatch.setattr(TileJournal, "record", spy(TileJournal.record, kept))
+    recorded = []
+    monkeypatch.setattr(TileJournal, "record", spy_on(TileJournal.record, recorded))
     for dtype in (torch.float32, torch.bfloat16):
-        plain, reversible, large = one(dtype), one(dtype), one(dtype)
+        plain, reversible, large = one_linear(dtype), one_linear(dtype), one_linear(dtype)
         li.merge(plain, reversible=False)
-        assert not kept
+        assert not recorded
         li.merge(reversible)
         torch.testing.assert_close(
             plain[0].weight,
@@ -107,10 +107,10 @@ def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
         with torch.no_grad():
             large[0].weight[0, 0] = torch.finfo(dtype).max
         before = state(large)
-        kept.clear()
+        recorded.clear()
         li.merge(large, reversible=False)
-        assert kept
-        large = one(dtype)
+        assert recorded
+        large = one_linear(dtype)
         with torch.no_grad():
             large[0].weight[0, 0] = torch.finfo(dtype).max
             large[0].lora["default"].B[0] = large[0].lora["default"].A[:, 0] * torch.finfo(dtype).max ** 0.5
@@ -119,11 +119,11 @@ def test_a_plain_merge_is_as_exact_and_keeps_nothing(monkeypatch):
         with pytest.raises(li.MergeError, match="not finite"):
             li.merge(large, reversible=False)
         assert state(large) == before
-        kept.clear()
+        recorded.clear()
 
 
-def spy(function, calls: list):
-    """`function`, which notes each call."""
+def spy_on(function, calls: list):
+    """Return the function, with each call's arguments appended to `calls`."""
 
     def call(*args):
         calls.append(args)
@@ -132,37 +132,41 @@ def spy(function, calls: list):
     return call
 
 
-def test_a_plain_merge_that_the_system_breaks_off_says_so(model, monkeypatch):
-    """Out of memory halfway, with nothing kept: an error that says that weights are spoiled, and the grafts still stand."""
-    original, calls = tile_merge.TileWorkspace.merge_into, iter(range(100))
+def test_an_irreversible_merge_that_runs_out_of_memory_says_so(model, monkeypatch):
+    """Halfway through, with nothing kept, the error says that weights are half merged."""
+    original, calls = TileWorkspace.merge_into, iter(range(100))
 
     def broken(*args):
         if next(calls) == 3:
             raise MemoryError
         return original(*args)
 
-    monkeypatch.setattr(tile_merge.TileWorkspace, "merge_into", broken)
-    with pytest.raises(li.MergeError, match=r"stopped halfway: some weights are merged.*\n=> load the base model again"):
+    monkeypatch.setattr(TileWorkspace, "merge_into", broken)
+    with pytest.raises(
+        li.MergeError, match=r"stopped halfway: some weights are merged.*\n=> load the base model again"
+    ):
         li.merge(model, reversible=False)
 
 
-def test_survival_is_the_share_that_rounding_left():
-    """In bfloat16 a small delta drowns and the report says how much of it; in float32 all of it survives."""
-    assert li.merge(one(std=0.1)).survival == pytest.approx(1, abs=1e-5)
-    large = li.merge(one(torch.bfloat16, std=0.3))
+def test_survival_is_the_share_of_the_delta_that_rounding_left():
+    """In bfloat16 most of a small delta is lost, and the report says how much; in float32 all of it survives."""
+    assert li.merge(one_linear(std=0.1)).survival == pytest.approx(1, abs=1e-5)
+    large = li.merge(one_linear(torch.bfloat16, std=0.3))
     with pytest.warns(
-        li.SurvivalWarning, match=r"(?s)less than 0\.9 of a delta survives.*- 0: keeps 0\.4. of its delta, with a rounding error of 8.%\n=> keep"
+        li.SurvivalWarning,
+        match=r"(?s)less than 0\.9 of a delta survives.*"
+        r"- 0: keeps 0\.4. of its delta, with a rounding error of 8.%\n=> keep",
     ) as caught:
-        small = li.merge(one(torch.bfloat16, std=0.005))
+        small = li.merge(one_linear(torch.bfloat16, std=0.005))
     assert caught[0].filename == __file__
     assert large.sites[0].error < 0.05 < 0.5 < small.sites[0].error
-    model = one(torch.bfloat16, std=0.005)
+    model = one_linear(torch.bfloat16, std=0.005)
     w0, (_, _, d) = model[0].weight.float().clone(), next(li.deltas(model))
     with pytest.warns(li.SurvivalWarning):
         report = li.merge(model)
-    got = model[0].weight.float() - w0
-    assert report.survival == pytest.approx(float((got * d).sum() / (d * d).sum()), rel=1e-4)
-    assert report.sites[0].error == pytest.approx(float((got - d).norm() / d.norm()), rel=1e-4)
+    change = model[0].weight.float() - w0
+    assert report.survival == pytest.approx(float((change * d).sum() / (d * d).sum()), rel=1e-4)
+    assert report.sites[0].error == pytest.approx(float((change - d).norm() / d.norm()), rel=1e-4)
     assert report.sites[0].norm == pytest.approx(float(d.norm()), rel=1e-4)
     assert report.weight_bytes == w0.numel() * 2
     factors = 4 * 4 * (64 + 64)
@@ -181,7 +185,9 @@ def test_strict_refuses_before_anything_is_written():
         model[1].lora["default"].B *= 3e-4
     before, versions = state(model), [p._version for p in model.parameters()]
     with pytest.raises(
-        li.MergeError, match=r"(?s)nothing was merged: less than 0\.9.*- 1: keeps 0\.4. of its delta, with a rounding error of 8.%\n=> keep"
+        li.MergeError,
+        match=r"(?s)nothing was merged: less than 0\.9.*"
+        r"- 1: keeps 0\.4. of its delta, with a rounding error of 8.%\n=> keep",
     ) as e:
         li.merge(model, strict=True)
     assert len(e.value.problems) == 1
@@ -191,8 +197,9 @@ def test_strict_refuses_before_anything_is_written():
     assert state(li.unmerge(model)) == before
 
 
-def test_journal_is_small_and_never_larger_than_a_backup():
-    """In bfloat16 a delta of 1 % of the weight costs 3 % of a backup, one of 10 times the weight no more than a backup."""
+def test_the_journal_is_small_and_never_larger_than_a_backup():
+    """In bfloat16 the journal of a delta of 1 % of the weight takes 3 % of a copy, and that of ten times the weight no
+    more than a copy."""
     kept = {}
     for share in (0.003, 0.01, 0.03, 0.1, 0.3, 10):
         model = nn.Sequential(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
@@ -207,26 +214,22 @@ def test_journal_is_small_and_never_larger_than_a_backup():
     assert kept[10] < 1.001
 
 
-def _drowned(model: nn.Module) -> li.MergeReport:
-    with pytest.warns(li.SurvivalWarning):
-        return li.merge(model)
-
-
-def two(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Three adapters of different ranks on two layers, one of them only on the first; and their deltas on the first, in float64."""
+def three_adapters(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return two layers with adapters of three ranks, one of them only on the first layer, and the first layer's
+    deltas in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 300), nn.Linear(300, 48)).to(dtype)
     for i, (name, targets, r) in enumerate([("a", ["0", "1"], 2), ("b", ["0"], 5), ("c", ["0", "1"], 3)]):
         li.inject(model, targets, r=r, alpha=3, name=name)
         randomise(model, name, seed=i)
-    low = {n: model[0].lora[n] for n in "abc"}
-    return model, {n: (a.scale * a.B.double() @ a.A.double()).detach() for n, a in low.items()}
+    adapters = {n: model[0].lora[n] for n in "abc"}
+    return model, {n: (a.scale * a.B.double() @ a.A.double()).detach() for n, a in adapters.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stacking(dtype):
-    """Any set of adapters, reached by merges and unmerges in any order, gives the bits of one merge of them from W0."""
-    model, d = two(dtype)
+def test_any_order_of_merges_and_unmerges_gives_the_same_bits(dtype):
+    """Any set of adapters, however it was reached, gives the bits of one merge of them from W0."""
+    model, d = three_adapters(dtype)
     li.activate(model, "a", "b", "c")
     before, w0 = state(model), model[0].weight.detach().clone()
     direct = {}
@@ -245,21 +248,21 @@ def test_stacking(dtype):
     li.merge(model)
     merged = state(model)
 
-    def now() -> tuple[bytes, bytes]:
+    def weight_bits() -> tuple[bytes, bytes]:
         return bits(model[0].weight), bits(model[1].weight)
 
-    assert now() == direct["abc"]
+    assert weight_bits() == direct["abc"]
     for first, then in ("bc", "cb", "ab", "ba", "ac", "ca"):
         li.unmerge(model, first)
-        assert now() == direct["abc".replace(first, "")]
+        assert weight_bits() == direct["abc".replace(first, "")]
         li.unmerge(model, [then])
         left = next(n for n in "abc" if n not in (first, then))
-        assert now() == direct[left]
+        assert weight_bits() == direct[left]
         with pytest.raises(li.StateError, match=rf"'{first}' is not merged\n=> merged are '{left}'"):
             li.unmerge(model, first)
         li.merge(model, [first])
         li.merge(model, then)
-        assert now()[0] == direct["abc"][0]  # (the order of the sum may differ, by float32's rounding)
+        assert weight_bits()[0] == direct["abc"][0]  # (the order of the sum may differ, by float32's rounding)
         with pytest.raises(li.StateError, match=rf"'{then}' is already merged"):
             li.merge(model, then)
         li.unmerge(model)
@@ -270,7 +273,7 @@ def test_stacking(dtype):
 
 
 def test_a_further_merge_that_fails_leaves_the_first(model):
-    """Law 4 while merged: what was folded stays folded, to the bit."""
+    """Law 4 while merged: what was merged stays merged, to the bit."""
     li.inject(model, ["q_proj"], r=2, name="second")
     randomise(model, "second")
     li.activate(model, "default")
@@ -289,7 +292,7 @@ def test_a_further_merge_that_fails_leaves_the_first(model):
 
 @pytest.mark.parametrize("spoil", ["irreversible", "cast", "edited"])
 def test_a_further_merge_needs_w0(model, spoil):
-    """Where W0 can't be had again, nothing is folded on top: unmerge would give back what never was W0."""
+    """Where W0 cannot be restored nothing more is merged, because unmerge would give back what never was W0."""
     li.inject(model, ["q_proj"], r=2, name="second")
     randomise(model, "second")
     li.activate(model, "default")
@@ -310,8 +313,8 @@ def test_a_further_merge_needs_w0(model, spoil):
     assert state(model) == before
 
 
-def test_after_a_partial_unmerge_the_adapter_is_off(model):
-    """What was taken out does not come back with the rest."""
+def test_an_adapter_that_was_unmerged_alone_is_inactive(model):
+    """It stays inactive when the remaining adapters are unmerged."""
     li.inject(model, ["q_proj"], r=2, name="second")
     randomise(model, "second")
     li.activate(model, "second")
@@ -325,7 +328,7 @@ def test_after_a_partial_unmerge_the_adapter_is_off(model):
 
 
 def test_a_fresh_process_can_unmerge(model, tmp_path):
-    """The journal is pickled along with the model."""
+    """The journal is pickled with the model."""
     before = {k: bits(v) for k, v in model.state_dict().items() if "lora" not in k}
     li.merge(model)
     torch.save(model, tmp_path / "model.pt")
@@ -338,32 +341,34 @@ def test_a_fresh_process_can_unmerge(model, tmp_path):
     assert {k: bits(v) for k, v in torch.load(tmp_path / "back.pt").items()} == before
 
 
-def test_where_the_delta_comes_out_otherwise(model, monkeypatch):
-    """On another device or BLAS library d may differ in its last bits: unmerge sees it, and changes nothing; a tile kept whole comes back all the same."""
+def test_a_delta_with_other_bits_is_refused_unless_the_tile_was_kept(model, monkeypatch):
+    """On another device or BLAS library d may differ in its last bits: unmerge sees it, and changes nothing. A tile
+    that was kept whole is restored all the same."""
     before = state(model)
     li.merge(model)
     merged = state(model)
-    desk = sys.modules["lorainject.numerics.tile_merge"].TileWorkspace
-    right = desk._strips
+    strips = TileWorkspace._strips
 
-    def off_by(share: float) -> None:
-        monkeypatch.setattr(desk, "_strips", lambda *args: ((d * (1 + share), parts) for d, parts in right(*args)))
+    def falsify_by(share: float) -> None:
+        monkeypatch.setattr(
+            TileWorkspace, "_strips", lambda *args: ((d * (1 + share), parts) for d, parts in strips(*args))
+        )
 
-    off_by(1e-5)
+    falsify_by(1e-5)
     with pytest.raises(li.MergeError, match=r"s B A has other bits here \(another machine or BLAS library\)"):
         li.unmerge(model)
     assert state(model) == merged
-    monkeypatch.setattr(desk, "_strips", right)
+    monkeypatch.setattr(TileWorkspace, "_strips", strips)
     assert state(li.unmerge(model)) == before
-    whole = one(torch.bfloat16, std=5)
+    whole = one_linear(torch.bfloat16, std=5)
     before = state(whole)
     li.merge(whole)
-    off_by(1e-2)
+    falsify_by(1e-2)
     assert state(li.unmerge(whole)) == before
 
 
-def test_an_unmerge_that_fails_at_the_last_weight_folds_the_first_again(model):
-    """Law 4 for unmerge, in place and with a tile that is kept whole."""
+def test_an_unmerge_that_fails_at_the_last_weight_merges_the_first_again(model):
+    """Law 4 for unmerge, in place and with a tile that was kept whole."""
     randomise(model, std=3)
     li.merge(model)
     last = model.model.layers[1].mlp.down_proj.weight
@@ -376,8 +381,8 @@ def test_an_unmerge_that_fails_at_the_last_weight_folds_the_first_again(model):
     assert state(model) == merged
 
 
-def test_untie(tmp_path):
-    """untie=True: the adapted end gets memory of its own, the other keeps W0, and unmerge ties them again: the very same Parameter."""
+def test_untie_gives_a_tied_weight_memory_of_its_own_until_unmerge(tmp_path):
+    """The other module keeps W0, and unmerge ties the two again, with the same Parameter object."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
@@ -406,37 +411,39 @@ def test_untie(tmp_path):
 
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_never_further_from_the_exact_sum_than_peft(dtype, reversible):
-    """Against W0 + s B A in float64, rounded: no more elements differ than in PEFT's merge, and none by more than a step.
+def test_merge_is_no_further_from_the_exact_sum_than_peft(dtype, reversible):
+    """Compared with W0 + s B A in float64, rounded, no more elements differ than in PEFT's merge, and the error is no
+    larger.
 
-    For good, d is in float32 as PEFT's is: of half precision's elements those few differ that are as good as in the middle between two steps.
+    With reversible=False the delta is in float32, as PEFT's is: in half precision a few elements differ that lie next
+    to the middle between two numbers.
     """
     import peft
 
     torch.manual_seed(0)
-    mine = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=dtype))
-    theirs = peft.get_peft_model(copy.deepcopy(mine), peft.LoraConfig(r=8, lora_alpha=12, target_modules=["0"]))
-    li.inject(mine, ["0"], r=8, alpha=12)
-    randomise(mine, std=0.05)
-    a, layer = mine[0].lora["default"], theirs.base_model.model[0]
+    model = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=dtype))
+    peft_model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, lora_alpha=12, target_modules=["0"]))
+    li.inject(model, ["0"], r=8, alpha=12)
+    randomise(model, std=0.05)
+    adapter, layer = model[0].lora["default"], peft_model.base_model.model[0]
     with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(a.A)
-        layer.lora_B["default"].weight.copy_(a.B)
-    exact = mine[0].weight.detach().double() + (a.scale * a.B.double() @ a.A.double()).detach()
-    li.merge(mine, reversible=reversible)
-    theirs.merge_adapter()
+        layer.lora_A["default"].weight.copy_(adapter.A)
+        layer.lora_B["default"].weight.copy_(adapter.B)
+    exact = model[0].weight.detach().double() + (adapter.scale * adapter.B.double() @ adapter.A.double()).detach()
+    li.merge(model, reversible=reversible)
+    peft_model.merge_adapter()
 
-    def off(merged: torch.Tensor) -> tuple[float, float]:
+    def errors_of(merged: torch.Tensor) -> tuple[float, float]:
         return float((merged != exact.to(dtype)).float().mean()), float((merged.double() - exact).norm())
 
-    ours, peft_ = off(mine[0].weight.detach()), off(layer.get_base_layer().weight.detach())
-    assert ours[0] <= peft_[0] or (ours[0] < 2e-4 and not reversible and dtype is not torch.float32)
-    assert ours[1] <= peft_[1] * (1 + 1e-6)
+    ours, theirs = errors_of(model[0].weight.detach()), errors_of(layer.get_base_layer().weight.detach())
+    assert ours[0] <= theirs[0] or (ours[0] < 2e-4 and not reversible and dtype is not torch.float32)
+    assert ours[1] <= theirs[1] * (1 + 1e-6)
     assert ours[0] < {torch.float32: 0.3, torch.bfloat16: 2e-4, torch.float16: 2e-3}[dtype]
 
 
-def test_a_fresh_adapter_merges_to_the_base():
-    """B = 0: not a bit moves, and survival is 1 by convention."""
+def test_a_fresh_adapter_changes_no_bit():
+    """With B = 0 the weight stays W0, and survival is 1 by convention."""
     model = li.inject(nn.Sequential(nn.Linear(8, 8)), ["0"])
     before = bits(model[0].weight)
     report = li.merge(model)
@@ -445,9 +452,10 @@ def test_a_fresh_adapter_merges_to_the_base():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounded_once(dtype):
-    """The merged weight is W0 + s B A in float32, rounded once: half precision equals the float64 sum rounded, but for near ties."""
-    model = one(dtype, std=0.2, features=256)
+def test_the_sum_is_rounded_once(dtype):
+    """In half precision the weight is the float64 sum, rounded, except for sums next to the middle between two
+    numbers."""
+    model = one_linear(dtype, std=0.2, features=256)
     a, w0 = model[0].lora["default"], model[0].weight.detach().double()
     d = (a.scale * a.B.double() @ a.A.double()).detach()
     li.merge(model)
@@ -461,10 +469,10 @@ def test_rounded_once(dtype):
         assert (merged != (w0 + d).to(dtype)).float().mean() < 1e-3
 
 
-def test_special_values_survive():
-    """-0, denormals, the largest finite, infinity and NaN in W0 come back to the bit."""
+def test_special_values_are_restored():
+    """-0, denormals, the largest finite number, infinity and NaN in W0 come back to the bit."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = one(dtype)
+        model = one_linear(dtype)
         info = torch.finfo(dtype)
         odd = [-0.0, 0.0, info.smallest_normal / 4, info.max, -info.max, float("inf"), -float("inf"), float("nan")]
         with torch.no_grad():
@@ -476,8 +484,8 @@ def test_special_values_survive():
         assert bits(model[0].weight) == before
 
 
-def test_overflow_refuses_the_whole_merge(model):
-    """A result beyond the dtype's range at the last site leaves the first ones untouched too."""
+def test_an_overflow_refuses_the_whole_merge(model):
+    """A sum beyond the dtype's range in the last weight leaves the first ones unchanged, too."""
     model.half()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = 65504
@@ -486,15 +494,14 @@ def test_overflow_refuses_the_whole_merge(model):
         last.B.fill_(8)
     before = state(model)
     with pytest.raises(
-        li.MergeError,
-        match=r"layers\.1\.mlp\.down_proj: W0 \+ s B A is not finite in torch\.float16\n=> lower alpha",
+        li.MergeError, match=r"layers\.1\.mlp\.down_proj: W0 \+ s B A is not finite in torch\.float16\n=> lower alpha"
     ):
         li.merge(model)
     assert state(model) == before
 
 
-def test_merging_twice_and_unmerging_what_is_not_merged(model):
-    """The second of either is an error that changes nothing."""
+def test_a_second_merge_or_unmerge_is_refused(model):
+    """Either is an error that changes nothing."""
     with pytest.raises(li.StateError, match=r"nothing is merged\n=> merge\(model\) comes first"):
         li.unmerge(model)
     li.merge(model)
@@ -504,8 +511,8 @@ def test_merging_twice_and_unmerging_what_is_not_merged(model):
     assert state(model) == before
 
 
-def test_while_merged_everything_else_waits(model, tmp_path):
-    """inject, load, activate, disabled, rows, parameters would act on W0 + s B A: each says to unmerge first."""
+def test_verbs_that_need_w0_are_refused_while_merged(model, tmp_path):
+    """They would act on W0 + s B A, so each error says to unmerge first."""
     saved = li.save(model, tmp_path / "a.safetensors")
     li.merge(model)
     before = state(model)
@@ -518,13 +525,15 @@ def test_while_merged_everything_else_waits(model, tmp_path):
         "train": lambda: li.parameters(model),
     }
     for verb, call in verbs.items():
-        with pytest.raises(li.StateError, match=rf"cannot {verb} while 'default' is merged\n=> call unmerge\(model\) first"):
+        with pytest.raises(
+            li.StateError, match=rf"cannot {verb} while 'default' is merged\n=> call unmerge\(model\) first"
+        ):
             call()
     assert state(model) == before
 
 
 def test_training_while_merged_is_refused(model):
-    """An optimiser made before the merge can't step over A and B, which are out of the graph; after unmerge it can."""
+    """An optimizer from before the merge cannot step over A and B, which are out of the graph; after unmerge it can."""
     head = model.lm_head.weight.requires_grad_()
     optimizer = torch.optim.SGD([*li.parameters(model), head], lr=0.1)
     li.merge(model)
@@ -538,8 +547,8 @@ def test_training_while_merged_is_refused(model):
     assert bits(head) != before
 
 
-def test_a_weight_that_changed_since_is_not_overwritten(model):
-    """Unmerge puts W0 back only over the very bits that merge wrote."""
+def test_a_weight_that_was_edited_is_not_overwritten(model):
+    """Unmerge writes W0 only over the bits that merge wrote."""
     li.merge(model)
     q = model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
@@ -553,8 +562,8 @@ def test_a_weight_that_changed_since_is_not_overwritten(model):
         q.weight[0, 0] -= 1
 
 
-def test_a_model_cast_while_merged_is_refused(model):
-    """In another dtype the folded bits are gone: refused, with both dtypes."""
+def test_a_model_that_was_cast_while_merged_is_refused(model):
+    """The merged bits are gone in another dtype; the error names both dtypes."""
     li.merge(model)
     model.to(torch.bfloat16)
     before = state(model)
@@ -564,7 +573,7 @@ def test_a_model_cast_while_merged_is_refused(model):
 
 
 def test_a_and_b_may_change_while_merged(model):
-    """What unmerge gives back does not hang on A and B: they may be replaced in between."""
+    """W0 is restored even if A and B were replaced meanwhile."""
     before = [bits(p) for k, p in model.named_parameters() if ".lora." not in k]
     li.merge(model)
     randomise(model, seed=7, std=3)
@@ -572,8 +581,8 @@ def test_a_and_b_may_change_while_merged(model):
     assert [bits(p) for k, p in model.named_parameters() if ".lora." not in k] == before
 
 
-def test_names(model):
-    """merge folds what is on; leaving one out that is on would change the output and is refused."""
+def test_names_must_include_the_active_adapters(model):
+    """To leave an active adapter out would change the output, and is refused."""
     li.inject(model, ["q_proj"], r=2, name="second")
     randomise(model, "second")
     li.activate(model, "default", "second")
@@ -591,8 +600,8 @@ def test_names(model):
     assert torch.allclose(run(model, X), run(li.eject(model), X), atol=0)
 
 
-def test_tied_gpt2():
-    """GPT-2's wte is its lm_head: merging an adapter on either is refused, on others it is fine."""
+def test_a_tied_weight_is_refused():
+    """GPT-2's wte is its lm_head: an adapter on either cannot be merged; on other weights it can."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
@@ -605,19 +614,19 @@ def test_tied_gpt2():
     assert li.merge(model).survival == 1
 
 
-def test_deltas_are_as_the_weight_is_stored():
-    """For Conv1D, whose weight is (in, out), the delta is transposed; for an embedding (V, d) too."""
+def test_deltas_have_the_stored_orientation():
+    """For Conv1D, whose weight is (in, out), the delta is transposed; for an embedding (V, d), too."""
     model = li.inject(gpt2(), ["c_attn", "wte"], r=3, alpha=6)
     randomise(model)
-    seen = {path: d for path, w, d in li.deltas(model) if d.shape == w.shape}
+    deltas = {path: d for path, w, d in li.deltas(model) if d.shape == w.shape}
     a = model.transformer.h[0].attn.c_attn.lora["default"]
-    assert torch.allclose(seen["transformer.h.0.attn.c_attn"], 2 * (a.B @ a.A).T, atol=1e-6)
-    assert set(seen) == {"transformer.wte", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}
+    assert torch.allclose(deltas["transformer.h.0.attn.c_attn"], 2 * (a.B @ a.A).T, atol=1e-6)
+    assert set(deltas) == {"transformer.wte", "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"}
     assert not next(li.deltas(model, "default"))[2].requires_grad
 
 
-def test_ties_by_memory():
-    """A view of the weight, at any offset, and a buffer are ties too; a bias that two layers share is none of merge's business."""
+def test_shared_memory_is_a_tie():
+    """A view of the weight at any offset is a tie, and so is a buffer; a bias that two layers share is not."""
     model = nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "all": nn.Linear(4, 12, bias=False)})
     model["q"].weight = nn.Parameter(model["all"].weight.data[4:8])
     with pytest.raises(li.MergeError, match=r"q: its weight is tied to all\.weight"):
@@ -631,10 +640,10 @@ def test_ties_by_memory():
     assert li.merge(li.inject(model, ["q", "k"])).survival == 1
 
 
-def test_a_permutation_since_is_seen():
-    """The checksum tells a weight from one with the same values in other places."""
+def test_a_permuted_weight_is_not_overwritten():
+    """The checksum tells a weight from one with the same values in other positions."""
     for shuffle in (lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w.t(), lambda w: w.roll(1)):
-        model = one()
+        model = one_linear()
         li.merge(model)
         with torch.no_grad():
             model[0].weight.copy_(shuffle(model[0].weight.clone()))
@@ -642,19 +651,19 @@ def test_a_permutation_since_is_seen():
             li.unmerge(model)
 
 
-def test_an_interrupted_unmerge_can_be_finished(model, monkeypatch):
-    """Law 4 for unmerge: after an interrupt the next call completes it, to the bit."""
+def test_an_interrupted_unmerge_is_finished_by_the_next(model, monkeypatch):
+    """Law 4 for unmerge: the second call restores every bit."""
     before = state(model)
     li.merge(model)
     module, calls = sys.modules["lorainject.lora.weight_graft"], iter(range(100))
     original = module.change_class
 
-    def bomb(*args):
+    def interrupt(*args):
         if next(calls) == 3:
             raise KeyboardInterrupt
         original(*args)
 
-    monkeypatch.setattr(module, "change_class", bomb)
+    monkeypatch.setattr(module, "change_class", interrupt)
     with pytest.raises(KeyboardInterrupt):
         li.unmerge(model)
     li.unmerge(model)
@@ -662,7 +671,7 @@ def test_an_interrupted_unmerge_can_be_finished(model, monkeypatch):
 
 
 def test_loading_a_state_dict_while_merged_is_an_error(model):
-    """torch loads before it complains; the error says what to do, and that brings back what was loaded."""
+    """torch loads before it raises; the error says what to do, and unmerge restores the state."""
     checkpoint = copy.deepcopy(model.state_dict())
     before = state(model)
     li.merge(model)
@@ -672,8 +681,8 @@ def test_loading_a_state_dict_while_merged_is_an_error(model):
     assert state(model) == before
 
 
-def test_the_optimisers_guard_follows_copies_and_ends_with_eject(model):
-    """A copy of a merged model is guarded too; after eject the optimiser is free."""
+def test_the_optimizer_guard_holds_for_copies_and_ends_with_eject(model):
+    """A copy of a merged model is guarded, too; after eject the optimizer is free."""
     li.merge(model)
     twin = copy.deepcopy(model)
     optimizer = torch.optim.SGD([p for k, p in twin.named_parameters() if ".lora." in k], lr=0.1)
@@ -683,8 +692,8 @@ def test_the_optimisers_guard_follows_copies_and_ends_with_eject(model):
     optimizer.step()
 
 
-def test_a_weight_resized_since_is_refused(tmp_path):
-    """An embedding that grew under its adapter can't take the fold, and its A and B can't be saved as if they fitted."""
+def test_a_resized_weight_is_refused(tmp_path):
+    """An embedding that grew under its adapter cannot be merged, and its A and B cannot be saved as if they fitted."""
     model = llama(tie_word_embeddings=False)
     li.inject(model, ["embed_tokens"])
     model.resize_token_embeddings(120, mean_resizing=False)
@@ -700,7 +709,8 @@ def test_a_weight_resized_since_is_refused(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_cuda(dtype):
-    """On a GPU: the merged output is the unmerged one, W0 comes back to the bit, also if the model moved in between."""
+    """On a GPU the merged output is the unmerged one, and W0 comes back to the bit even if the model moved
+    meanwhile."""
     torch.manual_seed(0)
     model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to(
         "cuda", dtype

@@ -1,4 +1,4 @@
-"""Quantised linears on the CPU, as bitsandbytes, torchao and quanto make them: the base's own kernel, and then the low-rank term."""
+"""Quantized linears of bitsandbytes, torchao and quanto, on the CPU: adapters on them, and merging into them."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def quanto(model: nn.Sequential, bits: int) -> nn.Sequential:
 )
 def model(request: pytest.FixtureRequest) -> nn.Sequential:
     torch.manual_seed(0)
-    quantise: Callable[[nn.Sequential, int], nn.Sequential]
-    quantise, bits = request.param
+    quantize: Callable[[nn.Sequential, int], nn.Sequential]
+    quantize, bits = request.param
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = quantise(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), bits)
-        made(torch.randn(4, 64))  # bitsandbytes quantises in the first forward
-    return made
+        layers = quantize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), bits)
+        layers(torch.randn(4, 64))  # bitsandbytes quantizes in the first forward
+    return layers
 
 
-def test_a_quantised_linear(model, tmp_path):
-    """Injected, trained, saved, loaded and ejected like any linear; sizes are the layer's, not those of the packed weight."""
+def test_a_quantized_linear_carries_adapters_like_any_linear(model, tmp_path):
+    """It is injected, trained, saved, loaded and ejected; its sizes are the layer's, not those of the packed weight."""
     x = torch.randn(4, 64)
     with torch.no_grad():
         y = model(x)
@@ -93,9 +93,10 @@ def test_a_quantised_linear(model, tmp_path):
         assert torch.equal(model(x), adapted)
 
 
-@pytest.mark.parametrize("how", ["requantised", "dequantised"])
-def test_merging(model, how, tmp_path):
-    """Requantised by the same scheme, or an nn.Linear in bfloat16; unmerge gives the very parameter back, and the bits of the output."""
+@pytest.mark.parametrize("how", ["requantized", "dequantized"])
+def test_merge_requantizes_or_dequantizes(model, how, tmp_path):
+    """It is quantized again by the same scheme, or becomes an nn.Linear. unmerge puts the same parameter object back,
+    and the output has its old bits."""
     x = torch.randn(4, 64)
     with torch.no_grad():
         y = model(x)
@@ -105,19 +106,19 @@ def test_merging(model, how, tmp_path):
     randomise(model, std=0.5)  # larger than a step
     with torch.no_grad():
         adapted = model(x)
-        if how == "dequantised" and "QLinear" in str(classes):
+        if how == "dequantized" and "QLinear" in str(classes):
             with pytest.raises(
                 li.MergeError, match=r"0: a QLinear cannot become an nn.Linear: merge without dequantise=True"
             ):
                 li.merge(model, dequantise=True)
             return
-        report = li.merge(model, dequantise=how == "dequantised", strict=False)
+        report = li.merge(model, dequantise=how == "dequantized", strict=False)
         merged = model(x)
-        assert [type(m) for m in model] == (classes if how == "requantised" else [nn.Linear, nn.ReLU, nn.Linear])
+        assert [type(m) for m in model] == (classes if how == "requantized" else [nn.Linear, nn.ReLU, nn.Linear])
         error = float((merged - adapted).norm() / adapted.norm())
-        assert error < (0.01 if how == "dequantised" else 0.25)
+        assert error < (0.01 if how == "dequantized" else 0.25)
         changed = [s.codes_changed for s in report.sites]
-        assert changed == [None, None] if how == "dequantised" else all(c is not None and c > 0.3 for c in changed)
+        assert changed == [None, None] if how == "dequantized" else all(c is not None and c > 0.3 for c in changed)
         assert li.save(model, tmp_path / "a.safetensors").exists()
         li.unmerge(model)
         assert all(m.weight is w for m, w in zip((model[0], model[2]), before, strict=True))
@@ -126,8 +127,8 @@ def test_merging(model, how, tmp_path):
         assert torch.equal(model(x), y)
 
 
-def test_merging_what_does_not_survive_is_refused(model):
-    """A delta of a twentieth of a step is rounded away: an error that says so, and changes nothing; strict=False accepts it, with a warning."""
+def test_a_delta_that_does_not_survive_is_refused(model):
+    """A delta of a twentieth of a step is rounded away: the error says so, and nothing is changed."""
     li.inject(model, "all-linear", r=4)
     randomise(model, std=0.005)
     x = torch.randn(4, 64)
@@ -136,15 +137,16 @@ def test_merging_what_does_not_survive_is_refused(model):
         before = [m.weight for m in (model[0], model[2])]
         with pytest.raises(
             li.MergeError,
-            match=r"(?s)nothing was merged: less than 0\.9 of a delta survives.*0: keeps 0\.\d\d of its delta.*strict=False",
+            match=r"(?s)nothing was merged: less than 0\.9 of a delta survives.*"
+            r"0: keeps 0\.\d\d of its delta.*strict=False",
         ):
             li.merge(model)
         assert all(m.weight is w for m, w in zip((model[0], model[2]), before, strict=True))
         assert torch.equal(model(x), y)
 
 
-def test_a_quantised_weight_that_others_read_is_refused():
-    """The weight graft needs numbers: a parent that reads a quantised weight can't be served."""
+def test_a_quantized_weight_that_its_parent_reads_is_refused():
+    """The weight graft needs numbers: a parent that reads a quantized weight itself cannot be served."""
     ao = pytest.importorskip("torchao.quantization")
 
     class Reads(nn.Module):
@@ -163,7 +165,7 @@ def test_a_quantised_weight_that_others_read_is_refused():
         li.inject(copy.deepcopy(model), ["read"])
 
 
-# -- requantising: one layer of each scheme, not called yet
+# -- requantizing: one layer of each scheme, before its first forward
 
 
 def bnb4(dtype, **how):
@@ -180,36 +182,43 @@ def bnb8(dtype):
 
 def ao(dtype, config, **how):
     q = pytest.importorskip("torchao.quantization")
-    made = nn.Sequential(nn.Linear(128, 96, dtype=dtype))
-    q.quantize_(made, getattr(q, config)(**{k: v(q) if callable(v) else v for k, v in how.items()}))
-    return made[0]
+    layers = nn.Sequential(nn.Linear(128, 96, dtype=dtype))
+    q.quantize_(layers, getattr(q, config)(**{k: v(q) if callable(v) else v for k, v in how.items()}))
+    return layers[0]
 
 
 def quanto_layer(dtype, qtype, features=128, **how):
     q = pytest.importorskip("optimum.quanto")
-    made = nn.Sequential(nn.Linear(features, 96, dtype=dtype))
-    q.quantize(made, weights=getattr(q, qtype), **{k: getattr(q, v) for k, v in how.items()})
-    q.freeze(made)
-    return made[0]
+    layers = nn.Sequential(nn.Linear(features, 96, dtype=dtype))
+    q.quantize(layers, weights=getattr(q, qtype), **{k: getattr(q, v) for k, v in how.items()})
+    q.freeze(layers)
+    return layers[0]
+
+
+def groups_of_32(quantization):
+    return quantization.PerGroup(32)
 
 
 LAYERS = {
     "bitsandbytes nf4": lambda t: bnb4(t, quant_type="nf4", compress_statistics=False),
     "bitsandbytes nf4, nested": lambda t: bnb4(t, quant_type="nf4"),
-    "bitsandbytes nf4, nested, blocks of 128, stored as bfloat16": lambda t: bnb4(t, quant_type="nf4", blocksize=128, quant_storage=torch.bfloat16),
+    "bitsandbytes nf4, nested, blocks of 128, stored as bfloat16": lambda t: bnb4(
+        t, quant_type="nf4", blocksize=128, quant_storage=torch.bfloat16),
     "bitsandbytes fp4": lambda t: bnb4(t, quant_type="fp4", compress_statistics=False),
     "bitsandbytes fp4, nested": lambda t: bnb4(t, quant_type="fp4"),
     "bitsandbytes int8": bnb8,
     "torchao int8": lambda t: ao(t, "Int8WeightOnlyConfig"),
-    "torchao int8, groups": lambda t: ao(t, "Int8WeightOnlyConfig", granularity=lambda q: q.PerGroup(32)),
+    "torchao int8, groups": lambda t: ao(t, "Int8WeightOnlyConfig", granularity=groups_of_32),
     "torchao int8, tensor": lambda t: ao(t, "Int8WeightOnlyConfig", granularity=lambda q: q.PerTensor()),
     "torchao int8, unpacked": lambda t: ao(t, "IntxWeightOnlyConfig"),
-    "torchao int4": lambda t: ao(t, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=lambda q: q.PerGroup(32)),
-    "torchao int4, hqq": lambda t: ao(t, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=lambda q: q.PerGroup(32), intx_choose_qparams_algorithm="hqq_scale_only"),
-    "torchao int3": lambda t: ao(t, "IntxWeightOnlyConfig", weight_dtype=torch.int3, granularity=lambda q: q.PerGroup(32)),
+    "torchao int4": lambda t: ao(t, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=groups_of_32),
+    "torchao int4, hqq": lambda t: ao(
+        t, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=groups_of_32,
+        intx_choose_qparams_algorithm="hqq_scale_only"),
+    "torchao int3": lambda t: ao(t, "IntxWeightOnlyConfig", weight_dtype=torch.int3, granularity=groups_of_32),
     "torchao int2": lambda t: ao(t, "IntxWeightOnlyConfig", weight_dtype=torch.int2),
     "torchao float8_e4m3fn": lambda t: ao(t, "Float8WeightOnlyConfig"),
-    "torchao float8_e4m3fn, groups": lambda t: ao(t, "Float8WeightOnlyConfig", granularity=lambda q: q.PerGroup(32)),
+    "torchao float8_e4m3fn, groups": lambda t: ao(t, "Float8WeightOnlyConfig", granularity=groups_of_32),
     "quanto qint8": lambda t: quanto_layer(t, "qint8"),
     "quanto qint4": lambda t: quanto_layer(t, "qint4"),
     "quanto qint4, groups": lambda t: quanto_layer(t, "qint4", 256),  # bfloat16: TinyGemmWeightQBitsTensor
@@ -219,8 +228,9 @@ LAYERS = {
 }  # fmt: skip
 
 
-def quantised(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Training, and so exact: in eval mode bitsandbytes' int8 quantises the input too, and some CPUs round 4 bit scales to bfloat16."""
+def quantized_layer(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a layer in training mode, which is exact: in eval mode bitsandbytes' int8 quantizes the input, too, and
+    some CPUs round 4-bit scales to bfloat16."""
     torch.manual_seed(0)
     return LAYERS[name](dtype).requires_grad_(False)
 
@@ -244,7 +254,7 @@ def state(layer: nn.Module) -> dict[str, bytes]:
     return {k: bits(v) for k, v in layer.state_dict().items()}
 
 
-def moved(W: torch.Tensor) -> torch.Tensor:
+def perturb(W: torch.Tensor) -> torch.Tensor:
     return W + 0.3 * W.std() * torch.randn(W.shape, generator=torch.Generator().manual_seed(2))
 
 
@@ -252,9 +262,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 @DTYPES
-def test_dequantised_is_what_the_forward_multiplies_by(name, dtype):
-    """x W^T + b, within the rounding of the dtype that the forward computes in; asking changes nothing."""
-    layer = quantised(name, dtype)
+def test_dequantize_gives_what_the_forward_multiplies_by(name, dtype):
+    """The output is x W^T + b, within the rounding of the dtype that the forward computes in. dequantize changes
+    nothing."""
+    layer = quantized_layer(name, dtype)
     s, x = find_scheme(layer), batch(layer, dtype)
     assert s.name == name.split(",")[0]
     W = s.dequantize(layer)
@@ -267,18 +278,18 @@ def test_dequantised_is_what_the_forward_multiplies_by(name, dtype):
 
 
 @DTYPES
-def test_requantising_is_idempotent(name, dtype):
-    """Requantised as it was: the same codes, and the same output to the bit.
+def test_requantizing_the_same_weight_gives_the_same_codes(name, dtype):
+    """The codes are equal, and the output is equal to the bit, with two exceptions.
 
-    But for two causes: bitsandbytes' nested scales are rounded to 8 bits around their mean, and the mean of rounded ones is another (1e-4);
-    and in float32 (c s) / c is not always s, which moves a scale by an ulp.
+    bitsandbytes' nested scales are rounded to 8 bits around their mean, and the mean of rounded scales is another
+    (1e-4). In float32 (c s) / c is not always s, which changes a scale by its last bit.
     """
-    layer = quantised(name, dtype)
+    layer = quantized_layer(name, dtype)
     s, x = find_scheme(layer), batch(layer, dtype)
     y, old, W = layer(x), layer.weight, s.dequantize(layer)
     before, settings = state(layer), set(vars(layer))
     new = s.requantize(layer, W)
-    assert layer.weight is old  # and requantise changed nothing
+    assert layer.weight is old  # and requantize changed nothing
     assert (state(layer), set(vars(layer))) == (before, settings)
     assert torch.equal(layer(x), y)
     assert type(new) is type(old)
@@ -299,30 +310,31 @@ def test_requantising_is_idempotent(name, dtype):
         assert torch.equal(layer(x), y)
 
 
-def test_rows_that_do_not_move_keep_their_codes(name):
-    """An adapter on a slice leaves the other rows alone, scales included (but for scales that all rows share)."""
-    layer = quantised(name, torch.bfloat16)
+def test_unchanged_rows_keep_their_codes(name):
+    """An adapter on a slice leaves the other rows unchanged, scales included (except for scales that all rows
+    share)."""
+    layer = quantized_layer(name, torch.bfloat16)
     s = find_scheme(layer)
     W = s.dequantize(layer)
     target = W.clone()
-    target[:8] = moved(W[:8])
+    target[:8] = perturb(W[:8])
     s.install(layer, s.requantize(layer, target))
     if "tensor" not in name and "nested" not in name:
         assert torch.equal(s.dequantize(layer)[8:], W[8:])
     assert not torch.equal(s.dequantize(layer)[:8], W[:8])
 
 
-def test_requantising_is_as_good_as_quantising(name):
-    """W0 + d comes out as near to what was asked for as the library's own layer, made from W0 + d, is."""
+def test_requantizing_is_as_precise_as_quantizing(name):
+    """W0 + d is stored as precisely as in a layer that the library makes from W0 + d."""
     if "hqq" in name:
         pytest.skip(
-            "a search for better scales, which the tensor doesn't tell of: requantising takes the ordinary ones"
+            "hqq searches for better scales, which the tensor does not say: requantizing takes the ordinary ones"
         )
-    layer = quantised(name)
+    layer = quantized_layer(name)
     s = find_scheme(layer)
-    target = moved(s.dequantize(layer))
+    target = perturb(s.dequantize(layer))
     s.install(layer, s.requantize(layer, target))
-    own, linear = quantised(name), nn.Linear.__init__
+    linear = nn.Linear.__init__
 
     def from_target(self, *args, **kwargs):
         linear(self, *args, **kwargs)
@@ -331,8 +343,8 @@ def test_requantising_is_as_good_as_quantising(name):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Linear, "__init__", from_target)
-        own = quantised(name)
-    assert (s.dequantize(layer) - target).norm() <= 1.05 * (find_scheme(own).dequantize(own) - target).norm()
+        expected = quantized_layer(name)
+    assert (s.dequantize(layer) - target).norm() <= 1.05 * (find_scheme(expected).dequantize(expected) - target).norm()
 
 
 def pickled(module: nn.Module) -> nn.Module:
@@ -350,19 +362,19 @@ UNCOPYABLE = {
 
 @pytest.mark.parametrize("copied", [None, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
 @pytest.mark.parametrize("warm", [False, True], ids=["fresh", "called"])
-def test_installing_there_and_back(name, warm, copied):
-    """The forward uses what is installed; the old weight, the very object, gives the old output and state dict to the bit."""
-    layer = quantised(name)
+def test_a_weight_can_be_installed_and_the_old_one_again(name, warm, copied):
+    """The forward uses the installed weight; the old object gives the old output and state dict, to the bit."""
+    layer = quantized_layer(name)
     x = batch(layer)
     y = layer(x)
     if not warm:
-        layer = quantised(name)
+        layer = quantized_layer(name)
     if reason := UNCOPYABLE.get((name.split()[0], copied)):
         pytest.skip(reason)
     layer = copied(layer) if copied else layer
     s = find_scheme(layer)
     before, old = state(layer), layer.weight
-    target = moved(s.dequantize(layer))
+    target = perturb(s.dequantize(layer))
     new = s.requantize(layer, target)
     assert 0 < s.codes_changed(old, new) <= 1
     for _ in range(2):
@@ -379,8 +391,8 @@ def test_installing_there_and_back(name, warm, copied):
 
 
 def test_codes_changed_counts_elements(name):
-    """One element that takes the value of another of its block is one code of all."""
-    layer = quantised(name)
+    """One element that takes the value of another element of its block changes one code."""
+    layer = quantized_layer(name)
     s = find_scheme(layer)
     W = s.dequantize(layer)
     order = W[0, :32].argsort()
@@ -389,7 +401,7 @@ def test_codes_changed_counts_elements(name):
 
 
 def test_a_grafted_layer_has_the_scheme_of_its_base(model):
-    """The class above it changes neither the weight nor how it is stored."""
+    """The grafted class changes neither the weight nor how it is stored."""
     names = [find_scheme(model[i]).name for i in (0, 2)]
     before = [bits(find_scheme(model[i]).dequantize(model[i])) for i in (0, 2)]
     li.inject(model, "all-linear", r=4)
@@ -397,9 +409,10 @@ def test_a_grafted_layer_has_the_scheme_of_its_base(model):
     assert [bits(find_scheme(model[i]).dequantize(model[i])) for i in (0, 2)] == before
 
 
-def test_repacked_for_the_cpu():
-    """A CPU with AVX512-BF16 rearranges 4 bit codes and rounds their scales to bfloat16; the values are those, the scheme the old one."""
-    layer = quantised("bitsandbytes nf4, nested", torch.float16)
+def test_codes_that_were_repacked_for_the_cpu_are_read():
+    """A CPU with AVX512-BF16 rearranges 4-bit codes and rounds their scales to bfloat16: the values are the rounded
+    ones, the scheme is the old one."""
+    layer = quantized_layer("bitsandbytes nf4, nested", torch.float16)
     s = find_scheme(layer)
     W, F = s.dequantize(layer), pytest.importorskip("bitsandbytes.functional")
     plain = copy.deepcopy(layer.weight)
@@ -415,15 +428,15 @@ def test_repacked_for_the_cpu():
     assert (new.quant_state.nested, new.quant_state.dtype, new.shape) == (True, torch.float16, plain.shape)
 
 
-class Own(nn.Linear):
-    """A forward of its own, which may do anything with the weight."""
+class DoublingLinear(nn.Linear):
+    """A subclass whose forward may do anything with the weight."""
 
     def forward(self, x):
         return super().forward(x) * 2
 
 
-def own(layer: nn.Module) -> nn.Module:
-    layer.__class__ = Own
+def with_another_forward(layer: nn.Module) -> nn.Module:
+    layer.__class__ = DoublingLinear
     return layer
 
 
@@ -436,21 +449,23 @@ def own(layer: nn.Module) -> nn.Module:
         lambda: pytest.importorskip("bitsandbytes").nn.Embedding4bit(64, 64).to("cpu"),
         lambda: ao(torch.float32, "Int8DynamicActivationInt8WeightConfig"),
         lambda: ao(torch.float32, "Int8DynamicActivationIntxWeightConfig", weight_dtype=torch.int4),
-        lambda: ao(torch.float32, "IntxWeightOnlyConfig", mapping_type=lambda q: q.quant_primitives.MappingType.ASYMMETRIC),
+        lambda: ao(torch.float32, "IntxWeightOnlyConfig",
+                   mapping_type=lambda q: q.quant_primitives.MappingType.ASYMMETRIC),
         lambda: ao(torch.float32, "IntxWeightOnlyConfig", weight_dtype=torch.int1),
-        lambda: own(ao(torch.float32, "Int8WeightOnlyConfig")),
+        lambda: with_another_forward(ao(torch.float32, "Int8WeightOnlyConfig")),
         lambda: quanto_layer(torch.float32, "qint8", activations="qint8"),
     ],
-    ids=["4bit-unquantised", "8bit-unquantised", "8bit-float-weight", "4bit-embedding", "int8-inputs", "int8-inputs-int4", "asymmetric", "1bit", "own-forward", "quanto-inputs"],
+    ids=["4bit-unquantized", "8bit-unquantized", "8bit-float-weight", "4bit-embedding", "int8-inputs",
+         "int8-inputs-int4", "asymmetric", "1bit", "another-forward", "quanto-inputs"],
 )  # fmt: skip
-def test_what_has_no_find_scheme(make):
-    """Quantised, but not in a way that this table can do again."""
+def test_weights_that_cannot_be_requantized_have_no_scheme(make):
+    """They are quantized, but not in a form that the library can reproduce."""
     layer = make()
     assert is_quantized(layer)
     assert find_scheme(layer) is None
 
 
-def test_a_plain_layer_has_no_find_scheme():
+def test_a_plain_layer_has_no_scheme():
     assert find_scheme(nn.Linear(4, 4)) is None
     assert find_scheme(nn.ReLU()) is None
 
@@ -459,7 +474,8 @@ def test_a_plain_layer_has_no_find_scheme():
 @needs_compiler_and_ninja
 @pytest.mark.parametrize("bits", [2, 4])
 def test_python_unpacks_as_quanto_does(bits, monkeypatch):
-    """The other tests unpack quanto's weights in Python; here its C++ extension is built and must give the same numbers."""
+    """The other tests unpack quanto's weights in Python; here its C++ extension is built and must give the same
+    numbers."""
     extensions = pytest.importorskip("optimum.quanto.library.extensions")
     extension = extensions.get_extension("quanto_cpp")
     monkeypatch.setattr(extension, "_lib", None)  # builds the extension when it is asked for
