@@ -34,7 +34,7 @@ OTHER_METHODS: dict[str, tuple[str, ...]] = {
 
 
 def other_method(key: str) -> str | None:
-    """Return the method other than LoRA that names a tensor so, or None."""
+    """Return the method other than LoRA that a tensor of this name belongs to, or None."""
     return next((method for method, marks in OTHER_METHODS.items() if any(mark in key for mark in marks)), None)
 
 
