@@ -105,9 +105,7 @@ class LoraSpec:
         if not (self.dtype is None or _is_wide_float(self.dtype)):
             problems.append(f"dtype must be a floating-point torch.dtype of at least 16 bits, not {self.dtype!r}")
         if problems:
-            raise SpecError(
-                "invalid LoRA settings:", problems, "correct the values and call again; nothing was changed"
-            )
+            raise SpecError("invalid LoRA settings:", problems, "correct them and call again; nothing was changed")
 
     def with_override(self, override: Override) -> LoraSpec:
         """Return these settings as they apply to a site that `override` matches."""

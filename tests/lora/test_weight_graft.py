@@ -742,7 +742,7 @@ def test_a_forward_that_runs_later_is_refused():
         def forward(self, x: Tensor):
             yield F.linear(x, self.read.weight)
 
-    with pytest.raises(li.TargetError, match="read by a forward that is a generator"):
+    with pytest.raises(li.TargetError, match="forward reads it, and is a generator"):
         li.inject(nn.Sequential(Later()), ["read"])
 
 

@@ -42,9 +42,10 @@ def names(model: nn.Module, targets: object, **settings: object) -> list[str]:
 
 
 @pytest.mark.parametrize(("shape", "count"), [
-    ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 393_216), ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 737_280)])  # fmt: skip
-def test_parameter_counts_of_the_paper(shape, count):
-    """GPT-2 medium and large with r_q = r_v = 4, the setting of Hu et al. 2021, table 3."""
+    ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 393_216),
+    ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 737_280)])  # fmt: skip
+def test_trainable_counts_match_the_paper(shape, count):
+    """GPT-2 medium and large with LoRA of rank 4 on q and v have the counts of Hu et al. 2021, table 3."""
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(**shape))
     width = shape["n_embd"]
@@ -52,8 +53,8 @@ def test_parameter_counts_of_the_paper(shape, count):
         assert li.find(model, targets, r=4).trainable == count
 
 
-def test_against_loralib(model):
-    """loralib's MergedLinear with enable_lora=[True, False, True] and the same A and B gives the same output and the same merged weight."""
+def test_slices_agree_with_loralib(model):
+    """loralib's MergedLinear with enable_lora=[True, False, True] has the output and merged weight of the slices."""
     attention = model.transformer.h[0].attn.c_attn
     li.inject(model, ["h.0.attn.c_attn[q,v]"], r=4, alpha=8)
     randomise(model)
@@ -72,8 +73,8 @@ def test_against_loralib(model):
         assert torch.allclose(attention.weight, theirs.weight, atol=1e-6)
 
 
-def test_the_other_rows_stay_as_they_are(model):
-    """Merging adapters on q and v leaves k's weights to the bit, and unmerging gives all of them back."""
+def test_merging_leaves_the_other_rows_alone(model):
+    """Merging adapters on q and v keeps every bit of k, and unmerging restores every bit of q and v."""
     before = state(model)
     weight = model.transformer.h[0].attn.c_attn.weight
     third = weight.shape[1] // 3
@@ -90,8 +91,8 @@ def test_the_other_rows_stay_as_they_are(model):
     assert state(li.eject(model)) == before
 
 
-def test_a_slice_saves_only_its_own(model, tmp_path):
-    """Its A and B, under names that PEFT does not take for its own, and no adapter_config.json, which would lead PEFT to load nothing."""
+def test_a_slice_is_saved_under_its_own_name(model, tmp_path):
+    """The file has A and B of the slice only, and no adapter_config.json, with which PEFT would load nothing."""
     base = copy.deepcopy(model)
     li.inject(model, ["c_attn[q]", "mlp.c_fc"], r=4)
     randomise(model)
@@ -116,8 +117,8 @@ def test_a_slice_saves_only_its_own(model, tmp_path):
 
 
 @pytest.mark.parametrize("targets", [["c_attn[q,v]"], ["query", "mlp"], ["c_attn[3:9,1:2]", "mlp.c_proj"]])
-def test_padded_for_peft(model, targets, tmp_path):
-    """format="peft" pads slices to the whole weight, exactly: PEFT computes the same, and so do we when we read it back."""
+def test_the_peft_format_pads_slices(model, targets, tmp_path):
+    """format="peft" pads slices with zeros to the whole weight: PEFT and lorainject compute the same from the file."""
     base = copy.deepcopy(model)
     li.inject(model, targets, r=3, alpha=5)
     randomise(model)
@@ -130,8 +131,8 @@ def test_padded_for_peft(model, targets, tmp_path):
     assert torch.allclose(run(li.load(base, tmp_path), X), y, atol=1e-5)
 
 
-def test_slices_of_different_scales_are_padded(model, tmp_path):
-    """Where r and alpha differ between the slices of a weight, one scale goes into B."""
+def test_the_peft_format_pads_slices_of_different_scales(model, tmp_path):
+    """Slices with different r and alpha are saved with one scale, and compute the same when they are loaded."""
     base = copy.deepcopy(model)
     li.inject(model, ["c_attn[q,v]"], r=3, alpha=5, overrides={"c_attn[v]": {"r": 2, "alpha": 7}})
     randomise(model)
@@ -140,7 +141,7 @@ def test_slices_of_different_scales_are_padded(model, tmp_path):
 
 
 def merged_after_a_file(model: nn.Module, targets: list[str], weight: nn.Parameter, folder: Path) -> torch.Tensor:
-    """W0 of a model into which the slices are merged, after a file of them gave a fresh one the same output, and the merge did."""
+    """Merge slices into a model and return W0. Asserts that a file and the merge give the same output."""
     fresh, was = copy.deepcopy(model), weight.detach().clone()
     li.inject(model, targets, r=2)
     randomise(model)
@@ -151,8 +152,8 @@ def merged_after_a_file(model: nn.Module, targets: list[str], weight: nn.Paramet
     return was
 
 
-def test_interleaved_heads(tmp_path):
-    """GPT-NeoX keeps q, k, v of each head together: the slice q is every head's first third, and no row of k or v changes."""
+def test_a_slice_of_interleaved_heads(tmp_path):
+    """In GPT-NeoX, which keeps q, k, v of a head together, only the first third of each head changes."""
     torch.manual_seed(0)
     model = GPTNeoXModel(
         GPTNeoXConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -165,11 +166,11 @@ def test_interleaved_heads(tmp_path):
     assert torch.equal(changed.nonzero().flatten(), torch.tensor([*range(8), *range(24, 32)]))
 
 
-def test_interleaved_experts(tmp_path):
-    """gpt-oss alternates gate and up row by row, and stores its experts (E, in, out)."""
+def test_a_slice_of_interleaved_experts(tmp_path):
+    """In gpt-oss, which alternates gate and up and stores (E, in, out), only the columns of up change."""
     torch.manual_seed(0)
-    config = GptOssConfig(vocab_size=99, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                          head_dim=8, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+    config = GptOssConfig(vocab_size=99, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
     model = GptOssModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -181,28 +182,29 @@ def test_interleaved_experts(tmp_path):
 
 
 ROLES = {
-    "query": ["self_attn.q_proj"], "key": ["self_attn.k_proj"], "value": ["self_attn.v_proj"], "output": ["self_attn.o_proj"],
+    "query": ["self_attn.q_proj"], "key": ["self_attn.k_proj"], "value": ["self_attn.v_proj"],
+    "output": ["self_attn.o_proj"],
     "attention": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
     "mlp": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_roles(role):
-    """The same word in any architecture; a layer that is really called so goes first (BERT's query)."""
+def test_each_role_matches_its_projections(role):
+    """Every role matches the projections of a Llama that play it."""
     assert names(llama(), [role], layers=[0]) == [f"model.layers.0.{name}" for name in ROLES[role]]
 
 
-def test_head_on_request():
-    """all-linear leaves the head out, and says so; asked for by role or name it comes along."""
+def test_the_head_is_matched_by_role_or_name_only():
+    """all-linear leaves the head out and lists it in left_out; the role or name of the head matches it."""
     model = llama()
     assert li.find(model, "all-linear").left_out == ("lm_head",)
     assert names(model, ["head"]) == ["lm_head"]
     assert li.find(model, ["all-linear", "head"]).left_out == ()
 
 
-def test_towers():
-    """A keyword, role or glob confined to one part of a multimodal model; the plan says which parts are touched."""
+def test_targets_limited_to_a_tower():
+    """A keyword, role or glob with the path of a tower matches in this tower only; the plan counts sites per tower."""
     text = {
         "model_type": "llama",
         "vocab_size": 99,
@@ -211,8 +213,8 @@ def test_towers():
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 8, "patch_size": 4}  # fmt: skip
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
     model = LlavaModel(LlavaConfig(text_config=text, vision_config=vision))
     for targets in (["language_model.all-linear"], ["language_model.*.all-linear"]):
         assert all(name.startswith("language_model.") for name in names(model, targets))
@@ -224,7 +226,10 @@ def test_towers():
 
 
 WRONG = {
-    "a part that is not there": (["c_attn[x]"], r"h\.\*\.attn\.c_attn has no part 'x': its parts are q, k, v; or give rows"),
+    "a part that is not there": (
+        ["c_attn[x]"],
+        r"h\.\*\.attn\.c_attn has no part 'x': its parts are q, k, v; or give rows",
+    ),
     "an unknown layout": (
         ["mlp.c_fc[q]"],
         r"h\.\*\.mlp\.c_fc has no part 'q': no layout is known for it; or give rows",
@@ -235,31 +240,37 @@ WRONG = {
     "a part and the whole": (["c_attn[q]", "attn.c_attn"], r"c_attn and .*c_attn\[q\] overlap"),
     "a role that is not there": (
         ["experts"],
-        r"'experts' is a role that no weight of this model has; the roles of this model are attention, head, key, mlp, output, query, value",
+        r"'experts' is a role that no weight of this model has; the roles of this model are attention, head, key, "
+        r"mlp, output, query, value",
     ),
     "no convolutions": ("all-conv", r"'all-conv' matches nothing: this model has no such weight"),
-    "a tower that is not there": (["vision_tower.query"], r"'vision_tower\.query' is a role that no weight of vision_tower has"),
+    "a tower that is not there": (
+        ["vision_tower.query"],
+        r"'vision_tower\.query' is a role that no weight of vision_tower has",
+    ),
     "a slice of nothing": (["c_atn[q]"], r"'c_atn\[q\]' matches nothing \(did you mean 'c_attn'"),
+    "a part that is fused": (["q_proj"], r"'q_proj' matches nothing \(did you mean 'c_attn\[q\]'\?\)"),
+    "a name in a container": (["h.0.c_attn"], r"'h\.0\.c_attn' matches nothing \(did you mean 'h\.0\.\*\.c_attn'\?\)"),
 }
 
 
 @pytest.mark.parametrize(("targets", "message"), [pytest.param(*w, id=name) for name, w in WRONG.items()])
-def test_mistakes(model, targets, message):
-    """One clear error that says what there is; nothing is changed."""
+def test_mistakes_raise_and_change_nothing(model, targets, message):
+    """A mistake raises one error that says what the model has instead, and the model is unchanged."""
     before = state(model)
     with pytest.raises(li.TargetError, match=message):
         li.inject(model, targets)
     assert state(model) == before
 
 
-def test_a_slice_is_not_left_out(model):
-    """exclude takes whole weights; an excluded slice could be meant either way."""
+def test_slices_cannot_be_excluded(model):
+    """exclude refuses slices: the other parts of the weight could be meant to stay or not."""
     with pytest.raises(li.TargetError, match=r"exclude 'c_attn\[k\]': a slice cannot be left out"):
         li.inject(model, ["c_attn"], exclude=["c_attn[k]"])
 
 
-def test_slices_by_row_of_a_linear():
-    """rows(...) and activate treat a slice like any adapter."""
+def test_a_slice_by_rows_changes_these_outputs_only():
+    """An adapter on rows of a linear changes these outputs only, also with one adapter per row of the batch."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     li.inject(model, ["0[1:3,4:6]"], r=2, name="a")
     randomise(model, "a")

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import SpecError
 from ..lora.model_index import ModelIndex
+from ..plan import site_name
 from ..spec import KEYWORDS, Target
 from .model_weights import ModelWeight, WeightKey, head_modules, model_weights
 from .roles import PART_ROLES, ROLES, role_names
@@ -39,7 +40,7 @@ class WeightMatch(NamedTuple):
     @property
     def name(self) -> str:
         """The first name of the weight, with the slice in brackets."""
-        return self.weight.names[0] + (f"[{self.label}]" if self.label else "")
+        return site_name(self.weight.paths[0], self.weight.parameter, self.label)
 
 
 class Matcher:
@@ -53,7 +54,7 @@ class Matcher:
         self.index = index
         self.weights = model_weights(index)
         self.problems: list[str] = []
-        """One line for each slice that a matched weight does not have."""
+        """What is wrong with the entries so far, one line each. `resolve` adds to it."""
         self._deadline = time.monotonic() + REGEX_SECONDS
 
     @cached_property
@@ -69,8 +70,8 @@ class Matcher:
         return roles
 
     @property
-    def not_all_linear(self) -> list[ModelWeight]:
-        """The weights that multiply activations, but are left out by "all-linear": output heads and routers."""
+    def heads_and_routers(self) -> list[ModelWeight]:
+        """The weights that "all-linear" leaves out."""
         return [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
 
     def match(self, entry: Target) -> list[WeightMatch]:
@@ -84,8 +85,8 @@ class Matcher:
         return self._match_role(name) if self.is_role(name) else [WeightMatch(w) for w in self._match_name(name)]
 
     def is_role(self, entry: str) -> bool:
-        """True for a keyword or role, perhaps limited to a part of the model. A weight of that name takes
-        precedence."""
+        """True if an entry is a keyword, or a role that is not the name of a weight; it may be limited to a part of the
+        model."""
         word = entry.rsplit(".", 1)[-1]
         return word in KEYWORDS or (word in ROLES and not any(_is_end(n, entry) for w in self.weights for n in w.names))
 
@@ -213,7 +214,7 @@ def split_slices(entry: str) -> tuple[str, list[str]]:
 
 
 def is_pattern(entry: str) -> bool:
-    """True for a keyword, a regular expression or a glob, which pass over what cannot carry an adapter."""
+    """True if an entry is a keyword, a regular expression or a glob, which pass over what cannot carry an adapter."""
     return entry in KEYWORDS or entry.startswith("re:") or _is_glob(entry)
 
 

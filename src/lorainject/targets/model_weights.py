@@ -150,7 +150,7 @@ def towers(index: ModelIndex) -> tuple[str, ...]:
 
 
 def _is_head(module: nn.Module) -> bool:
-    """True for a layer, and for a ...Head unless it holds attention or a recurrent cell, as SLANet's does."""
+    """True if the module is a layer, or a ...Head without attention and recurrent cells (SLANet's has both)."""
     if kind_of(module) is not None:
         return True
     return type(module).__name__.endswith("Head") and not any(

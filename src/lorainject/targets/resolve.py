@@ -82,7 +82,7 @@ def resolve(index: ModelIndex, spec: LoraSpec, name: str) -> Plan:
     left_out: tuple[str, ...] = ()
     if any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets):
         chosen = {m.weight.key for m in matches}
-        left_out = tuple(w.names[0] for w in matcher.not_all_linear if w.key not in chosen)
+        left_out = tuple(w.names[0] for w in matcher.heads_and_routers if w.key not in chosen)
     return Plan(sites=sites, total=count_parameters(index), left_out=left_out, towers=towers(index))
 
 

@@ -170,13 +170,11 @@ class _MethodVisitor(ast.NodeVisitor):
                 if name := self.dotted_name(node.value):
                     self.local_names[target.id] = name
 
-    def visit_For(self, node: ast.For) -> None:
+    def visit_For(self, node: ast.For | ast.comprehension) -> None:
         self._bind_loop_variable(node.target, node.iter)
         self.generic_visit(node)
 
-    def visit_comprehension(self, node: ast.comprehension) -> None:
-        self._bind_loop_variable(node.target, node.iter)
-        self.generic_visit(node)
+    visit_comprehension = visit_For
 
     def visit_ListComp(self, node: ast.ListComp) -> None:
         for generator in node.generators:  # before the element, which uses their variables
