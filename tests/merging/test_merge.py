@@ -200,7 +200,7 @@ def test_strict_refuses_before_anything_is_written():
 def test_the_journal_is_small_and_never_larger_than_a_backup():
     """In bfloat16 the journal of a delta of 1 % of the weight takes 3 % of a copy, and that of ten times the weight no
     more than a copy."""
-    kept = {}
+    shares = {}
     for share in (0.003, 0.01, 0.03, 0.1, 0.3, 10):
         model = nn.Sequential(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
         nn.init.normal_(model[0].weight, std=0.02)
@@ -208,10 +208,10 @@ def test_the_journal_is_small_and_never_larger_than_a_backup():
         randomise(model, std=(0.02 * share / 2) ** 0.5)  # |d| = std^2 sqrt(r) per element
         a = model[0].lora["default"]
         report = li.merge(model)
-        kept[share] = (report.journal_bytes - a.A.nbytes - a.B.nbytes) / report.weight_bytes
-    assert kept[0.01] < 0.03 < kept[0.03] < 0.08
-    assert sorted(kept.values()) == list(kept.values())
-    assert kept[10] < 1.001
+        shares[share] = (report.journal_bytes - a.A.nbytes - a.B.nbytes) / report.weight_bytes
+    assert shares[0.01] < 0.03 < shares[0.03] < 0.08
+    assert sorted(shares.values()) == list(shares.values())
+    assert shares[10] < 1.001
 
 
 def three_adapters(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -360,11 +360,11 @@ def test_a_delta_with_other_bits_is_refused_unless_the_tile_was_kept(model, monk
     assert state(model) == merged
     monkeypatch.setattr(TileWorkspace, "_strips", strips)
     assert state(li.unmerge(model)) == before
-    whole = one_linear(torch.bfloat16, std=5)
-    before = state(whole)
-    li.merge(whole)
+    large = one_linear(torch.bfloat16, std=5)
+    before = state(large)
+    li.merge(large)
     falsify_by(1e-2)
-    assert state(li.unmerge(whole)) == before
+    assert state(li.unmerge(large)) == before
 
 
 def test_an_unmerge_that_fails_at_the_last_weight_merges_the_first_again(model):
@@ -393,11 +393,11 @@ def test_untie_gives_a_tied_weight_memory_of_its_own_until_unmerge(tmp_path):
     assert bits(model.transformer.wte.weight) == w0 != bits(model.lm_head.weight)
     assert torch.allclose(run(model, X), y, atol=1e-4)
     with torch.no_grad():
-        kept = model.lm_head.weight[0, 0].clone()
+        element = model.lm_head.weight[0, 0].clone()
         model.lm_head.weight[0, 0] += 1
         with pytest.raises(li.MergeError, match="lm_head: was changed since it was merged"):
             li.unmerge(model)
-        model.lm_head.weight[0, 0] = kept
+        model.lm_head.weight[0, 0] = element
     li.unmerge(model)
     assert state(model) == before
     assert model.lm_head.weight is model.transformer.wte.weight

@@ -93,8 +93,8 @@ def test_a_quantized_linear_carries_adapters_like_any_linear(model, tmp_path):
         assert torch.equal(model(x), adapted)
 
 
-@pytest.mark.parametrize("how", ["requantized", "dequantized"])
-def test_merge_requantizes_or_dequantizes(model, how, tmp_path):
+@pytest.mark.parametrize("method", ["requantized", "dequantized"])
+def test_merge_requantizes_or_dequantizes(model, method, tmp_path):
     """It is quantized again by the same scheme, or becomes an nn.Linear. unmerge puts the same parameter object back,
     and the output has its old bits."""
     x = torch.randn(4, 64)
@@ -106,19 +106,19 @@ def test_merge_requantizes_or_dequantizes(model, how, tmp_path):
     randomise(model, std=0.5)  # larger than a step
     with torch.no_grad():
         adapted = model(x)
-        if how == "dequantized" and "QLinear" in str(classes):
+        if method == "dequantized" and "QLinear" in str(classes):
             with pytest.raises(
                 li.MergeError, match=r"0: a QLinear cannot become an nn.Linear: merge without dequantise=True"
             ):
                 li.merge(model, dequantise=True)
             return
-        report = li.merge(model, dequantise=how == "dequantized", strict=False)
+        report = li.merge(model, dequantise=method == "dequantized", strict=False)
         merged = model(x)
-        assert [type(m) for m in model] == (classes if how == "requantized" else [nn.Linear, nn.ReLU, nn.Linear])
+        assert [type(m) for m in model] == (classes if method == "requantized" else [nn.Linear, nn.ReLU, nn.Linear])
         error = float((merged - adapted).norm() / adapted.norm())
-        assert error < (0.01 if how == "dequantized" else 0.25)
+        assert error < (0.01 if method == "dequantized" else 0.25)
         changed = [s.codes_changed for s in report.sites]
-        assert changed == [None, None] if how == "dequantized" else all(c is not None and c > 0.3 for c in changed)
+        assert changed == [None, None] if method == "dequantized" else all(c is not None and c > 0.3 for c in changed)
         assert li.save(model, tmp_path / "a.safetensors").exists()
         li.unmerge(model)
         assert all(m.weight is w for m, w in zip((model[0], model[2]), before, strict=True))
@@ -168,10 +168,10 @@ def test_a_quantized_weight_that_its_parent_reads_is_refused():
 # -- requantizing: one layer of each scheme, before its first forward
 
 
-def bnb4(dtype, **how):
+def bnb4(dtype, **settings):
     bnb = pytest.importorskip("bitsandbytes")
-    blocksize = how.pop("blocksize", 64)
-    layer = bnb.nn.Linear4bit(128, 96, compute_dtype=dtype, **how).to(dtype)
+    blocksize = settings.pop("blocksize", 64)
+    layer = bnb.nn.Linear4bit(128, 96, compute_dtype=dtype, **settings).to(dtype)
     layer.weight.blocksize = blocksize
     return layer.to("cpu")
 
@@ -180,17 +180,17 @@ def bnb8(dtype):
     return pytest.importorskip("bitsandbytes").nn.Linear8bitLt(128, 96, has_fp16_weights=False).to(dtype).to("cpu")
 
 
-def ao(dtype, config, **how):
+def ao(dtype, config, **settings):
     q = pytest.importorskip("torchao.quantization")
     layers = nn.Sequential(nn.Linear(128, 96, dtype=dtype))
-    q.quantize_(layers, getattr(q, config)(**{k: v(q) if callable(v) else v for k, v in how.items()}))
+    q.quantize_(layers, getattr(q, config)(**{k: v(q) if callable(v) else v for k, v in settings.items()}))
     return layers[0]
 
 
-def quanto_layer(dtype, qtype, features=128, **how):
+def quanto_layer(dtype, qtype, features=128, **settings):
     q = pytest.importorskip("optimum.quanto")
     layers = nn.Sequential(nn.Linear(features, 96, dtype=dtype))
-    q.quantize(layers, weights=getattr(q, qtype), **{k: getattr(q, v) for k, v in how.items()})
+    q.quantize(layers, weights=getattr(q, qtype), **{k: getattr(q, v) for k, v in settings.items()})
     q.freeze(layers)
     return layers[0]
 

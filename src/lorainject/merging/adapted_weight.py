@@ -59,12 +59,12 @@ class MergeRecord:
     def nbytes(self) -> int:
         """Size in bytes of what is kept for unmerge. A tied weight's original does not count: the other module keeps
         it."""
-        kept = [f.P.nbytes + f.Q.nbytes for parts in self.deltas.values() for f in parts]
+        sizes = [f.P.nbytes + f.Q.nbytes for parts in self.deltas.values() for f in parts]
         if self.journal is not None:
-            kept.append(self.journal.nbytes)
+            sizes.append(self.journal.nbytes)
         if self.original is not None and self.strategy != "Untied":
-            kept += [t.nbytes for t in (self.original, self.original_bias) if t is not None]
-        return sum(kept)
+            sizes += [t.nbytes for t in (self.original, self.original_bias) if t is not None]
+        return sum(sizes)
 
     @property
     def is_reversible(self) -> bool:

@@ -78,9 +78,9 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         strategies: list[MergeStrategy] = []
         for w in weights:
             previous = states[w.name].record if w.name in states else None
-            found = (previous.deltas if previous else {}) | w.deltas(chosen, copy=reversible)
+            available = (previous.deltas if previous else {}) | w.deltas(chosen, copy=reversible)
             # In the order of the model's adapters, so that the bits do not depend on the order of the merges.
-            if deltas := {name: found[name] for name in index.adapter_names if name in found}:
+            if deltas := {name: available[name] for name in index.adapter_names if name in available}:
                 strategy = choose_strategy(w, deltas, w.key in ties, dequantise)
                 if previous and not have_extras(deltas):
                     strategy = previous.strategy
@@ -251,8 +251,8 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
         for strategy in strategies:
             strategy.finish()
         set_merged(weights, names)
-        kept = [replace(site, journal_bytes=record.nbytes) for site, record in zip(sites, records, strict=True)]
-        return MergeReport(names=names, sites=tuple(kept))
+        reported = [replace(site, journal_bytes=record.nbytes) for site, record in zip(sites, records, strict=True)]
+        return MergeReport(names=names, sites=tuple(reported))
     except BaseException:
         for strategy in strategies:
             strategy.undo()

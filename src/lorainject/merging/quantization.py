@@ -22,6 +22,7 @@ the one whose layer is asked about.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
@@ -120,16 +121,13 @@ class Bitsandbytes4bit(Scheme):
     def dequantize(self, module: Any) -> Tensor:
         codes, state, *_ = self._stored(module.weight)
         state.dtype = torch.float32
-        W: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(codes.view(-1, 1), state)
-        return W
+        return import_module("bitsandbytes.functional").dequantize_4bit(codes.view(-1, 1), state)
 
     @torch.no_grad()
     def requantize(self, module: Any, W: Tensor) -> nn.Parameter:
         old = module.weight
-        _, state, nested, dtype = self._stored(
-            old
-        )  # the parameter's own settings are the defaults when FSDP has made it
-        settings = {
+        _, state, nested, dtype = self._stored(old)
+        settings = {  # of the state: a parameter that FSDP made has the defaults itself
             "blocksize": state.blocksize,
             "quant_type": state.quant_type,
             "compress_statistics": nested,
@@ -139,10 +137,7 @@ class Bitsandbytes4bit(Scheme):
         codes, state = functional.quantize_4bit(W.to(old.device).contiguous(), **settings)
         state.dtype = dtype
         settings |= {"quant_state": state, "module": old.module, "bnb_quantized": True}
-        new: nn.Parameter = import_module("bitsandbytes.nn").Params4bit(
-            codes, requires_grad=old.requires_grad, **settings
-        )
-        return new
+        return import_module("bitsandbytes.nn").Params4bit(codes, requires_grad=old.requires_grad, **settings)
 
     def install(self, module: Any, parameter: Any) -> None:
         module.weight = parameter
@@ -193,10 +188,7 @@ class Bitsandbytes8bit(Scheme):
     def requantize(self, module: Any, W: Tensor) -> nn.Parameter:
         W = W.to(module.weight.device, torch.float16)  # the only dtype of its kernels
         codes, absmax, _ = import_module("bitsandbytes.functional").int8_vectorwise_quant(W)
-        new: nn.Parameter = import_module("bitsandbytes.nn").Int8Params(
-            codes, requires_grad=False, CB=codes, SCB=absmax
-        )
-        return new
+        return import_module("bitsandbytes.nn").Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax)
 
     def install(self, module: Any, parameter: Any) -> None:
         module.weight.CB, module.weight.SCB = _int8_codes_and_absmax(module)  # the old weight must keep its scales
@@ -204,8 +196,7 @@ class Bitsandbytes8bit(Scheme):
         module.weight = parameter
 
     def codes(self, weight: Any) -> Tensor:
-        codes: Tensor = weight.data.view(torch.uint8).flatten()
-        return codes
+        return weight.data.view(torch.uint8).flatten()
 
 
 def _int8_codes_and_absmax(module: Any) -> tuple[Any, Any]:
@@ -225,8 +216,7 @@ class TensorSubclass(Scheme):
             return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
         attributes = {"dtype": torch.float32} if "dtype" in w.__tensor_flatten__()[1] else {}
-        W: Tensor = _rebuild(w, part, **attributes).dequantize()
-        return W
+        return _rebuild(w, part, **attributes).dequantize()
 
 
 def _rebuild(tensor: Any, part: Callable[[str], Tensor], **attributes: Any) -> Any:
@@ -278,24 +268,17 @@ class Torchao(TensorSubclass):
             ao = import_module("torchao.quantization.quant_primitives")
             bits = int(str(getattr(w, "target_dtype", torch.int8)).removeprefix("torch.int"))
             bits -= bool(getattr(w, "reduce_range", False))
-            low, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-            settings = {
-                "block_size": block,
-                "target_dtype": torch.int8,
-                "quant_min": low,
-                "quant_max": top,
-                "keepdim": True,
-            }
-            smallest, zero = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR, **settings)
-            eps = torch.finfo(torch.float32).eps
-            scale, _ = ao.choose_qparams_affine(W, ao.MappingType.SYMMETRIC, eps=eps, **settings)
+            bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+            choose = functools.partial(ao.choose_qparams_affine, W, block_size=block, target_dtype=torch.int8,
+                                       quant_min=bottom, quant_max=top, keepdim=True)  # fmt: skip
+            smallest, zero = choose(ao.MappingType.SYMMETRIC_NO_CLIPPING_ERR)
+            scale, _ = choose(ao.MappingType.SYMMETRIC, eps=torch.finfo(torch.float32).eps)
             new = {"scale": _keep_scales(w.scale, scale, smallest, top)}
-            new["qdata"] = ao.quantize_affine(W, block, new["scale"], zero, torch.int8, low, top)
+            new["qdata"] = ao.quantize_affine(W, block, new["scale"], zero, torch.int8, bottom, top)
         return nn.Parameter(_rebuild(w, lambda name: new.get(name, getattr(w, name))), requires_grad=w.requires_grad)
 
     def codes(self, weight: Any) -> Tensor:
-        codes: Tensor = weight.qdata.view(torch.uint8).flatten()
-        return codes
+        return weight.qdata.view(torch.uint8).flatten()
 
 
 class Quanto(TensorSubclass):
@@ -329,8 +312,7 @@ class Quanto(TensorSubclass):
 
     def codes(self, weight: Any) -> Tensor:
         data = weight._data
-        codes: Tensor = data.unpack() if hasattr(data, "unpack") else data.view(torch.uint8)
-        return codes.flatten()
+        return (data.unpack() if hasattr(data, "unpack") else data.view(torch.uint8)).flatten()
 
 
 SCHEMES: tuple[type[Scheme], ...] = (Bitsandbytes4bit, Bitsandbytes8bit, Torchao, Quanto)

@@ -76,9 +76,9 @@ def unmerge_weights(weights: Sequence[AdaptedWeight]) -> dict[str, MergedState]:
                 "load the base model again; A and B are unchanged, and can be saved",
             )
     except BaseException:
-        for view, before, d, kept in restored:
+        for view, before, d, copy in restored:
             if checksum(as_matrix(view)) == before:
-                view.copy_((workspace.remerge(as_matrix(view), d) if kept is None else kept).view(view.shape))
+                view.copy_((workspace.remerge(as_matrix(view), d) if copy is None else copy).view(view.shape))
         raise
     for w in weights:
         if (record := w.record) is not None and record.original is not None:

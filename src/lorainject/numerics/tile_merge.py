@@ -208,8 +208,8 @@ class TileMerger:
 
 def _check_finite(suspects: Tensor, w0: Tensor, m: Tensor) -> None:
     """Raise MergeError if W0 is finite and M is not, which happens only where `suspects` holds infinity or NaN."""
-    low, high = torch.aminmax(suspects)
-    if not math.isfinite(float(high) - float(low)) and bool((w0.isfinite() & ~m.isfinite()).any()):
+    smallest, largest = torch.aminmax(suspects)
+    if not math.isfinite(float(largest) - float(smallest)) and bool((w0.isfinite() & ~m.isfinite()).any()):
         raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
 
 
@@ -246,5 +246,5 @@ def max_abs_bound(w: Tensor) -> float:
     """
     if w.dtype in (torch.float32, torch.float64):
         return float(torch.dot(w.view(-1), w.view(-1))) ** 0.5
-    low, high = torch.aminmax(w)
-    return max(float(high), -float(low))
+    smallest, largest = torch.aminmax(w)
+    return max(float(largest), -float(smallest))
