@@ -1,11 +1,11 @@
 """LoRA surgery on PyTorch models: in place, exact, and undone without a trace.
 
-    import lorainject as li
+import lorainject as li
 
-    li.inject(model, targets=["q_proj", "v_proj"], r=8)     # the same object; the base is frozen, A and B train
-    li.save(model, "adapter")                               # only A and B
-    li.merge(model)                                         # W0 + s B A
-    li.unmerge(model)                                       # W0 again, to the bit
+li.inject(model, targets=["q_proj", "v_proj"], r=8)     # the same object; the base is frozen, A and B train
+li.save(model, "adapter")                               # only A and B
+li.merge(model)                                         # W0 + s B A
+li.unmerge(model)                                       # W0 again, to the bit
 """
 
 from .checkpoint.merge_copy import merge_checkpoint

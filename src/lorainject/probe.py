@@ -151,10 +151,10 @@ def _gradients(
     reached = {key: grad for key, grad in zip(wanted, grads, strict=True) if grad is not None and bool(grad.any())}
     idle = []
     for name, site in sites.items():
-        by_factor = [reached[id(t)].flatten(1).any(1) for t in factors[name] if id(t) in reached]
-        if site.adapters.kind.stacked and by_factor:
-            has_tokens = torch.stack(by_factor).any(0)
-            idle += [f"{name}, {i}" for i in range(len(has_tokens)) if not has_tokens[i]]
+        if site.adapters.kind.stacked:
+            by_factor = [reached[id(t)].flatten(1).any(1) for t in factors[name] if id(t) in reached]
+            has_tokens = torch.stack(by_factor).any(0).tolist() if by_factor else []
+            idle += [f"{name}, {expert}" for expert, has_token in enumerate(has_tokens) if not has_token]
     return _Gradients(
         weights={name for name, weight in weights.items() if id(weight) in reached},
         adapters={name for name in sites if any(id(t) in reached for t in factors[name])},

@@ -73,7 +73,9 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         by_place.setdefault(host.key, []).append(host)
     # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
     stored = [
-        (w, _stored(w, host, name)) for w in model_weights(index) for host in sorted(by_place.get(w.key, ()), key=_first_row)
+        (w, _stored(w, host, name))
+        for w in model_weights(index)
+        for host in sorted(by_place.get(w.key, ()), key=_first_row)
     ]
     sites = tuple(s for _, s in stored)
     if format == "peft":
@@ -220,7 +222,11 @@ def _unwritable(host: AdaptedSite, a: LoraAdapter) -> str | None:
 
 
 def fitted(
-    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None, problems: list[str]
+    index: ModelIndex,
+    file: AdapterFile,
+    by_name: Mapping[str, ModelWeight],
+    dtype: torch.dtype | None,
+    problems: list[str],
 ) -> list[Site]:
     """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and `problems`."""
     wrong: list[str] = []
@@ -243,7 +249,11 @@ def fitted(
 
 
 def _fit(
-    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None, problems: list[str]
+    index: ModelIndex,
+    file: AdapterFile,
+    by_name: Mapping[str, ModelWeight],
+    dtype: torch.dtype | None,
+    problems: list[str],
 ) -> list[Site]:
     """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
     sites: list[Site] = []
@@ -276,7 +286,9 @@ def _fit(
     return sites
 
 
-def _misfit(stored: StoredSite, w: ModelWeight, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None) -> str | None:
+def _misfit(
+    stored: StoredSite, w: ModelWeight, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None
+) -> str | None:
     if (reason := why_unsuitable(w, stored.label)) is not None:
         return reason
     if apart := [p for p in stored.aliases if by_name.get(site_name(p, stored.parameter)) is not w]:
