@@ -83,9 +83,9 @@ def main() -> None:
             shutil.rmtree(out)
             assert not [p for p in folder.iterdir() if p.name.startswith(".")]
         else:
-            whole = visible in (before, merged)
-            outcomes[name, "whole" if whole else "index hidden"] += 1
-            assert whole or INDEX not in visible, "a reader would load a mixture"
+            complete = visible in (before, merged)
+            outcomes[name, "complete" if complete else "index hidden"] += 1
+            assert complete or INDEX not in visible, "a reader would load a mixture"
             if (base / ".lorainject-merge" / "manifest.json").exists():
                 li.unmerge_in_place(base)
             else:  # killed so early or so late that the checkpoint is the old one; what is left must not disturb

@@ -109,21 +109,21 @@ def test_full_disk(folder, in_place, monkeypatch):
     """Whichever system call fails, one error is raised and everything is as it was."""
     before, calls = contents(folder), 0
 
-    def failing(function, at):
+    def failing(function, nth):
         def call(*args):
             nonlocal calls
             calls += 1
-            if calls == at:
+            if calls == nth:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return function(*args)
 
         return call
 
     for function in ("pwrite", "copy_file_range", "fsync", "replace"):
-        for at in random.Random(0).sample(range(1, 12), 4):
+        for nth in random.Random(0).sample(range(1, 12), 4):
             calls = 0
             with monkeypatch.context() as patch:
-                patch.setattr(os, function, failing(getattr(os, function), at))
+                patch.setattr(os, function, failing(getattr(os, function), nth))
                 try:
                     merge(folder, in_place)
                 except li.FileError as e:

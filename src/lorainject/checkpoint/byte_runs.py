@@ -1,4 +1,4 @@
-"""Which bytes of a tensor on disk a delta changes, and by what.
+"""Runs of bytes on disk that a delta changes, and the delta of each run.
 
 A weight may be stored in several pieces, transposed or interleaved (files/weight_map.py). Each piece is cut into
 patches, which are runs of elements that are contiguous on disk. Whatever the layout is, the delta of a patch is again a
@@ -78,7 +78,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Patch:
-    """What the deltas of one weight change in some runs of a tensor on disk."""
+    """Some runs of a tensor on disk, and what the deltas of one weight add to them."""
 
     runs: Runs
     deltas: tuple[Factors, ...]

@@ -1,4 +1,4 @@
-"""Where each weight of a model in memory lies in the files of its checkpoint, found without reading a single element.
+"""Locate the weights of a model in the files of its checkpoint, without reading a single element.
 
 transformers 5 gives many checkpoints other names and shapes in memory: it stacks the matrices of experts, splits a
 fused qkv, transposes matrices and sorts rotary halves apart. To copy its rules would mean to follow every release.
@@ -65,7 +65,7 @@ class StoredPiece:
 
 
 class WeightMap(NamedTuple):
-    """Where a model's parameters are stored, under the names of `model.named_parameters(remove_duplicate=False)`."""
+    """The stored pieces of a model's parameters, by the names of `model.named_parameters(remove_duplicate=False)`."""
 
     pieces: dict[str, tuple[StoredPiece, ...]]
     """The pieces of each located parameter, which cover every element once. Parameters may share a tensor on disk: each
@@ -139,7 +139,7 @@ class _LoadingStep(NamedTuple):
     """One step of transformers' loader."""
 
     label: str
-    """What an error calls the step."""
+    """The name of the step in errors."""
     names: list[str]
     """The parameters that it fills."""
     run: Callable[[], Mapping[str, Tensor]]
@@ -212,7 +212,7 @@ class TraceMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.contents: dict[int, str | Untraceable | list[tuple[Tensor, Tensor]]] = {}
-        """By storage: a key on disk, why there is none, or pairs (view of the storage, tensor copied there)."""
+        """For each storage a key on disk, why there is none, or pairs (view of the storage, tensor copied there)."""
         self.alive: list[Tensor] = []  # so that no storage's address is used again
 
     def stand_in(self, key: str, shape: tuple[int, ...]) -> Tensor:
