@@ -73,18 +73,7 @@ def read(
 def read_source(
     source: Source, format: str | None = None, hints: Hints | None = None, index: ModelIndex | None = None
 ) -> AdapterFile:
-    """Return the record of an opened file or directory.
-
-    Args:
-        source: The opened file or directory.
-        format: As in `read`.
-        hints: As in `read`.
-        index: The index of hints.model, if there is one already.
-
-    Raises:
-        FileError: As in `read`.
-        SpecError: There is no such format.
-    """
+    """Return the record of an opened source, as `read` does; `index` is that of hints.model, if there is one."""
     path, hints = source.path, hints or Hints()
     form = _format(format) if format is not None else next((f for f in FORMATS.values() if f.claims(source)), None)
     if form is None:
@@ -169,14 +158,8 @@ def write(
             f"{path} holds another adapter, which would be mixed up with this one:", others, "give another directory"
         )
     atomic_write.write(files)
-    return Conversion(
-        path=path,
-        format=served.reads if served else form.name,
-        file=fit,
-        lost=lost,
-        changed=tuple(changed),
-        asks=served.asks(fit) if served else None,
-    )
+    return Conversion(path=path, format=served.reads if served else form.name, file=fit, lost=lost,
+                      changed=tuple(changed), asks=served.asks(fit) if served else None)  # fmt: skip
 
 
 def convert(
@@ -194,9 +177,7 @@ def convert(
     Args:
         source: The file or directory to be read.
         path: The file or directory to be written.
-        format: As in `write`.
-        engine: As in `write`.
-        lossy: As in `write`.
+        format, engine, lossy: As in `write`.
         allow_pickle: As in `read`.
         hints: What the file does not say, and what the format needs beyond the record.
 

@@ -93,15 +93,9 @@ def _encode_site(s: StoredSite) -> dict[str, Any]:
     settings = {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases}
     if _is_plain(s):
         return settings
-    place = {
-        "parameter": s.parameter,
-        "label": s.label,
-        "rows": s.rows and [[part.start, part.stop, part.step] for part in s.rows],
-        "kind": s.kind,
-        "shape": s.shape,
-        "named": s.named,
-        "apart": not s.peft,
-    }
+    rows = s.rows and [[part.start, part.stop, part.step] for part in s.rows]
+    place = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape,
+             "named": s.named, "apart": not s.peft}  # fmt: skip
     return settings | {"path": s.path} | {key: value for key, value in place.items() if value}
 
 
@@ -170,22 +164,16 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
     ]
     if body["init"] not in INITS:
         raise ValueError(f"init is {body['init']!r}, not one of {', '.join(INITS)}")
-    return AdapterFile(
-        path=source.path,
-        format="lorainject",
-        sites=tuple(checked_sites(sites, problems)),
-        name=_text("the adapter", body["name"]),
-        init=body["init"],
-        base=_decode_base(body) if body["base"] else None,
-        config=source.config,
-        replaced={extra.name: extra.tensor for extra in extras.values() if extra.role == "replaced"},
-        tokens={
-            extra.name: TokenRows(ids=tuple(map(int, extra.detail[0])), rows=extra.tensor)
-            for extra in extras.values()
-            if extra.role == "tokens"
-        },
-        namespace=str(body.get("namespace", "hf")),
-    )
+    replaced = {extra.name: extra.tensor for extra in extras.values() if extra.role == "replaced"}
+    tokens = {
+        extra.name: TokenRows(ids=tuple(map(int, extra.detail[0])), rows=extra.tensor)
+        for extra in extras.values()
+        if extra.role == "tokens"
+    }
+    return AdapterFile(path=source.path, format="lorainject", sites=tuple(checked_sites(sites, problems)),
+                       name=_text("the adapter", body["name"]), init=body["init"],
+                       base=_decode_base(body) if body["base"] else None, config=source.config, replaced=replaced,
+                       tokens=tokens, namespace=str(body.get("namespace", "hf")))  # fmt: skip
 
 
 def _decode_site(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSite:
@@ -194,21 +182,14 @@ def _decode_site(name: str, settings: Mapping[str, Any], tensors: Mapping[str, T
         raise ValueError(f"{name}: scaling is {settings['scaling']!r}, not one of {', '.join(SCALINGS)}")
     is_embedding = f"{peft_layout.PREFIX}{name}{peft_layout.EMBEDDING[0]}" in tensors
     return StoredSite(
-        path=_text(name, settings.get("path", name)),
-        parameter=_text(name, settings.get("parameter", "weight")),
+        path=_text(name, settings.get("path", name)), parameter=_text(name, settings.get("parameter", "weight")),
         label=_text(name, settings.get("label", "")),
         rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
         kind=_text(name, settings.get("kind", "embedding" if is_embedding else "linear")),
-        shape=tuple(settings.get("shape", ())),
-        named=bool(settings.get("named")),
-        peft=not settings.get("apart"),
-        aliases=tuple(_text(name, alias) for alias in settings["aliases"]),
-        A=UNREAD,
-        B=UNREAD,
-        alpha=settings["alpha"],
-        scaling=settings["scaling"],
-        dropout=settings["dropout"],
-    )
+        shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), peft=not settings.get("apart"),
+        aliases=tuple(_text(name, alias) for alias in settings["aliases"]), A=UNREAD, B=UNREAD,
+        alpha=settings["alpha"], scaling=settings["scaling"], dropout=settings["dropout"],
+    )  # fmt: skip
 
 
 def _text(name: str, value: Any) -> str:
@@ -246,13 +227,6 @@ def _contradictions(file: AdapterFile) -> list[str]:
     return problems
 
 
-FORMAT = Format(
-    name="lorainject",
-    library="lorainject",
-    claims=claims,
-    read=read,
-    write=write,
-    holds=frozenset({*FEATURES, "whole tensors", "tokens"}),
-    scales="site",
-    names=frozenset({"hf", "kohya", "pipeline"}),
-)
+FORMAT = Format(name="lorainject", library="lorainject", claims=claims, read=read, write=write, scales="site",
+                holds=frozenset({*FEATURES, "whole tensors", "tokens"}),
+                names=frozenset({"hf", "kohya", "pipeline"}))  # fmt: skip

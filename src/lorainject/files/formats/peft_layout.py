@@ -138,36 +138,22 @@ def config(file: AdapterFile) -> dict[str, Any]:
     r, alpha = Counter((s.r, s.alpha) for s in sites).most_common(1)[0][0]
     bare = [f"{s.path}.{s.parameter}" for s in sites if is_bare(s)]
     by_pattern = {f"^{re.escape(f'{s.path}.{s.parameter}' if is_bare(s) else s.path)}": s for s in sites}
-    saved = _modules_to_save(file)
-    return (
-        dict.fromkeys(ABOUT)
-        | {key: file.config[key] for key in ABOUT if file.config.get(key)}
-        | {
-            "peft_type": "LORA",
-            "peft_version": PEFT_VERSION,
-            "inference_mode": True,
-            "r": r,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": 0.0 if bare else max(s.dropout for s in sites),  # PEFT refuses dropout on parameters
-            "bias": _bias_mode(file),
-            "fan_in_fan_out": {s.kind for s in sites} == {"linear^T"},
-            "use_rslora": {s.scaling for s in sites} == {"rslora"},
-            "use_dora": any(s.magnitude is not None for s in sites),
-            "lora_bias": any(s.bias is not None for s in sites),
-            "init_lora_weights": True,
-            "modules_to_save": saved,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-            "exclude_modules": None,
-            "target_modules": _target_modules(
-                file.config.get("target_modules"), sorted({s.path for s in sites if not is_bare(s)})
-            ),
-            "target_parameters": bare or None,
-            "trainable_token_indices": {path: list(t.ids) for path, t in file.tokens.items()} or None,
-            "rank_pattern": {pattern: s.r for pattern, s in by_pattern.items() if s.r != r},
-            "alpha_pattern": {pattern: s.alpha for pattern, s in by_pattern.items() if s.alpha != alpha},
-        }
-    )
+    targets = _target_modules(file.config.get("target_modules"), sorted({s.path for s in sites if not is_bare(s)}))
+    about = {key: file.config.get(key) or None for key in ABOUT}
+    return about | {
+        "peft_type": "LORA", "peft_version": PEFT_VERSION, "inference_mode": True, "init_lora_weights": True,
+        "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0 if bare else max(s.dropout for s in sites),  # PEFT refuses dropout on parameters
+        "bias": _bias_mode(file), "fan_in_fan_out": {s.kind for s in sites} == {"linear^T"},
+        "use_rslora": {s.scaling for s in sites} == {"rslora"},
+        "use_dora": any(s.magnitude is not None for s in sites),
+        "lora_bias": any(s.bias is not None for s in sites), "modules_to_save": _modules_to_save(file),
+        "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None,
+        "target_modules": targets, "target_parameters": bare or None,
+        "trainable_token_indices": {path: list(t.ids) for path, t in file.tokens.items()} or None,
+        "rank_pattern": {pattern: s.r for pattern, s in by_pattern.items() if s.r != r},
+        "alpha_pattern": {pattern: s.alpha for pattern, s in by_pattern.items() if s.alpha != alpha},
+    }  # fmt: skip
 
 
 def _target_modules(old: Any, paths: list[str]) -> list[str]:
@@ -209,7 +195,7 @@ def _wrap_attention(file: AdapterFile) -> tuple[AdapterFile, dict[str, Tensor]]:
     """Return the file with nn.MultiheadAttention as PEFT has it, and the tensors of out_proj by key.
 
     PEFT has one adapter on the module, for in_proj_weight, and A and B of out_proj inside of it, under the same rank
-    and alpha. It applies out_proj's update twice, so that out_proj gets twice the scale here.
+    and alpha. It applies out_proj's update twice, so the factors of out_proj are written for twice the module's scale.
     """
     owners = {f"{s.path}.out_proj".removeprefix("."): s.path for s in file.sites if s.parameter == "in_proj_weight"}
     out_projs = {owners[s.path]: s for s in file.sites if s.path in owners}

@@ -99,15 +99,8 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}")
     problems += _config_problems(config, pairs, replaced)
     sites = [s for path, pair in pairs.items() for s in _read_sites(path, pair, factors, pairs, reading)]
-    return AdapterFile(
-        path=source.path,
-        format="peft",
-        sites=tuple(sites),
-        replaced=replaced,
-        tokens=tokens,
-        config=dict(config),
-        notes=tuple(dict.fromkeys(reading.notes)),
-    )
+    return AdapterFile(path=source.path, format="peft", sites=tuple(sites), replaced=replaced, tokens=tokens,
+                       config=dict(config), notes=tuple(dict.fromkeys(reading.notes)))  # fmt: skip
 
 
 def _ending(match: re.Match[str]) -> str:
@@ -166,9 +159,9 @@ def _read_sites(
     A, B, leaf = pair.A, pair.B, path.rpartition(".")[2]
     if A.ndim == B.ndim == 3 and leaf in TINKER and path.endswith(f".experts.{leaf}"):
         return _read_tinker_stack(path.removesuffix(f".{leaf}"), TINKER[leaf], A, B, reading)
-    module = (
-        "lm_head" if path == "model.unembed_tokens" else path.replace(".base_layer", "")
-    )  # Tinker's name of the head
+    module = path.replace(".base_layer", "")
+    if module == "model.unembed_tokens":  # Tinker's name of the head
+        module = "lm_head"
     if candidates := candidate_parameters(module, reading):
         return read_parameter(path, A, B, pairs, candidates, reading)
     if path.endswith(OUT_PROJ) or path + OUT_PROJ in pairs:
@@ -192,17 +185,13 @@ def _read_sites(
 
 def _read_tinker_stack(path: str, leaf: str, A: Tensor, B: Tensor, reading: Reading) -> list[StoredSite]:
     """Return one linear per expert of A (E or 1, r, in) and B (E or 1, out, r); all experts share a single A or B."""
-    experts = max(len(A), len(B))
-    if not {len(A), len(B)} <= {1, experts}:
-        reading.problems.append(
-            f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} are for different numbers of experts"
-        )
+    count = max(len(A), len(B))
+    if not {len(A), len(B)} <= {1, count}:
+        shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+        reading.problems.append(f"{path}: {shapes} are for different numbers of experts")
         return []
-    sites = []
-    for e in range(experts):
-        s = StoredSite(path=f"{path}.{e}.{leaf}", A=A[e % len(A)], B=B[e % len(B)], alpha=0)
-        sites += reading.finish(s)
-    return sites
+    experts = [StoredSite(path=f"{path}.{e}.{leaf}", A=A[e % len(A)], B=B[e % len(B)], alpha=0) for e in range(count)]
+    return [site for s in experts for site in reading.finish(s)]
 
 
 def _read_attention(path: str, module: str, A: Tensor, B: Tensor, reading: Reading) -> list[StoredSite]:
@@ -213,25 +202,16 @@ def _read_attention(path: str, module: str, A: Tensor, B: Tensor, reading: Readi
         return reading.finish(s, name=module)
     factor = reading.hints.out_proj_factor
     if factor is None:
-        is_doubled = reading.version <= (0, 21, 2)
-        factor = 2.0 if is_doubled else 1.0
-        count = (
-            "twice, as in PEFT up to 0.21.2, where it was trained so" if is_doubled else "once, as later PEFT should do"
-        )
+        factor, count = 1.0, "once, as later PEFT should do"
+        if reading.version <= (0, 21, 2):
+            factor, count = 2.0, "twice, as in PEFT up to 0.21.2, where it was trained so"
         reading.notes.append(f"the update of out_proj counts {count} (Hints(out_proj_factor=...) decides)")
     # PEFT would adapt out_proj in vain if it were a layer of its own: hence peft=False.
     s = StoredSite(path=module, A=A, B=B, alpha=0, peft=False)
     return reading.finish(s, factor, name=module.removesuffix(".out_proj"))
 
 
-FORMAT = Format(
-    name="peft",
-    library="peft 0.21.2 (reads 0.7 and later)",
-    claims=claims,
-    read=read,
-    write=peft_layout.write,
-    holds=frozenset(
-        {"stacks", "embeddings", "convolutions", "parameters", "magnitudes", "bias updates", "whole tensors", "tokens"}
-    ),
-    scales="site",
-)
+FORMAT = Format(name="peft", library="peft 0.21.2 (reads 0.7 and later)", claims=claims, read=read,
+                write=peft_layout.write, scales="site",
+                holds=frozenset({"stacks", "embeddings", "convolutions", "parameters", "magnitudes", "bias updates",
+                                 "whole tensors", "tokens"}))  # fmt: skip
