@@ -285,7 +285,7 @@ def test_adapters_of_transformers_4_merge_into_a_checkpoint(tmp_path):
     loaded = li.load(model, tmp_path / "a")
     with torch.no_grad():
         assert torch.allclose(merged(ids()).logits, loaded(ids()).logits, atol=1e-5)
-    with pytest.raises(li.FileError, match=r"lin: a magnitude \(DoRA\); merging does not put it on yet"):
+    with pytest.raises(li.FileError, match=r"lin: a magnitude \(DoRA\); only A and B can be merged on disk"):
         li.merge_checkpoint(tmp_path / "base", FIXTURES / "peft_dora", tmp_path / "dora")
 
 
