@@ -170,7 +170,8 @@ def test_a_slice_of_interleaved_experts(tmp_path):
     """In gpt-oss, which alternates gate and up and stores (E, in, out), only the columns of up change."""
     torch.manual_seed(0)
     config = GptOssConfig(vocab_size=99, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
-                          num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+                          num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+                          num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
     model = GptOssModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
