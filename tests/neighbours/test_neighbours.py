@@ -103,7 +103,7 @@ def test_offloaded_weights_refuse_merge_and_save(base, tmp_path):
     """Weights that are not there can't be folded or written: refused by name, nothing changed."""
     model = offload(adapted(base), "cpu", tmp_path)
     before = run(model, X)
-    with pytest.raises(li.MergeError, match=r"q_proj: lies on the meta device"):
+    with pytest.raises(li.MergeError, match=r"q_proj: is on the meta device"):
         li.merge(model)
     with pytest.raises(li.FileError, match=r"meta device"):
         li.save(model, tmp_path / "a")
@@ -439,7 +439,7 @@ def test_parametrize_on_top(base):
 def test_script_modules_are_refused():
     """A ScriptModule has no class to change."""
     model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
-    with pytest.raises(li.TargetError, match=r"1 is a RecursiveScriptModule, which can't carry an adapter"):
+    with pytest.raises(li.TargetError, match=r"1 is a RecursiveScriptModule, which cannot carry an adapter"):
         li.inject(model, ["1"])
 
 
@@ -498,5 +498,5 @@ def test_offloaded_weights_that_a_parent_reads(target):
     wanted = model(ids()).last_hidden_state
     cpu_offload(model, execution_device="cpu")
     assert torch.allclose(model(ids()).last_hidden_state, wanted, atol=1e-5)
-    with pytest.raises(li.StateError, match=r"lies on the meta device \(offloaded\)"):
+    with pytest.raises(li.StateError, match=r"is on the meta device \(offloaded\)"):
         li.probe(model, ids())
