@@ -38,7 +38,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorainject as li
-from lorainject.files.describe import survey
+from lorainject.files.describe import describe
 from lorainject.files.io.open_adapter import CONFIGS, FILES
 
 from mutations import mutated
@@ -167,7 +167,7 @@ def try_input(path: Path, hints: li.Hints, n: int) -> str:
     """
     try:
         file = li.read(path, allow_pickle=True, hints=hints)
-        json.dumps(survey(file))
+        json.dumps(describe(file))
     except li.LoraError as e:
         _raise_memory_error(e)
         return "refused"

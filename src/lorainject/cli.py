@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import lorainject as li
 
-from .files.describe import survey
+from .files.describe import describe
 
 try:
     import typer
@@ -106,7 +106,7 @@ def inspect(
 ) -> None:
     """Show what an adapter file holds: format, base, ranks, scales, the norm of each delta, what is unusual. Fails if it would not load."""
     file = li.read(adapter, allow_pickle=allow_pickle, hints=_hints(alpha, heads, group, component, None, base))
-    about = survey(file)
+    about = describe(file)
     if as_json:
         print(json.dumps(about))
     else:

@@ -335,7 +335,7 @@ def test_what_peft_would_apply_wrongly_is_kept_from_it(tmp_path):
     circular = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"))
     attention = nn.Sequential(nn.MultiheadAttention(4, 2))
     for model, target, reason in (
-        (circular, "0", "PEFT passes over groups, dilation and padding_mode"),
+        (circular, "0", "PEFT ignores groups, dilation and padding_mode"),
         (attention, "out_proj", "PEFT's layer does nothing"),
     ):
         fresh = copy.deepcopy(model)

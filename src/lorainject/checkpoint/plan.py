@@ -19,9 +19,9 @@ from ..errors import FileError, SpecError
 from ..files.convert import read_source
 from ..files.io.open_adapter import Hints, open_source
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
+from ..files.match_model import match_sites
 from ..files.record import AdapterFile, BasePrint, StoredSite
 from ..files.rename import rename_for_model
-from ..files.save_load import fitted
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
 from ..lora.adapter import LoraAdapter, delta_factors
 from ..lora.model_index import ModelIndex
@@ -121,7 +121,7 @@ class _Checkpoint:
             for path, tensor in renamed.replaced.items()
             if not self._holds(path, tensor)
         ]
-        sites = fitted(self.index, renamed, self.weights, None, problems)
+        sites = match_sites(self.index, renamed, self.weights, None, problems)
         return zip((file if native else renamed).sites, sites, strict=True)  # a fingerprint has the names in the file
 
     def _holds(self, path: str, tensor: Tensor) -> bool:

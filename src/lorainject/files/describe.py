@@ -1,72 +1,78 @@
-"""What can be said of an adapter file without its base: sizes, scales, norms, and what is unusual."""
+"""Describe an adapter file without its base: sizes, scales, norms, and what is unusual. `lorainject inspect` prints
+it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from ..numerics.delta import product_norm
-from .record import AdapterFile, StoredSite
+from .record import AdapterFile
 
-# Where formats tell of the base that the adapter was made for.
-BASES = ("base_model_name_or_path", "model", "model_name", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture",
-         "general.base_model.0.name", "general.architecture", "checkpoint_dir")  # fmt: skip
+BASE_KEYS = (
+    "base_model_name_or_path", "model", "model_name", "ss_sd_model_name", "ss_base_model_version",
+    "modelspec.architecture", "general.base_model.0.name", "general.architecture", "checkpoint_dir",
+)  # fmt: skip
+"""Where the configs and headers of the formats name the base."""
 OUTLIER = 10.0  # times the median norm
 
 
-def survey(file: AdapterFile) -> dict[str, Any]:
-    """For JSON: format, base, counts, a row for each site, all that is beside A and B, and what is unusual."""
+def describe(file: AdapterFile) -> dict[str, Any]:
+    """Return what can be said of a file, as values that JSON can hold.
+
+    The keys are "format", "name", "base", "sites" (one row per site, "norm" is the Frobenius norm of s B A),
+    "parameters" (elements of A and B), "beside" (what the file holds besides A and B), "loads" (false if there is
+    something in "beside" that is not a tensor in the base's place) and "unusual" (one line for each oddity).
+    """
     rows = [
-        {"path": s.name, "in": s.A.shape[-1], "out": s.B.shape[-2], "r": s.r, "alpha": s.alpha, "scale": s.scale,
-         "dtype": str(s.dtype).removeprefix("torch."), "norm": _norm(s)} for s in file.sites
+        {
+            "path": s.name, "in": s.A.shape[-1], "out": s.B.shape[-2], "r": s.r, "alpha": s.alpha, "scale": s.scale,
+            "dtype": str(s.dtype).removeprefix("torch."), "norm": s.scale * product_norm(s.B, s.A),
+        }
+        for s in file.sites
     ]  # fmt: skip
-    whole = [f"{name}: a whole tensor {tuple(t.shape)} in place of the base's" for name, t in file.replaced.items()]
-    came_along = {s.path for s in file.sites if s.embedding}
-    return {"format": file.format, "name": file.name, "base": _base(file.config), "sites": rows, "parameters": file.parameters,
-            "beside": [*file.beside, *whole], "loads": not file.beside and file.replaced.keys() <= came_along,
-            "unusual": [*file.notes, *_unusual(file, rows)]}  # fmt: skip
+    replaced = [f"{name}: a whole tensor {tuple(t.shape)} in place of the base's" for name, t in file.replaced.items()]
+    embeddings = {s.path for s in file.sites if s.embedding}
+    return {
+        "format": file.format, "name": file.name, "base": _base_name(file.config), "sites": rows,
+        "parameters": file.parameters, "beside": [*file.beside, *replaced],
+        "loads": not file.beside and file.replaced.keys() <= embeddings,
+        "unusual": [*file.notes, *_oddities(file, rows)],
+    }  # fmt: skip
 
 
-def _unusual(file: AdapterFile, rows: list[dict[str, Any]]) -> list[str]:
-    found = []
-    if all(row["norm"] == 0 for row in rows):
-        found.append("every B is zero: untrained, or its keys were lost")
-    elif zero := [row["path"] for row in rows if row["norm"] == 0]:
-        found.append(f"B is zero at {len(zero)} sites: {_some(zero)}")
+def _oddities(file: AdapterFile, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    zero = [row["path"] for row in rows if row["norm"] == 0]
+    if len(zero) == len(rows):
+        lines.append("every B is zero: the adapter was not trained, or its tensors were lost")
+    elif zero:
+        lines.append(f"B is zero at {len(zero)} sites: {_shorten(zero)}")
     usual = median(row["norm"] for row in rows)
-    if far := [row["path"] for row in rows if row["norm"] > OUTLIER * usual > 0]:
-        found.append(f"more than {OUTLIER:g} times the usual norm: {_some(far)}")
+    if large := [row["path"] for row in rows if row["norm"] > OUTLIER * usual > 0]:
+        lines.append(f"the norm is more than {OUTLIER:g} times the median: {_shorten(large)}")
     if wide := [row["path"] for row in rows if row["r"] > min(row["in"], row["out"])]:
-        found.append(f"the rank is higher than the matrix's: {_some(wide)}")
-    for what in ("r", "scale", "dtype"):
-        if len(values := sorted({row[what] for row in rows})) > 1:
-            found.append(
-                f"{what} differs by site: {', '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in values[:6])}"
-            )
-    if rows and any(s.scaling == "rslora" for s in file.sites):
-        found.append("rank-stabilised: the scale is alpha / sqrt(r)")
+        lines.append(f"the rank is higher than that of the weight: {_shorten(wide)}")
+    for column in ("r", "scale", "dtype"):
+        if len(values := sorted({row[column] for row in rows})) > 1:
+            shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values[:6])
+            lines.append(f"{column} differs by site: {', '.join(shown)}")
+    if any(s.scaling == "rslora" for s in file.sites):
+        lines.append("rank-stabilized: the scale is alpha / sqrt(r)")
     if file.namespace != "hf":
-        found.append(f"its names are {file.namespace}'s: loading goes by the model's own")
+        lines.append(f"its names are those of {file.namespace}; loading translates them to the model's own")
     if file.base is None:
-        found.append("no fingerprint of the base: load can't tell whether it fits")
-    return found
+        lines.append("it has no fingerprint of the base, so load can't tell whether the base is the right one")
+    return lines
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + f", ... ({len(names)} in all)" * (len(names) > 3)
 
 
-def _base(config: Mapping[str, Any]) -> str | None:
-    """What the file calls its base."""
-    said = [config[key] for key in BASES if isinstance(config.get(key), str) and config[key]]
-    said += [
-        value
-        for key, value in config.items()
-        if key.endswith(".base_model_name_or_path") and isinstance(value, str) and value
-    ]
-    return said[0] if said else None
-
-
-def _norm(s: StoredSite) -> float:
-    return s.scale * product_norm(s.B, s.A)
+def _base_name(config: Mapping[str, Any]) -> str | None:
+    """Return the base's name in a config or header; for an image pipeline, the keys begin with the component's name."""
+    values = [config.get(key) for key in BASE_KEYS]
+    values += [value for key, value in config.items() if key.endswith(".base_model_name_or_path")]
+    return next((value for value in values if isinstance(value, str) and value), None)

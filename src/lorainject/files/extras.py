@@ -1,8 +1,14 @@
-"""What a file holds beside A and B, between the record and a model: magnitudes, updates of biases, whole tensors and rows of tokens."""
+"""What an adapter holds besides A and B, between an adapter file and a model.
+
+magnitudes      DoRA's m (lora/dora.py)
+bias update     is added to the layer's bias, times the scale (PEFT's lora_bias)
+replacement     a tensor that stands in a base tensor's place (PEFT's modules_to_save), or trained rows of an
+embedding
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,124 +24,151 @@ from ..surgery import LoadedFactors, PlannedReplacement
 from ..targets.model_weights import ModelWeight
 from .record import AdapterFile, StoredSite, TokenRows
 
-BIASED = ("linear", "linear^T", "conv")
-DORA = (*BIASED, "embedding")
-"""The kinds of layers whose bias may have an update, and that may have magnitudes."""
+BIAS_KINDS = ("linear", "linear^T", "conv")
+"""The kinds of weights whose layer can have a bias update."""
+DORA_KINDS = (*BIAS_KINDS, "embedding")
+"""The kinds of weights that can have magnitudes."""
 
 
-def given(stored: StoredSite, dtype: torch.dtype | None) -> LoadedFactors:
-    """A and B, and what belongs to them, in this dtype (None: as in the file)."""
+def loaded_factors(stored: StoredSite, dtype: torch.dtype | None) -> LoadedFactors:
+    """Return A, B, magnitudes and bias update of a site; the last two in `dtype`, if one is given."""
     m, b = (t if t is None or dtype is None else t.to(dtype) for t in (stored.magnitude, stored.bias))
     return stored.A, stored.B, m, b
 
 
-def problem(stored: StoredSite, w: ModelWeight | None, dtype: torch.dtype | None) -> str | None:
-    """Why the magnitudes or the update of the bias can't go onto this weight; None if there are none, or they can."""
+def why_extras_unsupported(stored: StoredSite, weight: ModelWeight | None, dtype: torch.dtype | None) -> str | None:
+    """Return why the magnitudes or the bias update can't go onto a weight; None if they can, or if there are none."""
     m, b = stored.magnitude, stored.bias
-    if w is None or (m is None and b is None):
+    if weight is None or (m is None and b is None):
         return None
-    what = "magnitudes (DoRA)" if m is not None else "an update of a bias"
-    if w.parameter != "weight" or w.kind.name not in (DORA if b is None else BIASED):
-        return f"{what} on a weight of the kind {w.kind.name}: not supported"
+    what = "magnitudes (DoRA)" if m is not None else "a bias update"
+    if weight.parameter != "weight" or weight.kind.name not in (DORA_KINDS if b is None else BIAS_KINDS):
+        return f"has {what}, which are not supported on a weight of kind {weight.kind.name}"
     if m is not None and stored.magnitude_axis == "in":
-        return "magnitudes by input (LyCORIS's DoRA without wd_on_output): not supported, merge them with LyCORIS"
-    if m is not None and is_quantized(w.module):
-        return "magnitudes (DoRA) on a quantised weight: not supported, since their norm is of the weight's own numbers"
-    if (
-        b is not None
-        and w.kind.name != "conv"
-        and (w.readers or any(a.is_read for a in w.module.children() if isinstance(a, AdapterDict)))
-    ):
-        return "an update of a bias that the model's own code reads, or that another adapter replaces: not supported"
+        return (
+            "has magnitudes by input (LyCORIS's DoRA without wd_on_output), which are not supported:"
+            " merge them with LyCORIS"
+        )
+    if m is not None and is_quantized(weight.module):
+        return "has magnitudes (DoRA), which are not supported on a quantized weight, whose norm is not exact"
+    is_read = weight.readers or any(child.is_read for child in _adapter_dicts(weight.module))
+    if b is not None and weight.kind.name != "conv" and is_read:
+        return (
+            "has an update of a bias that the model's own code reads, or that another adapter replaces: not supported"
+        )
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
-        return f"its magnitudes or update of the bias do not fit into {dtype}"
+        return f"its magnitudes or its bias update exceed the range of {dtype}"
     return None
 
 
-def replacements(
-    index: ModelIndex, file: AdapterFile, by_name: Mapping[str, ModelWeight], problems: list[str]
+def plan_replacements(
+    index: ModelIndex, file: AdapterFile, weights: Mapping[str, ModelWeight], problems: list[str]
 ) -> list[PlannedReplacement]:
-    """The whole tensors and rows of tokens for this model, but for those that it has already; what is wrong goes into `problems`."""
+    """Return the replacements that a file makes in a model. Tensors that the model has already are left out.
+
+    Args:
+        index: The index of the model.
+        file: The file, under the names of the model.
+        weights: The weights of the model by name.
+        problems: Gets a line for each replacement that is not possible.
+    """
     if not file.replaced and not file.tokens:
         return []
     paths: dict[int, list[str]] = {}
     for path, module in index.walked:
         paths.setdefault(id(module), []).append(path)
-    there, found = index.modules, []
+    planned: list[PlannedReplacement] = []
     wanted: list[tuple[str, Tensor, tuple[int, ...] | None]] = [(name, t, None) for name, t in file.replaced.items()]
-    for name, value, ids in wanted + [(path, t.rows, t.ids) for path, t in file.tokens.items()]:
-        path, parameter = (name, "weight") if name in there else name.rpartition(".")[::2]
-        module = there.get(path, nn.Module())
+    wanted += [(path, tokens.rows, tokens.ids) for path, tokens in file.tokens.items()]
+    for name, value, ids in wanted:
+        path, parameter = (name, "weight") if name in index.modules else name.rpartition(".")[::2]
+        module = index.modules.get(path, nn.Module())
         W0 = module._parameters.get(parameter)
-        if (
-            W0 is not None
-            and W0.shape == value.shape
-            and ids is None
-            and torch.equal(W0.detach().cpu().to(value.dtype), value)
-        ):
-            continue  # PEFT lets embeddings come along as they are
-        twins = [
-            (m, p)
-            for _, m in dict.fromkeys(index.walked)
-            for p, t in m._parameters.items()
-            if t is W0 and m is not module
-        ]
-        twins = list(dict.fromkeys(twins))
-        if reason := _unreplaceable(file, name, module, parameter, value, ids, [paths[id(m)][0] for m, _ in twins]):
+        if W0 is None:
+            problems.append(f"{name}: is not in this model, but the file replaces it")
+            continue
+        same_shape = ids is None and W0.shape == value.shape
+        if same_shape and torch.equal(W0.detach().cpu().to(value.dtype), value):
+            continue  # PEFT also saves embeddings that did not change
+        tied = _tied_parameters(index, module, W0)
+        tied_paths = [paths[id(other)][0] for other, _ in tied]
+        if reason := _why_irreplaceable(file, name, module, parameter, W0, value, ids, tied_paths):
             problems.append(f"{name}: {reason}")
             continue
         tensor = nn.Parameter(value.to(execution_device(module, parameter)))
-        for m, p in [(module, parameter), *(twins if ids is not None else [])]:
-            readers = by_name[paths[id(m)][0]].readers if paths[id(m)][0] in by_name else ()
-            found.append(
+        for other, other_parameter in [(module, parameter), *(tied if ids is not None else [])]:
+            first = paths[id(other)][0]
+            readers = weights[first].readers if first in weights else ()
+            shape = tuple(other._parameters[other_parameter].shape)  # type: ignore[union-attr]
+            planned.append(
                 PlannedReplacement(
-                    tuple(paths[id(m)]), p, tuple((paths[id(r)][0], r) for r in readers if r is not m),
-                    ReplacementTensor(tensor, tuple(m._parameters[p].shape), ids, is_tied_copy=m is not module),  # type: ignore[union-attr]
+                    tuple(paths[id(other)]), other_parameter,
+                    tuple((paths[id(reader)][0], reader) for reader in readers if reader is not other),
+                    ReplacementTensor(tensor, shape, ids, is_tied_copy=other is not module),
                 )
             )  # fmt: skip
-    return found
+    return planned
 
 
-def _unreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: str, value: Tensor, ids: tuple[int, ...] | None,
-                   tied: list[str]) -> str | None:  # fmt: skip
-    W0 = module._parameters.get(parameter)
-    if W0 is None:
-        return "is not in this model, but the file replaces it"
+def _tied_parameters(index: ModelIndex, module: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
+    """Return the other modules that have this weight, with its name in each."""
+    others = {id(m): m for _, m in index.walked if m is not module}
+    return [(m, name) for m in others.values() for name, p in m._parameters.items() if p is weight]
+
+
+def _why_irreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: str, W0: Tensor, value: Tensor,
+                       ids: tuple[int, ...] | None, tied: Sequence[str]) -> str | None:  # fmt: skip
+    """Return why a tensor of the base can't be replaced by that of the file; None if it can."""
     if (reason := why_unsupported(module, parameter)) is not None:
         return reason
     if is_quantized(module):
-        return "its layer is quantised, and the file replaces a tensor of it: not supported"
+        return "the file replaces this tensor, which is not supported for a quantized layer"
     if any(site_name(s.path, s.parameter) == name for s in file.sites) or (ids is not None and name in file.replaced):
-        return "the file brings a whole base weight that is not this model's, and A and B (or rows of tokens) for it as well: not supported"
-    if (
-        value.shape[1:] != W0.shape[1:]
-        or (ids is None and len(value) != len(W0))
-        or (ids is not None and max(ids) >= len(W0))
-    ):
+        return (
+            "the file brings a whole base weight that is not this model's, and A and B (or rows of tokens) for it as"
+            " well: not supported"
+        )
+    other_rows = len(value) != len(W0) if ids is None else max(ids) >= len(W0)
+    if value.shape[1:] != W0.shape[1:] or other_rows:
         rows = "" if ids is None else f" for the rows {min(ids)} to {max(ids)}"
-        return f"the file has {tuple(value.shape)}{rows}, this model's is {tuple(W0.shape)}: resize it first (resize_token_embeddings)"
-    saved = file.config.get("modules_to_save") or []
-    if tied and ids is None and not any(name == m or name.endswith(f".{m}") for m in saved if isinstance(m, str)):
+        return (
+            f"the file has {tuple(value.shape)}{rows}, this model's is {tuple(W0.shape)}:"
+            " resize it first (resize_token_embeddings)"
+        )
+    saved = [m for m in file.config.get("modules_to_save") or [] if isinstance(m, str)]
+    if tied and ids is None and not any(name == m or name.endswith(f".{m}") for m in saved):
         return f"is tied to {', '.join(tied)}, and the file does not say whether it replaces both"
     if not bool(value.to(W0.dtype).isfinite().all()):
-        return f"does not fit into {W0.dtype}"
-    others = [a for own in module.children() if isinstance(own, AdapterDict) for a in own.children()]
-    if any(s.bias is not None and site_name(s.path, "bias") == name for s in file.sites) or any(
-        isinstance(a, DoraAdapter) and a.b is not None for a in others
-    ):
-        return "is replaced, where another adapter, or the file itself, has an update of the bias: not supported"
+        return f"the file's tensor exceeds the range of {W0.dtype}"
+    in_file = any(s.bias is not None and site_name(s.path, "bias") == name for s in file.sites)
+    adapters = [adapter for child in _adapter_dicts(module) for adapter in child.children()]
+    if in_file or any(isinstance(adapter, DoraAdapter) and adapter.b is not None for adapter in adapters):
+        return "is replaced, but another adapter or the file itself has an update of the bias: not supported"
     return None
 
 
-def beside(on: Mapping[str, AdaptedSite], name: str) -> Iterator[tuple[str, Tensor | TokenRows]]:
-    """The whole tensors and rows of tokens of an adapter on a model, each once, as a record has them."""
-    for at, host in on.items():
-        a = host.adapters[name]
-        if isinstance(a, ReplacementTensor) and not a.is_tied_copy:
-            yield at, a.value.detach() if a.ids is None else TokenRows(ids=a.ids, rows=a.value.detach())
+def _adapter_dicts(module: nn.Module) -> list[AdapterDict]:
+    return [child for child in module.children() if isinstance(child, AdapterDict)]
 
 
-def m_and_b(adapter: LoraAdapter) -> tuple[Tensor | None, Tensor | None]:
-    """The magnitudes and the update of the bias of one, as a record has them."""
-    m, b = (adapter.m, adapter.b) if isinstance(adapter, DoraAdapter) else (None, None)
+def stored_replacements(sites: Mapping[str, AdaptedSite], name: str) -> tuple[dict[str, Tensor], dict[str, TokenRows]]:
+    """Return the whole tensors and the rows of tokens that an adapter on a model replaces, as a record holds them."""
+    tensors: dict[str, Tensor] = {}
+    tokens: dict[str, TokenRows] = {}
+    for key, site in sites.items():
+        adapter = site.adapters[name]
+        if isinstance(adapter, ReplacementTensor) and not adapter.is_tied_copy:
+            value = adapter.value.detach()
+            if adapter.ids is None:
+                tensors[key] = value
+            else:
+                tokens[key] = TokenRows(ids=adapter.ids, rows=value)
+    return tensors, tokens
+
+
+def magnitude_and_bias(adapter: LoraAdapter) -> tuple[Tensor | None, Tensor | None]:
+    """Return the magnitudes and the bias update of an adapter; None for each that it does not have."""
+    if not isinstance(adapter, DoraAdapter):
+        return None, None
+    m, b = adapter.m, adapter.b
     return None if m is None else m.detach(), None if b is None else b.detach()

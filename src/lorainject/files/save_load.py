@@ -1,10 +1,13 @@
-"""Between a model and its adapter file: `save` and `load`. The native file is a PEFT file that says more.
+"""Between a model and an adapter file: `save` and `load`.
 
-    adapter/adapter_config.json            as PEFT writes it, so that PEFT, transformers and vLLM read it
-    adapter/adapter_model.safetensors      A and B under PEFT's names; in the header, our record (native.py)
+    adapter/adapter_config.json            as PEFT writes it, so that PEFT, transformers and vLLM can read it
+    adapter/adapter_model.safetensors      A and B under PEFT's names, and our record in the header (formats/native.py)
     x.safetensors                          the same tensor file alone
 
 Only A and B are written, never a weight of the base. The same adapter gives the same bytes in any process.
+
+How a file is matched with a model is in match_model.py, DoRA's magnitudes and whatever else a file can hold in
+extras.py, and the formats of other libraries in convert.py.
 """
 
 from __future__ import annotations
@@ -13,321 +16,218 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import FileError, StateError
 from ..lora.adapter import LoraAdapter
-from ..lora.adapter_dict import AdapterDict
 from ..lora.graft import base_class
 from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.replacement import ReplacementTensor
-from ..lora.weight_kinds import is_quantized, is_sharded, weight_shape
-from ..merging.adapted_weight import merge_record
+from ..lora.weight_kinds import is_sharded
 from ..numerics.delta import is_finite
-from ..numerics.fingerprint import sample_values, samples_agree
-from ..plan import Plan, Site, site_name
+from ..plan import Plan
 from ..surgery import attach
-from ..targets.matcher import WeightMatch
 from ..targets.model_weights import ModelWeight, model_weights
-from ..targets.resolve import count_parameters, make_site, name_problems, why_unsuitable, wrapper_problems
+from ..targets.resolve import count_parameters, name_problems, wrapper_problems
 from . import extras, transforms
 from .convert import FORMATS, read_source
 from .formats import peft_layout
 from .io import atomic_write
 from .io.open_adapter import Hints, open_source
-from .record import AdapterFile, BasePrint, StoredSite, TokenRows
+from .match_model import base_print, match_sites, require_base, weight_of
+from .record import AdapterFile, StoredSite
 
 
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
-    """Write A and B of one adapter, and nothing of the base; returns where.
+    """Write the A and B of one adapter, and nothing of the base. The adapter may be merged.
 
-    A path that ends in .safetensors is one file, any other a directory, which PEFT reads too unless there are sites that PEFT has
-    not: slices of fused weights (written as such, A and B of the slice alone), transposed convolutions. `format="peft"` writes the
-    directory for PEFT's sake: slices are padded with zeros to the whole weight, exactly; what it can't hold is a FileError.
+    Parameters that train besides A and B (a new head, for instance) are not saved; a warning names them.
 
-    Works while merged, too. What was there before is replaced whole or, on any error (FileError), left as it was. Warns of
-    parameters that train beside A and B (a head, say), since they are not saved.
+    Args:
+        model: A model that carries the adapter.
+        path: A path that ends in .safetensors becomes one file, any other a directory. PEFT can read the directory too,
+            unless the adapter has sites that PEFT does not know, such as slices of fused weights. An adapter that is
+            there already is replaced as a whole.
+        name: The adapter's name.
+        format: "lorainject", or "peft" for a directory that PEFT can always read: slices are then padded with zeros to
+            the whole weight, which is exact.
+
+    Returns:
+        The path.
+
+    Raises:
+        StateError: If the model has no adapter of this name.
+        FileError: If A and B are not finite, not in this process or no longer fit their weights, if `format="peft"`
+            can't hold them, or if the file can't be written. What was at the path before is then unchanged.
     """
     path = Path(path)
     if format not in ("lorainject", "peft"):
-        raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out="nothing was written")
+        way_out = "leave format out, or write other formats with read and write, or convert"
+        raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out=way_out)
     index = ModelIndex(model)
     index.require_adapters("save", name, merged=True, nested=True, part=True)
-    on = {at: host for at, host in index.sites.items() if name in host.adapters}
-    if problems := [f"{at}: {reason}" for at, host in on.items() if (reason := _unwritable(host, host.adapters[name]))]:
-        raise FileError(f"adapter {name!r} was not saved:", problems, "bring back, gather or mend these weights first")
-    modules = index.walked
-    training = [f"{at}.{n}" for at, m in modules for n, p in m._parameters.items() if p is not None and p.requires_grad]
-    if training:
-        warnings.warn(
-            f"{', '.join(training[:5])}{', ...' * (len(training) > 5)} train too, but save writes A and B alone: save them yourself",
-            stacklevel=2,
-        )
-    beside = dict(extras.beside(on, name))
-    on = {at: host for at, host in on.items() if not isinstance(host.adapters[name], ReplacementTensor)}
-    by_place: dict[tuple[int, str], list[AdaptedSite]] = {}
-    for host in on.values():
-        by_place.setdefault(host.key, []).append(host)
-    # In the model's order, whatever the order of injection: PEFT's names for a module's parameters go by it.
-    stored = [
-        (w, _stored(w, host, name))
-        for w in model_weights(index)
-        for host in sorted(by_place.get(w.key, ()), key=_first_row)
-    ]
-    sites = tuple(s for _, s in stored)
+    sites = {key: site for key, site in index.sites.items() if name in site.adapters}
+    if problems := [
+        f"{key}: {why}" for key, site in sites.items() if (why := _why_unsavable(site, site.adapters[name]))
+    ]:
+        raise FileError(f"adapter {name!r} was not saved:", problems, "correct these sites first; nothing was written")
+    _warn_of_trained_parameters(index)
+    replaced, tokens = extras.stored_replacements(sites, name)
+    sites = {key: site for key, site in sites.items() if not isinstance(site.adapters[name], ReplacementTensor)}
+    stored = _stored_sites(index, sites, name)
     if format == "peft":
-        odd = {w.names[0]: reason for w, _ in stored if (reason := _beyond_peft(w))}
-        sites = transforms.slices_to_whole(sites)
-        if beyond := [f"{s.name}: {odd.get(s.name, s.kind)}" for s in sites if not peft_layout.can_hold(s)]:
-            raise FileError(
-                f"adapter {name!r} was not saved; PEFT has no place for:", beyond, "save it without format='peft'"
-            )
-        if path.suffix == ".safetensors":
-            raise FileError("PEFT's format is a directory", way_out="give a path that does not end in .safetensors")
-    if path.is_file() and path.suffix != ".safetensors":
-        raise FileError(f"{path} is a file", way_out="give a directory, or a name that ends in .safetensors")
-    init = next(iter(on.values())).adapters[name].init
-    about = {"task_type": _task(model), "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-             "target_modules": _target_modules([at for at, _ in modules], [s for s in sites if not peft_layout.is_bare(s)])}  # fmt: skip
-    base = _base(on) if format == "lorainject" else None
-    file = AdapterFile(path=path, format=format, sites=sites, name=name, init=init, base=base, config=about,
-                       replaced={at: t for at, t in beside.items() if isinstance(t, Tensor)},
-                       tokens={at: t for at, t in beside.items() if isinstance(t, TokenRows)})  # fmt: skip
+        stored = _require_peft(stored, path, name)
+    elif path.is_file() and path.suffix != ".safetensors":
+        raise FileError(f"{path} is a file", way_out="give a directory, or a path that ends in .safetensors")
+    file = AdapterFile(
+        path=path, format=format, sites=tuple(site for _, site in stored), name=name,
+        init=next(iter(sites.values())).adapters[name].init, base=base_print(sites) if format == "lorainject" else None,
+        config=_config(index, [site for _, site in stored]), replaced=replaced, tokens=tokens,
+    )  # fmt: skip
     atomic_write.write(FORMATS[format].write(file, path, Hints()))
     return path
 
 
-def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None, check_base: bool = True,
-         allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
-    """Put a saved adapter onto a base model, in place, and switch it on; returns the same model.
+def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None,
+         check_base: bool = True, allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
+    """Put a saved adapter onto a base model, in place, and activate it.
 
-    `name` is what it shall be called (None: as in the file), `dtype` that of A and B (None: as in the file). Reads every format in
-    `li.FORMATS`; `allow_pickle` and `hints` are read's. Strict: one FileError lists every tensor that is missing, unexpected, of the wrong
-    shape or not finite, what a file holds beside A and B and load can't put on (whole tensors, rows of tokens), and every weight that differs from
-    the base that the adapter was made for (`check_base=False` accepts another base). Warns of what was taken for granted (AdapterFile.notes).
+    A warning names each assumption that had to be made about the file (AdapterFile.notes).
+
+    Args:
+        model: The base model. It may carry other adapters.
+        path: An adapter in any format of `li.FORMATS`.
+        name: The adapter's name on the model. None takes the name in the file.
+        dtype: The dtype of A and B. None keeps that of the file.
+        check_base: Refuse a model other than the one that the adapter was made for, if the file has a fingerprint.
+        allow_pickle: As in `read`.
+        hints: As in `read`. The model itself is always a hint.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: If adapters are merged, or if the name is in use.
+        FileError: With every tensor that is missing, unexpected, not finite or of the wrong shape, with everything that
+            the file holds besides A and B and that can't be put onto the model, and with every weight that differs from
+            the base. The model is then unchanged.
     """
     index = ModelIndex(model)
     index.require_ready("load an adapter")
-    source = open_source(path, allow_pickle)
-    file = read_source(source, hints=replace(hints or Hints(), model=model), index=index)
+    file = read_source(open_source(path, allow_pickle), hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
         warnings.warn(f"{file.path}: {note}", stacklevel=2)
     name = file.name if name is None else name
-    if clashes := name_problems(index, name) + wrapper_problems(index):
-        raise StateError("nothing was loaded:", clashes, "load(model, path, name=...) gives another name")
-    by_name = {n: w for w in model_weights(index) for n in w.names}
-    wrong = [
-        f"{s.name}: {reason}"
-        for s in file.sites
-        if (reason := extras.problem(s, by_name.get(site_name(s.path, s.parameter)), dtype))
-    ]
-    replaced = extras.replacements(index, file, by_name, wrong)
-    sites = fitted(index, file, by_name, dtype, wrong)
+    if problems := name_problems(index, name) + wrapper_problems(index):
+        raise StateError("nothing was loaded:", problems, "if the name is in use, pass another one: name=...")
+    weights = {key: weight for weight in model_weights(index) for key in weight.names}
+    checked = {s.name: extras.why_extras_unsupported(s, weight_of(s, weights), dtype) for s in file.sites}
+    problems = [f"{key}: {reason}" for key, reason in checked.items() if reason is not None]
+    replacements = extras.plan_replacements(index, file, weights, problems)
+    sites = match_sites(index, file, weights, dtype, problems)
     if check_base:
-        require_base(file, by_name, sites)
-    factors = {s.name: extras.given(s, dtype) for s in file.sites}
-    return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replaced)
+        require_base(file, weights, sites)
+    factors = {s.name: extras.loaded_factors(s, dtype) for s in file.sites}
+    return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replacements)
 
 
-def require_base(file: AdapterFile, by_name: Mapping[str, ModelWeight], sites: Sequence[Site]) -> None:
-    """Raises FileError with every weight that differs from the one that the adapter was made for, as far as the file tells."""
-    others = [
-        s.name
-        for s in sites
-        if file.base and not _same_base(by_name[site_name(s.path, s.parameter)], s.name, file.base)
-    ]
-    if others:
-        raise FileError(f"{file.path} was made for another base model; nothing was loaded:",
-                        [f"{at}: another base weight than the one this adapter was made for" for at in others],
-                        "load it onto its own base, or pass check_base=False")  # fmt: skip
-
-
-def _task(model: nn.Module) -> str | None:
-    """PEFT's word for what the model does, by which AutoPeftModel finds the class; None where it is not sure."""
-    if type(model).__name__.endswith("ForCausalLM"):
-        return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
-
-
-def _target_modules(paths: Sequence[str], sites: Sequence[StoredSite]) -> list[str]:
-    """Leaf names if they mean exactly these sites among the model's paths, as people write them; else full paths; none, if there are no sites."""
-    chosen = {s.path for s in sites}
-    leaves = {path.rsplit(".", 1)[-1] for path in chosen}
-    meant = {path for path in paths if path.rsplit(".", 1)[-1] in leaves}
-    return sorted(leaves if meant == chosen else chosen)
-
-
-def _stored(w: ModelWeight, host: AdaptedSite, name: str) -> StoredSite:
-    a, own = host.adapters[name], host.adapters
-    (m, b), A, B = extras.m_and_b(a), a._parameters["A"], a._parameters["B"]
-    assert A is not None
-    assert B is not None
-    return StoredSite(path=w.paths[0], parameter=own.parameter, label=own.label, rows=a.slices, kind=own.kind.name, shape=host.shape,
-                      named=own.named, peft=_beyond_peft(w) is None, aliases=w.paths[1:], A=A.detach(), B=B.detach(), alpha=a.alpha,
-                      scaling=a.scaling, dropout=a.dropout, magnitude=m, bias=b)  # fmt: skip
-
-
-def _first_row(host: AdaptedSite) -> int:
-    if not host.adapters.label:  # the whole weight
-        return 0
-    return min((part.start for a in host.adapters for part in host.adapters[a].slices or ()), default=0)
-
-
-def _beyond_peft(w: ModelWeight) -> str | None:
-    """Why PEFT would apply an adapter on this layer wrongly, or not at all; None if it would not."""
-    m = w.module
-    if w.bypassed and w.kind.form is not None:
-        return f"{base_class(type(w.readers[0])).__name__} reads its weight, where PEFT's layer does nothing"
-    if isinstance(m, _ConvNd) and (m.groups > 1 or m.padding_mode != "zeros" or any(d != 1 for d in m.dilation)):
-        return "PEFT passes over groups, dilation and padding_mode"
-    return None
-
-
-def _base(on: Mapping[str, AdaptedSite]) -> BasePrint | None:
-    """The fingerprint of the base; None if a part of it is not there to be read."""
-    samples = {
-        at: p.cpu() for at, host in on.items() if (p := _print(host.module, host.adapters.parameter)) is not None
-    }
-    return (
-        BasePrint(dtype={at: host.weight.dtype for at, host in on.items()}, sample=samples)
-        if len(samples) == len(on)
-        else None
-    )
-
-
-def _print(module: nn.Module, parameter: str) -> Tensor | None:
-    for own in module._modules.values():
-        if isinstance(own, AdapterDict) and own.parameter == parameter and (record := merge_record(own)):
-            return record.sample
-    weight = module._parameters[parameter]
-    return None if weight is None or is_quantized(module) else sample_values(weight)
-
-
-def _unwritable(host: AdaptedSite, a: LoraAdapter) -> str | None:
-    if not host.fits(a):
-        return f"its weight is {host.shape} now, for which A and B were not made (resized since inject?)"
-    for p in a._parameters.values():
+def _why_unsavable(site: AdaptedSite, adapter: LoraAdapter) -> str | None:
+    if not site.fits(adapter):
+        return f"its weight now has shape {site.shape}, for which A and B were not made (was it resized after inject?)"
+    for p in adapter._parameters.values():
         if p is None:
             continue
         if p.is_meta:
-            return "A and B lie on the meta device (offloaded, or never loaded)"
+            return "A and B are on the meta device (offloaded, or never loaded): bring them back to a real device"
         if is_sharded(p) or p.numel() == 0:
-            return "A and B are sharded over several processes"
+            return "A and B are sharded over several processes: gather them"
         if not is_finite(p):
-            return "A or B (or what comes with them) holds NaN or infinity"
+            return "A or B (or a tensor that belongs to them) holds NaN or infinity"
     return None
 
 
-def fitted(
-    index: ModelIndex,
-    file: AdapterFile,
-    by_name: Mapping[str, ModelWeight],
-    dtype: torch.dtype | None,
-    problems: list[str],
-) -> list[Site]:
-    """The sites that the file's adapters take in this model, in the file's order. Raises FileError with all that does not fit, and `problems`."""
-    wrong: list[str] = []
-    sites = _fit(index, file, by_name, dtype, wrong)
-    if file.format == "peft":
-        expected, layers = (
-            {stored.path for stored in file.sites},
-            [n for n, w in by_name.items() if w.parameter == "weight"],
-        )
-        wrong += [
-            f"{p}: missing in the file, though its config targets it"
-            for p in peft_layout.target_paths(file.config, layers)
-            if p not in expected
-        ]
-    if wrong or problems:
-        raise FileError(
-            f"{file.path} does not fit this model:", wrong + problems, "use it with the model it was made for"
-        )
-    return sites
+def _warn_of_trained_parameters(index: ModelIndex) -> None:
+    parameters = ((f"{path}.{key}", p) for path, m in index.walked for key, p in m._parameters.items())
+    if names := [key for key, p in parameters if p is not None and p.requires_grad]:
+        shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+        warnings.warn(f"{shown} train too, but save writes A and B alone: save them yourself", stacklevel=3)
 
 
-def _fit(
-    index: ModelIndex,
-    file: AdapterFile,
-    by_name: Mapping[str, ModelWeight],
-    dtype: torch.dtype | None,
-    problems: list[str],
-) -> list[Site]:
-    """The sites that the file's adapters take in this model; what does not fit goes into `problems`."""
-    sites: list[Site] = []
-    there = index.modules
-    paths = index.first_paths
-    taken: dict[tuple[int, str, str], str] = {}
-    for stored in file.sites:
-        w = by_name.get(site_name(stored.path, stored.parameter))
-        if w is None:
-            at = there.get(stored.path)
-            what = (
-                "not in this model"
-                if at is None
-                else f"a {type(at).__name__} in this model, which can't carry an adapter"
-            )
-            problems.append(f"{stored.name}: is {what}")
-            continue
-        problem = _misfit(stored, w, by_name, dtype)
-        if (other := taken.setdefault((*w.key, stored.label), stored.name)) != stored.name:
-            problem = f"is the same module as {other} in this model, which the file has another adapter for"
-        if problem:
-            problems.append(f"{stored.name}: {problem}")
-        else:
-            if stored.path != w.paths[0] or stored.named:
-                first = (stored.path, *(p for p in w.paths if p != stored.path))
-                w = replace(w, paths=first, readers=w.owners if stored.named else w.readers, named=stored.named)
-            pick = WeightMatch(w, stored.label, stored.rows)
-            sites.append(make_site(pick, paths, r=stored.r, alpha=stored.alpha, scaling=stored.scaling, dropout=stored.dropout, init=file.init,
-                              dtype=dtype or stored.dtype))  # fmt: skip
-    return sites
+def _stored_sites(
+    index: ModelIndex, sites: Mapping[str, AdaptedSite], name: str
+) -> list[tuple[ModelWeight, StoredSite]]:
+    """Return the sites of an adapter in the model's order, because PEFT names a module's parameters by that order."""
+    by_weight: dict[tuple[int, str], list[AdaptedSite]] = {}
+    for site in sites.values():
+        by_weight.setdefault(site.key, []).append(site)
+    return [
+        (weight, _stored_site(weight, site, name))
+        for weight in model_weights(index)
+        for site in sorted(by_weight.get(weight.key, ()), key=_first_row)
+    ]
 
 
-def _misfit(
-    stored: StoredSite, w: ModelWeight, by_name: Mapping[str, ModelWeight], dtype: torch.dtype | None
-) -> str | None:
-    if (reason := why_unsuitable(w, stored.label)) is not None:
-        return reason
-    if apart := [p for p in stored.aliases if by_name.get(site_name(p, stored.parameter)) is not w]:
-        return f"was one module with {', '.join(apart)} when the adapter was saved, and is not in this model"
-    if stored.shape and stored.kind != w.kind.name:
-        return f"the file has it on a weight of the kind {stored.kind}, this model has a {w.kind.name} there"
-    if stored.embedding != (w.kind.name == "embedding"):
-        return f"the file has it on {'an embedding' if stored.embedding else 'a linear layer'}, this model has a {w.kind.name} there"
-    shape = weight_shape(w.module, w.parameter)
-    stack, out, in_ = w.kind.sizes(shape)
-    if stored.shape and stored.shape != shape:
-        return f"the file has it on a weight {stored.shape}, this model's is {shape}"
-    if stored.rows is not None and (wrong := _wrong_rows(stored, w, out)):
-        return wrong
-    r, out = stored.r, out if stored.rows is None else sum(map(len, stored.rows))
-    needed = (*stack, r, in_), (*stack, out, r)
-    if (tuple(stored.A.shape), tuple(stored.B.shape)) != needed:
-        have = f"A {tuple(stored.A.shape)} and B {tuple(stored.B.shape)}"
-        return f"the file has {have}, this model's weight needs A {needed[0]} and B {needed[1]}"
-    if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (stored.A, stored.B)):
-        return f"its A or B does not fit into {dtype}"
+def _stored_site(weight: ModelWeight, site: AdaptedSite, name: str) -> StoredSite:
+    adapters, adapter = site.adapters, site.adapters[name]
+    magnitude, bias = extras.magnitude_and_bias(adapter)
+    return StoredSite(
+        path=weight.paths[0], parameter=adapters.parameter, label=adapters.label, rows=adapter.slices,
+        kind=adapters.kind.name, shape=site.shape, named=adapters.named, peft=_why_not_peft(weight) is None,
+        aliases=weight.paths[1:], A=adapter.A.detach(), B=adapter.B.detach(), alpha=adapter.alpha,
+        scaling=adapter.scaling, dropout=adapter.dropout, magnitude=magnitude, bias=bias,
+    )  # fmt: skip
+
+
+def _first_row(site: AdaptedSite) -> int:
+    """Return the first row of a slice; 0 for the whole weight."""
+    adapters = site.adapters
+    if not adapters.label:
+        return 0
+    return min((part.start for name in adapters for part in adapters[name].slices or ()), default=0)
+
+
+def _why_not_peft(weight: ModelWeight) -> str | None:
+    """Return why PEFT would apply an adapter on this weight wrongly or not at all; None if it would apply it
+    rightly."""
+    module = weight.module
+    if weight.bypassed and weight.kind.form is not None:
+        return f"{base_class(type(weight.readers[0])).__name__} reads its weight, where PEFT's layer does nothing"
+    if isinstance(module, _ConvNd) and (module.groups, module.padding_mode, {*module.dilation}) != (1, "zeros", {1}):
+        return "PEFT ignores groups, dilation and padding_mode"
     return None
 
 
-def _wrong_rows(stored: StoredSite, w: ModelWeight, out: int) -> str | None:
-    """What is wrong with a slice's rows in this model."""
-    rows = stored.rows or ()
-    if any(part.start < 0 or part.stop > out or part.step < 1 for part in rows):  # before anything counts them
-        return f"the file has it on rows that are not all within 0:{out}"
-    if len({i for part in rows for i in part}) < sum(map(len, rows)):
-        return "the file names a row twice"
-    known = w.parts
-    if stored.label in known and known[stored.label] != rows:
-        return f"its part {stored.label!r} has other rows in this model: the layouts differ (heads?)"
-    return None
+def _require_peft(
+    stored: Sequence[tuple[ModelWeight, StoredSite]], path: Path, name: str
+) -> list[tuple[ModelWeight, StoredSite]]:
+    """Return the sites as PEFT can hold them, slices as whole weights. Raise FileError with those that PEFT can't
+    hold."""
+    weights = {weight.names[0]: weight for weight, _ in stored}
+    sites = transforms.slices_to_whole([site for _, site in stored])
+    problems = [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
+    if problems:
+        raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", problems, "leave format='peft' out")
+    if path.suffix == ".safetensors" or path.is_file():
+        raise FileError(f"PEFT's format is a directory, but {path} is a file", way_out="give the path of a directory")
+    return [(weights[site.name], site) for site in sites]
 
 
-def _same_base(w: ModelWeight, name: str, base: BasePrint) -> bool:
-    mine, weight = _print(w.module, w.parameter), w.module._parameters[w.parameter]
-    return (
-        mine is None or weight is None or samples_agree(mine.cpu(), base.sample[name], weight.dtype, base.dtype[name])
-    )
+def _config(index: ModelIndex, sites: Sequence[StoredSite]) -> dict[str, Any]:
+    """Return what PEFT's config says about the model: its task, its name and the targets."""
+    config = getattr(index.model, "config", None)
+    task = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else None
+    if type(index.model).__name__.endswith("ForCausalLM"):
+        task = "CAUSAL_LM"
+    # Targets are the last parts of the paths, as people write them, if these match no other module.
+    targets = {s.path for s in sites if not peft_layout.is_bare(s)}
+    leaves = {path.rsplit(".", 1)[-1] for path in targets}
+    matched = {path for path, _ in index.walked if path.rsplit(".", 1)[-1] in leaves}
+    return {
+        "task_type": task,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "target_modules": sorted(leaves if matched == targets else targets),
+    }

@@ -1,0 +1,171 @@
+"""Match an adapter file with a model: where its sites belong, and whether the model is the base that it was made for.
+
+A site belongs to the weight of the same name. The weight must be able to carry an adapter and have the kind, the shape
+and the slices for which A and B were made, and modules that were one when the adapter was saved must be one here too.
+
+A file of ours also holds a fingerprint of its base: a few elements of each adapted weight (numerics/fingerprint.py). It
+tells models of equal shapes apart, such as a model and its instruction-tuned version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FileError
+from ..lora.adapter_dict import AdapterDict
+from ..lora.model_index import AdaptedSite, ModelIndex
+from ..lora.weight_kinds import is_quantized, weight_shape
+from ..merging.adapted_weight import merge_record
+from ..numerics.fingerprint import sample_values, samples_agree
+from ..plan import Site, site_name
+from ..targets.matcher import WeightMatch
+from ..targets.model_weights import ModelWeight
+from ..targets.resolve import make_site, why_unsuitable
+from .formats import peft_layout
+from .record import AdapterFile, BasePrint, StoredSite
+
+Weights = Mapping[str, ModelWeight]
+"""The weights of a model by each of their names."""
+
+
+def weight_of(stored: StoredSite, weights: Weights) -> ModelWeight | None:
+    """Return the model's weight that a site of a file is for, or None if the model has no such weight."""
+    return weights.get(site_name(stored.path, stored.parameter))
+
+
+def match_sites(
+    index: ModelIndex, file: AdapterFile, weights: Weights, dtype: torch.dtype | None, problems: Sequence[str] = ()
+) -> list[Site]:
+    """Return the model's sites for the sites of a file, in the file's order.
+
+    Args:
+        index: The index of the model.
+        file: The file, under the names of the model.
+        weights: The weights of the model.
+        dtype: The dtype that A and B will have. None keeps that of the file.
+        problems: What the caller has found wrong with the file.
+
+    Raises:
+        FileError: With `problems` and with everything in the file that does not fit the model.
+    """
+    sites, mismatches = [], []
+    site_at: dict[tuple[int, str, str], str] = {}
+    for stored in file.sites:
+        weight = weight_of(stored, weights)
+        if weight is None:
+            module = index.modules.get(stored.path)
+            kind = f"is a {type(module).__name__} in this model, which can't carry an adapter"
+            mismatches.append(f"{stored.name}: {'is not in this model' if module is None else kind}")
+            continue
+        mismatch = _mismatch(stored, weight, weights, dtype)
+        if (other := site_at.setdefault((*weight.key, stored.label), stored.name)) != stored.name:
+            mismatch = f"is the same module as {other} in this model, but the file has an adapter for each of them"
+        if mismatch is None:
+            sites.append(_site(index, file, stored, weight, dtype))
+        else:
+            mismatches.append(f"{stored.name}: {mismatch}")
+    if file.format == "peft":
+        layers = [name for name, weight in weights.items() if weight.parameter == "weight"]
+        missing = dict.fromkeys(peft_layout.target_paths(file.config, layers))
+        for stored in file.sites:
+            missing.pop(stored.path, None)
+        mismatches += [f"{path}: missing in the file, though its config targets it" for path in missing]
+    if mismatches or problems:
+        way_out = "load it onto the model that it was trained on"
+        if file.format in ("kohya", "diffusers"):
+            way_out += '; if the file is for several components, name one: hints=Hints(component="unet")'
+        raise FileError(f"{file.path} does not fit this model:", [*mismatches, *problems], way_out)
+    return sites
+
+
+def _site(
+    index: ModelIndex, file: AdapterFile, stored: StoredSite, weight: ModelWeight, dtype: torch.dtype | None
+) -> Site:
+    if stored.path != weight.paths[0] or stored.named:
+        paths = (stored.path, *(path for path in weight.paths if path != stored.path))
+        readers = weight.owners if stored.named else weight.readers
+        weight = replace(weight, paths=paths, readers=readers, named=stored.named)
+    return make_site(
+        WeightMatch(weight, stored.label, stored.rows), index.first_paths, r=stored.r, alpha=stored.alpha,
+        scaling=stored.scaling, dropout=stored.dropout, init=file.init, dtype=dtype or stored.dtype,
+    )  # fmt: skip
+
+
+def _mismatch(stored: StoredSite, weight: ModelWeight, weights: Weights, dtype: torch.dtype | None) -> str | None:
+    """Return why a site of a file does not fit a weight; None if it does."""
+    if (reason := why_unsuitable(weight, stored.label)) is not None:
+        return reason
+    if separate := [p for p in stored.aliases if weights.get(site_name(p, stored.parameter)) is not weight]:
+        return f"was one module with {', '.join(separate)} when the adapter was saved, but is not in this model"
+    if stored.shape and stored.kind != weight.kind.name:
+        return f"was saved for a weight of kind {stored.kind}, but this model has a weight of kind {weight.kind.name}"
+    if stored.embedding != (weight.kind.name == "embedding"):
+        layer = "an embedding" if stored.embedding else "a linear layer"
+        return f"was saved for {layer}, but this model has a weight of kind {weight.kind.name}"
+    shape = weight_shape(weight.module, weight.parameter)
+    if stored.shape and stored.shape != shape:
+        return f"was saved for a weight of shape {stored.shape}, but this model's weight has shape {shape}"
+    stack, out_features, in_features = weight.kind.sizes(shape)
+    if stored.rows is not None:
+        if (reason := _row_mismatch(stored, stored.rows, weight, out_features)) is not None:
+            return reason
+        out_features = sum(map(len, stored.rows))
+    shapes = tuple(stored.A.shape), tuple(stored.B.shape)
+    needed = (*stack, stored.r, in_features), (*stack, out_features, stored.r)
+    if shapes != needed:
+        have, need = (f"A {A} and B {B}" for A, B in (shapes, needed))
+        return f"the file has {have}, but this model's weight needs {need}"
+    if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (stored.A, stored.B)):
+        return f"its A or B exceeds the range of {dtype}"
+    return None
+
+
+def _row_mismatch(stored: StoredSite, rows: tuple[range, ...], weight: ModelWeight, out_features: int) -> str | None:
+    """Return why the rows of a slice do not fit a weight; None if they do."""
+    if any(part.start < 0 or part.stop > out_features or part.step < 1 for part in rows):  # before they are counted
+        return f"the file has it on rows that are not all within 0:{out_features}"
+    if len({i for part in rows for i in part}) < sum(map(len, rows)):
+        return "the file names a row twice"
+    if weight.parts.get(stored.label, rows) != rows:
+        return f"its part {stored.label!r} has other rows in this model: the numbers of attention heads may differ"
+    return None
+
+
+def base_print(sites: Mapping[str, AdaptedSite]) -> BasePrint | None:
+    """Return the fingerprint of the weights under these sites, or None if some of them can't be sampled."""
+    samples = {name: _sample(site.module, site.adapters.parameter) for name, site in sites.items()}
+    known = {name: sample.cpu() for name, sample in samples.items() if sample is not None}
+    dtypes = {name: site.weight.dtype for name, site in sites.items()}
+    return BasePrint(dtype=dtypes, sample=known) if known.keys() == sites.keys() else None
+
+
+def require_base(file: AdapterFile, weights: Weights, sites: Sequence[Site]) -> None:
+    """Raise FileError if the base weights differ from those that the adapter was made for, as far as the file tells."""
+    if file.base is None:
+        return
+    at_sites = {site.name: weights[site_name(site.path, site.parameter)] for site in sites}
+    if differing := [name for name, weight in at_sites.items() if not _is_base(weight, name, file.base)]:
+        problems = [f"{name}: differs from the base weight that this adapter was made for" for name in differing]
+        way_out = "load it onto the base that it was trained on, or accept this one with check_base=False"
+        raise FileError(f"{file.path} was made for another base model; nothing was loaded:", problems, way_out)
+
+
+def _is_base(weight: ModelWeight, name: str, base: BasePrint) -> bool:
+    """True if the fingerprint is that of this weight, or if the weight can't be sampled."""
+    sample, stored = _sample(weight.module, weight.parameter), weight.module._parameters[weight.parameter]
+    if sample is None or stored is None:
+        return True
+    return samples_agree(sample.cpu(), base.sample[name], stored.dtype, base.dtype[name])
+
+
+def _sample(module: nn.Module, parameter: str) -> Tensor | None:
+    """Return a few elements of W0, which merge keeps while the weight is W0 + s B A; None if W0 can't be read."""
+    for child in module._modules.values():
+        if isinstance(child, AdapterDict) and child.parameter == parameter and (record := merge_record(child)):
+            return record.sample
+    weight = module._parameters[parameter]
+    return None if weight is None or is_quantized(module) else sample_values(weight)
