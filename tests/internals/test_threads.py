@@ -68,8 +68,7 @@ def test_an_error_ends_all_calls(set_threads):
 
 
 def test_an_interrupt_is_deferred():
-    """Ctrl-C arrives at the end of the block, and the old handler is back; in other threads the handler is not
-    touched."""
+    """Ctrl-C arrives at the end of the block, and the old handler is back; other threads do not touch the handler."""
     before, reached = signal.getsignal(signal.SIGINT), False
     with pytest.raises(KeyboardInterrupt), defer_interrupt():
         os.kill(os.getpid(), signal.SIGINT)

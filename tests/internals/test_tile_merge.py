@@ -1,5 +1,4 @@
-"""A tile: its sum with a low-rank product, what is measured of the delta on a sample, and what is checked before it is
-restored."""
+"""One tile: its sum with a low-rank product, what is measured of the delta, and when it is restored."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ def merge(w0: torch.Tensor, delta: LowRankProduct) -> tuple[torch.Tensor, DeltaS
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sample_stands_for_all_elements(dtype):
-    """Survival and error of a large matrix, as measured on the sample, are close to those of all its elements in
-    float64."""
+    """Survival and error of a large matrix, as measured on the sample, are close to those of all elements."""
     w0 = randn(256, 2048, dtype=dtype) * 0.02
     P, Q = randn(256, 4, seed=1) * 0.002, randn(4, 2048, seed=2) * 0.05
     m, stats = merge(w0, product(P, Q))
@@ -88,8 +86,7 @@ def test_a_delta_too_small_to_be_squared_is_measured():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_merge_into_gives_the_bits_of_merge(dtype):
-    """In place, the bits and the statistics are those of a merge without a journal; a reversible merge differs by a
-    last bit at most."""
+    """Bits and statistics are those of a merge without a journal; a reversible merge differs by a last bit at most."""
     w0, P, Q = (randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(64, 3000), (64, 4), (4, 3000)]))
     delta = product(P, Q, 1.7, dtype)
     m, stats = merge(w0, delta)
@@ -120,8 +117,7 @@ def test_a_merged_tile_that_was_edited_is_not_restored(dtype):
 
 @given(data=st.data())
 def test_a_sum_is_the_same_however_the_matrix_is_cut(data):
-    """It has the bits of its definition, which knows no tiles: so a checkpoint's split, fused or transposed tensors
-    get memory's bits."""
+    """It has the bits of its definition, so split, fused or transposed tensors on disk get memory's bits."""
     ranks = st.sampled_from([1, 2, 3, 8, 16, 20, 64, 128])
     rows, width, r = data.draw(st.tuples(st.integers(1, 200), st.integers(1, 2600), ranks))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))

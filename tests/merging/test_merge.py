@@ -198,8 +198,7 @@ def test_strict_refuses_before_anything_is_written():
 
 
 def test_the_journal_is_small_and_never_larger_than_a_backup():
-    """In bfloat16 the journal of a delta of 1 % of the weight takes 3 % of a copy, and that of ten times the weight no
-    more than a copy."""
+    """In bfloat16 it takes 3 % of a copy for a delta of 1 % of the weight, and no more than a copy for a large one."""
     shares = {}
     for share in (0.003, 0.01, 0.03, 0.1, 0.3, 10):
         model = nn.Sequential(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
@@ -215,8 +214,7 @@ def test_the_journal_is_small_and_never_larger_than_a_backup():
 
 
 def three_adapters(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return two layers with adapters of three ranks, one of them only on the first layer, and the first layer's
-    deltas in float64."""
+    """Return two layers with three adapters, and the first layer's deltas in float64."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 300), nn.Linear(300, 48)).to(dtype)
     for i, (name, targets, r) in enumerate([("a", ["0", "1"], 2), ("b", ["0"], 5), ("c", ["0", "1"], 3)]):
@@ -453,8 +451,7 @@ def test_a_fresh_adapter_changes_no_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_is_rounded_once(dtype):
-    """In half precision the weight is the float64 sum, rounded, except for sums next to the middle between two
-    numbers."""
+    """In half precision it is the float64 sum, rounded, except for sums next to the middle between two numbers."""
     model = one_linear(dtype, std=0.2, features=256)
     a, w0 = model[0].lora["default"], model[0].weight.detach().double()
     d = (a.scale * a.B.double() @ a.A.double()).detach()
@@ -709,8 +706,7 @@ def test_a_resized_weight_is_refused(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_cuda(dtype):
-    """On a GPU the merged output is the unmerged one, and W0 comes back to the bit even if the model moved
-    meanwhile."""
+    """On a GPU the merged output is the unmerged one, and W0 is restored even if the model moved meanwhile."""
     torch.manual_seed(0)
     model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to(
         "cuda", dtype

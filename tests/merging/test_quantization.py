@@ -263,8 +263,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 @DTYPES
 def test_dequantize_gives_what_the_forward_multiplies_by(name, dtype):
-    """The output is x W^T + b, within the rounding of the dtype that the forward computes in. dequantize changes
-    nothing."""
+    """The output is x W^T + b, within the rounding of the forward's dtype, and the layer is not changed."""
     layer = quantized_layer(name, dtype)
     s, x = find_scheme(layer), batch(layer, dtype)
     assert s.name == name.split(",")[0]
@@ -311,8 +310,7 @@ def test_requantizing_the_same_weight_gives_the_same_codes(name, dtype):
 
 
 def test_unchanged_rows_keep_their_codes(name):
-    """An adapter on a slice leaves the other rows unchanged, scales included (except for scales that all rows
-    share)."""
+    """An adapter on a slice leaves other rows unchanged, scales included (unless all rows share a scale)."""
     layer = quantized_layer(name, torch.bfloat16)
     s = find_scheme(layer)
     W = s.dequantize(layer)

@@ -40,8 +40,7 @@ class MergeRecord:
     journal: Journal | None
     """What is kept of W0, if the merge was in place; None also after merge(reversible=False)."""
     original: nn.Parameter | None
-    """The parameter that gave way to a new one, if the merge was not in place; None also after
-    merge(reversible=False)."""
+    """The parameter that a new one replaced; None after a merge in place, and after merge(reversible=False)."""
     original_bias: nn.Parameter | None = None
     """The module's bias before the merge, if the merge replaced it."""
     module_class: type[nn.Module]
@@ -57,8 +56,7 @@ class MergeRecord:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of what is kept for unmerge. A tied weight's original does not count: the other module keeps
-        it."""
+        """Size in bytes of what is kept for unmerge, without a tied weight's original, which the other module keeps."""
         sizes = [f.P.nbytes + f.Q.nbytes for parts in self.deltas.values() for f in parts]
         if self.journal is not None:
             sizes.append(self.journal.nbytes)
@@ -138,8 +136,7 @@ class AdaptedWeight:
         return deltas
 
     def matrices(self, weight: Tensor, delta: LowRankProduct) -> Iterator[tuple[Tensor, LowRankProduct]]:
-        """Yield each matrix (rows, *rest) of a tensor of the weight's shape, with its delta: one per expert of a
-        stack."""
+        """Yield each matrix (rows, *rest) of a tensor of the weight's shape (one per expert), with its delta."""
         if self.sites[0].adapters.kind.stacked:
             for W, P, Q in zip(weight, delta.P, delta.Q, strict=True):
                 yield W, LowRankProduct(P, Q, delta.s)

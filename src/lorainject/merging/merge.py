@@ -29,7 +29,7 @@ from ..numerics.tile_merge import TileWorkspace, sum_dtype
 from .adapted_weight import AdaptedWeight, adapted_weights, have_extras, threads_for, total_delta
 from .checks import irreversible_weights, tied_weights, unmergeable_weights
 from .report import MergeReport, check_survival, merged_site
-from .revert import remerge_on_error, set_merged, unmerge_weights
+from .revert import ADVICE, remerge_on_error, set_merged, unmerge_weights
 from .strategies import STRATEGIES, MergeStrategy, choose_strategy, gain_and_start
 
 
@@ -123,8 +123,7 @@ def unmerge_index(index: ModelIndex, names: str | Sequence[str] | None = None) -
         raise StateError(f"{_quoted(unknown)} is not merged", way_out=f"merged are {_quoted(merged)}")
     weights = adapted_weights({name: site for name, site in index.sites.items() if site.adapters.state.merged})
     if problems := graft_obstacles(index) + irreversible_weights(weights):
-        advice = "load the base model again; A and B are unchanged, and can be saved"
-        raise MergeError("nothing was unmerged:", problems, advice)
+        raise MergeError("nothing was unmerged:", problems, ADVICE)
     states = unmerge_weights(weights)
     if remaining := tuple(name for name in merged if name not in removed):
         with remerge_on_error(index, weights, states, merged):

@@ -151,8 +151,7 @@ class Bitsandbytes4bit(Scheme):
 
     @staticmethod
     def _stored(weight: Any) -> tuple[Tensor, Any, bool, torch.dtype]:
-        """Return the packed codes, the state, whether its absmax was quantized too, and the dtype before
-        quantization."""
+        """Return packed codes, state, whether its absmax was quantized too, and the dtype before quantization."""
         state = copy.copy(weight.quant_state)
         if not getattr(state, "packing_format_for_cpu", False):
             return weight.data, state, state.nested, state.dtype

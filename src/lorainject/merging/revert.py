@@ -24,6 +24,12 @@ from ..numerics.tiled_matmul import LowRankProduct
 from .adapted_weight import AdaptedWeight, MergeRecord, as_matrix, threads_for
 from .quantization import find_scheme
 
+CHANGED = (
+    "was changed since it was merged (trained, loaded or edited), or s B A has other bits here"
+    " (another machine or BLAS library)"
+)
+ADVICE = "load the base model again; A and B are unchanged, and can be saved"
+
 
 class MergedState(NamedTuple):
     """A merged weight before it was unmerged: what merging it again needs."""
@@ -55,31 +61,28 @@ def unmerge_weights(weights: Sequence[AdaptedWeight]) -> dict[str, MergedState]:
             if checksum(M) != journal.before:  # it is W0 already after an unmerge that was interrupted
                 failed.append(name)
             return
-        # A tile that was kept whole comes back even where d has other bits here: then M itself must be kept.
+        # A tile that was kept whole comes back even if d has other bits here: then M itself is needed to go back.
         can_remerge = journal.gaps is not None or same_bits(workspace.remerge(w0, d), M)
         restored.append((view, journal.before, d, None if can_remerge else M.clone()))
         view.copy_(w0.view(view.shape))
 
-    try:
-        with threads_for(weights) as for_each:
-            for w in weights:
-                if w.record is not None and w.record.journal is not None:
-                    for_each(restore_tile, ((w.name, *tile) for tile in w.journaled_tiles(w.record)))
-        if failed:
-            reason = (
-                "was changed since it was merged (trained, loaded or edited), or s B A has other bits here"
-                " (another machine or BLAS library)"
-            )
-            raise MergeError(
-                "nothing was unmerged:",
-                [f"{name}: {reason}" for name in dict.fromkeys(failed)],
-                "load the base model again; A and B are unchanged, and can be saved",
-            )
-    except BaseException:
+    def remerge_tiles() -> None:
         for view, before, d, copy in restored:
             if checksum(as_matrix(view)) == before:
                 view.copy_((workspace.remerge(as_matrix(view), d) if copy is None else copy).view(view.shape))
-        raise
+
+    with threads_for(weights) as for_each:
+        try:
+            for w in weights:
+                if w.record is not None and w.record.journal is not None:
+                    for_each(restore_tile, ((w.name, *tile) for tile in w.journaled_tiles(w.record)))
+            if failed:
+                raise MergeError(
+                    "nothing was unmerged:", [f"{name}: {CHANGED}" for name in dict.fromkeys(failed)], ADVICE
+                )
+        except BaseException:
+            remerge_tiles()
+            raise
     for w in weights:
         if (record := w.record) is not None and record.original is not None:
             _install(w, record.strategy, record.original, record.original_bias, record.module_class)

@@ -39,8 +39,7 @@ from .quantization import Scheme, find_scheme
 
 
 class MergeStrategy:
-    """The merge of one weight that is W0 now. This base class serves the strategies that put a new parameter in W0's
-    place.
+    """The merge of one weight that is W0 now. The base class is for merges that give the weight a new parameter.
 
     Args:
         weight: The weight, with all adapters' sites.
@@ -250,8 +249,7 @@ class Requantized(MergeStrategy):
 
 
 class Dequantized(Requantized):
-    """Dequantized and summed: the layer becomes an nn.Linear in the dtype of its bias, or in bfloat16 without a
-    bias."""
+    """Dequantized and summed; the layer becomes an nn.Linear in the dtype of its bias, or in bfloat16."""
 
     def _merge(self, delta: LowRankProduct, write: bool, undoable: bool, for_each: ForEach) -> None:
         W0, d = self.scheme.dequantize(self.adapted.module), delta.dense().float()

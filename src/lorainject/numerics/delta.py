@@ -32,8 +32,7 @@ class Factors(NamedTuple):
     dropout: float = 0.0
     """Probability of dropping an element of the weight's input; 0 outside training."""
     gain: Tensor | None = None
-    """What W0 itself is multiplied with (DoRA), in a shape that expands to the weight's. P Q includes the gain
-    already. None means 1."""
+    """What W0 is multiplied with (DoRA), in a shape that expands to the weight's; None: 1. P Q includes it."""
     update: Tensor | None = None
     """Update s b of the layer's bias, shape (out,); None if there is none."""
     value: tuple[Tensor, Tensor | None] | None = None
@@ -46,14 +45,12 @@ class Factors(NamedTuple):
 
 
 def is_finite(t: Tensor) -> bool:
-    """True if every element is finite. The sum is tried first: unless it overflows it suffices, in a third of the
-    time."""
+    """True if every element is finite. Unless it overflows, the sum suffices, in a third of the time."""
     return math.isfinite(float(t.detach().sum())) or bool(t.isfinite().all())
 
 
 def scale(alpha: float, r: int, scaling: str) -> float:
-    """Return s: alpha / r for "standard" scaling (arXiv 2106.09685, section 4.1), alpha / sqrt(r) for "rslora" (arXiv
-    2312.03732)."""
+    """Return s: alpha / r for "standard" scaling (section 4.1 of the paper), alpha / sqrt(r) for "rslora"."""
     return alpha / math.sqrt(r) if scaling == "rslora" else alpha / r
 
 

@@ -19,8 +19,7 @@ TINY = 2.0**-24  # the smallest positive float16
 
 
 def sample_values(weight: Tensor) -> Tensor | None:
-    """Return SAMPLES values of a weight at fixed positions (float32, on the weight's device); None on the meta
-    device."""
+    """Return SAMPLES values of a weight at fixed positions (float32, on its device); None on the meta device."""
     if weight.is_meta or weight.numel() == 0:
         return None
     return weight.detach().take(_position_tensor(weight.numel(), weight.device)).to(torch.float32)

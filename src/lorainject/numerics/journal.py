@@ -37,15 +37,13 @@ class TileJournal(NamedTuple):
     after: int
     """Checksum of M."""
     gaps: Tensor | None
-    """uint16, shape (count,): from each kept element's position to the next, the first from 0. None: the whole tile is
-    kept."""
+    """uint16 (count,): from each kept position to the next, the first from 0; None if the whole tile is kept."""
     bits: Tensor
     """The kept elements of W0, shape (count,) or (n,), in W0's dtype."""
 
     @classmethod
     def record(cls, w0: Tensor, m: Tensor, missed: np.ndarray) -> TileJournal:
-        """Return the journal of a merge from w0 to m (contiguous), where the guess misses at these ascending
-        positions."""
+        """Return the journal of a merge from w0 to m (contiguous) whose guess misses at these ascending positions."""
         before, after = checksum(w0), checksum(m)
         if len(missed) * (w0.itemsize + GAP.itemsize) >= w0.nbytes:
             return cls(before, after, None, w0.reshape(-1).clone())
@@ -63,8 +61,7 @@ class TileJournal(NamedTuple):
 
 
 def elements_at(t: Tensor, positions: np.ndarray) -> Tensor:
-    """Return the elements of a contiguous tensor at these positions of its flattened form. On CPUs numpy takes a tenth
-    of torch's time."""
+    """Return a contiguous tensor's elements at these flat positions; on CPUs numpy takes a tenth of torch's time."""
     if t.device.type != "cpu":
         return t.view(-1)[torch.from_numpy(positions).to(t.device)]
     return torch.from_numpy(t.view(-1).view(BITS[t.itemsize]).numpy()[positions]).view(t.dtype)
@@ -72,8 +69,7 @@ def elements_at(t: Tensor, positions: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Journal:
-    """What is kept of one weight: the journals of all its tiles, concatenated. On disk, each field is a tensor of its
-    name."""
+    """What is kept of one weight: the journals of all its tiles, concatenated. The field names are keys on disk."""
 
     before: Tensor
     """Checksums of the tiles of W0: int64, shape (tiles,)."""

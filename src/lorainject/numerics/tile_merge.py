@@ -117,8 +117,7 @@ class TileWorkspace(threading.local):
         return self._add(w0, delta, delta.s, self._like(w0, "m"))
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
-        """Return the contiguous, uninitialized buffer of this name in this shape; a second call returns the same
-        memory."""
+        """Return the buffer of this name, contiguous and not initialized; a second call returns the same memory."""
         key = name, shape, dtype, device
         if key not in self._views:
             memory, n = self._memory.get((name, dtype, device)), math.prod(shape)
@@ -189,8 +188,7 @@ class TileMerger:
     """What is kept of W0, by the tile's number; empty unless the merge is reversible."""
 
     def merge(self, i: int, w0: Tensor, delta: LowRankProduct, reversible: bool) -> Tensor:
-        """Return M of tile number i (see TileWorkspace.merge); collect its statistics and, if reversible, its
-        journal."""
+        """Return M of tile i (see TileWorkspace.merge); collect its statistics and, if reversible, its journal."""
         m, self.stats[i], journal = self.workspace.merge(w0, delta, reversible)
         if journal is not None:
             self.journals[i] = journal

@@ -159,8 +159,7 @@ def _concat(factors: list[Tensor], axis: int) -> Tensor:
 
 
 def _fits_float32(parts: Sequence[Factors], s: float) -> bool:
-    """True if the factors, relative to the first scale s, lie on a CPU, within float32's range, and have few enough
-    ranks."""
+    """True if the factors, relative to the scale s, lie on a CPU and within float32's range, with few enough ranks."""
     if s == 0 or parts[0].P.device.type != "cpu" or sum(f.P.shape[-1] for f in parts) > MAX_CHAIN_RANK:
         return False
     sizes = [float(f.s) for f in parts]
@@ -252,8 +251,7 @@ def _allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def fma_chain(P: Tensor, Q: Tensor) -> Tensor:
-    """Return P Q in float32 by its definition: over k, in order, each product is added exactly and the sum is
-    rounded."""
+    """Return P Q in float32 by its definition: in the order of k, products are added exactly, and sums rounded."""
     total = torch.zeros(len(P), Q.shape[1])
     for p, q in zip(P.double().T, Q.double(), strict=True):
         total = (total + torch.outer(p, q)).float()
