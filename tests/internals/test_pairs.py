@@ -68,6 +68,7 @@ def test_factors_of_convolutions_become_matrices():
     assert (site["A"].shape, site["B"].shape) == ((2, 75), (4, 2))
     A, B = torch.zeros(2, 3), torch.zeros(4, 2)
     assert as_matrices(A, B) == {"kind": "linear", "shape": (), "A": A, "B": B}
+    assert as_matrices(A, B.view(4, 2, 1, 1))["B"].shape == (4, 2)
     A, B = torch.zeros(2, 3, 5), torch.zeros(2, 4, 3)  # these would pass for a stack of two experts
     problems = []
     assert checked_sites([StoredSite(path="a", alpha=1.0, **as_matrices(A, B))], problems) == []

@@ -117,12 +117,11 @@ def _missing_key(roles: Mapping[str, str], role: str, endings: Mapping[str, str]
 def as_matrices(A: Tensor, B: Tensor) -> dict[str, Any]:
     """Return the fields `kind`, `shape`, `A` and `B` of a StoredSite for the factors of a linear or a convolution.
 
-    A convolution has A (r, in, *kernel) and B (out, r, *ones), which are flattened to (r, in * kernel) and (out, r).
-    If B has any other shape, nothing is flattened, and `checked_sites` reports that A and B do not fit the weight.
+    A convolution has A (r, in, *kernel) and B (out, r, *ones), which are flattened to (r, in * kernel) and (out, r). The
+    B of a linear may have axes of length 1 too. If B has any other shape, nothing is flattened, and `checked_sites`
+    reports that A and B do not fit the weight.
     """
-    if A.ndim <= 2:
-        return {"kind": "linear", "shape": (), "A": A, "B": B}
-    shape = (*B.shape[:1], *A.shape[1:])
+    shape = (*B.shape[:1], *A.shape[1:]) if A.ndim > 2 else ()
     if B.ndim >= 2 and B.shape[2:].numel() == 1:
-        A, B = A.flatten(1), B.flatten(1)
-    return {"kind": "conv", "shape": shape, "A": A, "B": B}
+        A, B = A.flatten(1) if shape else A, B.flatten(1)
+    return {"kind": "conv" if shape else "linear", "shape": shape, "A": A, "B": B}
