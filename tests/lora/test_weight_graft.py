@@ -1,4 +1,7 @@
-"""The weight graft on real owners: experts under each implementation, attention, recurrent layers, weights that a parent reads."""
+"""The weight graft on real modules: experts, attention, recurrent layers, convolutions, weights that a parent reads.
+
+Most tests compare an adapted module with a copy whose adapters were merged: the outputs must agree.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +36,40 @@ from moe_models import SIZES, gpt_oss, mixtral, moe_model, moe_output
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    """True if no element differs by more than the tolerance times the largest element of b."""
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
-every = pytest.mark.parametrize("build", [mixtral, gpt_oss])
+def inject_random(model: nn.Module, targets: str | list[str] = "all-linear", r: int = 2) -> None:
+    """Inject an adapter and draw random values for A and B."""
+    li.inject(model, targets, r=r)
+    randomise(model)
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model with its adapters merged."""
+    twin = copy.deepcopy(model)
+    li.merge(twin)
+    return twin
+
+
+def has_grafts(model: nn.Module) -> bool:
+    return any(isinstance(m, Graft) for m in model.modules())
+
+
+def shadowed_weights(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that a lazy weight shadows at the moment."""
+    return [f"{path}.{name}" for path, m in model.named_modules() for name in m._parameters if name in m.__dict__]
+
+
+both_models = pytest.mark.parametrize("build", [mixtral, gpt_oss])
 implementations = pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 
 
-@every
+@both_models
 @implementations
-def test_experts(build, implementation):
-    """Adapted experts compute what merged ones do, no dense sum is formed, and A and B of all that got a token have gradients."""
+def test_adapted_experts_equal_merged_experts(build, implementation):
+    """Adapted experts compute what merged ones do, without a dense sum, and every stack is reached."""
     model = moe_model(build, implementation)
     before, y = state(model), moe_output(model)
     li.inject(model, ["experts"], r=4)
@@ -55,31 +81,30 @@ def test_experts(build, implementation):
     assert not reach.dense
     assert len(reach.reached) == 4
     li.merge(model)
-    assert not any(isinstance(m, Graft) for m in model.modules())
+    assert not has_grafts(model)
     assert close(moe_output(model), adapted)
     li.unmerge(model)
     assert torch.equal(moe_output(model), adapted)
     assert state(li.eject(model)) == before
 
 
-@every
+@both_models
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in transformers
 def test_experts_compile_as_one_graph(build, implementation, dtype):
-    """torch.compile takes adapted experts whole, and gets the same numbers."""
+    """torch.compile makes one graph of a model with adapted experts, and the graph's numbers are the same."""
     model = moe_model(build, implementation, dtype)
-    li.inject(model, ["experts", "q_proj"], r=4)
-    randomise(model)
+    inject_random(model, ["experts", "q_proj"], r=4)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     assert close(moe_output(compiled), moe_output(model), 1e-5 if dtype is torch.float32 else 3e-2)
     torch._dynamo.reset()
 
 
 @implementations
-def test_experts_dropout(implementation):
-    """LoRA dropout acts on the experts' inputs while training, and only then."""
+def test_dropout_acts_on_experts_while_training_only(implementation):
+    """LoRA dropout acts on the experts' inputs in train mode and not in eval mode."""
     model = moe_model(mixtral, implementation)
     li.inject(model, ["experts"], r=4, dropout=0.5)
     randomise(model)
@@ -89,31 +114,28 @@ def test_experts_dropout(implementation):
 
 
 def test_bf16_experts_with_fp32_factors_keep_their_dtype():
-    """A and B are float32 on a bfloat16 base; the output is bfloat16, and autocast changes nothing about that."""
+    """On a bfloat16 base A and B are float32 and the output is bfloat16; under autocast adapted equals merged."""
     model = moe_model(mixtral, "grouped_mm", torch.bfloat16)
-    li.inject(model, ["experts"], r=4)
-    randomise(model)
+    inject_random(model, ["experts"], r=4)
     assert moe_output(model).dtype is torch.bfloat16
     assert all(p.dtype is torch.float32 for p in li.parameters(model))
     wide = moe_model(mixtral, "eager")
-    li.inject(wide, ["experts"], r=4)
-    randomise(wide)
+    inject_random(wide, ["experts"], r=4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert close(moe_output(wide).float(), moe_output(li.unmerge(wide) if li.merge(wide) else wide).float(), 0.1)
+        assert close(moe_output(wide).float(), moe_output(merged_copy(wide)).float(), 0.1)
 
 
-def test_every_expert_without_a_token_is_said_apart():
-    """probe names the experts of a stack, by number, that this input did not reach; they are no failure."""
+def test_probe_lists_experts_without_a_token():
+    """probe names the experts of a stack that got no token, by number, and does not raise because of them."""
     model = moe_model(mixtral)
-    li.inject(model, ["experts"], r=4)
-    randomise(model)
+    inject_random(model, ["experts"], r=4)
     reach = li.probe(model, input_ids=torch.tensor([[5]]))
-    assert len(reach.idle) == 2 * 2 * 6  # 2 layers, 2 stacks, 2 of 8 experts a token
+    assert len(reach.idle) == 2 * 2 * 6  # 2 layers, 2 stacks, 2 of 8 experts per token
     assert all(name.rpartition(", ")[0].endswith("_proj") for name in reach.idle)
 
 
-def test_aria_experts_are_transposed():
-    """(E, in, out): A (E, r, in) and B (E, out, r) all the same."""
+def test_aria_experts_are_stored_transposed():
+    """Aria stores its experts (E, in, out); A is still (E, r, in) and B (E, out, r)."""
     model = AriaTextModel(AriaTextConfig(**SIZES, moe_num_experts=4, moe_topk=2))
     experts = next(m for m in model.modules() if isinstance(m, AriaExperts))
     plan = {s.name.rsplit(".", 1)[-1]: s for s in li.find(model, ["experts"], r=4, layers=[0])}
@@ -124,24 +146,27 @@ def test_aria_experts_are_transposed():
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_multihead_attention(batch_first, apart, training):
-    """in_proj or separate projections, and out_proj, in train and eval mode, where torch has a fused path that must not run."""
+def test_multihead_attention(batch_first, separate, training):
+    """Fused and separate projections act, in train mode and in eval mode, where torch's fused kernel must not run."""
     torch.manual_seed(0)
     mha = nn.MultiheadAttention(
-        8, 2, batch_first=batch_first, kdim=6 if apart else None, vdim=7 if apart else None
+        8, 2, batch_first=batch_first, kdim=6 if separate else None, vdim=7 if separate else None
     ).train(training)
-    q, k, v = torch.randn(3, 5, 8), torch.randn(3, 5, 6 if apart else 8), torch.randn(3, 5, 7 if apart else 8)
+    q, k, v = torch.randn(3, 5, 8), torch.randn(3, 5, 6 if separate else 8), torch.randn(3, 5, 7 if separate else 8)
     li.inject(mha, "all-linear", r=2)
     assert set(adapted_sites(mha)) == (
-        {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if apart else {"in_proj_weight", "out_proj"}
+        {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if separate else {"in_proj_weight", "out_proj"}
     )
     randomise(mha)
-    dense = copy.deepcopy(mha)
-    li.merge(dense)
-    for extra in ({}, {"need_weights": False}, {"attn_mask": torch.zeros(5, 5) if batch_first else torch.zeros(3, 3)}):
-        assert close(mha(q, k, v, **extra)[0], dense(q, k, v, **extra)[0], 1e-5)
+    merged = merged_copy(mha)
+    for options in (
+        {},
+        {"need_weights": False},
+        {"attn_mask": torch.zeros(5, 5) if batch_first else torch.zeros(3, 3)},
+    ):
+        assert close(mha(q, k, v, **options)[0], merged(q, k, v, **options)[0], 1e-5)
     assert not li.probe(mha, q, k, v).dense
 
 
@@ -149,21 +174,21 @@ def test_multihead_attention(batch_first, apart, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the merged encoder, whose kernel is torch's
-def test_encoder_layers(targets, training):
-    """torch's encoder reads its layers' weights in eval mode, two levels up: whatever is adapted, the fused kernel does not hide it."""
+def test_transformer_encoder(targets, training):
+    """In eval mode torch's encoder hands its layers' weights to a fused kernel; the adapters act all the same."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0), 2).train(
         training
     )
     x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    li.inject(encoder, targets, r=2)
-    randomise(encoder)
-    dense = copy.deepcopy(encoder)
-    li.merge(dense)
-    kept = ~padding
+    inject_random(encoder, targets)
+    merged = merged_copy(encoder)
+    is_token = ~padding
     with torch.no_grad():
-        assert close(encoder(x), dense(x), 1e-5)
-        assert close(encoder(x, src_key_padding_mask=padding)[kept], dense(x, src_key_padding_mask=padding)[kept], 1e-5)
+        assert close(encoder(x), merged(x), 1e-5)
+        assert close(
+            encoder(x, src_key_padding_mask=padding)[is_token], merged(x, src_key_padding_mask=padding)[is_token], 1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -171,57 +196,73 @@ def test_encoder_layers(targets, training):
 )
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_recurrent_layers(layer):
-    """Their weights are found, act, train, and are known to need the dense sum."""
+    """Adapters on recurrent layers act and get gradients; probe says that the dense sum was formed for each of them."""
     layer = copy.deepcopy(layer)
     before, x = state(layer), torch.randn(6, 2, 5)
-    li.inject(layer, "all-linear", r=2)
-    randomise(layer)
-    dense = copy.deepcopy(layer)
-    li.merge(dense)
-    assert close(layer(x)[0], dense(x)[0], 1e-5)
+    inject_random(layer)
+    merged = merged_copy(layer)
+    assert close(layer(x)[0], merged(x)[0], 1e-5)
     reach = li.probe(layer, x)
     assert set(reach.dense) == set(adapted_sites(layer))
     assert "the dense sum was formed for" in str(reach)
     assert state(li.eject(layer)) == before
 
 
-def _detr() -> nn.Module:
+def bloom() -> nn.Module:
+    """Return a Bloom that reads its weights slice by slice."""
+    return BloomModel(
+        BloomConfig(vocab_size=99, hidden_size=16, n_layer=1, n_head=2, slow_but_exact=True, pretraining_tp=2)
+    )
+
+
+def mobilebert() -> nn.Module:
+    """Return a MobileBERT, whose head concatenates two weights."""
+    return MobileBertForMaskedLM(
+        MobileBertConfig(vocab_size=99, hidden_size=16, embedding_size=8, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=16, intra_bottleneck_size=8, true_hidden_size=8)
+    )  # fmt: skip
+
+
+def detr() -> nn.Module:
+    """Return a DETR, whose mask head uses the weights of two linears as convolutions."""
     backbone = ResNetConfig(
         embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=[f"stage{i}" for i in range(1, 5)]
     )
-    return DetrForSegmentation(DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
-                                          encoder_layers=1, decoder_layers=1, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=16,
-                                          decoder_ffn_dim=16, num_queries=4))  # fmt: skip
+    config = DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, num_queries=4,
+    )  # fmt: skip
+    return DetrForSegmentation(config)
 
 
-READ = {
-    "Bloom's slow path, by slices": (
-        lambda: BloomModel(BloomConfig(vocab_size=99, hidden_size=16, n_layer=1, n_head=2, slow_but_exact=True, pretraining_tp=2)),
-        ["dense", "dense_4h_to_h"], {"input_ids": torch.arange(6)[None]}, ()),
-    "MobileBERT's head, concatenated": (
-        lambda: MobileBertForMaskedLM(MobileBertConfig(vocab_size=99, hidden_size=16, embedding_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                                       intermediate_size=16, intra_bottleneck_size=8, true_hidden_size=8)),
-        ["predictions.dense"], {"input_ids": torch.arange(6)[None]}, ("cat",)),
-    "DETR's masks, as a convolution": (_detr, ["bbox_attention.q_proj", "bbox_attention.k_proj"], {"pixel_values": torch.randn(1, 3, 64, 64)}, ()),
+IDS = {"input_ids": torch.arange(6)[None]}
+READ_BY_MODELS = {
+    "bloom by slices": (bloom, ["dense", "dense_4h_to_h"], IDS, ()),
+    "mobilebert, concatenated": (mobilebert, ["predictions.dense"], IDS, ("cat",)),
+    "detr as a convolution": (
+        detr, ["bbox_attention.q_proj", "bbox_attention.k_proj"], {"pixel_values": torch.randn(1, 3, 64, 64)}, (),
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("build", "targets", "inputs", "dense"), [pytest.param(*w, id=name) for name, w in READ.items()]
+    ("build", "targets", "inputs", "functions"), [pytest.param(*case, id=name) for name, case in READ_BY_MODELS.items()]
 )
-def test_weights_that_models_read(build, targets, inputs, dense):
-    """Found by the source of the class that reads them; adapted they do what merged ones do."""
+def test_weights_that_models_read(build, targets, inputs, functions):
+    """inject finds the readers in the source of the model's classes; adapted weights act as merged ones do.
+
+    Only the listed functions need the dense sum.
+    """
     torch.manual_seed(0)
     model = build().eval()
     before = state(model)
-    li.inject(model, targets, r=2)
-    randomise(model)
-    merged = copy.deepcopy(model)
-    li.merge(merged)
+    inject_random(model, targets)
+    merged = merged_copy(model)
     with torch.no_grad():
         for a, b in zip(model(**inputs).to_tuple(), merged(**inputs).to_tuple(), strict=True):
             assert not isinstance(a, Tensor) or close(a, b)
-    assert {by for each in li.probe(model, **inputs).dense.values() for by in each} == set(dense)
+    assert set().union(*li.probe(model, **inputs).dense.values()) == set(functions)
     assert state(li.eject(model)) == before
 
 
@@ -237,19 +278,20 @@ CONVOLUTIONS = {
     "transposed 3d": (nn.ConvTranspose3d(4, 6, 2), (1, 4, 3, 3, 3)),
 }
 CELLS = {
-    "GRUCell": (nn.GRUCell(4, 5), [(2, 4), (2, 5)]), "LSTMCell": (nn.LSTMCell(4, 5), [(2, 4)]), "RNNCell": (nn.RNNCell(4, 5), [(2, 4), (2, 5)]),
+    "GRUCell": (nn.GRUCell(4, 5), [(2, 4), (2, 5)]),
+    "LSTMCell": (nn.LSTMCell(4, 5), [(2, 4)]),
+    "RNNCell": (nn.RNNCell(4, 5), [(2, 4), (2, 5)]),
     "Bilinear": (nn.Bilinear(4, 5, 3), [(2, 4), (2, 5)]),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("layer", "shape"), [pytest.param(*w, id=name) for name, w in CONVOLUTIONS.items()])
+@pytest.mark.parametrize(("layer", "shape"), [pytest.param(*case, id=name) for name, case in CONVOLUTIONS.items()])
 def test_convolutions(layer, shape, tmp_path):
-    """With every option: adapted is merged, which is saved and loaded; W0 comes back to the bit, and in its memory format."""
+    """Adapted convolutions equal merged and loaded ones; W0 comes back to the bit and in its memory format."""
     torch.manual_seed(0)
     model, x = nn.Sequential(copy.deepcopy(layer)), torch.randn(shape)
     before, fresh = state(model), copy.deepcopy(model)
-    li.inject(model, "all-conv", r=2)
-    randomise(model)
+    inject_random(model, "all-conv")
     y = model(x)
     assert not li.probe(model, x).dense
     assert torch.equal(li.load(fresh, li.save(model, tmp_path / "a.safetensors"))(x), y)
@@ -260,26 +302,24 @@ def test_convolutions(layer, shape, tmp_path):
     assert state(li.eject(model)) == before
 
 
-@pytest.mark.parametrize(("layer", "shapes"), [pytest.param(*w, id=name) for name, w in CELLS.items()])
+@pytest.mark.parametrize(("layer", "shapes"), [pytest.param(*case, id=name) for name, case in CELLS.items()])
 def test_cells_and_bilinear(layer, shapes):
-    """Their kernels take whole weights: the dense sum, exact and counted."""
+    """Cells and bilinear layers use the dense sum, which is exact and counted as a fallback."""
     torch.manual_seed(0)
     layer, inputs = copy.deepcopy(layer), [torch.randn(shape) for shape in shapes]
     before = state(layer)
-    li.inject(layer, "all-linear", r=2)
-    randomise(layer)
-    dense = copy.deepcopy(layer)
-    li.merge(dense)
-    got, want = (y[0] if isinstance(y, tuple) else y for y in (layer(*inputs), dense(*inputs)))
-    assert close(got, want, 1e-5)
-    got.sum().backward()
-    assert any(host.adapters.fallbacks for host in adapted_sites(layer).values())
+    inject_random(layer)
+    merged = merged_copy(layer)
+    output, expected = (y[0] if isinstance(y, tuple) else y for y in (layer(*inputs), merged(*inputs)))
+    assert close(output, expected, 1e-5)
+    output.sum().backward()
+    assert any(site.adapters.fallbacks for site in adapted_sites(layer).values())
     assert any(bool(p.grad.any()) for p in li.parameters(layer))
     assert state(li.eject(layer)) == before
 
 
 class Parent(nn.Module):
-    """Reads `read` in its forward, and `hidden` in a way that its source does not show; calls `called`."""
+    """A module that calls `called`, reads `read`, and reads `hidden` in a way that its source does not show."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,70 +333,62 @@ class Parent(nn.Module):
         return F.linear(x, next(p for name, p in self.hidden.named_parameters() if name == "weight"))
 
 
-class Secretive(Parent):
-    """Reads a layer's weight by a name made at run time."""
+class DynamicReader(Parent):
+    """A parent that reads a layer's weight by a name that is put together at run time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, getattr(self, "hid" + "den").weight)
 
 
-def test_a_read_that_no_source_shows_is_named_and_can_be_mended():
-    """probe says so, and how to inject instead: naming the weight itself, which adapts whoever reads it."""
-    model = nn.Sequential(Secretive())
+def test_probe_names_a_read_that_the_source_does_not_show():
+    """probe raises and says how to inject instead: with the weight itself as target, which works for every reader."""
+    model = nn.Sequential(DynamicReader())
     li.inject(model, ["hidden"], r=2)
     x = torch.randn(2, 4)
     with pytest.raises(
         li.UnreachedAdapter,
-        match=r"0\.hidden: its weight acts without .*\n=> eject, and inject naming .*targets=\['0\.hidden\.weight'\]",
+        match=r"0\.hidden: its weight acts without .*\n=> eject, and inject with .*targets=\['0\.hidden\.weight'\]",
     ):
         li.probe(model, x)
     li.eject(model)
     before = state(model)
-    li.inject(model, ["0.hidden.weight"], r=2)
-    randomise(model)
+    inject_random(model, ["0.hidden.weight"])
     assert li.probe(model, x).reached == ("0.hidden",)
-    dense = copy.deepcopy(model)
-    li.merge(dense)
-    assert close(model(x), dense(x), 1e-5)
+    merged = merged_copy(model)
+    assert close(model(x), merged(x), 1e-5)
     assert state(li.eject(model)) == before
 
 
-def test_that_choice_is_saved(tmp_path):
-    """A weight that was named itself is so again when the adapter is loaded."""
-    model = nn.Sequential(Secretive())
+def test_a_weight_named_as_target_is_named_again_after_load(tmp_path):
+    """A file keeps that the weight itself was the target, so a loaded adapter works for every reader too."""
+    model = nn.Sequential(DynamicReader())
     fresh = copy.deepcopy(model)
-    li.inject(model, ["0.hidden.weight"], r=2)
-    randomise(model)
+    inject_random(model, ["0.hidden.weight"])
     li.load(fresh, li.save(model, tmp_path / "a.safetensors"))
     x = torch.randn(2, 4)
     assert torch.equal(fresh(x), model(x))
     assert li.probe(fresh, x)
 
 
-def shadows(model: nn.Module) -> list[str]:
-    """Weights that are hidden at the moment."""
-    return [f"{path}.{name}" for path, m in model.named_modules() for name in m._parameters if name in m.__dict__]
-
-
-def test_nothing_is_left_behind_by_a_forward_that_raises():
-    """Outside a forward a weight is W0, whatever happened inside."""
+def test_a_forward_that_raises_leaves_no_shadow():
+    """After a forward that raised, the weight is the parameter again."""
     model = Parent()
     li.inject(model, ["read", "called"], r=2)
     model.fail = True
     with pytest.raises(RuntimeError, match="on purpose"):
         model(torch.randn(2, 4))
-    assert not shadows(model)
+    assert not shadowed_weights(model)
     assert type(model.read.weight) is nn.Parameter
 
 
-def test_inside_and_outside():
-    """While the reader runs the weight is the sum, and in between W0: what FSDP, state_dict and optimisers see."""
+def test_a_weight_is_lazy_only_while_the_reader_runs():
+    """While the reader runs the weight is the lazy sum; otherwise it is W0, as FSDP and optimizers need it."""
     model = nn.Sequential(Parent())
     li.inject(model, ["read"], r=2)
     seen = []
     model[0].called.register_forward_hook(lambda *_: seen.append(type(model[0].read.weight).__name__))
     model(torch.randn(2, 4))
-    assert seen == ["Hidden"]
+    assert seen == ["ShadowedWeight"]
     assert type(model[0].read.weight) is nn.Parameter
     x = torch.randn(2, 4)
     with li.disabled(model):
@@ -365,52 +397,46 @@ def test_inside_and_outside():
 
 
 def test_a_shared_layer_that_two_parents_read():
-    """One adapter, found from either parent, whichever path comes first."""
+    """A layer that two parents share gets one adapter, which acts in both parents."""
     first, second = Parent(), Parent()
     second.read = first.read
     model = nn.Sequential(first, second)
     before, x = state(model), torch.randn(2, 4)
-    li.inject(model, ["read"], r=2)
-    randomise(model)
-    dense = copy.deepcopy(model)
-    li.merge(dense)
+    inject_random(model, ["read"])
+    merged = merged_copy(model)
     assert len(adapted_sites(model)) == 1
-    assert close(model(x), dense(x), 1e-5)
-    assert close(second(x), dense[1](x), 1e-5)
+    assert close(model(x), merged(x), 1e-5)
+    assert close(second(x), merged[1](x), 1e-5)
     assert state(li.eject(model)) == before
 
 
-def test_checkpointing_and_recursion():
-    """A forward that runs again in the backward, and one inside another, get the same gradients as a plain one."""
+def test_gradient_checkpointing_gives_the_same_gradients():
+    """A forward that runs again in the backward gives the gradients of a plain one, reentrant or not."""
     model = nn.Sequential(Parent())
-    li.inject(model, ["read"], r=2)
-    randomise(model)
+    inject_random(model, ["read"])
     x = torch.randn(2, 4, requires_grad=True)
-    wanted = torch.autograd.grad(model(x).sum(), list(li.parameters(model)))
-    for reentrant in (True, False):
-        got = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), list(li.parameters(model)))
-        if reentrant:
-            model.zero_grad()
-            checkpoint(model, x, use_reentrant=True).sum().backward()
-            got = tuple(p.grad for p in li.parameters(model))
-        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert not shadows(model)
+    expected = torch.autograd.grad(model(x).sum(), list(li.parameters(model)))
+    recomputed = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), list(li.parameters(model)))
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    reentrant = [p.grad for p in li.parameters(model)]
+    for gradients in (recomputed, reentrant):
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert not shadowed_weights(model)
 
 
-def test_threads():
-    """Forwards side by side all see the sum: the first that is done does not take it from the others."""
+def test_concurrent_forwards_all_see_the_sum():
+    """Forwards in several threads see the sum: the first to return does not unshadow the weight for the others."""
     model = nn.Sequential(*[Parent() for _ in range(3)])
-    li.inject(model, ["read"], r=2)
-    randomise(model)
+    inject_random(model, ["read"])
     x = torch.randn(2, 4)
     with torch.no_grad():
-        wanted = model(x)
+        expected = model(x)
     wrong: list[Tensor] = []
 
     def work() -> None:
         with torch.no_grad():
             for _ in range(200):
-                if not torch.equal(y := model(x), wanted):
+                if not torch.equal(y := model(x), expected):
                     wrong.append(y)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -419,14 +445,13 @@ def test_threads():
     for t in threads:
         t.join()
     assert not wrong
-    assert not shadows(model)
+    assert not shadowed_weights(model)
 
 
-def test_pickle_and_deepcopy():
-    """A copy has its own readers: training it leaves the original alone."""
+def test_copies_are_independent():
+    """Training a deep copy or an unpickled copy does not change the original."""
     model = moe_model(mixtral)
-    li.inject(model, ["experts"], r=4)
-    randomise(model)
+    inject_random(model, ["experts"], r=4)
     y = moe_output(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(moe_output(twin), y)
@@ -435,10 +460,10 @@ def test_pickle_and_deepcopy():
         assert torch.equal(moe_output(model), y)
 
 
-@every
+@both_models
 @implementations
-def test_rows_through_experts(build, implementation):
-    """Each row's tokens use its own adapter in experts too, in the forward and in its gradients, as each row alone would."""
+def test_rows_choose_adapters_of_experts(build, implementation):
+    """Within rows each row has the output and the gradients that it has alone with its adapter, experts included."""
     model = moe_model(build, implementation)
     x = torch.randint(0, 50, (3, 5), generator=torch.Generator().manual_seed(1))
     for seed, name in enumerate("ab"):
@@ -450,23 +475,23 @@ def test_rows_through_experts(build, implementation):
         return model(input_ids=x[row : row + 1], use_cache=False).last_hidden_state[0]
 
     names = ["b", None, "a"]
-    want = torch.stack([alone(i, name) for i, name in enumerate(names)])
-    want.square().sum().backward()
+    expected = torch.stack([alone(i, name) for i, name in enumerate(names)])
+    expected.square().sum().backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with li.rows(model, names):
-        got = model(input_ids=x, use_cache=False).last_hidden_state
-        got.square().sum().backward()
-    assert close(got, want)
+        output = model(input_ids=x, use_cache=False).last_hidden_state
+        output.square().sum().backward()
+    assert close(output, expected)
     for k, p in model.named_parameters():
         assert (p.grad is not None) == (k in grads)
         assert p.grad is None or close(p.grad, grads[k])
     with torch.no_grad(), li.rows(model, names):
-        assert close(model(input_ids=x, use_cache=False).last_hidden_state, want)
+        assert close(model(input_ids=x, use_cache=False).last_hidden_state, expected)
 
 
-def test_rows_are_refused_where_the_batch_can_not_be_seen():
-    """Weights read by a model's own code, tokens that are not the rows': rows(...) says so instead of mixing adapters up; the base's rows are fine."""
+def test_rows_are_refused_where_the_batch_cannot_be_seen():
+    """Within rows a module raises if its input is not certain to be the batch, unless all rows use the base model."""
     model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
     experts = model.layers[0].mlp.experts
@@ -475,9 +500,9 @@ def test_rows_are_refused_where_the_batch_can_not_be_seen():
         pytest.raises(li.StateError, match=r"a MixtralExperts with adapters got inputs of the shapes \(5, 32\)"),
     ):
         experts(torch.randn(5, 32), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2))
-    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match="not for certain these rows' tokens"):
+    with li.rows(model, ["a", None]), pytest.raises(li.StateError, match="not certain to be the tokens of these rows"):
         experts(torch.randn(4, 32))
-    assert not shadows(model)
+    assert not shadowed_weights(model)
     with li.rows(model, [None, None]):
         moe_output(model)
     conv = nn.Sequential(nn.Conv1d(4, 4, 3))
@@ -490,7 +515,7 @@ def test_rows_are_refused_where_the_batch_can_not_be_seen():
 
 
 def test_two_adapters_on_one_stack():
-    """Their terms add up; merging both and taking them out again gives W0 to the bit."""
+    """Two adapters on one stack of experts add up, merge and unmerge together, and are ejected one by one."""
     model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
     li.inject(model, ["down_proj"], r=2, name="b")
@@ -503,14 +528,14 @@ def test_two_adapters_on_one_stack():
     li.unmerge(model)
     li.eject(model, "b")
     assert len(adapted_sites(model)) == 4
-    assert not any("b" in host.adapters for host in adapted_sites(model).values())
+    assert not any("b" in site.adapters for site in adapted_sites(model).values())
     assert li.activate(model, "a") is None
     li.eject(model)
-    assert not any(isinstance(m, Graft) for m in model.modules())
+    assert not has_grafts(model)
 
 
-def test_layers_in_plain_lists():
-    """A layer kept in a plain Python list by its parent is the same object, so it is adapted there too."""
+def test_a_layer_in_a_plain_list_is_adapted():
+    """A layer that its parent keeps in a plain Python list is the same object, so it is adapted there too."""
 
     class Listed(nn.Module):
         def __init__(self) -> None:
@@ -526,8 +551,8 @@ def test_layers_in_plain_lists():
     assert li.probe(model, torch.randn(2, 4)).reached == ("a",)
 
 
-def test_a_linear_with_a_forward_of_its_own():
-    """A router that returns a tuple, a linear that scales: their own code computes with the sum."""
+def test_a_linear_subclass_with_another_forward():
+    """The forward of a router, which scales and returns a tuple, computes with the sum."""
 
     class Router(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -538,14 +563,13 @@ def test_a_linear_with_a_forward_of_its_own():
     x = torch.randn(2, 4)
     li.inject(nn.Sequential(model), ["0"], r=2)
     randomise(model)
-    dense = copy.deepcopy(model)
-    li.merge(dense)
-    assert close(model(x)[0], dense(x)[0], 1e-5)
-    assert close(model(x)[1], dense(x)[1], 1e-5)
+    merged = merged_copy(model)
+    assert close(model(x)[0], merged(x)[0], 1e-5)
+    assert close(model(x)[1], merged(x)[1], 1e-5)
 
 
-class Grad(nn.Module):
-    """A reader that lets another thing happen in the middle of its forward."""
+class Reader(nn.Module):
+    """A module that reads a weight, and calls a function in the middle of its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -560,17 +584,16 @@ class Grad(nn.Module):
 @pytest.fixture
 def reader() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(Grad())
-    li.inject(model, ["read"], r=2)
-    randomise(model)
+    model = nn.Sequential(Reader())
+    inject_random(model, ["read"])
     return model
 
 
-def test_a_forward_inside_another(reader):
-    """What is on and whether gradients flow is asked at each use, not by whoever came first: without grad outside, with grad inside."""
-    x, seen = torch.randn(2, 4), []
+def test_a_nested_forward_has_its_settings(reader):
+    """The active adapters and the grad mode count at each use of a weight: an inner forward may train."""
+    x, checks = torch.randn(2, 4), []
     with torch.no_grad():
-        wanted = reader(x)
+        expected = reader(x)
         with li.disabled(reader):
             base = reader(x)
 
@@ -578,56 +601,31 @@ def test_a_forward_inside_another(reader):
         reader[0].meanwhile = lambda: None
         with torch.enable_grad():
             reader(x).sum().backward()
-            seen.append(bool(reader[0].read.lora["default"].A.grad.any()))
+            checks.append(bool(reader[0].read.lora["default"].A.grad.any()))
         with li.disabled(reader):
-            seen.append(torch.equal(reader(x), base))
+            checks.append(torch.equal(reader(x), base))
 
     reader[0].meanwhile = train
     with torch.no_grad():
-        assert torch.equal(reader(x), wanted)
-    assert seen == [True, True]
-    assert not shadows(reader)
+        assert torch.equal(reader(x), expected)
+    assert checks == [True, True]
+    assert not shadowed_weights(reader)
 
 
 def test_eject_in_the_middle_of_a_forward(reader):
-    """The forward goes on with the base, and nothing stays hidden."""
+    """A forward during which the adapter is ejected goes on with the base, and no shadow is left."""
     x = torch.randn(2, 4)
     reader[0].meanwhile = lambda: li.eject(reader)
     y = reader(x)
     reader[0].meanwhile = lambda: None
     assert torch.equal(y, reader(x))
-    assert not shadows(reader)
-    assert type(reader[0]) is Grad
-
-
-@pytest.mark.parametrize("where", ["_shadow", "_unshadow", "_remove_shadow", "_update_flat_weights"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_interrupted_forward(reader, where, when, monkeypatch):
-    """An interrupt at any step of hiding and showing: at the latest the next verb shows the weight again."""
-    import lorainject.lora.weight_graft as readers
-
-    original, x = getattr(readers, where), torch.randn(2, 4)
-    y = reader(x)
-
-    def interrupted(*args):
-        monkeypatch.setattr(readers, where, original)
-        if when == "after":
-            original(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(readers, where, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        reader(x)
-    assert torch.equal(reader(x), y)
-    li.merge(reader)
-    li.unmerge(reader)
-    li.eject(reader)
-    assert not shadows(reader)
+    assert not shadowed_weights(reader)
+    assert type(reader[0]) is Reader
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_with_a_graph_break(reader):
-    """Off and on again: the graph that was made while all was off must not be taken for the other."""
+    """A graph that was compiled while no adapter was active is not used when one is, nor the reverse."""
     x = torch.randn(2, 4)
     reader[0].meanwhile = torch._dynamo.graph_break
     compiled = torch.compile(reader, backend="eager")
@@ -644,33 +642,31 @@ def test_compiled_with_a_graph_break(reader):
     torch._dynamo.reset()
 
 
-def test_a_compiled_part():
-    """A part that was compiled on its own is reached all the same, and ejected."""
+def test_a_compiled_submodule_is_adapted_and_ejected():
+    """The weights of a submodule that was compiled alone are adapted, and eject restores it."""
     model = nn.Sequential(nn.Linear(4, 4), torch.compile(Parent(), backend="eager"))
-    li.inject(model, ["read"], r=2)
-    randomise(model)
-    dense = copy.deepcopy(model)
-    li.merge(dense)
+    inject_random(model, ["read"])
+    merged = merged_copy(model)
     x = torch.randn(2, 4)
-    assert close(model(x), dense(x), 1e-5)
+    assert close(model(x), merged(x), 1e-5)
     li.eject(model)
-    assert not any(isinstance(m, Graft) for m in model.modules())
+    assert not has_grafts(model)
     torch._dynamo.reset()
 
 
-def test_a_second_adapter_brings_its_readers():
-    """Injected into a part that reads nothing, a weight gets its readers when the whole is injected."""
+def test_a_later_inject_adds_the_readers():
+    """A layer that was injected alone gets its readers when the model that contains it is injected."""
     model = nn.Sequential(Parent())
     li.inject(model[0].read, [lambda path, module: True], r=2, name="a")
     li.inject(model, ["read"], r=2, name="b")
     randomise(model, "b")
     assert li.probe(model, torch.randn(2, 4)).reached == ("0.read",)
     li.eject(model)
-    assert not any(isinstance(m, Graft) for m in model.modules())
+    assert not has_grafts(model)
 
 
-def test_a_slice_on_meta():
-    """A slice's rows are no state: they come to life with A and B."""
+def test_the_rows_of_a_slice_leave_meta_with_the_factors():
+    """The row numbers of a slice are no part of the state dict; they are set when A and B leave the meta device."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 6))
     li.inject(model, ["0[1:3]"], r=2)
@@ -684,8 +680,8 @@ def test_a_slice_on_meta():
     assert adapted_sites(other)["0[1:3]"].adapters["default"].rows.device.type == "cpu"
 
 
-def test_what_changes_its_weight_in_place_is_refused():
-    """RWKV divides its weights in its own forward: an error that says so, instead of a change that is lost."""
+def test_a_forward_that_changes_a_weight_in_place_raises():
+    """RWKV divides its weights in its forward; with an adapter this raises, instead of losing the change."""
 
     class Divides(nn.Module):
         def __init__(self) -> None:
@@ -699,27 +695,14 @@ def test_what_changes_its_weight_in_place_is_refused():
 
     model = nn.Sequential(Divides())
     li.inject(model, ["read"], r=2)
-    was = model[0].read.weight.clone()
+    before = model[0].read.weight.clone()
     with pytest.raises(li.StateError, match=r"changes an adapted weight in place \(div_\)"):
         model(torch.randn(2, 4))
-    assert torch.equal(model[0].read.weight, was)
+    assert torch.equal(model[0].read.weight, before)
 
 
-def test_a_class_without_a_module_source():
-    """A class made in a notebook cell, whose module has no file: its methods are read one by one."""
-    import linecache
-
-    from lorainject.targets.source_analysis import weight_use
-
-    source = "class Cell(nn.Module):\n    def forward(this, x):\n        return [F.linear(x, l.weight) for i, l in enumerate(this.layers)][0]\n"
-    linecache.cache["<cell 1>"] = (len(source), None, source.splitlines(True), "<cell 1>")
-    names = {"nn": nn, "F": F, "__name__": "no_such_module"}
-    exec(compile(source, "<cell 1>", "exec"), names)
-    assert "layers.*.weight" in weight_use(names["Cell"]).reads
-
-
-def test_comparisons_and_hash():
-    """They are the dense sum's, not Python's identity."""
+def test_comparisons_use_the_dense_sum():
+    """Comparing a weight while its reader runs compares the sum's elements; the weight can still be hashed."""
     model = Parent()
     li.inject(model, ["read"], r=2)
     seen = []
@@ -731,8 +714,8 @@ def test_comparisons_and_hash():
     assert hash(model.read.weight)
 
 
-def test_a_forward_that_runs_later_is_refused():
-    """A generator's body runs when the adapter is off again."""
+def test_a_generator_that_reads_a_weight_is_refused():
+    """inject refuses a weight that a generator reads, because its body runs after the weight is unshadowed."""
 
     class Later(nn.Module):
         def __init__(self) -> None:
@@ -747,7 +730,7 @@ def test_a_forward_that_runs_later_is_refused():
 
 
 def test_parameters_in_a_list():
-    """The list has no forward: its parent is the reader."""
+    """The reader of the parameters in a ParameterList is its parent, since the list has no forward."""
 
     class Listed(nn.Module):
         def __init__(self) -> None:
@@ -758,29 +741,27 @@ def test_parameters_in_a_list():
             return x @ self.ws[0] @ self.ws[1]
 
     model, x = nn.Sequential(Listed()), torch.randn(2, 4)
-    li.inject(model, "all-linear", r=2)
-    randomise(model)
+    inject_random(model)
     assert li.probe(model, x).reached == ("0.ws.0", "0.ws.1")
-    dense = copy.deepcopy(model)
-    li.merge(dense)
-    assert close(model(x), dense(x), 1e-5)
+    merged = merged_copy(model)
+    assert close(model(x), merged(x), 1e-5)
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate makes one, on the CPU: copies of the modules whose parameters are plain tensors."""
+    """Return what torch.nn.parallel.replicate returns for one device, here on the CPU: parameters are plain tensors."""
     modules = list(model.modules())
     copies = {id(m): m._replicate_for_data_parallel() for m in modules}
     for m in modules:
-        own = copies[id(m)]
-        own._modules |= {name: copies[id(child)] for name, child in m._modules.items()}
+        twin = copies[id(m)]
+        twin._modules |= {name: copies[id(child)] for name, child in m._modules.items()}
         for name, t in m._parameters.items():
-            setattr(own, name, None if t is None else t * 1)
+            setattr(twin, name, None if t is None else t * 1)
     return copies[id(model)]
 
 
-def test_replicas_of_data_parallel(reader):
-    """A replica reads its own copies, and shows them again."""
+def test_replicas_of_data_parallel_read_their_copies(reader):
+    """A replica reads the sum with its copy of the parameter, which is in place again after the forward."""
     twin, x = replica(reader), torch.randn(2, 4)
     assert torch.equal(twin(x), reader(x))
     assert type(twin[0].read.__dict__["weight"]) is Tensor
-    assert not shadows(reader)
+    assert not shadowed_weights(reader)
