@@ -1,12 +1,13 @@
-"""The command line: a thin face over the public names.
+"""The command line of lorainject.
 
-    lorainject find MODEL -t q_proj -t v_proj      what would be injected, on the meta device: no weight is read
-    lorainject inspect ADAPTER                     what an adapter file of any format holds
-    lorainject convert ADAPTER OUT --to FORMAT     the same adapter as another tool's file; --for ENGINE: as a server takes it
-    lorainject merge MODEL ADAPTER... -o DIR       fold adapters into a model's checkpoint: a copy, or --in-place
-    lorainject unmerge MODEL                       and out again, to the byte, after --in-place
+    lorainject find MODEL -t q_proj -t v_proj      show what would be injected; reads the config, but no weight
+    lorainject inspect ADAPTER                     show what an adapter file of any format holds
+    lorainject convert ADAPTER OUT --to FORMAT     write the adapter as another tool's file, or --for ENGINE
+    lorainject merge MODEL ADAPTER... -o DIR       merge adapters into a copy of a model's checkpoint, or --in-place
+    lorainject unmerge MODEL                       undo a merge in place, to the byte
 
-MODEL is a local directory or a name on the Hugging Face hub.
+MODEL is a local directory or a name on the Hugging Face hub. Each command calls the public function of the same
+purpose. Errors come from there and name Python arguments; `main` shows them as the options of the command line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,68 +35,96 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f'the command line needs {missing.name}: pip install "lorainject[cli]"')
 
-app = typer.Typer(
-    help=__doc__.split("\n")[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+app = typer.Typer(help="LoRA surgery on PyTorch models.", no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False)  # fmt: skip
+
+SHELL_SPELLING = (
+    (r"allow_pickle=True", "--allow-pickle"),
+    (r"check_base=False", "--any-base"),
+    (r"lossy=True", "--lossy"),
+    (r"accept the loss with strict=False", "leave out --strict to accept the loss"),
+    (r"(?:hints=)?Hints\(alpha=([^)]+)\)", r"--alpha \1"),
+    (r"(?:hints=)?Hints\(heads=\((\d+), (\d+)\)\)", r"--heads \1,\2"),
+    (r"(?:hints=)?Hints\((architecture|component)=['\"](\w+)['\"]\)", r"--\1 \2"),
+    (r"(?:hints=)?Hints\(model=\.\.\.\)", "--base MODEL"),
 )
+"""How Python arguments in the library's messages are written as options, as patterns with replacements."""
+NOT_SAFETENSORS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*"]
+"""Files of a hub repository that are not downloaded."""
+
+AdapterPath = Annotated[Path, typer.Argument(help="An adapter of any format: a file or a directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
-# What a file may not say itself.
 Pickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Open pickles (.bin, .pt), by torch's restricted unpickler.")
+    bool, typer.Option("--allow-pickle", help="Open pickles (.bin, .pt), with torch's restricted unpickler.")
 ]
-Alpha = Annotated[float | None, typer.Option(help="Where the file holds none (loralib, torchtune).")]
+Alpha = Annotated[float | None, typer.Option(help="Alpha, for files that do not hold it (loralib, torchtune).")]
 Heads = Annotated[
-    str | None, typer.Option(help="Attention heads of queries, and of keys: 32,8 (torchtune, litgpt, GGUF).")
+    str | None,
+    typer.Option(help="Numbers of attention heads of queries and of keys, as in 32,8 (torchtune, litgpt, GGUF)."),
 ]
 Group = Annotated[
-    list[str] | None, typer.Option(help="Enabled parts of a MergedLinear: c_attn=101 (loralib); repeat for more.")
+    list[str] | None, typer.Option(help="Enabled parts of loralib's MergedLinear, as in c_attn=101. May be repeated.")
 ]
-Component = Annotated[str | None, typer.Option(help="Of an image pipeline: unet, transformer, text_encoder.")]
+Component = Annotated[
+    str | None, typer.Option(help="Component of an image pipeline: unet, transformer or text_encoder.")
+]
 Base = Annotated[
     str | None,
-    typer.Option("--base", help="The base's directory or hub name; only its config is read, to look names up."),
+    typer.Option(
+        "--base", help="Directory or hub name of the base model. Its config is read, for the names of modules."
+    ),
 ]
 
 
 def main() -> None:
-    """Run; a user's mistake ends as its message on stderr and exit status 1."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    """Run the command line. An error of lorainject ends as a message on stderr and exit status 1."""
+    warnings.formatwarning = lambda message, *_: f"warning: {_in_shell_spelling(str(message))}\n"
     try:
         app()
     except li.LoraError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {_in_shell_spelling(str(e))}", file=sys.stderr)
         sys.exit(1)
+
+
+def _in_shell_spelling(message: str) -> str:
+    for pattern, replacement in SHELL_SPELLING:
+        message = re.sub(pattern, replacement, message)
+    return message
 
 
 @app.command()
 def find(
-    model: Annotated[str, typer.Argument(help="Directory or hub name; only its config is read.")],
-    targets: Annotated[list[str], typer.Option("--targets", "-t", help="One entry; repeat for more.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub name of the model. Only its config is read.")],
+    targets: Annotated[
+        list[str], typer.Option("--targets", "-t", help="A target, such as q_proj or all-linear. May be repeated.")
+    ],
     r: Annotated[int, typer.Option("-r", help="Rank.")] = 8,
-    alpha: Annotated[float | None, typer.Option(help="None means alpha = r.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="One entry; repeat for more.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Numerator of the scale. Default: the rank.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A target to leave out. May be repeated.")] = None,
     layers: Annotated[
-        list[str] | None, typer.Option(help="One layer number, or a range such as 0-3; repeat for more.")
+        list[str] | None, typer.Option(help="A layer number, or a range such as 0-3. May be repeated.")
     ] = None,
-    scaling: Annotated[str, typer.Option(help="standard or rslora.")] = "standard",
+    scaling: Annotated[str, typer.Option(help="standard (alpha / r) or rslora (alpha / sqrt(r)).")] = "standard",
     as_json: Json = False,
 ) -> None:
-    """Show what inject would do to MODEL, as a table. Takes seconds for any size: nothing is downloaded but the config."""
+    """Show which weights of MODEL would get an adapter. It takes seconds for a model of any size."""
     plan = li.find(
-        _skeleton(model), targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling
+        _meta_model(model), targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling
     )
-    if as_json:
-        sites = [
-            asdict(s) | {"rows": _rows(s.rows), "dtype": str(s.dtype), "scale": s.scale, "trainable": s.trainable}
-            for s in plan
-        ]
-        print(json.dumps({"trainable": plan.trainable, "total": plan.total, "bytes": plan.bytes, "sites": sites}))
-    else:
+    if not as_json:
         print(plan)
+        return
+    sites = []
+    for site in plan:
+        rows = None if site.rows is None else [(part.start, part.stop, part.step) for part in site.rows]
+        computed = {"rows": rows, "dtype": str(site.dtype), "scale": site.scale, "trainable": site.trainable}
+        sites.append(asdict(site) | computed)
+    print(json.dumps({"trainable": plan.trainable, "total": plan.total, "bytes": plan.bytes, "sites": sites}))
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="An adapter's file or directory, of any format.")],
+    adapter: AdapterPath,
     as_json: Json = False,
     allow_pickle: Pickle = False,
     alpha: Alpha = None,
@@ -104,228 +133,198 @@ def inspect(
     component: Component = None,
     base: Base = None,
 ) -> None:
-    """Show what an adapter file holds: format, base, ranks, scales, the norm of each delta, what is unusual. Fails if it would not load."""
-    file = li.read(adapter, allow_pickle=allow_pickle, hints=_hints(alpha, heads, group, component, None, base))
-    about = describe(file)
+    """Show the format, base, ranks, scales and norms of ADAPTER, and what is unusual about it.
+
+    The exit status is 1 if the file can't be read, or if it holds more than A and B (magnitudes, biases, trained
+    heads).
+    """
+    hints = _hints(alpha, heads, group, component, None, base)
+    description = describe(li.read(adapter, allow_pickle=allow_pickle, hints=hints))
     if as_json:
-        print(json.dumps(about))
+        print(json.dumps(description))
     else:
-        _print(about)
-    if not about["loads"]:
+        _print_description(description)
+    if not description["loads"]:
         raise typer.Exit(1)
 
 
-def _print(about: dict[str, Any]) -> None:
+def _print_description(description: dict[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("module", "in", "out", "r", "alpha", "scale", "dtype", "|sBA|"):
         table.add_column(column, justify="left" if column in ("module", "dtype") else "right")
-    for row in about["sites"]:
-        table.add_row(
-            *(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values())
-        )  # a slice's [q] is no markup
+    for row in description["sites"]:  # escaped, because rich would take the [q] of a slice for markup
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()))
     console = Console()
     console.print(table)
-    of = f" of {about['base']}" if about["base"] else ""
-    count, size = len(about["sites"]), about["parameters"]
-    console.print(
-        f"{about['format']} file, adapter {about['name']!r}{of}: {count} sites, {size:,} parameters",
-        highlight=False,
-        markup=False,
-    )
-    for line in about["beside"]:
-        console.print(f"[yellow]beside A and B:[/] {escape(line)}", highlight=False)
-    if not about["loads"]:
-        console.print("[yellow]load refuses it[/] for what is beside A and B; convert carries it")
-    for line in about["unusual"]:
-        console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+    base = f" of {description['base']}" if description["base"] else ""
+    summary = f"{len(description['sites'])} sites, {description['parameters']:,} parameters"
+    heading = f"{description['format']} file, adapter {description['name']!r}{base}: {summary}"
+    console.print(heading, highlight=False, markup=False)
+    for line in description["beside"]:
+        console.print(f"[yellow]besides A and B:[/] {escape(line)}", highlight=False)
+    if not description["loads"]:
+        console.print("[yellow]exit status 1:[/] the file holds more than A and B; convert keeps all of it")
+    for line in description["unusual"]:
+        console.print(f"[yellow]note:[/] {escape(_in_shell_spelling(line))}", highlight=False)
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="An adapter's file or directory, of any format.")],
+    source: AdapterPath,
     out: Annotated[Path, typer.Argument(help="The file or directory to write.")],
-    to: Annotated[str | None, typer.Option("--to", help=f"One of {', '.join(li.FORMATS)}.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help=f"The format to write: one of {', '.join(li.FORMATS)}.")
+    ] = None,
     engine: Annotated[
-        str | None, typer.Option("--for", help=f"As this one serves it rightly: {', '.join(li.ENGINES)}.")
+        str | None, typer.Option("--for", help=f"The engine that will serve it: one of {', '.join(li.ENGINES)}.")
     ] = None,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Leave out what the format has no place for, and say what.")
+        bool, typer.Option("--lossy", help="Leave out what the format has no place for, and list it.")
     ] = False,
     allow_pickle: Pickle = False,
     alpha: Alpha = None,
     heads: Heads = None,
     group: Group = None,
     component: Component = None,
-    architecture: Annotated[str | None, typer.Option(help="GGUF's word for the base, such as llama.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="GGUF's name of the base, such as llama.")] = None,
     base: Base = None,
 ) -> None:
     """Write an adapter in another format, or for a serving engine: exactly, or not at all (unless --lossy)."""
     if (to is None) == (engine is None):
-        raise li.SpecError(
-            "convert needs either --to FORMAT or --for ENGINE", way_out="lorainject convert ADAPTER OUT --for vllm"
-        )
+        way_out = "write, for instance, lorainject convert ADAPTER OUT --for vllm"
+        raise li.SpecError("convert needs either --to FORMAT or --for ENGINE", way_out=way_out)
     hints = _hints(alpha, heads, group, component, architecture, base)
     done = li.convert(source, out, format=to, engine=engine, lossy=lossy, allow_pickle=allow_pickle, hints=hints)
     for line in (*done.file.notes, *done.changed, *(f"left out: {line}" for line in done.lost)):
-        print(f"note: {line}", file=sys.stderr)
-    said = {
-        "alpha": f"--alpha {done.file.sites[0].scale * done.file.sites[0].r:g}",
-        "heads": "--heads",
-        "groups": "--group",
-    }
-    asks = ", ".join(said[what] for what in li.FORMATS[done.format].asks)
-    print(f"{len(done.file.sites)} sites written to {done.path} as {done.format}" + f"; such a file does not tell {asks}" * bool(asks)
-          + f"; {done.asks}" * bool(done.asks))  # fmt: skip
+        print(f"note: {_in_shell_spelling(line)}", file=sys.stderr)
+    sites = done.file.sites
+    options = {"alpha": f"--alpha {sites[0].scale * sites[0].r:g}", "heads": "--heads", "groups": "--group"}
+    result = [f"{len(sites)} sites written to {done.path} as {done.format}"]
+    if asks := li.FORMATS[done.format].asks:
+        result.append(f"to read it, pass {', '.join(options[hint] for hint in asks)}")
+    if done.asks:
+        result.append(done.asks)
+    print("; ".join(result))
 
 
 @app.command()
 def merge(
-    model: Annotated[str, typer.Argument(help="Directory or hub name.")],
-    adapters: Annotated[list[Path], typer.Argument(help="One or more adapters: directories or .safetensors files.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub name of the model.")],
+    adapters: Annotated[list[Path], typer.Argument(help="One or more adapters: directories or files.")],
     out: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to make; must not exist, or be empty.")
+        Path | None, typer.Option("--output", "-o", help="The directory to write. It must be new or empty.")
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Into MODEL itself; `lorainject unmerge` takes it out again.")
+        bool, typer.Option("--in-place", help="Change MODEL itself. `lorainject unmerge` restores it.")
     ] = False,
     weights: Annotated[
-        list[float] | None, typer.Option("--weight", "-w", help="Of each adapter, in their order; 1 each if not given.")
+        list[float] | None,
+        typer.Option("--weight", "-w", help="The weight of each adapter, in their order. Default: 1 for each."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse where rounding to the stored dtype would lose much of the update.")
+        bool, typer.Option("--strict", help="Refuse if rounding to the stored dtype loses much of the update.")
     ] = False,
     any_base: Annotated[
-        bool, typer.Option("--any-base", help="Accept a base that the adapter was not made for.")
+        bool, typer.Option("--any-base", help="Accept a base other than the one that the adapter was made for.")
     ] = False,
 ) -> None:
-    """Fold ADAPTERS into MODEL's checkpoint, shard by shard: nearly a file copy, whatever its size."""
+    """Merge ADAPTERS into MODEL's checkpoint, shard by shard. It takes little more than a copy, whatever the size."""
     if (out is None) != in_place:
-        raise li.SpecError(
-            "merge needs either --output DIR or --in-place", way_out="lorainject merge MODEL ADAPTER -o DIR"
-        )
+        way_out = "write, for instance, lorainject merge MODEL ADAPTER -o DIR"
+        raise li.SpecError("merge needs either --output DIR or --in-place", way_out=way_out)
     options: dict[str, Any] = {"weights": weights, "strict": strict, "check_base": not any_base}
     with _progress("merging") as progress:
         if out is None:
-            report = li.merge_in_place(_local(model), adapters, progress=progress, **options)
+            report = li.merge_in_place(_local_model(model), adapters, progress=progress, **options)
         else:
-            report = li.merge_checkpoint(_local(model), adapters, out, progress=progress, **options)
-    where = f"written to {out}" if out is not None else f"`lorainject unmerge {model}` takes it out again"
-    print(f"merged {', '.join(map(str, adapters))} into {len(report.sites)} weights ({report.weight_bytes:,} bytes);"
-          f" {report.survival:.4f} of the update survived the storage dtype\n{where}")  # fmt: skip
+            report = li.merge_checkpoint(_local_model(model), adapters, out, progress=progress, **options)
+    print(f"merged {', '.join(map(str, adapters))} into {len(report.sites)} weights ({report.weight_bytes:,} bytes)")
+    print(f"{report.survival:.4f} of the update survived the rounding to the stored dtype")
+    print(f"written to {out}" if out is not None else f"`lorainject unmerge {model}` restores the model")
 
 
 @app.command()
 def unmerge(
     model: Annotated[Path, typer.Argument(help="A directory that `lorainject merge --in-place` has changed.")],
 ) -> None:
-    """Give MODEL back every byte that it had before `merge --in-place`, or before one that was interrupted."""
+    """Restore every byte of MODEL to what it was before `merge --in-place`, also if that was interrupted."""
     with _progress("unmerging") as progress:
         li.unmerge_in_place(model, progress=progress)
-    print(f"{model} is what it was: every file to the byte")
+    print(f"{model} is restored: every file is as it was, to the byte")
 
 
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that counts bytes, on stderr, if that is a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    """Yield a function of bytes done and bytes in all that moves a bar on stderr, if stderr is a terminal."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _local(model: str) -> Path:
-    """The directory, or the hub's model in the local cache."""
-    if Path(model).exists():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*"]
-    return Path(_hub(model, snapshot_download, ignore_patterns=ignored))
-
-
-def _rows(rows: tuple[range, ...] | None) -> list[tuple[int, int, int]] | None:
-    """A slice's rows for JSON: start, stop, step of each run."""
-    return None if rows is None else [(part.start, part.stop, part.step) for part in rows]
-
-
 def _layers(entries: list[str] | None) -> list[int] | None:
-    """["0-2", "5"] -> [0, 1, 2, 5]."""
+    """Return the layer numbers of entries such as "5" and "0-2"."""
     if entries is None:
         return None
     try:
         ends = [entry.partition("-")[::2] for entry in entries]
         return [number for first, last in ends for number in range(int(first), int(last or first) + 1)]
     except ValueError:
-        raise li.SpecError(
-            f"--layers {' '.join(entries)}: neither a number nor a range", way_out="write --layers 3 or --layers 0-3"
-        ) from None
+        what = f"--layers {' '.join(entries)}: this is neither a number nor a range"
+        raise li.SpecError(what, way_out="write --layers 3 or --layers 0-3") from None
 
 
-def _config(model: str) -> Any:
-    from transformers import AutoConfig
+def _hints(alpha: float | None, heads: str | None, groups: Sequence[str] | None, component: str | None,
+           architecture: str | None, base: str | None) -> li.Hints:  # fmt: skip
+    """Return the hints that the options give."""
+    if heads is not None and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", heads):
+        way_out = "write --heads 32,8 for 32 heads of queries and 8 heads of keys"
+        raise li.SpecError(f"--heads {heads}: this is not one or two numbers", way_out=way_out)
+    counts = None if heads is None else [int(count) for count in heads.split(",")]
+    if malformed := [group for group in groups or () if not re.fullmatch(r"[^=]+=[01]+", group)]:
+        way_out = "write --group c_attn=101 for a layer with adapters on q and v, of q, k and v"
+        raise li.SpecError(f"--group {' '.join(malformed)}: this is not a name and a row of 0 and 1", way_out=way_out)
+    named_bits = (group.split("=") for group in groups or ())
+    enabled = {name: [bit == "1" for bit in bits] for name, bits in named_bits}
+    return li.Hints(
+        alpha=alpha, heads=None if counts is None else (counts[0], counts[-1]), groups=enabled or None,
+        component=component, architecture=architecture, model=None if base is None else _meta_model(base),
+    )  # fmt: skip
 
-    return _hub(model, AutoConfig.from_pretrained)
 
-
-def _model_class(config: Any) -> Any:
-    """The class that the checkpoint was saved from; without one in the config, the bare model's."""
+def _meta_model(model: str) -> Any:
+    """Build the model of a config on the meta device, in the class that the checkpoint was saved from if it names
+    one."""
+    import torch
     import transformers
 
-    name = (getattr(config, "architectures", None) or [None])[0]
-    known = getattr(transformers, name, None) if name else None
-    return known or transformers.AutoModel._model_mapping[type(config)]
+    config = _from_hub(model, transformers.AutoConfig.from_pretrained)
+    name = (getattr(config, "architectures", None) or [""])[0] or ""
+    model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
+    with torch.device("meta"):
+        return model_class(config)
 
 
-def _hub(model: str, get: Callable[..., Any], **options: Any) -> Any:
+def _local_model(model: str) -> Path:
+    """Return a model's directory. A model of the hub is downloaded into the local cache."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(_from_hub(model, snapshot_download, ignore_patterns=NOT_SAFETENSORS))
+
+
+def _from_hub(model: str, load: Callable[..., Any], **options: Any) -> Any:
+    """Return load(model, **options). Raise FileError if the model is not there."""
     try:
-        return get(model, **options)
+        return load(model, **options)
     except (OSError, ValueError) as e:
         reason = str(e).strip().split("\n")[0]
         if Path(model).exists():
-            raise li.FileError(
-                f"{model} can't be loaded: {reason}",
-                way_out="give a directory with config.json, as save_pretrained writes it",
-            ) from e
-        raise li.FileError(
-            f"{model!r} is neither a directory here nor to be had from the hub: {reason}",
-            way_out="check the spelling and the connection, or give the path of a local directory",
-        ) from e
-
-
-def _hints(alpha: float | None, heads: str | None, groups: list[str] | None, component: str | None, architecture: str | None,
-           base: str | None) -> li.Hints:  # fmt: skip
-    """What the options say of a file that does not say it itself."""
-    try:
-        pair = None if heads is None else tuple(map(int, heads.split(",")))
-        if pair is not None and len(pair) not in (1, 2):
-            raise ValueError
-    except ValueError:
-        raise li.SpecError(
-            f"--heads {heads}: not one or two numbers",
-            way_out="write --heads 32,8 for 32 heads of queries and 8 of keys",
-        ) from None
-    if odd := [g for g in groups or () if not re.fullmatch(r"[^=]+=[01]+", g)]:
-        raise li.SpecError(
-            f"--group {' '.join(odd)}: not a name and a row of 0 and 1",
-            way_out="write --group c_attn=101 for q and v of q, k, v",
-        )
-    enabled = {name: [bit == "1" for bit in bits] for name, _, bits in (g.partition("=") for g in groups or ())}
-    return li.Hints(alpha=alpha, heads=None if pair is None else (pair[0], pair[-1]), groups=enabled or None, component=component,
-                    architecture=architecture, model=None if base is None else _skeleton(base))  # fmt: skip
-
-
-def _skeleton(base: str) -> Any:
-    """The model of a config, on the meta device."""
-    import torch
-
-    with torch.device("meta"):
-        return _model_class(config := _config(base))(config)
+            way_out = "give a directory with config.json, as save_pretrained writes it"
+            raise li.FileError(f"{model} can't be loaded: {reason}", way_out=way_out) from e
+        what = f"{model!r} is not a directory, and can't be loaded from the hub: {reason}"
+        raise li.FileError(what, way_out="check the spelling and the connection, or give a local directory") from e
 
 
 if __name__ == "__main__":

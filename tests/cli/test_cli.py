@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from lorainject.cli import main
 
 from models import ids, llama, randomise, run
 from moe_models import mixtral, moe_model
+from oracle import FIXTURES
 
 
 @pytest.fixture
 def cli(capsys, monkeypatch) -> Callable[..., str]:
-    """stdout of `lorainject ...` (stderr if it shall fail), in this process."""
+    """Return a function that runs `lorainject ...` in this process and returns stdout; with ok=False, which expects exit
+    status 1, stdout and stderr."""
 
     def call(*args: object, ok: bool = True) -> str:
         monkeypatch.setattr(sys, "argv", ["lorainject", *map(str, args)])
@@ -30,14 +33,14 @@ def cli(capsys, monkeypatch) -> Callable[..., str]:
             main()
         out, err = capsys.readouterr()
         assert (end.value.code in (0, None)) == ok, err
-        return out if ok else err
+        return out if ok else out + err
 
     return call
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A base model's directory and an adapter's beside it."""
+    """Return a directory with a base model, an adapter for it, and nothing else."""
     torch.manual_seed(0)
     model = llama()
     model.save_pretrained(tmp_path / "base")
@@ -48,8 +51,8 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_find_a_405b_model(cli, tmp_path):
-    """A config is enough, whatever the size: Llama 3.1 405B's shape, every linear."""
+def test_find_needs_only_a_config(cli, tmp_path):
+    """The plan of a model with the shape of Llama 3.1 405B takes only its config; JSON and table list every linear."""
     LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
                 num_key_value_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
     plan = json.loads(cli("find", tmp_path, "-t", "all-linear", "-r", 16, "--json"))
@@ -65,8 +68,8 @@ def test_find_a_405b_model(cli, tmp_path):
     assert "252 sites" in text
 
 
-def test_inspect(cli, saved):
-    """Every site with its norm, in a table and as JSON; a file that would not load is an exit status."""
+def test_inspect_lists_every_site(cli, saved):
+    """inspect prints every site, as JSON with its norm; a directory that is no adapter is an error."""
     text = cli("inspect", saved / "adapter")
     assert "model.layers.1.self_attn.v_proj" in text
     assert "lorainject file, adapter 'default': 4 sites" in text
@@ -77,8 +80,8 @@ def test_inspect(cli, saved):
     assert cli("inspect", saved / "base", ok=False).startswith("error: ")
 
 
-def test_slices_and_stacks(cli, tmp_path):
-    """Found and inspected by their names, as a table and as JSON."""
+def test_slices_and_stacks_are_listed_by_name(cli, tmp_path):
+    """find and inspect list slices of stacked experts under their names, as a table and as JSON."""
     model = moe_model(mixtral)
     model.save_pretrained(tmp_path / "base")
     targets = ("-t", "gate_up_proj[up]", "-t", "down_proj")
@@ -96,11 +99,11 @@ def test_slices_and_stacks(cli, tmp_path):
     )
 
 
-def test_merge(cli, saved):
-    """The merged directory is an ordinary model: same output as the adapted one, tokenizer copied, nothing of ours in it."""
-    said = cli("merge", saved / "base", saved / "adapter", "-o", saved / "out")
-    assert "into 4 weights (" in said
-    assert "of the update survived the storage dtype\nwritten to" in said
+def test_merge_writes_an_ordinary_model(cli, saved):
+    """The merged directory gives the adapted model's output, and holds the tokenizer and no file of lorainject."""
+    output = cli("merge", saved / "base", saved / "adapter", "-o", saved / "out")
+    assert "into 4 weights (" in output
+    assert "of the update survived the rounding to the stored dtype\nwritten to" in output
     merged = AutoModelForCausalLM.from_pretrained(saved / "out")
     adapted = li.load(AutoModelForCausalLM.from_pretrained(saved / "base"), saved / "adapter")
     x = {"input_ids": ids()}
@@ -110,15 +113,15 @@ def test_merge(cli, saved):
     assert "already exists" in cli("merge", saved / "base", saved / "adapter", "-o", saved / "out", ok=False)
 
 
-def test_merge_in_place_and_unmerge(cli, saved):
-    """Into the model itself, with weights, and out again."""
+def test_unmerge_restores_a_merge_in_place(cli, saved):
+    """After a merge in place with two weighted adapters, unmerge restores every byte."""
     before = {p.name: p.read_bytes() for p in (saved / "base").iterdir()}
-    said = cli("merge", saved / "base", saved / "adapter", saved / "adapter", "--in-place", "-w", "0.5", "-w", "0.25")
-    assert "`lorainject unmerge " in said
+    output = cli("merge", saved / "base", saved / "adapter", saved / "adapter", "--in-place", "-w", "0.5", "-w", "0.25")
+    assert "`lorainject unmerge " in output
     assert {p.name for p in (saved / "base").iterdir()} == {*before, ".lorainject-merge"}
     assert (saved / "base" / "model.safetensors").read_bytes() != before["model.safetensors"]
     assert "is merged already" in cli("merge", saved / "base", saved / "adapter", "--in-place", ok=False)
-    assert "every file to the byte" in cli("unmerge", saved / "base")
+    assert "every file is as it was, to the byte" in cli("unmerge", saved / "base")
     assert {p.name: p.read_bytes() for p in (saved / "base").iterdir()} == before
     assert "nothing is merged in place" in cli("unmerge", saved / "base", ok=False)
 
@@ -128,30 +131,33 @@ def test_merge_in_place_and_unmerge(cli, saved):
     [
         (
             ("find", "nobody/nothing", "-t", "q_proj"),
-            "error: 'nobody/nothing' is neither a directory here nor to be had from the hub",
+            "error: 'nobody/nothing' is not a directory, and can't be loaded from the hub",
         ),
         (
             ("find", "{base}", "-t", "q_porj"),
             "error: cannot inject this LoRA; nothing was changed:\n  - 'q_porj' matches nothing (did you mean 'q_proj'",
         ),
-        (("find", "{base}", "-t", "q_proj", "--layers", "few"), "error: --layers few: neither a number nor a range"),
+        (
+            ("find", "{base}", "-t", "q_proj", "--layers", "few"),
+            "error: --layers few: this is neither a number nor a range",
+        ),
         (("merge", "{base}", "{base}", "-o", "{base}/out"), "holds no adapter_model.safetensors"),
         (("merge", "{base}", "{base}"), "error: merge needs either --output DIR or --in-place"),
         (
             ("merge", "nobody/nothing", "{base}", "-o", "{base}/out"),
-            "'nobody/nothing' is neither a directory here nor to be had from the hub",
+            "'nobody/nothing' is not a directory, and can't be loaded from the hub",
         ),
     ],
 )
-def test_mistakes(cli, saved, args, message, monkeypatch):
-    """One clear error on stderr, no traceback."""
+def test_a_mistake_is_one_error_without_a_traceback(cli, saved, args, message, monkeypatch):
+    """The message is on stderr, names what is wrong, and the exit status is 1."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     error = cli(*(a.format(base=saved / "base") for a in args), ok=False)
     assert message in error
     assert "Traceback" not in error
 
 
-EACH = {
+FIXTURE_OF_FORMAT = {
     "peft_plain": ("peft", ()), "mlx_lora": ("mlx", ()), "adapterhub_gpt2": ("adapterhub", ("--allow-pickle",)), "litgpt": ("litgpt", ("--allow-pickle",)),
     "torchtune": ("torchtune", ("--allow-pickle", "--alpha", 6, "--heads", "4,2")), "kohya_lycoris/lora.safetensors": ("kohya", ()),
     "loralib/lora.pt": ("loralib", ("--allow-pickle", "--alpha", 6, "--group", "m101=101", "--group", "m111=111", "--group", "mf=101")),
@@ -160,38 +166,22 @@ EACH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "told"), EACH.items(), ids=EACH)
-def test_inspect_every_format(cli, place, told):
-    """The format, by site r, alpha, sizes and norm; exit status 1 for what load refuses (here a head, and DoRA)."""
-    from oracle import FIXTURES
-
-    format, options = told
+@pytest.mark.parametrize(("fixture", "expected"), FIXTURE_OF_FORMAT.items(), ids=FIXTURE_OF_FORMAT)
+def test_inspect_reads_every_format(cli, fixture, expected):
+    """inspect tells the format, and r, alpha, sizes and norm of each site; a file with more than A and B (here a head, and
+    DoRA) is exit status 1."""
+    format, options = expected
     loads = format not in ("peft", "kohya")
-    about = json.loads(
-        cli("inspect", FIXTURES / place, "--json", *options, ok=True)
-        if loads
-        else capture(cli, FIXTURES / place, *options)
-    )
+    about = json.loads(cli("inspect", FIXTURES / fixture, "--json", *options, ok=loads))
     assert about["format"] == format
     assert about["loads"] == loads
     assert all(row["norm"] > 0 and row["alpha"] > 0 for row in about["sites"])
     assert about["parameters"] == sum(row["r"] * (row["in"] + row["out"]) for row in about["sites"])
 
 
-def capture(cli, *args: object) -> str:
-    """stdout of an inspect that ends with exit status 1."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lorainject.cli", "inspect", *map(str, args), "--json"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert not done.stderr
-    return done.stdout
-
-
-def test_what_is_unusual(cli, tmp_path):
-    """Zeros, outliers, mixed ranks and scales, ranks above the matrix's, what was taken for granted."""
+def test_inspect_notes_what_is_unusual(cli, tmp_path):
+    """inspect notes zeros, outliers, mixed ranks, ranks above the weight's, rank-stabilized scales and a missing
+    fingerprint."""
     from pathlib import Path as P
 
     pair = (torch.ones(2, 3), torch.ones(4, 2))
@@ -204,14 +194,11 @@ def test_what_is_unusual(cli, tmp_path):
         assert any(u.startswith(line) for u in unusual), (line, unusual)
 
 
-def test_convert(cli, saved):
-    """Into a format and back, by the shell alone; what the file can't say is said by options, or by the base."""
-    said = cli("convert", saved / "adapter", saved / "a.pt", "--to", "torchtune", "--heads", "4,2")
-    assert (
-        said.strip()
-        == f"4 sites written to {saved / 'a.pt'} as torchtune; such a file does not tell --alpha 8, --heads"
-    )
-    said = cli(
+def test_convert_and_back(cli, saved):
+    """Options, or the base, give what a format does not store; the shell alone converts to it and back, exactly."""
+    output = cli("convert", saved / "adapter", saved / "a.pt", "--to", "torchtune", "--heads", "4,2")
+    assert output.strip() == f"4 sites written to {saved / 'a.pt'} as torchtune; to read it, pass --alpha 8, --heads"
+    output = cli(
         "convert",
         saved / "a.pt",
         saved / "back",
@@ -223,7 +210,7 @@ def test_convert(cli, saved):
         "--base",
         saved / "base",
     )
-    assert said.strip() == f"4 sites written to {saved / 'back'} as peft"
+    assert output.strip() == f"4 sites written to {saved / 'back'} as peft"
     for ours, theirs in zip(li.read(saved / "adapter").sites, li.read(saved / "back").sites, strict=True):
         assert torch.equal(ours.B, theirs.B)
         assert ours.scale == theirs.scale
@@ -233,21 +220,24 @@ def test_convert(cli, saved):
     ("args", "message"),
     [
         (("a.pt", "--to", "gguff"), "error: there is no format 'gguff'\n=> choose one of lorainject, "),
-        (("a.pt", "--to", "torchtune"), "the rows of q and k have another order in this format than in transformers: give the heads"),
-        (("a.gguf", "--to", "gguf", "--heads", "many"), "error: --heads many: not one or two numbers"),
-        (("a.gguf", "--to", "gguf", "--group", "x=2"), "error: --group x=2: not a name and a row of 0 and 1"),
+        (
+            ("a.pt", "--to", "torchtune"),
+            "the rows of q and k have another order in this format than in transformers: give the heads",
+        ),
+        (("a.gguf", "--to", "gguf", "--heads", "many"), "error: --heads many: this is not one or two numbers"),
+        (("a.gguf", "--to", "gguf", "--group", "x=2"), "error: --group x=2: this is not a name and a row of 0 and 1"),
         (("a.safetensors", "--to", "gguf"), "gguf is a single file\n=> give a path that ends in .gguf"),
     ],
 )
-def test_conversions_that_are_refused(cli, saved, args, message):
-    """One clear error, and no file."""
+def test_a_refused_conversion_writes_nothing(cli, saved, args, message):
+    """The error says what is wrong, and no file is written."""
     out, *options = args
     assert message in cli("convert", saved / "adapter", saved / "out" / out, *options, ok=False)
     assert not (saved / "out").exists()
 
 
-def test_as_a_program():
-    """The installed command answers, with every verb in its help."""
+def test_the_help_names_every_command():
+    """`lorainject --help` answers in a fresh process and lists the commands."""
     done = subprocess.run(
         [sys.executable, "-m", "lorainject.cli", "--help"], capture_output=True, text=True, check=True
     )
@@ -255,8 +245,26 @@ def test_as_a_program():
 
 
 def test_convert_for_an_engine(cli, saved, tmp_path):
-    """Says what it changed and what the engine must be told; one of --to and --for."""
-    said = cli("convert", saved / "adapter", tmp_path / "a", "--for", "vllm")
-    assert "4 sites written to" in said
-    assert "as peft; start vLLM with --enable-lora --max-lora-rank 8" in said
+    """The output says how to start the engine; one of --to and --for is needed."""
+    output = cli("convert", saved / "adapter", tmp_path / "a", "--for", "vllm")
+    assert "4 sites written to" in output
+    assert "as peft; start vLLM with --enable-lora --max-lora-rank 8" in output
     assert "--to FORMAT or --for ENGINE" in cli("convert", saved / "adapter", tmp_path / "b", ok=False)
+
+
+@pytest.mark.parametrize(("fixture", "option"), [
+    ("litgpt", "--allow-pickle"), ("gguf/lora.gguf", "--heads 32,8"), ("loralib/lora.pt", "--alpha 32"),
+])  # fmt: skip
+def test_errors_name_options_of_the_shell(cli, fixture, option):
+    """What the library calls `allow_pickle=True` or `Hints(heads=(32, 8))` is an option in the message of the command."""
+    options = ("--allow-pickle",) if fixture.startswith("loralib") else ()
+    error = cli("inspect", FIXTURES / fixture, *options, ok=False)
+    assert option in error
+    assert not re.search(r"Hints|allow_pickle", error)
+
+
+def test_a_file_with_a_head_is_exit_status_1(cli):
+    """The table says why: the file holds more than A and B."""
+    shown = cli("inspect", FIXTURES / "peft_plain", ok=False)
+    assert "exit status 1: the file holds more than A and B" in shown
+    assert "besides A and B: " in shown
