@@ -1,71 +1,126 @@
-"""The house: what is public, which room may import which, and what an import loads."""
+"""The house: what is public, which room may import which (docs/architecture.md), what an import loads, what docs name."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import lorainject as li
 
+ROOT = Path(__file__).parent.parent
 SOURCE = Path(li.__file__).parent
-# The rooms from the ground up. Each room imports only from the rooms before it in this list, and from itself.
-ROOMS = ["errors", "numerics", "spec", "plan", "lora", "targets", "merging", "surgery", "probe", "files", "checkpoint"]
-FACES = ["", "cli"]  # the public names, and the command line on top of them
 
 
-def name_of(path: Path) -> str:
-    """Return the dotted name of a module within the package, "" for the package itself."""
-    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+class Room(NamedTuple):
+    """A row of the table in docs/architecture.md."""
+
+    floor: int
+    imports: frozenset[str]
 
 
-def imported(path: Path) -> set[str]:
-    """Return the modules of lorainject that a file imports."""
-    package = ("lorainject." + name_of(path)).removesuffix(".").split(".")
-    package = package if path.name == "__init__.py" else package[:-1]
-    found = set()
+def documented_rooms() -> dict[str, Room]:
+    """Return the rooms by name, as docs/architecture.md shows them: | floor | `room` | what it is | `imports`, ... |."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| .* \|(.*)\|$", page, flags=re.MULTILINE)
+    return {room: Room(int(floor), frozenset(re.findall(r"`(\w+)`", imports))) for floor, room, imports in rows}
+
+
+ROOMS = documented_rooms()
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a module within the package; "__init__" for the package itself."""
+    name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of lorainject that a file imports, at its top or inside a function."""
+    package = ["lorainject", *path.relative_to(SOURCE).parts[:-1]]
+    imports = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            module = ".".join(package[: len(package) - node.level + 1] + ([node.module] if node.module else []))
-            whole = [f"{module}.{alias.name}" for alias in node.names]
-            found |= {w if (SOURCE.parent / (w.replace(".", "/") + ".py")).exists() else module for w in whole}
+            module = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+            for alias in node.names:
+                submodule = SOURCE.parent.joinpath(*module, alias.name)
+                is_module = submodule.is_dir() or submodule.with_suffix(".py").exists()
+                imports.add(".".join([*module, alias.name] if is_module else module))
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("lorainject")}
-    return {f.removeprefix("lorainject").removeprefix(".") for f in found}
+            imports |= {alias.name for alias in node.names if alias.name.split(".")[0] == "lorainject"}
+    return {name.removeprefix("lorainject").removeprefix(".") or "__init__" for name in imports}
 
 
-def room_of(module: str) -> int:
-    """Return the place of a module's room in the list."""
-    return (ROOMS + FACES).index(module.split(".")[0])
+def room_of(module: str) -> str:
+    """Return the room of a module: its folder, or the module itself if it lies in none."""
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=name_of)
-def test_imports_point_downward(path):
-    """Every module imports only from its own room and from rooms below; a new room needs a place in the list."""
-    assert not {m for m in imported(path) if room_of(m) > room_of(name_of(path))}
+FILES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_to_lower_floors(module):
+    """A module imports only from its own room, and from rooms on lower floors of docs/architecture.md."""
+    room = room_of(module)
+    for other in map(room_of, imported_modules(FILES[module])):
+        assert other == room or ROOMS[other].floor < ROOMS[room].floor, f"{module} imports {other}"
+
+
+def test_architecture_page_lists_every_room_and_its_imports():
+    """The table of docs/architecture.md has the rooms that there are, with the imports that they have, on ten floors."""
+    imports: dict[str, set[str]] = {room_of(module): set() for module in FILES}
+    for module, path in FILES.items():
+        imports[room_of(module)] |= set(map(room_of, imported_modules(path))) - {room_of(module)}
+    assert {name: set(room.imports) for name, room in ROOMS.items()} == imports
+    assert {room.floor for room in ROOMS.values()} == set(range(1, 11))
 
 
 def test_no_import_circle():
-    """Within a room, too, no module imports another that imports it back, at any remove."""
-    modules = {name_of(path): imported(path) for path in SOURCE.rglob("*.py")}
-    graphlib.TopologicalSorter(modules).prepare()  # raises CycleError
+    """Within a room, too, no module imports another one that imports it back, directly or through others."""
+    graphlib.TopologicalSorter({module: imported_modules(path) for module, path in FILES.items()}).prepare()
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_pages_name_real_files_and_functions(page):
+    """Every path in backticks exists, and so does each function or class that is named with its file, as `file: name`."""
+    text = (ROOT / page).read_text()
+    for path, name in re.findall(r"`([\w./-]+\.py)(?:: ([\w.]+))?`", text):
+        file = next((f for f in (ROOT / path, SOURCE / path) if f.exists()), None)
+        assert file is not None, path
+        if name:
+            assert re.search(rf"\b(def|class) {name.rpartition('.')[2]}\b", file.read_text()), f"{path}: {name}"
+
+
+def test_laws_page_names_real_tests():
+    """Every test that docs/laws.md names exists."""
+    tests = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), flags=re.MULTILINE)
+    }
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "laws.md").read_text()))
+    assert named
+    assert not named - tests
 
 
 def test_public_names():
-    """__all__ is what the package offers: sorted, all there, nothing public beside it but submodules."""
-    public = {n for n, v in vars(li).items() if not n.startswith("_") and not inspect.ismodule(v)}
+    """__all__ is what the package offers: it is sorted, and nothing else is public but submodules."""
+    public = {name for name, value in vars(li).items() if not name.startswith("_") and not inspect.ismodule(value)}
     assert public == set(li.__all__)
     assert sorted(li.__all__) == li.__all__
 
 
 @pytest.mark.parametrize("name", [n for n in li.__all__ if callable(getattr(li, n))])
 def test_public_names_are_documented(name):
-    """Every public function, class, and public method or property has a docstring of its own."""
+    """Every public function, class, and public method or property has a docstring."""
     value = getattr(li, name)
     assert inspect.getdoc(value)
     if inspect.isclass(value):
@@ -86,7 +141,7 @@ def test_inject_and_find_take_the_specs_fields():
 
 
 def test_import_is_light():
-    """`import lorainject` brings neither transformers nor any of the extras."""
+    """`import lorainject` loads neither transformers nor any of the extras."""
     code = """
 import sys, lorainject
 heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing"} & set(sys.modules)
