@@ -1,7 +1,8 @@
-"""One walk per verb: how often each verb walks over a model, and what the index of the model finds."""
+"""How often each verb walks over a model, and what the index of the model lists."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 import lorainject as li
+from lorainject.lora import model_index
 from lorainject.lora.model_index import ModelIndex
 
 from models import ids, llama, randomise
 
 
 class CountingDict(dict[str, Any]):
-    """The children of a module; counts how often a walk descends into them, torch's own walks included."""
+    """The children of a module; counts how often a walk descends into them, walks by torch included."""
 
     walks = 0
 
@@ -27,7 +29,7 @@ class CountingDict(dict[str, Any]):
 
 
 def count_walks(model: nn.Module, verb: Callable[[], object]) -> int:
-    """Return how often a verb walks over the model: how often it descends into a module without adapters of its own."""
+    """Return how often a verb walks over the model: how often it descends into one module."""
     attention = model.get_submodule("model.layers.0.self_attn")
     children = attention.__dict__["_modules"] = CountingDict(attention._modules)
     try:
@@ -52,7 +54,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_every_verb_walks_the_model_once(saved, tmp_path):
-    """Each verb builds one index of the model and hands it down; switching among adapters of a whole model takes none."""
+    """Each verb builds one index of the model; activate on a model that was injected as a whole builds none."""
     both = injected("a", "b")
     merged, again = injected("default"), injected("default")
     li.merge(merged)
@@ -79,8 +81,8 @@ def test_every_verb_walks_the_model_once(saved, tmp_path):
     assert count_walks(both, lambda: li.activate(both, "a")) == 0
 
 
-def test_a_failed_inject_walks_once_more(monkeypatch):
-    """What an inject that failed halfway has put on the model is found by a second walk: the first came before it."""
+def test_a_failed_inject_walks_twice(monkeypatch):
+    """An inject that fails halfway walks again, to find what it has put on the model, and leaves no adapter."""
     model = llama()
 
     def fail(*args: object) -> None:
@@ -96,8 +98,38 @@ def test_a_failed_inject_walks_once_more(monkeypatch):
     assert not ModelIndex(model).sites
 
 
+def test_switching_a_whole_model_walks_over_no_module(monkeypatch):
+    """activate, disabled and rows take no walk on a model that was injected as a whole.
+
+    Copies, parts and mistakes are still recognized.
+    """
+    model = injected("fr", "de")
+    twin = copy.deepcopy(model)
+    walked = []
+    walk = model_index.iter_modules
+    monkeypatch.setattr(model_index, "iter_modules", lambda m: walked.append(m) or walk(m))
+    li.activate(model, "fr")
+    with li.disabled(model), li.rows(model, ["de", None]):
+        pass
+    assert not walked
+    li.activate(twin, "de")
+    assert walked
+    assert [state.active for state in ModelIndex(model).states] == [("fr",)]
+    assert [state.active for state in ModelIndex(twin).states] == [("de",)]
+    with pytest.raises(li.StateError, match="no adapter named 'es'"):
+        li.activate(model, "es")
+    with pytest.raises(li.StateError, match="part of a model that was injected as a whole"):
+        li.activate(model.model.layers[0], "de")
+    li.merge(model)
+    with pytest.raises(li.StateError, match="cannot activate while 'fr' is merged"):
+        li.activate(model, "de")
+    li.eject(model)
+    with pytest.raises(li.StateError, match="carries no adapter"):
+        li.activate(model, "de")
+
+
 def test_shared_modules_and_wrappers():
-    """A shared module is listed under each of its paths, its site once; the parts that wrappers add to paths are left out."""
+    """A shared module is listed under each of its paths and its site once; the parts that wrappers add are left out."""
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     li.inject(model, ["a"], r=2)

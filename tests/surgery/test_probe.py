@@ -1,4 +1,4 @@
-"""probe: what a real forward and backward reach, said by name, with nothing left behind."""
+"""probe names the adapters that a real forward and backward reach, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from models import TINY, ids, llama, randomise, state
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("trained", [False, True])
-def test_everything_is_reached(name, trained):
-    """On real architectures every site is reached, freshly injected (B = 0) or trained."""
+def test_every_site_of_real_architectures_is_reached(name, trained):
+    """probe reaches every site of real architectures, whether freshly injected (B = 0) or trained."""
     tiny = TINY[name]
     targets = [t for t in tiny.targets if (name, t) != ("t5", "shared")]
     model = li.inject(tiny.build(), targets, r=4)
@@ -24,8 +24,8 @@ def test_everything_is_reached(name, trained):
     assert set(li.probe(model, **tiny.inputs()).reached) == {s.path for s in plan}
 
 
-class Odd(nn.Module):
-    """Four ways in which a layer can be there and yet not act, and one in which it acts."""
+class Bypassing(nn.Module):
+    """A model with a layer that acts, one that is read, one that is unused, one without gradient, and an idle expert."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Odd(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
 
     def forward(self, x):
-        weight = getattr(self, "re" + "ad").weight  # in a way that no look at the source finds
+        weight = getattr(self, "re" + "ad").weight  # the analysis of the source does not see this
         with torch.no_grad():
             cut = self.cut(x)
         return {
@@ -42,23 +42,23 @@ class Odd(nn.Module):
         }
 
 
-def test_what_is_not_reached_is_named():
-    """Read around, unused, cut from the gradient: each an error by name; an expert without a token is said apart."""
-    model = li.inject(Odd(), ["acts", "read", "unused", "cut", "experts.*"], r=2)
+def test_bypassed_adapters_are_named_with_the_reason():
+    """probe raises and names layers that are read, unused or without gradient; an expert without a token is idle."""
+    model = li.inject(Bypassing(), ["acts", "read", "unused", "cut", "experts.*"], r=2)
     x = torch.randn(3, 4)
-    with pytest.raises(li.UnreachedAdapter) as e:
+    with pytest.raises(li.UnreachedAdapter) as error:
         li.probe(model, x=x)
-    assert [p.split(":")[0] for p in e.value.problems] == ["read", "unused", "cut"]
-    assert "its weight acts without the layer being called" in e.value.problems[0]
-    assert "does not use the layer" in e.value.problems[1]
-    reach = li.probe(li.inject(Odd(), ["acts", "experts.*"], r=2), x=x)
+    assert [p.split(":")[0] for p in error.value.problems] == ["read", "unused", "cut"]
+    assert "its weight acts without the layer being called" in error.value.problems[0]
+    assert "does not use the layer" in error.value.problems[1]
+    reach = li.probe(li.inject(Bypassing(), ["acts", "experts.*"], r=2), x=x)
     assert reach.reached == ("acts", "experts.1")
     assert reach.idle == ("experts.0",)
     assert str(reach) == "2 sites reached; 1 experts got no token"
 
 
-def test_t5s_shared_embedding():
-    """T5 has an embedding that it never calls; an adapter on it is a silent no-op everywhere else."""
+def test_an_embedding_that_is_never_called_is_named():
+    """T5 never calls its shared embedding, so probe raises for an adapter on it."""
     tiny = TINY["t5"]
     model = li.inject(tiny.build(), ["shared", "q"], r=2)
     with pytest.raises(
@@ -67,8 +67,8 @@ def test_t5s_shared_embedding():
         li.probe(model, **tiny.inputs())
 
 
-def test_nothing_is_left_behind():
-    """Gradients, random state, batch statistics, modes and flags are as before, in train mode too, and after an error."""
+def test_probe_leaves_the_model_as_it_was():
+    """Gradients, random state, buffers, modes and flags are as before, in train mode and after an error too."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4))
     li.inject(model, ["0", "3"], r=2, dropout=0.5)
     model.train()
@@ -88,8 +88,8 @@ def test_nothing_is_left_behind():
     )
 
 
-def test_only_what_is_on_is_probed():
-    """Merged or switched off there is nothing to reach: a clear error."""
+def test_probe_needs_an_active_unmerged_adapter():
+    """probe raises if no adapter is active, and while adapters are merged."""
     model = li.inject(llama(), ["q_proj"])
     li.activate(model)
     with pytest.raises(li.StateError, match="no adapter is active"):
@@ -100,8 +100,8 @@ def test_only_what_is_on_is_probed():
         li.probe(model, input_ids=ids())
 
 
-def test_inputs_that_the_model_can_not_take():
-    """Said before anything runs, with what it takes; what the forward itself raises comes through."""
+def test_wrong_inputs_are_refused():
+    """probe names arguments that the forward does not take; an error of the forward itself is passed on."""
     model = li.inject(llama(), ["q_proj"])
     before = state(model)
     small = li.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
