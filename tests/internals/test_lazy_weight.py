@@ -1,4 +1,7 @@
-"""The symbolic sum: whatever a model's code does with it equals the dense sum, in values and gradients, and forms none."""
+"""The lazy weight: what a model's code computes with it equals the dense sum, in values and gradients.
+
+Products and views do not form the dense sum; any other function does, and is counted.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ R = 3
 laws = settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LazyWeight:
-    """A random sum of this stored shape, in float64, with `count` adapters."""
+def lazy_weight(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LazyWeight:
+    """Return a random lazy weight of this stored shape, in float64, with `count` adapters."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -38,26 +41,28 @@ def make(*shape: int, stack: int = 0, count: int = 1, seed: int = 0) -> LazyWeig
     return LazyWeight(randn(*shape), factors, stack, Counter())
 
 
-def check(w: LazyWeight, function) -> None:
-    """`function` of the sum equals that of the dense sum, gradients too, and the dense sum is not formed for it."""
+def check_function(w: LazyWeight, function) -> None:
+    """Check values and gradients of a function of the lazy weight against the dense sum, which must not be formed."""
     leaves = [w.W0, *(t for f in w.factors for t in (f.P, f.Q))]
-    got = function(w)
+    output = function(w)
     assert not w.fallbacks, w.fallbacks
-    want = function(w.dense("here"))
-    assert isinstance(got, Tensor)
-    close = 1e-9 if got.dtype is torch.float64 else 1e-5  # grouped_mm has no float64
-    assert torch.allclose(got, want, rtol=close, atol=close)
-    g = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(torch.autograd.grad(got, leaves, g), torch.autograd.grad(want, leaves, g), strict=True):
-        assert torch.allclose(a, b, rtol=10 * close, atol=10 * close)
+    expected = function(w.dense("here"))
+    assert isinstance(output, Tensor)
+    tolerance = 1e-9 if output.dtype is torch.float64 else 1e-5  # grouped_mm has no float64
+    assert torch.allclose(output, expected, rtol=tolerance, atol=tolerance)
+    g = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(output, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        assert torch.allclose(a, b, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def x(*shape: int) -> Tensor:
+    """Return a random input in float64, the same at each call."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
 IDS = torch.tensor([2, 0, 2])
-OFFS = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second expert gets no token
+FEW_OFFSETS = torch.tensor([1, 1, 2], dtype=torch.int32)
+OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second expert gets no token
 PRODUCTS = {
     "linear": ((5, 4), 0, lambda w: F.linear(x(2, 7, 4), w, x(5))),
     "linear, by keyword": ((5, 4), 0, lambda w: F.linear(input=x(7, 4), weight=w)),
@@ -82,8 +87,8 @@ PRODUCTS = {
     "T": ((4, 5), 0, lambda w: x(7, 5) @ w.T),
     "t()": ((4, 5), 0, lambda w: x(7, 5) @ w.t()),
     "permute": ((3, 4, 5), 1, lambda w: x(3, 7, 5) @ w.permute(0, 2, 1)),
-    "grouped_mm": ((3, 4, 8), 1, lambda w: F.grouped_mm(x(5, 4).float(), w.float(), offs=OFFS)),
-    "grouped_mm, few tokens": ((3, 4, 8), 1, lambda w: F.grouped_mm(x(2, 4).float(), w.float(), offs=torch.tensor([1, 1, 2], dtype=torch.int32))),
+    "grouped_mm": ((3, 4, 8), 1, lambda w: F.grouped_mm(x(5, 4).float(), w.float(), offs=OFFSETS)),
+    "grouped_mm, few tokens": ((3, 4, 8), 1, lambda w: F.grouped_mm(x(2, 4).float(), w.float(), offs=FEW_OFFSETS)),
     "a new axis in the stack": ((3, 4, 5), 1, lambda w: w[:, None] @ x(3, 2, 5, 6)),
     "chunks of rows": ((6, 4), 0, lambda w: torch.cat([F.linear(x(7, 4), part) for part in w.chunk(3)], -1)),
     "split rows": ((6, 4), 0, lambda w: torch.cat([F.linear(x(7, 4), part) for part in torch.split(w, [2, 4])], -1)),
@@ -105,7 +110,8 @@ PRODUCTS = {
     "1x1 from a linear": ((6, 4), 0, lambda w: F.conv2d(x(2, 4, 5, 5), w.unsqueeze(-1).unsqueeze(-1))),
     "a matrix from a depthwise": ((4, 1, 3), 0, lambda w: F.linear(x(7, 3), w.squeeze(1))),
     "conv_transpose1d": ((4, 6, 3), 0, lambda w: F.conv_transpose1d(x(2, 4, 9), w, x(6), stride=2, output_padding=1)),
-    "conv_transpose2d in groups": ((4, 3, 3, 3), 0, lambda w: F.conv_transpose2d(x(2, 4, 5, 5), w, None, 2, 1, 1, 2, 1)),
+    "conv_transpose2d in groups": ((4, 3, 3, 3), 0,
+                                   lambda w: F.conv_transpose2d(x(2, 4, 5, 5), w, None, 2, 1, 1, 2, 1)),
     "embedding": ((9, 4), 0, lambda w: F.embedding(torch.tensor([[1, 3], [8, 1]]), w, padding_idx=2)),
     "attention": ((12, 4), 0, lambda w: F.multi_head_attention_forward(
         x(5, 2, 4), x(5, 2, 4), x(5, 2, 4), 4, 2, w, x(12), None, None, False, 0.0, x(4, 4), x(4))[0]),
@@ -117,8 +123,8 @@ PRODUCTS = {
     ("shape", "stack", "function"), [pytest.param(*case, id=name) for name, case in PRODUCTS.items()]
 )
 def test_products_and_views(shape, stack, function, count):
-    """Every function that is answered, through the views that models take, with one adapter and with two."""
-    check(make(*shape, stack=stack, count=count), function)
+    """Products of views, as models take them, need no dense sum, with one adapter and with two."""
+    check_function(lazy_weight(*shape, stack=stack, count=count), function)
 
 
 VIEWS = {
@@ -134,8 +140,8 @@ VIEWS = {
 @laws
 @given(st.booleans(), st.lists(st.sampled_from(sorted(VIEWS)), max_size=4), st.booleans(), st.integers(0, 100))
 def test_chains_of_views(stacked, names, right, seed):
-    """Views of views: the product with what is left is the dense one's."""
-    w = make(*((2, 6, 7) if stacked else (6, 7)), stack=int(stacked), seed=seed)
+    """The product with a view of a view is that with the same view of the dense sum."""
+    w = lazy_weight(*((2, 6, 7) if stacked else (6, 7)), stack=int(stacked), seed=seed)
 
     def function(v):
         for name in names:
@@ -143,11 +149,11 @@ def test_chains_of_views(stacked, names, right, seed):
         rows, columns = v.shape[-2:]
         return x(*v.shape[:-2], 3, rows) @ v if right else v @ x(*v.shape[:-2], columns, 3)
 
-    check(w, function)
+    check_function(w, function)
 
 
 class _WithStack(torch.Tensor):
-    """A plain tensor that knows its stack, so that the same views can be taken of it."""
+    """A plain tensor with the attribute `stack`, so that the same views can be taken of it."""
 
     def __new__(cls, t: Tensor, stack: int) -> Tensor:
         t.stack = stack  # type: ignore[attr-defined]
@@ -155,34 +161,30 @@ class _WithStack(torch.Tensor):
 
 
 @pytest.mark.parametrize("function", [
-    lambda w: torch.cat([w, w]).sum(), lambda w: (w * 2).sum(), lambda w: (1 - w).sum(), lambda w: (w / w.norm()).sum(), lambda w: w[0].sum(),
-    lambda w: F.softmax(w, -1)[0, 0], lambda w: torch.stack([w, w]).sum(), lambda w: w.reshape(4, 6).sum(), lambda w: (-w).sum(), lambda w: w.abs().sum(),
-    lambda w: F.linear(w, w).sum(), lambda w: F.bilinear(x(2, 2), x(2, 3), w.reshape(4, 2, 3)).sum(),
+    lambda w: torch.cat([w, w]).sum(), lambda w: (w * 2).sum(), lambda w: (1 - w).sum(),
+    lambda w: (w / w.norm()).sum(), lambda w: w[0].sum(), lambda w: F.softmax(w, -1)[0, 0],
+    lambda w: torch.stack([w, w]).sum(), lambda w: w.reshape(4, 6).sum(), lambda w: (-w).sum(),
+    lambda w: w.abs().sum(), lambda w: F.linear(w, w).sum(),
+    lambda w: F.bilinear(x(2, 2), x(2, 3), w.reshape(4, 2, 3)).sum(),
 ])  # fmt: skip
 def test_the_dense_fallback_is_exact_and_counted(function):
-    """What is not answered gets the sum itself, with its gradients, and is counted by name."""
-    w = make(6, 4)
-    got = function(w)
+    """A function without an answer gets the dense sum, with its gradients, and is counted."""
+    w = lazy_weight(6, 4)
+    output = function(w)
     assert sum(w.fallbacks.values()) >= 1
     leaves = [w.factors[0].P, w.factors[0].Q]
-    want = function(w.dense("here"))
-    assert torch.allclose(got, want)
-    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+    expected = function(w.dense("here"))
+    assert torch.allclose(output, expected)
+    for a, b in zip(torch.autograd.grad(output, leaves), torch.autograd.grad(expected, leaves), strict=True):
         assert torch.allclose(a, b)
 
 
-def test_metadata_is_the_weights():
-    """Shape, dtype, device and the like are asked for without a fallback; what no tensor has is no attribute."""
-    w = make(6, 4)
-    assert (w.shape, w.size(0), w.ndim, w.dim(), w.dtype, w.device, len(w)) == (
-        w.W0.shape,
-        6,
-        2,
-        2,
-        torch.float64,
-        torch.device("cpu"),
-        6,
-    )
+def test_metadata_needs_no_dense_sum():
+    """Shape, dtype, device and the like are those of W0; an attribute that no tensor has raises AttributeError."""
+    w = lazy_weight(6, 4)
+    assert (w.shape, w.size(0), len(w)) == (w.W0.shape, 6, 6)
+    assert (w.ndim, w.dim()) == (2, 2)
+    assert (w.dtype, w.device) == (torch.float64, torch.device("cpu"))
     assert w.numel() == 24
     assert w.is_floating_point()
     assert w.stride() == (4, 1)
@@ -192,10 +194,10 @@ def test_metadata_is_the_weights():
         _ = w.nonsense
 
 
-def test_dropout_drops_the_input():
-    """In every product the adapter's input is dropped, not the base's; the mean over many masks is the undropped term."""
+def test_dropout_acts_on_the_adapters_input():
+    """Every product drops the adapter's input only; the mean over many masks is the output without dropout."""
     torch.manual_seed(0)
-    w = make(5, 4)
+    w = lazy_weight(5, 4)
     w = LazyWeight(w.W0, tuple(f._replace(dropout=0.5) for f in w.factors), 0, Counter())
     plain = LazyWeight(w.W0, tuple(f._replace(dropout=0.0) for f in w.factors), 0, Counter())
     many = x(1, 4).expand(20000, 4)
@@ -205,26 +207,26 @@ def test_dropout_drops_the_input():
         lambda v: (v @ many.T).T,
         lambda v: torch.einsum("bi,oi->bo", many, v),
     ):
-        got = product(w)
-        assert got.std(0).min() > 0.1  # masks differ from row to row
-        assert torch.allclose(got.mean(0), product(plain)[0], atol=0.1)
+        output = product(w)
+        assert output.std(0).min() > 0.1  # masks differ from row to row
+        assert torch.allclose(output.mean(0), product(plain)[0], atol=0.1)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that a function makes anew, views aside."""
+class LargestNewTensor(TorchDispatchMode):
+    """Records the largest number of elements of a new tensor; views are not new."""
 
-    most = 0
+    elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {
+        inputs = {
             t.untyped_storage().data_ptr()
             for t in torch.utils._pytree.tree_leaves((args, kwargs))
             if isinstance(t, Tensor)
         }
         for t in torch.utils._pytree.tree_leaves(result):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.most = max(self.most, t.numel())
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in inputs:
+                self.elements = max(self.elements, t.numel())
         return result
 
 
@@ -233,37 +235,37 @@ class Largest(TorchDispatchMode):
     lambda w: F.linear(x(2, 64).float(), w[3]),
     lambda w: F.grouped_mm(x(20, 64).float(), w.transpose(1, 2), offs=torch.arange(1, 17, dtype=torch.int32)),
 ])  # fmt: skip
-def test_nothing_of_the_weights_size_is_made(product):
-    """Neither forward nor backward makes a tensor as large as one expert; the dense sum would make the whole stack."""
-    w = make(16, 48, 64, stack=1)
+def test_products_form_no_tensor_of_the_weights_size(product):
+    """Neither forward nor backward forms a tensor much larger than A and B; the dense sum is as large as the stack."""
+    w = lazy_weight(16, 48, 64, stack=1)
     w.W0.requires_grad_(False)
     w = LazyWeight(w.W0.float(), w.factors, 1, w.fallbacks)
-    with Largest() as seen:
+    with LargestNewTensor() as largest:
         product(w).square().sum().backward()
-    assert seen.most < 16 * 64 * 8  # A and B of all experts, padded; the stack is six times that
-    with Largest() as seen:
+    assert largest.elements < 16 * 64 * 8  # A and B of all experts, padded; the stack is six times that
+    with LargestNewTensor() as largest:
         w.dense("here")
-    assert seen.most == 16 * 48 * 64
+    assert largest.elements == 16 * 48 * 64
 
 
 def test_every_answer_is_tested():
-    """A function that is answered occurs in the cases above (the others are the views' and their aliases)."""
-    seen: set[object] = set()
+    """Every function with an answer occurs in the cases above, except views and aliases."""
+    called: set[object] = set()
     original = LazyWeight.__torch_function__.__func__
 
     def record(cls, function, types, args=(), kwargs=None):
-        seen.add(function)
+        called.add(function)
         return original(cls, function, types, args, kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LazyWeight, "__torch_function__", classmethod(record))
         for shape, stack, function in PRODUCTS.values():
-            function(make(*shape, stack=stack))
-    aliases = {operator.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.mv, torch.addmv, Tensor.__rmatmul__, Tensor.__matmul__,
-               F.grouped_mm, F.conv_transpose3d}  # fmt: skip
+            function(lazy_weight(*shape, stack=stack))
+    aliases = {operator.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, torch.mv, torch.addmv,
+               Tensor.__rmatmul__, Tensor.__matmul__, F.grouped_mm, F.conv_transpose3d}  # fmt: skip
     views = {
         function
         for function, answer in ANSWERS.items()
         if isinstance(answer, types.LambdaType) and answer.__name__ == "<lambda>"
     }
-    assert not set(ANSWERS) - seen - aliases - views
+    assert not set(ANSWERS) - called - aliases - views

@@ -25,7 +25,7 @@ def test_every_site_of_real_architectures_is_reached(name, trained):
 
 
 class Bypassing(nn.Module):
-    """A model with a layer that acts, one that is read, one that is unused, one without gradient, and an idle expert."""
+    """A model with layers that act, are read, are unused and get no gradient, and with an idle expert."""
 
     def __init__(self) -> None:
         super().__init__()

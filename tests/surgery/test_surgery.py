@@ -37,7 +37,7 @@ def output_alone(base: nn.Module, name: str, targets: list[str], seed: int) -> t
 
 @pytest.fixture
 def two(base):
-    """A model with the adapters fr and de on overlapping sites, and the outputs of the base and of each adapter alone."""
+    """A model with adapters fr and de on overlapping sites, and the outputs of the base and of each adapter alone."""
     expected = {
         None: run(base, X).detach(),
         "fr": output_alone(base, "fr", ["q_proj", "v_proj"], 1),
@@ -359,7 +359,7 @@ def test_no_surgery_inside_a_context(two, verb, context):
 
 @pytest.mark.parametrize("context", [li.disabled, lambda m: li.rows(m, ["fr", None, "de"])])
 def test_a_copy_is_in_no_context(two, context):
-    """A copy that is made within a context is not in it: the copy can be switched and merged, and the original is as before."""
+    """A copy that is made within a context is not in it: the copy can be switched and merged."""
     model, expected = two
     with context(model):
         other = copy.deepcopy(model)
@@ -412,7 +412,7 @@ def test_eject_thaws_a_parameter_frozen_twice(base):
 
 
 def test_rows_refuses_inputs_that_may_be_transposed(two):
-    """An input without a sequence axis, or with an axis 1 as long as the batch, is refused: its order is not certain."""
+    """An input without a sequence axis, or with an axis 1 as long as the batch, is refused as ambiguous."""
     model, _ = two
     up = model.model.layers[0].mlp.up_proj
     with li.rows(model, ["de", None, "fr"]):
@@ -440,7 +440,7 @@ def test_options_of_an_embedding_do_not_change_gradients(options):
 
 
 def test_eject_thaws_what_every_inject_froze():
-    """A parameter that is added between two injects is frozen by the second one; eject thaws what either of them froze."""
+    """A parameter that is added between two injects is frozen by the second; eject thaws what either one froze."""
     model = llama()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     head = model.lm_head.weight
