@@ -45,17 +45,12 @@ def why_extras_unsupported(stored: StoredSite, weight: ModelWeight | None, dtype
     if weight.parameter != "weight" or weight.kind.name not in (DORA_KINDS if b is None else BIAS_KINDS):
         return f"has {what}, which are not supported on a weight of kind {weight.kind.name}"
     if m is not None and stored.magnitude_axis == "in":
-        return (
-            "has magnitudes by input (LyCORIS's DoRA without wd_on_output), which are not supported:"
-            " merge them with LyCORIS"
-        )
+        return "has magnitudes by input (LyCORIS's DoRA without wd_on_output): not supported, merge them with LyCORIS"
     if m is not None and is_quantized(weight.module):
         return "has magnitudes (DoRA), which are not supported on a quantized weight, whose norm is not exact"
     is_read = weight.readers or any(child.is_read for child in _adapter_dicts(weight.module))
     if b is not None and weight.kind.name != "conv" and is_read:
-        return (
-            "has an update of a bias that the model's own code reads, or that another adapter replaces: not supported"
-        )
+        return "has an update of a bias that the model's own code reads or another adapter replaces: not supported"
     if dtype is not None and not all(bool(t.to(dtype).isfinite().all()) for t in (m, b) if t is not None):
         return f"its magnitudes or its bias update exceed the range of {dtype}"
     return None
@@ -124,17 +119,13 @@ def _why_irreplaceable(file: AdapterFile, name: str, module: nn.Module, paramete
     if is_quantized(module):
         return "the file replaces this tensor, which is not supported for a quantized layer"
     if any(site_name(s.path, s.parameter) == name for s in file.sites) or (ids is not None and name in file.replaced):
-        return (
-            "the file brings a whole base weight that is not this model's, and A and B (or rows of tokens) for it as"
-            " well: not supported"
-        )
+        others = "A and B (or rows of tokens) for it as well: not supported"
+        return f"the file brings a whole base weight that is not this model's, and {others}"
     other_rows = len(value) != len(W0) if ids is None else max(ids) >= len(W0)
     if value.shape[1:] != W0.shape[1:] or other_rows:
-        rows = "" if ids is None else f" for the rows {min(ids)} to {max(ids)}"
-        return (
-            f"the file has {tuple(value.shape)}{rows}, this model's is {tuple(W0.shape)}:"
-            " resize it first (resize_token_embeddings)"
-        )
+        shape = f"{tuple(value.shape)}" + ("" if ids is None else f" for the rows {min(ids)} to {max(ids)}")
+        way_out = "resize it first (resize_token_embeddings)"
+        return f"the file has {shape}, this model's is {tuple(W0.shape)}: {way_out}"
     saved = [m for m in file.config.get("modules_to_save") or [] if isinstance(m, str)]
     if tied and ids is None and not any(name == m or name.endswith(f".{m}") for m in saved):
         return f"is tied to {', '.join(tied)}, and the file does not say whether it replaces both"

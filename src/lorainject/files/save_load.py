@@ -71,9 +71,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     index = ModelIndex(model)
     index.require_adapters("save", name, merged=True, nested=True, part=True)
     sites = {key: site for key, site in index.sites.items() if name in site.adapters}
-    if problems := [
-        f"{key}: {why}" for key, site in sites.items() if (why := _why_unsavable(site, site.adapters[name]))
-    ]:
+    reasons = {key: _why_unsavable(site, site.adapters[name]) for key, site in sites.items()}
+    if problems := [f"{key}: {reason}" for key, reason in reasons.items() if reason is not None]:
         raise FileError(f"adapter {name!r} was not saved:", problems, "correct these sites first; nothing was written")
     _warn_of_trained_parameters(index)
     replaced, tokens = extras.stored_replacements(sites, name)

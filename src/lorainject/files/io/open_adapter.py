@@ -119,20 +119,15 @@ def _open(path: Path, name: str | None, locate: atomic_write.Locate, *, allow_pi
         return _open_archive(path)
     if container == "pickle" and not allow_pickle:
         kind = containers.PICKLES[containers.first_bytes(file)[:1]]
-        way_out = (
-            "if you trust it, pass allow_pickle=True: torch's restricted unpickler then takes only tensors from it"
-        )
-        raise FileError(
-            f"{file} is not safetensors", [f"it looks like {kind}, which could run code when it is opened"], way_out
-        )
+        danger = f"it looks like {kind}, which could run code when it is opened"
+        way_out = "if you trust it, pass allow_pickle=True (torch's restricted unpickler takes only tensors from it)"
+        raise FileError(f"{file} is not safetensors", [danger], way_out)
     if container == "safetensors" and spool:
         tensors, metadata = safetensors_file.spool(file)
     else:
         tensors, metadata = containers.READERS[container](file)
     if long := [key[:40] for key in tensors if len(key) > MAX_NAME]:
-        way_out = (
-            "no module has such a name, so the file may be an attack: get the adapter from a source that you trust"
-        )
+        way_out = "no module has such a name, so this may be an attack: get the adapter from a source that you trust"
         raise FileError(f"{file} has tensors with names of more than {MAX_NAME} characters:", long, way_out)
     return Source(path=path, file=file, container=container, tensors=tensors, metadata=metadata, configs=configs)
 
@@ -159,10 +154,8 @@ def parse_json(what: str, text: str | bytes) -> dict[str, Any]:
 
 def _no_adapter(folder: Path) -> FileError:
     contents = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    problems, way_out = (
-        [f"it holds {contents}"],
-        "give the directory that save (or PEFT) wrote, or the tensor file itself",
-    )
+    problems = [f"it holds {contents}"]
+    way_out = "give the directory that save (or PEFT) wrote, or the tensor file itself"
     if (folder / "adapter_metadata.json").exists():
         problems.append("this is a distributed checkpoint of NeMo, which only NeMo can put together")
         way_out = EXPORT_NEMO
@@ -192,18 +185,15 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
 
 
 def _open_archive(path: Path) -> Source:
-    """Open Tinker's archive, a tar with PEFT's two files. The members are read one by one and never unpacked to
-    disk."""
+    """Open Tinker's archive, a tar with PEFT's two files, which are read without unpacking anything to disk."""
     try:
         with tarfile.open(path, "r:*") as tar:
             files = {PurePosixPath(m.name).name: m for m in _members(tar, path) if m.isfile()}
             if any(name in files for name in NEMO):
                 raise FileError(f"{path} is an archive of NeMo", way_out=EXPORT_NEMO)
             if not {TENSORS, CONFIG} <= files.keys():
-                contents = ", ".join(list(files)[:8]) or "no files"
-                raise FileError(
-                    f"{path} is an archive without {TENSORS} and {CONFIG}", [f"it holds {contents}"], UNPACK
-                )
+                contents = [f"it holds {', '.join(list(files)[:8]) or 'no files'}"]
+                raise FileError(f"{path} is an archive without {TENSORS} and {CONFIG}", contents, UNPACK)
             if files[CONFIG].size > MAX_TEXT:
                 what = f"{CONFIG} in {path} has {files[CONFIG].size:,} bytes, and no config is that long"
                 raise FileError(what, way_out=UNPACK)
