@@ -23,8 +23,8 @@ from oracle import FIXTURES
 
 @pytest.fixture
 def cli(capsys, monkeypatch) -> Callable[..., str]:
-    """Return a function that runs `lorainject ...` in this process and returns stdout; with ok=False, which expects exit
-    status 1, stdout and stderr."""
+    """Return a function that runs `lorainject ...` in this process and returns stdout; with ok=False, which expects
+    exit status 1, stdout and stderr."""
 
     def call(*args: object, ok: bool = True) -> str:
         monkeypatch.setattr(sys, "argv", ["lorainject", *map(str, args)])
@@ -53,8 +53,15 @@ def saved(tmp_path: Path) -> Path:
 
 def test_find_needs_only_a_config(cli, tmp_path):
     """The plan of a model with the shape of Llama 3.1 405B takes only its config; JSON and table list every linear."""
-    LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
-                num_key_value_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)
     plan = json.loads(cli("find", tmp_path, "-t", "all-linear", "-r", 16, "--json"))
     assert len(plan["sites"]) == 7 * 126
     assert plan["trainable"] == 16 * 126 * (2 * (16384 + 16384) + 2 * (16384 + 1024) + 3 * (16384 + 53248))
@@ -158,18 +165,26 @@ def test_a_mistake_is_one_error_without_a_traceback(cli, saved, args, message, m
 
 
 FIXTURE_OF_FORMAT = {
-    "peft_plain": ("peft", ()), "mlx_lora": ("mlx", ()), "adapterhub_gpt2": ("adapterhub", ("--allow-pickle",)), "litgpt": ("litgpt", ("--allow-pickle",)),
-    "torchtune": ("torchtune", ("--allow-pickle", "--alpha", 6, "--heads", "4,2")), "kohya_lycoris/lora.safetensors": ("kohya", ()),
-    "loralib/lora.pt": ("loralib", ("--allow-pickle", "--alpha", 6, "--group", "m101=101", "--group", "m111=111", "--group", "mf=101")),
-    "diffusers/pytorch_lora_weights.safetensors": ("diffusers", ("--component", "unet")), "gguf/lora.gguf": ("gguf", ("--heads", "4,2")),
+    "peft_plain": ("peft", ()),
+    "mlx_lora": ("mlx", ()),
+    "adapterhub_gpt2": ("adapterhub", ("--allow-pickle",)),
+    "litgpt": ("litgpt", ("--allow-pickle",)),
+    "torchtune": ("torchtune", ("--allow-pickle", "--alpha", 6, "--heads", "4,2")),
+    "kohya_lycoris/lora.safetensors": ("kohya", ()),
+    "loralib/lora.pt": (
+        "loralib",
+        ("--allow-pickle", "--alpha", 6, "--group", "m101=101", "--group", "m111=111", "--group", "mf=101"),
+    ),
+    "diffusers/pytorch_lora_weights.safetensors": ("diffusers", ("--component", "unet")),
+    "gguf/lora.gguf": ("gguf", ("--heads", "4,2")),
     "onnx_adapter/a.onnx_adapter": ("onnx", ()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("fixture", "expected"), FIXTURE_OF_FORMAT.items(), ids=FIXTURE_OF_FORMAT)
 def test_inspect_reads_every_format(cli, fixture, expected):
-    """inspect tells the format, and r, alpha, sizes and norm of each site; a file with more than A and B (here a head, and
-    DoRA) is exit status 1."""
+    """inspect tells the format, and r, alpha, sizes and norm of each site; a file with more than A and B (here a head,
+    and DoRA) is exit status 1."""
     format, options = expected
     loads = format not in ("peft", "kohya")
     about = json.loads(cli("inspect", FIXTURES / fixture, "--json", *options, ok=loads))
@@ -189,8 +204,14 @@ def test_inspect_notes_what_is_unusual(cli, tmp_path):
     sites += [li.StoredSite(path="m.5.a", A=torch.ones(9, 3), B=torch.zeros(4, 9), alpha=2, scaling="rslora")]
     li.write(li.AdapterFile(path=P("x"), format="peft", sites=tuple(sites)), tmp_path / "a.safetensors")
     unusual = json.loads(cli("inspect", tmp_path / "a.safetensors", "--json"))["unusual"]
-    for line in ("B is zero at 1 sites: m.5.a", "the norm is more than 10 times the median: m.2.a", "the rank is higher than that of the weight: m.5.a",
-                 "r differs by site: 2, 9", "rank-stabilized: the scale is alpha / sqrt(r)", "it has no fingerprint of the base"):  # fmt: skip
+    for line in (
+        "B is zero at 1 sites: m.5.a",
+        "the norm is more than 10 times the median: m.2.a",
+        "the rank is higher than that of the weight: m.5.a",
+        "r differs by site: 2, 9",
+        "rank-stabilized: the scale is alpha / sqrt(r)",
+        "it has no fingerprint of the base",
+    ):
         assert any(u.startswith(line) for u in unusual), (line, unusual)
 
 
@@ -252,11 +273,13 @@ def test_convert_for_an_engine(cli, saved, tmp_path):
     assert "--to FORMAT or --for ENGINE" in cli("convert", saved / "adapter", tmp_path / "b", ok=False)
 
 
-@pytest.mark.parametrize(("fixture", "option"), [
-    ("litgpt", "--allow-pickle"), ("gguf/lora.gguf", "--heads 32,8"), ("loralib/lora.pt", "--alpha 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fixture", "option"),
+    [("litgpt", "--allow-pickle"), ("gguf/lora.gguf", "--heads 32,8"), ("loralib/lora.pt", "--alpha 32")],
+)
 def test_errors_name_options_of_the_shell(cli, fixture, option):
-    """What the library calls `allow_pickle=True` or `Hints(heads=(32, 8))` is an option in the message of the command."""
+    """What the library calls `allow_pickle=True` or `Hints(heads=(32, 8))` is an option in the message of the
+    command."""
     options = ("--allow-pickle",) if fixture.startswith("loralib") else ()
     error = cli("inspect", FIXTURES / fixture, *options, ok=False)
     assert option in error

@@ -60,7 +60,8 @@ def test_pairs_are_first_paragraph_and_function_without_docstrings_or_its_name()
     assert pairs["Turn the key n times."] == "def f(n):\n    return n and f(n - 1)"
     assert pairs["Wait until somebody opens it."] == "async def f(self):\n    await self.opened"
     assert pairs["Open the box with a key."] == (
-        "@cached\ndef f(self, key):\n\n    def turn(n):\n        return n and turn(n - 1)\n    self.f, reopen = (turn(3), 'f')"
+        "@cached\ndef f(self, key):\n\n    def turn(n):\n        return n and turn(n - 1)\n"
+        "    self.f, reopen = (turn(3), 'f')"
     )
 
 
@@ -154,7 +155,8 @@ def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path):
     path.write_text(f"{good}\n\n{good}\n", encoding="utf-8")
     assert data.read_pairs(path) == [Pair("line 1", "a\u2028b", "c"), Pair("line 3", "a\u2028b", "c")]
     path.write_text(
-        f'{good}\nnot json\n[1, 2]\n{{"query": "x"}}\n{{"query": " ", "positive": "y"}}\n{{"query": "x", "positive": 3}}\n',
+        f'{good}\nnot json\n[1, 2]\n{{"query": "x"}}\n{{"query": " ", "positive": "y"}}\n'
+        '{"query": "x", "positive": 3}\n',
         encoding="utf-8",
     )
     with pytest.raises(li.FileError, match=r"positive") as e:
@@ -186,7 +188,8 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_a_run_scores_every_model_and_repeats_exactly(tiny, tmp_path, capsys):
-    """A run gives five scores, a falling loss, the adapter, the exported model and the plot; a second run gives the same."""
+    """A run gives five scores, a falling loss, the adapter, the exported model and the plot; a second run gives the
+    same."""
     result = demo.run(**tiny, out=tmp_path / "a", steps=12, r=4)
     assert list(result.scores) == ["before", "after", "loaded", "merged", "exported"]
     assert result.scores["after"] == result.scores["loaded"] == pytest.approx(result.scores["merged"])
@@ -231,13 +234,16 @@ def _grow(model):
     return model
 
 
-@pytest.mark.parametrize(("verb", "broken", "check"), [
-    ("load", lambda model, path: model, "loaded: the trained model's embeddings"),
-    ("merge", lambda model: model, "every module has its original class"),
-    ("merge", lambda model: li.merge(_grow(model)), "merged: the trained model's embeddings"),
-    ("unmerge", lambda model: _grow(li.unmerge(model)), "all 39 tensors of the base are back"),
-    ("eject", lambda model: _grow(li.eject(model)), "exported: the trained model's embeddings"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("verb", "broken", "check"),
+    [
+        ("load", lambda model, path: model, "loaded: the trained model's embeddings"),
+        ("merge", lambda model: model, "every module has its original class"),
+        ("merge", lambda model: li.merge(_grow(model)), "merged: the trained model's embeddings"),
+        ("unmerge", lambda model: _grow(li.unmerge(model)), "all 39 tensors of the base are back"),
+        ("eject", lambda model: _grow(li.eject(model)), "exported: the trained model's embeddings"),
+    ],
+)
 def test_a_failed_check_ends_the_demo(verb, broken, check, tiny, tmp_path, monkeypatch):
     """When a verb does not do what it should, the demo raises and names the statement that does not hold."""
     verbs = SimpleNamespace(**{**vars(li), verb: broken})
@@ -295,7 +301,8 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_the_demo_imports_none_of_its_extras():
-    """transformers, rich and matplotlib are imported only when the demo runs, so that it can say which one is missing."""
+    """transformers, rich and matplotlib are imported only when the demo runs, so that it can say which one is
+    missing."""
     extras = "{'transformers', 'rich', 'matplotlib'}"
     done = python("-c", f"import sys, code_search.demo; print({{*sys.modules}} & {extras})")
     assert done.stdout.strip() == "set()", done.stderr

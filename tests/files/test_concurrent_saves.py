@@ -1,4 +1,4 @@
-"""Saves from several processes, killed ones, and readers meanwhile: always one adapter, the old or the new, and never parts of two."""
+"""Several processes save, some are killed, and readers always find one whole adapter, the old or the new one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ TWO_FILES = ("lorainject", "peft", "mlx", "litgpt")
 
 
 def adapter(k: int, mixed: bool) -> li.AdapterFile:
-    """Number k: it stands in every tensor and in the scale, so in both files, and the ranks follow from it."""
+    """Return adapter number k: the number is in every tensor and in the scale, so in both files, and decides the
+    rank."""
     r = 1 + k % 3
     sites = [
         li.StoredSite(
@@ -55,7 +56,7 @@ def put(k: int, folder: Path, format: str) -> None:
 
 
 def number(folder: Path) -> int:
-    """Which adapter is there. Fails if it is of two."""
+    """Return the number of the adapter in a folder. Fail if parts of two adapters are there."""
     file = li.read(folder, allow_pickle=True, hints=li.Hints(heads=(1, 1)))
     ks = {float(x) for s in file.sites for t in (s.A, s.B) for x in t.unique()} | {s.scale for s in file.sites}
     assert len(ks) == 1, ks
@@ -68,7 +69,7 @@ def number(folder: Path) -> int:
 
 
 def child(job: Callable[[], object]) -> int:
-    """In a process of its own; what it raises is its exit status, and said."""
+    """Run a job in a new process and return the pid. An error is printed and ends the process with status 1."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -99,7 +100,7 @@ KILLED = [("lorainject", 1, 5), ("lorainject", 5, 2), ("peft", 1, 2),
 
 @pytest.mark.parametrize(("format", "rounds"), RACES)
 def test_two_writers_and_a_reader(format, rounds, tmp_path):
-    """Two processes save to one place, odd and even numbers; a reader always finds one of them whole, and each writer's in their order."""
+    """While two processes save odd and even numbers, a reader always finds one whole, and each writer's in order."""
     folder = tmp_path / "a"
     put(1, folder, format)
     writers, seen = [child(lambda first=first: saves(folder, format, first, rounds)) for first in (2, 3)], [1]
@@ -126,7 +127,7 @@ def _counted(real: Callable[..., object], calls: Iterator[int], step: int) -> Ca
 
 
 def dying(step: int, job: Callable[[], object]) -> None:
-    """Do it until the system call `step` that changes the disk, before which it is killed."""
+    """Run a job in this process, and kill the process before its system call number `step` that changes the disk."""
     calls = itertools.count()
     for name in ("open", "replace", "fsync", "unlink"):
         setattr(os, name, _counted(getattr(os, name), calls, step))
@@ -135,7 +136,7 @@ def dying(step: int, job: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(("format", "old", "new"), KILLED)
 def test_killed_before_each_step(format, old, new, tmp_path):
-    """kill -9 before each system call of a save in turn: the old one, from some step on the new one, and the next save is as ever."""
+    """kill -9 before each system call of a save leaves the old adapter or, from some step on, the new one."""
     found = []
     for step in itertools.count():
         folder = tmp_path / str(step)
@@ -155,7 +156,7 @@ def test_killed_before_each_step(format, old, new, tmp_path):
 
 @pytest.mark.parametrize("kills", [8, pytest.param(400, marks=LONG)])
 def test_killed_at_any_moment(kills, tmp_path):
-    """Writers that save without end, killed at random moments, two at a time; a reader and the next writers never see half a save."""
+    """Two writers are killed at random moments, and neither a reader nor the next writer ever finds half a save."""
     folder, rng = tmp_path / "a", random.Random(kills)
     for _ in range(kills):
         put(1, folder, "peft")
@@ -172,7 +173,7 @@ def test_killed_at_any_moment(kills, tmp_path):
 
 
 def test_threads_of_one_process(tmp_path):
-    """They have one pid, and still their own temporaries."""
+    """Threads have one pid, and still their own temporary files."""
     folder, wrong = tmp_path / "a", []
     put(1, folder, "peft")
 
@@ -193,8 +194,8 @@ def test_threads_of_one_process(tmp_path):
     assert not [p for p in (*folder.iterdir(), *tmp_path.iterdir()) if p.name.startswith(".")]
 
 
-def test_an_error_leaves_the_old(tmp_path, monkeypatch):
-    """A full disk before the commit: what was there is unchanged, and no temporary file is left."""
+def test_an_error_leaves_the_old_files(tmp_path, monkeypatch):
+    """When the disk is full before the commit, the old files are unchanged and no temporary file is left."""
     folder = tmp_path / "a"
     put(1, folder, "peft")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -217,8 +218,8 @@ def test_an_error_leaves_the_old(tmp_path, monkeypatch):
     many=st.integers(1, 5),
     one=st.booleans(),
 )
-def test_a_system_that_writes_less_than_it_was_given(tmp_path, pieces, most, many, one):
-    """Every piece is in the file, whole and in its order; also where there is no call for several at once."""
+def test_short_writes_are_continued(tmp_path, pieces, most, many, one):
+    """Every piece is in the file, in order, if the system writes fewer bytes than asked, or has no writev."""
     written, limits = os.write, itertools.cycle(most)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(atomic_write, "MAX_PIECES", many)
@@ -243,8 +244,8 @@ def test_a_system_that_writes_less_than_it_was_given(tmp_path, pieces, most, man
         "[" * 10**5,
     ],
 )
-def test_a_journal_that_a_stranger_made(text, tmp_path):
-    """Its names become paths: anything but our own names beside it is refused, by readers and writers."""
+def test_a_forged_journal_is_refused(text, tmp_path):
+    """Names in the journal become paths, so readers and writers refuse any but our own temporary names."""
     folder = tmp_path / "a"
     put(1, folder, "peft")
     (folder / atomic_write.JOURNAL).write_text(text)
@@ -254,15 +255,17 @@ def test_a_journal_that_a_stranger_made(text, tmp_path):
         put(2, folder, "peft")
 
 
-def test_a_writer_that_waits_in_vain(tmp_path, monkeypatch):
-    """It gives up with a reason."""
+def test_a_writer_gives_up_waiting(tmp_path, monkeypatch):
+    """The error says that another process is at work."""
     fcntl = pytest.importorskip("fcntl")
     put(1, tmp_path / "a", "peft")
     monkeypatch.setattr(atomic_write, "LOCK_SECONDS", 0.05)
     fd = os.open(tmp_path / "a", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        with pytest.raises(li.FileError, match=r"another process is at work in .*, for more than 0\.05 s\n=> wait for it to end"):
+        with pytest.raises(
+            li.FileError, match=r"another process is at work in .*, for more than 0\.05 s\n=> wait for it to end"
+        ):
             put(2, tmp_path / "a", "peft")
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""Files that strangers made: every one is refused for a stated reason, in time, in bounds, and nothing in it is run."""
+"""Files made by strangers: each is refused for a stated reason, takes bounded time and memory, and runs no code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"]}
 
 
 def peft(folder: Path, tensors=PAIR, **config: object) -> Path:
-    """A directory as PEFT writes it."""
+    """Write a directory as PEFT does."""
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
@@ -35,7 +35,7 @@ def peft(folder: Path, tensors=PAIR, **config: object) -> Path:
 
 
 class Bomb:
-    """What runs when it is unpickled by the wrong hands."""
+    """An object that makes a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class Bomb:
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("allow", [False, True])
 def test_a_pickle_runs_nothing(allow, legacy, tmp_path):
-    """With or without the switch, in torch's zip or in the old form."""
+    """With or without allow_pickle, in torch's zip or in the old format, no code of the pickle runs."""
     torch.save(
         {"a.lora_A": torch.ones(2, 3), "a.lora_B": Bomb(tmp_path / "ran")},
         tmp_path / "x.bin",
@@ -63,8 +63,8 @@ def test_a_pickle_runs_nothing(allow, legacy, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickles_only_when_allowed(tmp_path):
-    """Whatever their name: content decides, and allowing is explicit."""
+def test_pickles_are_opened_only_if_allowed(tmp_path):
+    """The content decides what a pickle is, whatever the name, and the caller must allow it."""
     torch.save({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(4, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(li.FileError, match="allow_pickle=True"):
         li.read(tmp_path / "x.safetensors", hints=li.Hints(alpha=1))
@@ -75,24 +75,24 @@ def test_pickles_only_when_allowed(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tensor_larger_than_its_storage(tmp_path):
-    """One element seen as 10^12 takes a stride of zero and no room on disk: refused before anything touches them all."""
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    """One element seen as 10^12 has a stride of zero and takes no room on disk; it is refused before it is read."""
     huge = torch.ones(1).expand(10**6, 10**6)
     torch.save({"a.lora_A": huge, "a.lora_B": torch.ones(4, 2)}, tmp_path / "x.bin")
     with pytest.raises(li.FileError, match=r"a\.lora_A: its elements are not all in the file"):
         li.read(tmp_path / "x.bin", allow_pickle=True, hints=li.Hints(alpha=1))
 
 
-def test_a_npz_of_objects(tmp_path):
-    """numpy's pickles stay shut."""
+def test_a_npz_of_objects_is_refused(tmp_path):
+    """numpy's pickles are not opened."""
     numpy.savez(tmp_path / "x.npz", **{"a.lora_a": numpy.array([Bomb(tmp_path / "ran")], dtype=object)})
     with pytest.raises(li.FileError, match="is not a whole npz file of numbers"):
         li.read(tmp_path / "x.npz", allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_zip_bomb(tmp_path, monkeypatch):
-    """What an archive says it unpacks to is looked at first."""
+def test_a_zip_bomb_is_refused(tmp_path, monkeypatch):
+    """The size to which an archive says that it unpacks is checked first."""
     monkeypatch.setattr("lorainject.files.io.containers.MIN_UNPACKED", 2**16)
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("a.lora_a.npy", bytes(2**24))
@@ -101,7 +101,7 @@ def test_a_zip_bomb(tmp_path, monkeypatch):
 
 
 def archive(path: Path, *members: tuple[str, bytes], link: str = "") -> Path:
-    """A tar of these members."""
+    """Write a tar of these members, with a symbolic link to `link` if it is given."""
     with tarfile.open(path, "w:gz") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -117,21 +117,23 @@ def archive(path: Path, *members: tuple[str, bytes], link: str = "") -> Path:
 WHOLE = (("x/adapter_model.safetensors", save(PAIR)), ("x/adapter_config.json", json.dumps(CONFIG).encode()))
 
 
-def test_a_tinker_archive(tmp_path):
-    """Its two files are read where they are; nothing is unpacked."""
+def test_a_tinker_archive_is_read(tmp_path):
+    """Its two files are read from the archive, and nothing is unpacked."""
     assert is_same_record(li.read(archive(tmp_path / "a.tar.gz", *WHOLE)), li.read(peft(tmp_path / "b")))
 
 
 @pytest.mark.parametrize(
     ("members", "link", "message"),
     [
-        ((*WHOLE, ("../../evil", b"x")), "", r"'\.\./\.\./evil' leads out of it"), ((*WHOLE, ("/etc/evil", b"x")), "", r"'/etc/evil' leads out of it"),
-        (WHOLE, "/etc/passwd", r"'link' leads out of it, or is a link or device"), (WHOLE[:1], "", r"an archive without"),
+        ((*WHOLE, ("../../evil", b"x")), "", r"'\.\./\.\./evil' leads out of it"),
+        ((*WHOLE, ("/etc/evil", b"x")), "", r"'/etc/evil' leads out of it"),
+        (WHOLE, "/etc/passwd", r"'link' leads out of it, or is a link or device"),
+        (WHOLE[:1], "", r"an archive without"),
         ((("model_config.yaml", b""), ("model_weights.ckpt", b"")), "", r"is an archive of NeMo(.*\n)*=> export it"),
     ],
-)  # fmt: skip
-def test_archives_that_are_refused(members, link, message, tmp_path):
-    """Members that lead out of it spoil the whole archive, whatever else it holds."""
+)
+def test_unsafe_archives_are_refused(members, link, message, tmp_path):
+    """A member that leads out of the archive spoils all of it, whatever else it holds."""
     with pytest.raises(li.FileError, match=message):
         li.read(archive(tmp_path / "a.nemo", *members, link=link))
 
@@ -222,16 +224,22 @@ def text(s: bytes) -> bytes:
 
 
 GGUFS = {
-    "2^60 keys": gguf(keys=2**60), "2^60 tensors": gguf(tensors=2**60), "a string of 2^50": gguf(text(b"k"), struct.pack("<IQ", 8, 2**50), keys=1),
-    "an array of 2^60 strings": gguf(text(b"k"), struct.pack("<IIQ", 9, 8, 2**60), keys=1), "an array of 2^60": gguf(text(b"k"), struct.pack("<IIQ", 9, 4, 2**60), keys=1),
-    "arrays in arrays": gguf(text(b"k"), struct.pack("<I", 9), *[struct.pack("<IQ", 9, 1)] * 100, keys=1), "a type that is none": gguf(text(b"k"), struct.pack("<I", 99), keys=1),
-    "a tensor of 2^60": gguf(text(b"t"), struct.pack("<IQQIQ", 2, 2**30, 2**30, 0, 0), tensors=1), "nothing": b"GGUF",
-}  # fmt: skip
+    "2^60 keys": gguf(keys=2**60),
+    "2^60 tensors": gguf(tensors=2**60),
+    "a string of 2^50": gguf(text(b"k"), struct.pack("<IQ", 8, 2**50), keys=1),
+    "an array of 2^60 strings": gguf(text(b"k"), struct.pack("<IIQ", 9, 8, 2**60), keys=1),
+    "an array of 2^60": gguf(text(b"k"), struct.pack("<IIQ", 9, 4, 2**60), keys=1),
+    "arrays in arrays": gguf(text(b"k"), struct.pack("<I", 9), *[struct.pack("<IQ", 9, 1)] * 100, keys=1),
+    "a type that is none": gguf(text(b"k"), struct.pack("<I", 99), keys=1),
+    "a tensor of 2^60": gguf(text(b"t"), struct.pack("<IQQIQ", 2, 2**30, 2**30, 0, 0), tensors=1),
+    "nothing": b"GGUF",
+}
 
 
 @pytest.mark.parametrize("data", GGUFS.values(), ids=GGUFS)
 def test_gguf_headers(data, tmp_path, monkeypatch):
-    """The counts in a header are checked against the file's size; the gguf package, which would loop over them, never runs."""
+    """The counts in a header are checked against the file's size; the gguf package, which would loop over them, never
+    runs."""
     monkeypatch.setattr("gguf.GGUFReader", lambda path: pytest.fail("the gguf package was given the file"))
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(li.FileError, match="is not a whole GGUF file"):
@@ -242,8 +250,8 @@ def test_gguf_headers(data, tmp_path, monkeypatch):
     "fixture",
     ["gguf/lora.gguf", "onnx_adapter/a.onnx_adapter", "kohya_lycoris/lora.safetensors", "litgpt/lit_model.pth.lora"],
 )
-def test_cut_short(fixture, tmp_path):
-    """Half a file of any container is an error of ours, never a crash or half an adapter."""
+def test_a_file_that_is_cut_short_is_refused(fixture, tmp_path):
+    """Half a file of any container is a FileError, never a crash or half an adapter."""
     data, hints = (FIXTURES / fixture).read_bytes(), li.Hints(alpha=1, heads=(4, 2))
     for n in (0, 5, 9, len(data) // 3, len(data) - 1):
         (tmp_path / "x").write_bytes(data[:n])
@@ -264,17 +272,20 @@ STARTS = {
 
 
 @pytest.mark.parametrize(("data", "message"), STARTS.items())
-def test_what_only_looks_like_a_file(data, message, tmp_path):
-    """Told by the first bytes, in words."""
+def test_foreign_files_are_named(data, message, tmp_path):
+    """The first bytes tell what the file is, and the error says it in words."""
     (tmp_path / "adapter_model.safetensors").write_bytes(data + bytes(100))
     with pytest.raises(li.FileError, match=message):
         li.read(tmp_path)
 
 
-def test_sizes_that_a_conversion_would_make(tmp_path):
-    """Small factors may ask for a tensor without bound (a kernel of 10^4 x 10^4 on 10^4 channels): refused before it is made."""
-    tensors = {"lora_unet_a.lora_down.weight": torch.ones(1, 10**4, 1, 1), "lora_unet_a.lora_up.weight": torch.ones(4, 1, 1, 1),
-               "lora_unet_a.lora_mid.weight": torch.ones(1, 1, 10**3, 10**3)}  # fmt: skip
+def test_a_conversion_to_an_immense_tensor_is_refused(tmp_path):
+    """Small factors may ask for a huge tensor (a 10^4 x 10^4 kernel on 10^4 channels), which is never allocated."""
+    tensors = {
+        "lora_unet_a.lora_down.weight": torch.ones(1, 10**4, 1, 1),
+        "lora_unet_a.lora_up.weight": torch.ones(4, 1, 1, 1),
+        "lora_unet_a.lora_mid.weight": torch.ones(1, 1, 10**3, 10**3),
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(li.FileError, match=r"would need a tensor of shape \(1, 10000, 1000, 1000\)"):
         li.read(tmp_path / "x.safetensors")
@@ -294,7 +305,7 @@ CONFIGS = (
 
 @pytest.mark.parametrize("fixture", CONFIGS)
 def test_configs_of_any_nonsense(fixture, tmp_path):
-    """Each field of a config with each kind of junk in it: the file is read or refused, and never ends as Python's own error."""
+    """With any junk in any field, the file is read or is a FileError, never an error of Python's own."""
     source = FIXTURES / fixture
     for p in source.iterdir():
         (tmp_path / p.name).write_bytes(p.read_bytes())
@@ -310,18 +321,35 @@ def test_configs_of_any_nonsense(fixture, tmp_path):
             fields[field] = value
 
 
-ODD = (torch.zeros(0), torch.ones(()), torch.ones(3), torch.ones(2, 3), torch.ones(3, 0), torch.ones(2, 1, 2, 1, 2), torch.full((2, 2), float("nan")),
-       torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.complex64))  # fmt: skip
+ODD = (
+    torch.zeros(0),
+    torch.ones(()),
+    torch.ones(3),
+    torch.ones(2, 3),
+    torch.ones(3, 0),
+    torch.ones(2, 1, 2, 1, 2),
+    torch.full((2, 2), float("nan")),
+    torch.ones(2, 2, dtype=torch.int8),
+    torch.ones(2, 2, dtype=torch.bool),
+    torch.ones(2, 2, dtype=torch.complex64),
+)
 TABLES = {
-    "peft_dora": "adapter_model.safetensors", "peft_params": "adapter_model.safetensors", "peft_bias_all": "adapter_model.safetensors",
-    "mlx_lora": "adapters.safetensors", "kohya_lycoris": "lora.safetensors", "diffusers": "pytorch_lora_weights.safetensors", "litgpt": "lit_model.pth.lora",
-    "loralib": "lora_bias.pt", "torchtune": "adapter_model.pt", "adapterhub_gpt2": "pytorch_adapter.bin",
-}  # fmt: skip
+    "peft_dora": "adapter_model.safetensors",
+    "peft_params": "adapter_model.safetensors",
+    "peft_bias_all": "adapter_model.safetensors",
+    "mlx_lora": "adapters.safetensors",
+    "kohya_lycoris": "lora.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "litgpt": "lit_model.pth.lora",
+    "loralib": "lora_bias.pt",
+    "torchtune": "adapter_model.pt",
+    "adapterhub_gpt2": "pytorch_adapter.bin",
+}
 
 
 @pytest.mark.parametrize(("folder", "name"), TABLES.items())
 def test_tensors_of_any_nonsense(folder, name, tmp_path):
-    """Each tensor in turn with no elements, too many axes, another dtype, or missing: refused as ours, never read as something else."""
+    """A tensor that is empty, misshapen, of another dtype or missing is a FileError, or the rest is read rightly."""
     source = FIXTURES / folder
     for p in source.iterdir():
         (tmp_path / p.name).write_bytes(p.read_bytes())
@@ -353,15 +381,15 @@ def test_tensors_of_any_nonsense(folder, name, tmp_path):
         tensors[key] = t
 
 
-def test_names_without_end(tmp_path):
-    """A tensor's name is matched with patterns: it may not be longer than any module's."""
+def test_immense_tensor_names_are_refused(tmp_path):
+    """Names are matched with patterns, so they may not be longer than any module's."""
     save_file({"a." * 10**5 + "lora_A.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
     with pytest.raises(li.FileError, match="names of more than 1024 characters"):
         li.read(tmp_path / "x.safetensors")
 
 
-def test_configs_are_data(tmp_path):
-    """An import path in a config is never followed, deep and long JSON never parsed to its end, YAML never builds objects."""
+def test_configs_are_only_data(tmp_path):
+    """Import paths are not followed, deep or long JSON is not parsed to its end, and YAML builds no objects."""
     folder = peft(
         tmp_path / "a",
         auto_mapping={"base_model_class": "system", "parent_library": "os"},
@@ -384,8 +412,8 @@ def test_configs_are_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a/b", ".."])
-def test_names_lead_nowhere(name, tmp_path):
-    """An adapter's name from a file never becomes a path, and not an adapter's name on a model either."""
+def test_names_never_become_paths(name, tmp_path):
+    """An adapter's name from a file is never used as a path, nor as an adapter's name on a model."""
     from dataclasses import replace
 
     file = replace(li.read(peft(tmp_path / "a")), name=name)
@@ -402,8 +430,8 @@ def test_names_lead_nowhere(name, tmp_path):
         li.load(torch.nn.Sequential(), inside / "lorainject")
 
 
-def test_forged_record_of_a_huge_slice(tmp_path):
-    """A slice whose whole would be absurd is not padded to it."""
+def test_a_slice_of_an_immense_weight_is_not_padded(tmp_path):
+    """The whole weight of a forged slice would need terabytes."""
     s = li.StoredSite(
         path="a", label="0:4", rows=(range(4),), shape=(2**40, 3), A=torch.ones(2, 3), B=torch.ones(4, 2), alpha=2
     )

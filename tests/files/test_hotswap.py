@@ -20,7 +20,7 @@ MOST = 8
 
 @pytest.fixture
 def fresh():
-    """Models with the same weights."""
+    """Return a function that makes models with the same weights."""
     weights = llama().state_dict()
 
     def make() -> nn.Module:
@@ -33,7 +33,7 @@ def fresh():
 
 @pytest.fixture
 def files(fresh, tmp_path):
-    """Adapters of several ranks, scales and dtypes, one of them on fewer weights: (file, what a model with it computes)."""
+    """Return adapters of several ranks, scales and dtypes, one of them on fewer weights: (file, output with it)."""
     found = []
     for i, (r, alpha, scaling, targets, dtype) in enumerate(
         [
@@ -55,8 +55,8 @@ def roomy(model: nn.Module, **given: object) -> nn.Module:
     return model
 
 
-def test_without_a_recompilation(fresh, files):
-    """Any rank, scale and choice of weights: one compilation, the same outputs as from load, forward and back."""
+def test_swaps_do_not_recompile(fresh, files):
+    """Adapters of any rank, scale and choice of weights run in one compilation, with the outputs of load."""
     model, counter = roomy(fresh()), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_without_a_recompilation(fresh, files):
 
 
 def test_long_and_short_inputs_compile_once():
-    """What is done for large inputs alone when not compiled makes no graphs of their own."""
+    """Special cases for large inputs apply to eager calls only, so they make no graph of their own."""
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4)})
     li.inject(model, ["q_proj", "k_proj"], r=2)
     counter = CompileCounter()
@@ -82,8 +82,8 @@ def test_long_and_short_inputs_compile_once():
     assert counter.frame_count == 1
 
 
-def test_parameters_stay_where_they_are(fresh, files):
-    """The same parameters at the same addresses, which an optimiser goes on with."""
+def test_parameters_stay_in_place(fresh, files):
+    """Parameters and their addresses stay, so that an optimizer goes on with them."""
     model = roomy(fresh())
     before = [(id(p), p.data_ptr()) for p in li.parameters(model)]
     optimiser = torch.optim.SGD(li.parameters(model), lr=0.1)
@@ -94,7 +94,7 @@ def test_parameters_stay_where_they_are(fresh, files):
     assert not torch.allclose(run(model, X), files[0][1], atol=1e-5)
 
 
-def test_saved_and_merged_like_any(fresh, files, tmp_path):
+def test_a_swapped_adapter_is_saved_and_merged_like_any(fresh, files, tmp_path):
     model = roomy(fresh())
     for path, wanted in files:
         li.hotswap(model, path)
@@ -105,8 +105,8 @@ def test_saved_and_merged_like_any(fresh, files, tmp_path):
         li.unmerge(model)
 
 
-def test_one_of_several(fresh, files):
-    """The one that was named, whether it is on or not; the others stay as they are."""
+def test_one_of_several_adapters_is_swapped(fresh, files):
+    """The named adapter changes, active or not, and the others stay."""
     model = roomy(fresh(), name="other")
     other = run(model, X)
     roomy(model)
@@ -118,7 +118,7 @@ def test_one_of_several(fresh, files):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_keeps_its_dtype(fresh, files, dtype):
+def test_the_dtype_of_the_model_is_kept(fresh, files, dtype):
     model = roomy(fresh(), dtype=dtype)
     li.hotswap(model, files[0][0])
     assert {p.dtype for p in li.parameters(model)} == {dtype}
@@ -126,17 +126,18 @@ def test_keeps_its_dtype(fresh, files, dtype):
 
 
 def test_refusals_list_all_and_change_nothing(fresh, files, tmp_path):
+    """Higher ranks and weights without the adapter are listed in one error; all values stay."""
     model = li.inject(fresh(), ["q_proj", "v_proj"], r=4)
     randomise(model)
     before = state(model)
     with pytest.raises(li.FileError) as e:
         li.hotswap(model, files[1][0])
-    for found in (
+    for message in (
         r"self_attn\.q_proj: has rank 8, but there is room for 4",
         r"v_proj: has rank 8",
         r"up_proj: carries no such adapter",
     ):
-        assert re.search(found, str(e.value))
+        assert re.search(message, str(e.value))
     with pytest.raises(li.StateError, match="no adapter named 'fr'"):
         li.hotswap(model, files[3][0], "fr")
     li.merge(model)
@@ -147,7 +148,7 @@ def test_refusals_list_all_and_change_nothing(fresh, files, tmp_path):
 
 
 def test_more_than_a_and_b_is_refused(fresh, tmp_path, files):
-    """Values that A's dtype can't hold, and magnitudes, on either side."""
+    """Values beyond the range of A's dtype are refused, and magnitudes on either side."""
     large = li.inject(fresh(), ["q_proj"], r=2)
     with torch.no_grad():
         for p in li.parameters(large):
@@ -166,6 +167,7 @@ def test_more_than_a_and_b_is_refused(fresh, tmp_path, files):
 
 
 def test_another_base_is_refused(fresh, files):
+    """A model with other base weights is refused, unless check_base=False."""
     model = roomy(fresh())
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight.mul_(1.5)
@@ -176,13 +178,13 @@ def test_another_base_is_refused(fresh, files):
     li.hotswap(model, files[0][0], check_base=False)
 
 
-def test_another_scale_in_the_same_memory():
-    """What was compiled reads s where it lay, and the number beside it says the same; one that float32 does not hold is infinite in s."""
-    low = LoraAdapter(torch.ones(4, 3), torch.ones(5, 4), alpha=8, scaling="standard", dropout=0.0, init="kaiming")
-    s = low.s
+def test_a_new_scale_is_in_the_same_memory():
+    """Compiled code reads s in its old place; a scale beyond float32's range becomes infinite there."""
+    adapter = LoraAdapter(torch.ones(4, 3), torch.ones(5, 4), alpha=8, scaling="standard", dropout=0.0, init="kaiming")
+    s = adapter.s
     for alpha, scaling, want in ((6.0, "rslora", 3.0), (6.0, "standard", 1.5)):
-        low.rescale(alpha, scaling)
-        assert low.s is s
-        assert (float(s), low.scale, low.alpha, low.scaling) == (want, want, alpha, scaling)
-    low.rescale(1e300, "standard")
-    assert (float(s), low.scale) == (float("inf"), 2.5e299)
+        adapter.rescale(alpha, scaling)
+        assert adapter.s is s
+        assert (float(s), adapter.scale, adapter.alpha, adapter.scaling) == (want, want, alpha, scaling)
+    adapter.rescale(1e300, "standard")
+    assert (float(s), adapter.scale) == (float("inf"), 2.5e299)
