@@ -1,7 +1,9 @@
-"""Undo a merge from what it left on the weights: W0 again in all of them, or in none.
+"""Undo a finished merge from what it left on the weights: restore W0 in all of them, or in none.
 
-A weight that was merged in place is restored tile by tile from its journal; one that was given a new parameter gets
-the original back. A tile is written only if its checksums say that it is what merge wrote, and that W0 comes out. If
+A merge that fails halfway is undone by the strategies that began it (strategies.py).
+
+A weight that was merged in place is restored tile by tile from its journal; one that was given a new parameter gets the
+original back. A tile is written only if its checksums say that it is what merge wrote, and that the result is W0. If
 one weight fails, the tiles that are W0 already are merged again, to the bit.
 """
 
@@ -58,10 +60,10 @@ def unmerge_weights(weights: Sequence[AdaptedWeight]) -> dict[str, MergedState]:
     def restore_tile(name: str, view: Tensor, d: LowRankProduct, journal: TileJournal) -> None:
         M = as_matrix(view)
         if (w0 := workspace.unmerge(M, d, journal)) is None:
-            if checksum(M) != journal.before:  # it is W0 already after an unmerge that was interrupted
+            if checksum(M) != journal.before:  # an interrupted unmerge has restored this tile already
                 failed.append(name)
             return
-        # A tile that was kept whole comes back even if d has other bits here: then M itself is needed to go back.
+        # A tile kept whole is restored even if d is rounded differently here. To merge it again, M itself is needed then.
         can_remerge = journal.gaps is not None or same_bits(workspace.remerge(w0, d), M)
         restored.append((view, journal.before, d, None if can_remerge else M.clone()))
         view.copy_(w0.view(view.shape))
@@ -108,7 +110,7 @@ def remerge_weights(weights: Sequence[AdaptedWeight], states: Mapping[str, Merge
 def remerge_on_error(
     index: ModelIndex, weights: Sequence[AdaptedWeight], states: Mapping[str, MergedState], names: Sequence[str]
 ) -> Iterator[None]:
-    """Restore the previous merge, of the adapters `names`, if the body raises."""
+    """Restore the previous merge, of the adapters `names`, if an error is raised within the context."""
     try:
         yield
     except BaseException:
@@ -120,7 +122,7 @@ def remerge_on_error(
 
 
 def set_merged(weights: Sequence[AdaptedWeight], names: Sequence[str]) -> None:
-    """Note on the sites of these weights which adapters are merged."""
+    """Record in the state of every site which adapters are merged."""
     for w in weights:
         for site in w.sites:
             site.adapters.state.merged = tuple(names)
@@ -129,12 +131,12 @@ def set_merged(weights: Sequence[AdaptedWeight], names: Sequence[str]) -> None:
 def _install(
     w: AdaptedWeight, strategy: str, weight: nn.Parameter, bias: nn.Parameter | None, module_class: type[nn.Module]
 ) -> None:
-    """Put a parameter in the weight's place, with the bias and the class that its module had with it."""
+    """Install a parameter, together with the bias and the class of the module that belong to it."""
     if strategy == "Requantized" and (scheme := find_scheme(w.module)) is not None:
         scheme.install(w.module, weight)
     else:
         w.weight = weight
     if type(w.module) is not module_class:
         change_class(w.module, module_class)
-    if bias is not None:  # last: by the weight, an unmerge that was interrupted knows how far it came
+    if bias is not None:  # last, because an interrupted unmerge tells by the weight how far it came
         w.bias = bias
