@@ -137,21 +137,21 @@ def dying(step: int, job: Callable[[], object]) -> None:
 @pytest.mark.parametrize(("format", "old", "new"), KILLED)
 def test_killed_before_each_step(format, old, new, tmp_path):
     """kill -9 before each system call of a save leaves the old adapter or, from some step on, the new one."""
-    found = []
+    numbers = []
     for step in itertools.count():
         folder = tmp_path / str(step)
         put(old, folder, format)
         code = ended(child(lambda folder=folder, step=step: dying(step, lambda: put(new, folder, format))))
-        found.append(number(folder))
+        numbers.append(number(folder))
         put(7, folder, format)
         assert number(folder) == 7
         assert not [p for p in folder.iterdir() if p.name.startswith(".")]
         if code == 0:
             break
         assert code == -signal.SIGKILL
-    assert found == sorted(found, key=(old, new).index)
-    assert set(found) == {old, new}
-    assert len(found) > 10
+    assert numbers == sorted(numbers, key=(old, new).index)
+    assert set(numbers) == {old, new}
+    assert len(numbers) > 10
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(400, marks=LONG)])

@@ -15,7 +15,7 @@ from lorainject.lora.adapter import LoraAdapter
 from models import llama, randomise, run, state
 
 X = {"input_ids": torch.arange(12).view(2, 6)}
-MOST = 8
+MAX_RANK = 8
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def fresh():
 @pytest.fixture
 def files(fresh, tmp_path):
     """Return adapters of several ranks, scales and dtypes, one of them on fewer weights: (file, output with it)."""
-    found = []
+    files = []
     for i, (r, alpha, scaling, targets, dtype) in enumerate(
         [
             (2, 16, "standard", ["q_proj", "v_proj", "up_proj"], None),
@@ -45,12 +45,12 @@ def files(fresh, tmp_path):
     ):
         model = li.inject(fresh(), targets, r, alpha=alpha, scaling=scaling, dtype=dtype)
         randomise(model, seed=i)
-        found.append((li.save(model, tmp_path / f"{i}"), run(model, X)))
-    return found
+        files.append((li.save(model, tmp_path / f"{i}"), run(model, X)))
+    return files
 
 
-def roomy(model: nn.Module, **given: object) -> nn.Module:
-    li.inject(model, ["q_proj", "v_proj", "up_proj"], r=MOST, **given)
+def roomy(model: nn.Module, **settings: object) -> nn.Module:
+    li.inject(model, ["q_proj", "v_proj", "up_proj"], r=MAX_RANK, **settings)
     randomise(model, seed=9)
     return model
 

@@ -191,9 +191,9 @@ def spoil(path, change):
     path.write_bytes(data if changed is None else changed)
 
 
-def flip(at):
+def flip(position):
     def change(data):
-        data[at if at >= 0 else len(data) + at] ^= 4
+        data[position if position >= 0 else len(data) + position] ^= 4
 
     return change
 
@@ -246,12 +246,12 @@ def test_loaded_tensors_share_no_memory(base, model, tmp_path):
 def test_a_flipped_bit_never_loads_as_something_else(model, tmp_path):
     """A bit flipped anywhere in the file is an error, or in padding."""
     path = li.save(model, tmp_path / "a.safetensors")
-    whole = path.read_bytes()
+    data = path.read_bytes()
     good = [(s.path, s.scale, bits(s.A), bits(s.B)) for s in li.read(path).sites]
-    for at in range(0, len(whole), 13):
-        spoilt = bytearray(whole)
-        spoilt[at] ^= 1 << at % 8
-        path.write_bytes(spoilt)
+    for position in range(0, len(data), 13):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
         try:
             file = li.read(path)
         except li.FileError:

@@ -35,18 +35,18 @@ def model() -> nn.Module:
 )
 def test_tensors_of_any_shape_are_written_and_read(dtype, read, tmp_path):
     """Scalars, empty tensors and views come back, sorted by name, as the safetensors package reads them too."""
-    whole = torch.arange(24).view(4, 6).to(dtype)
+    matrix = torch.arange(24).view(4, 6).to(dtype)
     tensors = {
-        "z": whole,
-        "a": whole[:, ::2],
-        "column": whole[:, 1],
-        "row": whole.t(),
-        "one": whole[1, 2],
-        "none": whole[:0],
-        "grad": whole,
+        "z": matrix,
+        "a": matrix[:, ::2],
+        "column": matrix[:, 1],
+        "row": matrix.t(),
+        "one": matrix[1, 2],
+        "none": matrix[:0],
+        "grad": matrix,
     }
     if dtype.is_floating_point:
-        tensors["grad"] = whole.clone().requires_grad_()
+        tensors["grad"] = matrix.clone().requires_grad_()
     (tmp_path / "x").write_bytes(b"".join(safetensors_file.dump(tensors, {"key": "value"})))
     loaded, metadata = read(tmp_path / "x")
     assert metadata == {"key": "value"}
