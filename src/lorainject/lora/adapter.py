@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics.delta import Factors, scale
-from .hooks import HookAware
 
 Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
 """(adapter, y, x, y_is_ours) -> y plus the low-rank term of x. The term may be added in place if `y_is_ours`."""
@@ -37,7 +36,7 @@ Parts = tuple[tuple[slice, slice], ...]
 weight."""
 
 
-class LoraAdapter(HookAware):
+class LoraAdapter(nn.Module):
     """The factors A and B of one adapter on one weight.
 
     Args:

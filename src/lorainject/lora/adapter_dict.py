@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from .active import AdapterState, StateDictLoad
 from .adapter import LoraAdapter
-from .hooks import HookAware
 from .kernels.terms import TERMS
 from .weight_kinds import Kind
 
 
-class AdapterDict(HookAware):
+class AdapterDict(nn.Module):
     """All adapters of one weight, or of one slice of it, by name.
 
     Args:
@@ -74,15 +73,21 @@ class AdapterDict(HookAware):
         """The active adapters that this weight has."""
         return [self[name] for name in self.state.active if name in self._modules]
 
-    def forward(self, x: Tensor, y: Tensor, own: bool = False) -> Tensor:
-        """y (..., out) and the terms of x (..., in), in y's memory if that is our `own`."""
+    def forward(self, x: Tensor, y: Tensor, y_is_ours: bool = False) -> Tensor:
+        """Return y plus the low-rank terms of the active adapters.
+
+        Args:
+            x: The input of the layer, shape (..., in), or token ids for an embedding.
+            y: The output of the base layer, shape (..., out).
+            y_is_ours: True if terms may be added in place, because no one else holds y.
+        """
         assert self.kind.form is not None
-        state, term, lows = self.state, TERMS[self.kind.form], cast("dict[str | None, LoraAdapter]", self._modules)
-        if state.rows is not None:
-            return state.rows.add(lows, term, y, x, own)
-        for name in state.active:
-            if (low := lows.get(name)) is not None:
-                y, own = low(term, y, x, own), True
+        term = TERMS[self.kind.form]
+        if self.state.rows is not None:
+            adapters = cast("dict[str | None, LoraAdapter]", self._modules)
+            return self.state.rows.add_terms(adapters, term, y, x, y_is_ours)
+        for adapter in self.active:
+            y, y_is_ours = adapter(term, y, x, y_is_ours), True
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:

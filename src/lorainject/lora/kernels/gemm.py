@@ -1,15 +1,21 @@
-"""The low-rank term of a linear layer and its gradients, in products of bare matrices: what autograd saves, and when, is accumulate.py's affair.
+"""The matrix products of a linear layer's low-rank term and of its gradients, on plain tensors.
 
-    forward    h_RM = A_RI x_MI^T                y_MO += s h_RM^T B_OR^T
-    backward   dh_RM = s B_OR^T dy_MO^T          dB_OR = s (h_RM dy_MO)^T          dx_MI += dh_RM^T A_RI      dA_RI = dh_RM x_MI
+    forward    h_RM = A_RI x_MI^T         y_MO += s h_RM^T B_OR^T
+    backward   dh_RM = s B_OR^T dy_MO^T   dB_OR = s (h_RM dy_MO)^T   dx_MI += dh_RM^T A_RI   dA_RI = dh_RM x_MI
 
-h has few rows rather than few columns: for products with eight columns a CPU's library takes two to four times as long as for those with eight rows.
+The term is added into y in place, by a matrix product with beta = 1: nothing of the size of y is allocated, scaled or
+cast. What autograd saves, and when these products run, is decided in lora_linear.py.
 
-A and B, kept in float32, are cast down to y's dtype, which is small beside casting x up. A CPU without instructions for half precision computes
-in float32 instead, some rows of x and y at a time, so that what is cast stays in the cache and hardly takes memory (bfloat16 costs it 18 times as
-much).
+**h lies with the rank first.** It costs no line, and a product with eight rows is faster than one with eight columns:
+1.4 instead of 2.4 ms for dh at r 8 (M 512, 2048 x 2048, float32, Zen 3). At r 16 and 64 both take the same time.
 
-Legend: M tokens, I in, O out, R rank.
+**Half precision on a CPU.** A and B are float32. On a GPU, and on a CPU with instructions for half precision, they are
+cast down to the dtype of y, which costs little. A CPU without such instructions (Zen 3, say) multiplies in float32
+instead: in the row `forward` in bfloat16, M 512, 2048 x 2048, the two products then take 7 instead of 19 ms at r 8, and
+20 instead of 129 ms at r 64. To keep the peak memory at 1.05 times the base's, x and y are cast in chunks of a fiftieth
+of their elements. For few tokens every CPU computes in float32: a product in bfloat16 takes 24 us whatever its size.
+
+Suffixes name axes: M tokens, I input features, O output features, R rank.
 """
 
 from __future__ import annotations
@@ -18,175 +24,153 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import (
-    Tensor,
-    float32,
-    is_grad_enabled,
-)  # by their own names: torch's dictionary has left the cache since the last token
-from torch.nn.functional import linear
+from torch import Tensor, float32
 
 from ...numerics.tiled_matmul import add_product_by_rows
 from ..adapter import Parts
 
-FEW = 16  # tokens up to which a term of its own costs less than the calls that save it
-FEW_HALF = 64  # the same in half precision, whose products with so few cost any CPU more than those in float32
-CAST = 1 << 17  # elements that are cast at a time: their copies shall lie in the cache
-LITTLE, SHARE = 1 << 13, 50  # and hardly take memory: of what is larger a fiftieth at most, or this many
-SOME, LARGE, THIN = (
-    16,
-    1 << 20,
-    range(2, 13),
-)  # tokens that are added to at a time, of how many elements on, and for which ranks
-HALVES = (torch.bfloat16, torch.float16)
+FEW_TOKENS = 64
+"""Up to so many tokens a CPU computes in float32 rather than in half precision."""
+CHUNK_SIZE = 1 << 17
+"""Elements that are cast at a time: at most so many, so that the copy stays in the cache, ..."""
+CHUNK_SHARE, SMALL_CHUNK_SIZE = 50, 1 << 13
+"""... and at most this share of the matrix, so that the copy hardly takes memory, unless the matrix is small."""
+GROUP_ROWS, GROUPED_RANKS, GROUPED_SIZE = 16, range(2, 13), 1 << 20
+"""Rows per matrix of the grouped addition, the ranks it helps, and the elements of y from which on it does."""
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def applied(
-    x: Tensor, W_OI: Tensor, bias: Tensor | None, h_RM: Tensor, B_OR: Tensor, s: float, parts: Parts = ()
-) -> Tensor:
-    """x W^T + bias + s h^T B^T (..., out), and no view. (The bias gets no gradient.)
-
-    In full precision a CPU makes the term first and adds the large product to it, with the bits that this has by itself. That takes no longer than
-    to store it, since a library adds up in y anyway; added afterwards, the term would fetch y from memory and send it back once more. (In half
-    precision y is written once, from float32, and to add it to something takes longer.)
-    """
-    if parts or not x.is_cpu or x.dtype in HALVES:
-        y = linear(x, W_OI, bias)  # with a bias perhaps a view, which nobody could write to afterwards
-        return accumulated(y.detach() if y._is_view() else y, h_RM, B_OR, s, parts, own=y.is_contiguous())
-    y = x.new_empty(*x.shape[:-1], len(W_OI))
-    y_MO = y.view(-1, len(W_OI))
-    if bias is not None:
-        y_MO.copy_(bias)
-    add_product(y_MO, h_RM, B_OR, s, beta=int(bias is not None))
-    y_MO.addmm_(x.reshape(-1, x.shape[-1]), W_OI.t())
-    return y
-
-
-def accumulated(y: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts, own: bool) -> Tensor:
-    """y + s h^T B^T, in y's memory if that may be written to: if it is our `own`."""
-    same = y.dtype == B.dtype
-    if same and not (own or parts):
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h_RM.t(), B.t(), alpha=s).view(y.shape)
-    out = y if own else y.clone(memory_format=torch.contiguous_format)
-    for out_MO, B_OR in _pairs(out.view(-1, out.shape[-1]), B, parts):
-        if same:
-            add_product(out_MO, h_RM, B_OR, s)
-        else:
-            _add_cast(out_MO, h_RM, B_OR, s)
-    return out
-
-
-def add_product(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float, beta: int = 1) -> None:
-    """y = beta y + s h^T B^T, in y's memory: a large y, for few ranks, some tokens at a time in one call, half of what all at once takes a CPU."""
-    h_MR, B_RO, whole = h_RM.t(), B_OR.t(), len(y_MO) // SOME * SOME
-    is_large = y_MO.numel() >= LARGE and whole and y_MO.is_cpu and y_MO.dtype == float32 and y_MO.is_contiguous()
-    if not is_large or len(B_RO) not in THIN or is_grad_enabled():  # (autograd would not follow a part of a part)
-        y_MO.addmm_(h_MR, B_RO, beta=beta, alpha=s)
-        return
-    add_product_by_rows(h_MR.narrow(0, 0, whole), B_RO, s, y_MO.narrow(0, 0, whole), SOME, beta)
-    if rest := len(y_MO) - whole:
-        add_product(y_MO.narrow(0, whole, rest), h_RM.narrow(1, whole, rest), B_OR, s, beta)
-
-
-def projected(x_MI: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
-    """A (m * x)^T in A's dtype."""
-    if p:
-        return torch.cat([thin(A, x) for x, _ in _dropped(x_MI, A.dtype, p, seed)], 1)
-    if x_MI.dtype == A.dtype:
-        return thin(A, x_MI)
-    return torch.cat([thin(A, x.to(A.dtype)) for x in x_MI.split(_at_a_time(x_MI, SHARE))], 1)
-
-
-def thin(A: Tensor, x_MI: Tensor) -> Tensor:
-    """A x^T (R, M); of few tokens by way of x A^T, which is as fast or faster then."""
-    return torch.mm(A, x_MI.t()) if x_MI.shape[0] >= FEW else linear(x_MI, A).t()
-
-
-def to_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
-    """s B^T dy^T."""
-    return functools.reduce(torch.add, (projected(dy, B_OR.t()) for dy, B_OR in _pairs(dy_MO, B, parts))) * s
-
-
-def to_B(dy_MO: Tensor, h_RM: Tensor, s: float, parts: Parts) -> Tensor:
-    """s (h dy)^T."""
-    found = (
-        torch.cat([_gathered(h_RM, dy_MO[:, columns]) for columns, _ in parts], 1) if parts else _gathered(h_RM, dy_MO)
-    )
-    return found.t() * s
-
-
-def to_x_and_A(
-    dx: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, p: float, seed: int, wants_A: bool
-) -> Tensor | None:
-    """dh (m * x); m * (dh^T A) is added into dx."""
-    if not p:
-        if dx is not None:
-            accumulated(dx, dh_RM, A.t(), 1.0, (), own=True)
-        return _gathered(dh_RM, x_MI) if wants_A else None
-    dA, n = None, _at_a_time(x_MI)
-    for i, (x, mask) in enumerate(_dropped(x_MI, A.dtype, p, seed)):
-        dh = dh_RM.narrow(1, i * n, len(x))
-        if dx is not None:
-            dx.narrow(0, i * n, len(x)).add_((dh.t() @ A) * mask)
-        if wants_A:
-            dA = dh @ x if dA is None else dA + dh @ x
-    return dA
-
-
-def computed_in(y: Tensor, tokens: int) -> torch.dtype:
-    """The dtype of the products."""
-    if y.dtype in HALVES and y.is_cpu and (tokens <= FEW_HALF or not _has_instructions(y.dtype)):
+def compute_dtype(y: Tensor, tokens: int) -> torch.dtype:
+    """Return the dtype of the products for an output y: float32 for half precision where a CPU is faster with it."""
+    if y.dtype in HALF_DTYPES and y.is_cpu and (tokens <= FEW_TOKENS or not _has_half_instructions(y.dtype)):
         return float32
     return y.dtype
 
 
 @functools.cache
-def _has_instructions(half: torch.dtype) -> bool:
-    """Whether this CPU multiplies in half precision."""
-    asked = (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported
-        if half == torch.bfloat16
-        else torch.ops.mkldnn._is_mkldnn_fp16_supported
-    )
-    return bool(asked())
+def _has_half_instructions(dtype: torch.dtype) -> bool:
+    """True if this CPU multiplies in this half precision."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return bool(getattr(torch.ops.mkldnn, name)())
 
 
-def _add_cast(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
-    """y += s h^T B^T for y of another dtype, in the wider of the two: some rows of y are cast, added to and rounded once."""
-    wide = torch.promote_types(y_MO.dtype, B_OR.dtype)
-    n, B_RO = _at_a_time(y_MO, SHARE), B_OR.to(wide).t()
-    for i, h in enumerate(h_RM.to(wide).split(n, 1)):
-        rows = y_MO.narrow(0, i * n, h.shape[1])
-        rows.copy_(rows.to(wide).addmm_(h.t(), B_RO, alpha=s))
+def down_project(x_MI: Tensor, A: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """Return A (m * x)^T, shape (R, M), in the dtype of A. The dropout mask m is drawn from the seed."""
+    if dropout:
+        return torch.cat([torch.mm(A, x.t()) for x, _ in _dropped_chunks(x_MI, A.dtype, dropout, seed)], 1)
+    if x_MI.dtype == A.dtype:
+        return torch.mm(A, x_MI.t())
+    return torch.cat([torch.mm(A, x.to(A.dtype).t()) for x in x_MI.split(_rows_per_chunk(x_MI))], 1)
 
 
-def _gathered(h_RM: Tensor, dy_MO: Tensor) -> Tensor:
-    """h dy (R, O), in h's dtype."""
-    if dy_MO.dtype == h_RM.dtype:
-        return h_RM @ dy_MO
-    n = _at_a_time(dy_MO, SHARE)
-    (h, dy), *more = zip(h_RM.split(n, 1), dy_MO.split(n), strict=True)
-    total = h @ dy.to(h.dtype)
-    for h, dy in more:
-        total.addmm_(h, dy.to(h.dtype))
+def add_up_projection(y_MO: Tensor, h_RM: Tensor, B: Tensor, s: float, parts: Parts = ()) -> None:
+    """Add s h^T B^T to y in place, for a slice only to the outputs in `parts`."""
+    for y, B_OR in _blocks(y_MO, B, parts):
+        if y.dtype != B.dtype:
+            _add_in_chunks(y, h_RM, B_OR, s)
+        elif _is_grouped(y, len(h_RM)):
+            _add_in_groups(y, h_RM, B_OR, s)
+        else:
+            y.addmm_(h_RM.t(), B_OR.t(), alpha=s)
+
+
+def grad_h(dy_MO: Tensor, B: Tensor, s: float, parts: Parts) -> Tensor:
+    """Return s B^T dy^T, shape (R, M), in the dtype of B."""
+    return functools.reduce(torch.add, (down_project(dy, B_OR.t()) for dy, B_OR in _blocks(dy_MO, B, parts))) * s
+
+
+def grad_B(dy_MO: Tensor, h_RM: Tensor, s: float, parts: Parts) -> Tensor:
+    """Return s (h dy)^T, shape (O, R), in the dtype of h.
+
+    dy^T h^T, whose result has eight columns, takes 6.5 instead of 2.3 ms (r 8, M 512, O 2048, float32, Zen 3).
+    """
+    slices = [dy_MO[:, columns] for columns, _ in parts] or [dy_MO]
+    return torch.cat([_multiply(h_RM, dy) for dy in slices], 1).t() * s
+
+
+def grad_x_and_A(
+    dx_MI: Tensor | None, dh_RM: Tensor, x_MI: Tensor, A: Tensor, dropout: float, seed: int, needs_A: bool
+) -> Tensor | None:
+    """Add m * (dh^T A) to dx in place, if dx is given, and return dh (m * x), shape (R, I), if A needs its gradient.
+
+    The dropout mask m is drawn again from the seed of the forward, once for both.
+    """
+    if not dropout:
+        if dx_MI is not None:
+            add_up_projection(dx_MI, dh_RM, A.t(), 1.0)
+        return _multiply(dh_RM, x_MI) if needs_A else None
+    dA, start = None, 0
+    for x, mask in _dropped_chunks(x_MI, A.dtype, dropout, seed):
+        dh = dh_RM.narrow(1, start, len(x))
+        if dx_MI is not None:
+            dx_MI.narrow(0, start, len(x)).add_((dh.t() @ A) * mask)
+        if needs_A:
+            dA = dh @ x if dA is None else dA + dh @ x
+        start += len(x)
+    return dA
+
+
+def _multiply(h_RM: Tensor, t_MN: Tensor) -> Tensor:
+    """Return h t, shape (R, N), in the dtype of h."""
+    if t_MN.dtype == h_RM.dtype:
+        return h_RM @ t_MN
+    rows = _rows_per_chunk(t_MN)
+    (h, t), *rest = zip(h_RM.split(rows, 1), t_MN.split(rows), strict=True)
+    total = h @ t.to(h.dtype)
+    for h, t in rest:
+        total.addmm_(h, t.to(h.dtype))
     return total
 
 
-def _dropped(x_MI: Tensor, dtype: torch.dtype, p: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """m * x in this dtype, and m, some rows at a time."""
-    generator = torch.Generator(x_MI.device).manual_seed(seed)
-    for x in x_MI.split(_at_a_time(x_MI)):
-        mask = torch.empty_like(x, dtype=dtype).bernoulli_(1 - p, generator=generator).div_(1 - p)
-        yield x.to(dtype) * mask, mask
+def _add_in_chunks(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
+    """Add s h^T B^T to a y of lower precision: some rows at a time are cast, added to, and rounded once."""
+    start = 0
+    for h in h_RM.split(_rows_per_chunk(y_MO), 1):
+        y = y_MO.narrow(0, start, h.shape[1])
+        y.copy_(y.to(B_OR.dtype).addmm_(h.t(), B_OR.t(), alpha=s))
+        start += h.shape[1]
 
 
-def _pairs(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]:
-    """The columns of y, and their rows of B."""
+def _is_grouped(y_MO: Tensor, r: int) -> bool:
+    """True if `_add_in_groups` is faster than one product: for a large float32 y on a CPU and few ranks.
+
+    It takes 1.0 instead of 2.0 ms at r 2, 1.5 at r 8 and 1.7 at r 12, and nothing less from r 16 on (M 512, O 2048,
+    Zen 3). Autograd would not follow the views, so it is not used while a gradient is differentiated.
+    """
+    return (
+        r in GROUPED_RANKS
+        and y_MO.numel() >= GROUPED_SIZE
+        and len(y_MO) >= GROUP_ROWS
+        and y_MO.is_cpu
+        and y_MO.dtype == float32
+        and y_MO.is_contiguous()
+        and not torch.is_grad_enabled()
+    )
+
+
+def _add_in_groups(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
+    """Add s h^T B^T to y by one batched product, whose matrices have GROUP_ROWS rows each, and one for the rest."""
+    grouped = len(y_MO) // GROUP_ROWS * GROUP_ROWS
+    add_product_by_rows(h_RM.t()[:grouped], B_OR.t(), s, y_MO[:grouped], GROUP_ROWS)
+    y_MO[grouped:].addmm_(h_RM.t()[grouped:], B_OR.t(), alpha=s)
+
+
+def _blocks(y_MO: Tensor, B: Tensor, parts: Parts) -> list[tuple[Tensor, Tensor]]:
+    """Return each run of outputs of a slice with the rows of B that belong to it; y and B for a whole weight."""
     return [(y_MO[:, columns], B[rows]) for columns, rows in parts] if parts else [(y_MO, B)]
 
 
-def _at_a_time(matrix: Tensor, share: int = 1) -> int:
-    """As many rows as are cast at a time, of many no more than 1/share."""
-    elements = matrix.numel()
-    if not matrix.is_cpu or elements <= CAST:
+def _dropped_chunks(x_MI: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield m * x in this dtype, and the mask m of zeros and 1 / (1 - dropout), some rows at a time."""
+    generator = torch.Generator(x_MI.device).manual_seed(seed)
+    for x in x_MI.split(_rows_per_chunk(x_MI)):
+        mask = torch.empty_like(x, dtype=dtype).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        yield x.to(dtype) * mask, mask
+
+
+def _rows_per_chunk(matrix: Tensor) -> int:
+    """Return how many rows are cast at a time: all of a small matrix, and all on a GPU."""
+    size = matrix.numel()
+    if not matrix.is_cpu or size <= CHUNK_SIZE:
         return max(1, len(matrix))
-    return max(1, min(CAST, max(LITTLE, elements // share)) // matrix.shape[1])
+    return max(1, min(CHUNK_SIZE, max(SMALL_CHUNK_SIZE, size // CHUNK_SHARE)) // matrix.shape[1])

@@ -1,20 +1,25 @@
-"""One adapter a row: the low-rank terms of a whole batch in two batched products, however many adapters there are.
+"""One adapter per row of a batch: the plan of `rows(...)`, and a kernel for rows of a few tokens.
 
-    y_LTO += (x_LTI A_LRI^T) (s B^T)_LRO
+`RowAssignment` is made once for a batch, and all layers share it. It adds the term of each adapter to the rows of that
+adapter, one adapter after the other. Consecutive rows are a view; other rows are gathered and written back.
 
-The batch goes in lanes: some rows with the same adapter, whose A and B lie one behind the other, copied once for as long as the batch has these
-adapters; lower ranks are filled up with zeros, and so are the rows of the base. In few tokens a row that takes about as long as one product of them
-all, where a product for each adapter would be a call each.
+**Few tokens per adapter.** `PerRowTerms` computes all rows in two batched products, however many adapters there are:
 
-Legend: N rows of the batch, L lanes, T tokens of a row or a lane, I in, O out, R the highest rank.
+    y_NTO += (x_NTI A_NRI^T) (s B^T)_NRO
+
+Each row has its own copy of A and B, made once per layer and context. Adapters of a lower rank are filled up with
+zeros, and so are the rows of the base. It takes 0.5 of the overhead of one adapter after the other for 32 rows with 8
+or 32 adapters, and 0.9 for 8 rows with 8 adapters, in a context with 8 forwards of one token (112 linears, d 512, r 8,
+float32, Zen 3). Making the copies costs as much as five such forwards of 8 rows save; they take memory, at most as much
+as the weight.
+
+Suffixes name axes: N rows of the batch, T tokens per row, I input features, O output features, R the highest rank.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,184 +27,170 @@ from torch.nn.functional import pad
 
 from ...errors import StateError
 from ..adapter import LoraAdapter, Term
-from ..hooks import HOOKED
-from .gemm import computed_in
-from .lora_linear import accumulate, is_shareable, is_watched
+from .gemm import compute_dtype
+from .lora_linear import active_dropout, add_linear_term, has_plain_factors, needs_plain_operators
 
-SHORT = 24  # tokens an adapter up to which two batched products for all rows are faster than two for each adapter,
-SOME = 3  # and from so many adapters on
-State = tuple[Tensor, Tensor, int, int, int, int]
+MIN_ADAPTERS = 3
+"""From so many adapters on, ..."""
+MAX_TOKENS = 24
+"""... and up to so many tokens per adapter, batched products are faster than two products for each adapter."""
+
+Adapters = Mapping[str | None, LoraAdapter]
+"""The adapters of one layer, by name."""
 
 
 class RowAssignment:
-    """A batch whose row i (axis 0) uses the adapter names[i], or the base where that is None."""
+    """A batch whose row i (axis 0) uses the adapter names[i], or the base model where that is None."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
         self.used = tuple(dict.fromkeys(name for name in names if name is not None))
         self.runs: list[tuple[str | None, slice]] = []
         for name, group in groupby(range(len(names)), key=self.names.__getitem__):
-            rows = list(group)
-            self.runs.append((name, slice(rows[0], rows[-1] + 1)))
-        self.places: list[tuple[str, slice | Tensor]] = []
+            run = list(group)
+            self.runs.append((name, slice(run[0], run[-1] + 1)))
+        self.rows: dict[str, slice | Tensor] = {}
         for name in self.used:
-            own = [rows for other, rows in self.runs if other == name]
-            self.places.append(
-                (name, own[0] if len(own) == 1 else torch.tensor([i for i, other in enumerate(names) if other == name]))
-            )
-        self.batched: dict[int, PerRowTerms] = {}
+            runs = [run for other, run in self.runs if other == name]
+            numbers = [i for i, other in enumerate(names) if other == name]
+            self.rows[name] = runs[0] if len(runs) == 1 else torch.tensor(numbers)
+        self.kernels: dict[int, PerRowTerms] = {}
 
     names: tuple[str | None, ...]
     used: tuple[str, ...]
-    """The adapters among them."""
+    """The adapters in `names`, each once."""
     runs: list[tuple[str | None, slice]]
-    """Rows one after the other with the same adapter; the base's among them."""
-    places: list[tuple[str, slice | Tensor]]
-    """All rows of each adapter: a run, or their numbers."""
-    batched: dict[int, PerRowTerms]
-    """By layer: its adapters, row by row. They go with the context."""
+    """Consecutive rows with the same adapter, or with none, in the order of the batch."""
+    rows: dict[str, slice | Tensor]
+    """All rows of each adapter: a run, or a tensor of their numbers."""
+    kernels: dict[int, PerRowTerms]
+    """The batched factors of each layer, by the id of its adapters. They are freed with the context."""
 
-    def add(self, lows: Mapping[str | None, LoraAdapter], term: Term, y: Tensor, x: Tensor, own: bool) -> Tensor:
-        """y (batch, tokens, ..., out) with each adapter's term of x on its own rows. `lows` are those of one layer, by name."""
-        used = [name for name in self.used if name in lows]
+    def add_terms(self, adapters: Adapters, term: Term, y: Tensor, x: Tensor, y_is_ours: bool) -> Tensor:
+        """Return y with the term of each adapter added to the rows of that adapter.
+
+        Args:
+            adapters: The adapters of the layer.
+            term: The function that adds a term (kernels/terms.py).
+            y: The output of the base layer, shape (batch, tokens, ..., out).
+            x: The input of the layer, shape (batch, tokens, ..., in), or token ids for an embedding.
+            y_is_ours: True if terms may be added in place.
+
+        Raises:
+            StateError: Axis 0 of the input is not certain to be the batch.
+        """
+        used = [name for name in self.used if name in adapters]
         if not used:
             return y
-        self._check(lows, y, x)
-        if len(self.runs) == 1:  # one adapter for all
-            return lows[self.names[0]](term, y, x, own)
+        self._require_batch(adapters, y, x)
+        if len(self.runs) == 1:
+            return adapters[self.names[0]](term, y, x, y_is_ours)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            sizes = [rows.stop - rows.start for _, rows in self.runs]
-            parts = zip(self.runs, y.split(sizes), x.split(sizes), strict=True)
+            sizes = [run.stop - run.start for _, run in self.runs]
+            runs = zip(self.runs, y.split(sizes), x.split(sizes), strict=True)
             return torch.cat(
-                [lows[name](term, part, its, False) if name in lows else part for (name, _), part, its in parts]
-            )
-        y = y if own and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
-        if term is accumulate and (batched := self._batched(lows, used, y, x)) is not None:
-            return batched.add(y, x)
-        for name, rows in self.places:
-            if name in lows:
-                part = y[rows]  # a copy, unless they are a run
-                found = lows[name](term, part, x[rows], True)
-                if isinstance(rows, Tensor) or found.data_ptr() != part.data_ptr():
-                    y[rows] = found
+                [adapters[name](term, y_run, x_run, False) if name in adapters else y_run for (name, _), y_run, x_run in runs]
+            )  # fmt: skip
+        if not (y_is_ours and y.is_contiguous()):
+            y = y.clone(memory_format=torch.contiguous_format)
+        if term is add_linear_term and (kernel := self._kernel(adapters, used, y, x)) is not None:
+            kernel.add_terms(y, x)
+            return y
+        for name in used:
+            rows = self.rows[name]
+            y_rows = y[rows]  # a view of a run, else a copy
+            result = adapters[name](term, y_rows, x[rows], True)
+            if isinstance(rows, Tensor) or result.data_ptr() != y_rows.data_ptr():
+                y[rows] = result
         return y
 
-    def _batched(
-        self, lows: Mapping[str | None, LoraAdapter], names: Sequence[str], y: Tensor, x: Tensor
-    ) -> PerRowTerms | None:
-        """Of this layer, as its A and B are now; None if they can't be taken together, or are as fast one by one."""
-        short = len(names) >= SOME and y.shape[:-1].numel() <= SHORT * len(names)
-        if not short or is_watched(y) or torch.is_autocast_enabled(y.device.type):
+    def _kernel(self, adapters: Adapters, names: Sequence[str], y: Tensor, x: Tensor) -> PerRowTerms | None:
+        """Return the batched factors of a layer; None if they cannot be batched, or are as fast one by one."""
+        is_short = len(names) >= MIN_ADAPTERS and y.shape[:-1].numel() <= MAX_TOKENS * len(names)
+        if not is_short or needs_plain_operators(y):
             return None
-        used = [lows[name] for name in names]
-        if (found := self.batched.get(id(lows))) is None or not found.holds(used):
-            rows = tuple(names.index(name) if name in names else None for name in self.names)
-            if not PerRowTerms.can_hold(used, rows, y, x):
+        used = [adapters[name] for name in names]
+        kernel = self.kernels.get(id(adapters))
+        if kernel is None or not kernel.is_current(used):
+            if not PerRowTerms.can_batch(used, len(self.names), y, x):
                 return None
-            found = self.batched[id(lows)] = PerRowTerms(used, rows, y)
-        return found
+            numbers = [names.index(name) if name in names else None for name in self.names]
+            kernel = self.kernels[id(adapters)] = PerRowTerms(used, numbers, y)
+        return kernel
 
-    def _check(self, lows: Mapping[str | None, LoraAdapter], y: Tensor, x: Tensor) -> None:
-        """Axis 0 must be the batch for certain: an input without a sequence axis may be tokens in any order (experts), and one whose axis 1
-        is as long may be transposed. Raises StateError where it is not."""
+    def _require_batch(self, adapters: Adapters, y: Tensor, x: Tensor) -> None:
+        """Raise StateError unless axis 0 is certain to be the batch.
+
+        An input without a sequence axis may be tokens in any order (experts), and one whose axis 1 is as long as the
+        batch may be transposed.
+        """
         batch, axes = len(self.names), y.shape[:-1]
         if len(axes) < 2 or axes[0] != batch or axes[1] == batch > 1:
             raise StateError(
-                f"rows(...) names {batch} rows, but a module with the adapters {', '.join(map(repr, lows))} got an input of shape"
-                f" {tuple(x.shape)}, whose first axis is not for certain these rows",
-                way_out="give one name per row of the batch, pad a batch that is as long as it has rows, and exclude modules"
-                " that see the batch in another layout (pooled, flattened, transposed); with beams name each row num_beams times",
+                f"rows(...) names {batch} rows, but a module with the adapters {', '.join(map(repr, adapters))} got an"
+                f" input of shape {tuple(x.shape)}, whose first axis is not certain to be these rows",
+                way_out="give one name per row of the batch; pad a batch whose sequences are as long as it has rows;"
+                " exclude modules that see the batch in another layout (pooled, flattened, transposed); with beam search"
+                " repeat each name num_beams times",
             )
-
-
-class Lanes(NamedTuple):
-    """A batch in lanes of equally many rows."""
-
-    of: tuple[int | None, ...]
-    """Which adapter each lane has; None: the base."""
-    moves: tuple[Tensor, Tensor] | None = None
-    """The rows of all lanes, one behind the other (a lane that is not full has its first row again), and where among them each row of the batch
-    is. None: they are as in the batch."""
-
-
-@functools.lru_cache(maxsize=64)
-def lanes(rows: tuple[int | None, ...], device: torch.device) -> Lanes:
-    """Of a batch whose row i has this adapter: a lane for each row, unless lanes of the mean length need half as many A and B or fewer."""
-    own: dict[int | None, list[int]] = {}
-    for n, i in enumerate(rows):
-        own.setdefault(i, []).append(n)
-    length = -(-len(rows) // len(own))
-    found = [(i, at[k : k + length]) for i, at in own.items() for k in range(0, len(at), length)]
-    if 2 * len(found) > len(rows):
-        return Lanes(rows)
-    of, order = tuple(i for i, _ in found), [n for _, lane in found for n in lane + lane[:1] * (length - len(lane))]
-    if order == list(range(len(rows))):
-        return Lanes(of)
-    back = [order.index(n) for n in range(len(rows))]
-    return Lanes(of, (torch.tensor(order, device=device), torch.tensor(back, device=device)))
 
 
 class PerRowTerms:
-    """The adapters of one layer, row by row."""
+    """The factors of the adapters of one layer, copied for every row of a batch.
 
-    def __init__(self, used: Sequence[LoraAdapter], rows: tuple[int | None, ...], y: Tensor) -> None:
-        """`used` are the adapters themselves, `rows` says which of them each row has, None the base."""
-        self.made_of, dtype = [_state(low) for low in used], computed_in(y, 1)
-        A, B = [A for A, *_ in self.made_of], [B.t() for _, B, *_ in self.made_of]
-        ranks, scales = [low.r for low in used], [low.scale for low in used]
-        if len(set(ranks)) > 1:
-            A, B = (
-                [pad(t, (0, 0, 0, max(ranks) - r)) for t, r in zip(factors, ranks, strict=True)] for factors in (A, B)
-            )
-        of, self.moves = lanes(rows, y.device)
-        s = torch.tensor(
-            [0.0 if i is None else scales[i] for i in of],
-            dtype=torch.promote_types(dtype, torch.float32),
-            device=y.device,
-        )
-        self.A_LRI = torch.stack([A[i or 0] for i in of]).to(dtype)
-        self.B_LRO = (torch.stack([B[i or 0] for i in of]) * s.view(-1, 1, 1)).to(dtype)
-        self.parts = used[0].parts or ((slice(None), slice(None)),)
+    Args:
+        adapters: The adapters that the batch uses.
+        numbers: For each row, the number of its adapter in `adapters`, or None for the base.
+        y: An output of the layer, for its dtype and device.
+    """
+
+    def __init__(self, adapters: Sequence[LoraAdapter], numbers: Sequence[int | None], y: Tensor) -> None:
+        self.copied = [(adapter.A, adapter.B, _versions(adapter)) for adapter in adapters]
+        self.device = y.device
+        dtype, r = compute_dtype(y, 1), max(adapter.r for adapter in adapters)
+        wide = torch.promote_types(dtype, torch.float32)
+        A = [pad(adapter.A.to(dtype), (0, 0, 0, r - adapter.r)) for adapter in adapters]
+        B = [pad((adapter.B.t().to(wide) * adapter.scale).to(dtype), (0, 0, 0, r - adapter.r)) for adapter in adapters]
+        zero = torch.zeros_like(B[0])
+        self.A_NRI = torch.stack([A[i or 0] for i in numbers])
+        self.B_NRO = torch.stack([zero if i is None else B[i] for i in numbers])
+        self.parts = adapters[0].parts or ((slice(None), slice(None)),)
 
     @staticmethod
-    def can_hold(used: Sequence[LoraAdapter], rows: tuple[int | None, ...], y: Tensor, x: Tensor) -> bool:
-        """Whether these may be used so: all stand for the same outputs, and the copies are no larger than the base's own weight."""
-        parts, ins, outs = used[0].parts, x.shape[-1], y.shape[-1]
-        fits = len(lanes(rows, y.device).of) * max(low.r for low in used) * (ins + outs) <= ins * outs
-        return fits and all(is_shareable(low, y.device) and low.parts == parts for low in used)
+    def can_batch(adapters: Sequence[LoraAdapter], rows: int, y: Tensor, x: Tensor) -> bool:
+        """True if A and B may be read without calling the adapters, which all stand for the same outputs, and their
+        copies take no more memory than the weight."""
+        in_features, out_features = x.shape[-1], y.shape[-1]
+        size = rows * max(adapter.r for adapter in adapters) * (in_features + out_features)
+        return size <= in_features * out_features and all(
+            has_plain_factors(adapter, y.device) and not active_dropout(adapter) and adapter.parts == adapters[0].parts
+            for adapter in adapters
+        )
 
-    def holds(self, used: Sequence[LoraAdapter]) -> bool:
-        """Whether it is still what these are."""
-        return len(used) == len(self.made_of) and all(map(_is_still, used, self.made_of))
+    def is_current(self, adapters: Sequence[LoraAdapter]) -> bool:
+        """True if the copies are still those of these adapters: no A or B was replaced, moved or written to, and no
+        adapter has got a hook, or dropout."""
+        return len(adapters) == len(self.copied) and all(
+            adapter.A is A
+            and adapter.B is B
+            and _versions(adapter) == versions
+            and has_plain_factors(adapter, self.device)
+            and not active_dropout(adapter)
+            for adapter, (A, B, versions) in zip(adapters, self.copied, strict=True)
+        )
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (batch, ..., out), contiguous, with each row's term of x (batch, ..., in) added, in y's memory."""
-        batch, (many, _, ins), outs = len(y), self.A_LRI.shape, y.shape[-1]
-        if self.moves is not None:
-            x = x.reshape(batch, -1, ins).index_select(0, self.moves[0])
-        h_LTR = torch.bmm(x.reshape(many, -1, ins).to(self.A_LRI.dtype), self.A_LRI.mT)
-        for columns, rows in self.parts:
-            B_LRO = self.B_LRO[..., rows]
-            if self.moves is not None:
-                term = torch.bmm(h_LTR, B_LRO).view(len(x), -1, B_LRO.shape[-1]).index_select(0, self.moves[1])
-                y.view(batch, -1, outs)[..., columns].add_(term)
-            elif y.dtype == h_LTR.dtype:
-                y.view(many, -1, outs)[..., columns].baddbmm_(h_LTR, B_LRO)
+    def add_terms(self, y: Tensor, x: Tensor) -> None:
+        """Add the term of each row of x (batch, ..., in) to y (batch, ..., out), contiguous, in place."""
+        rows = len(y)
+        h_NTR = torch.bmm(x.reshape(rows, -1, x.shape[-1]).to(self.A_NRI.dtype), self.A_NRI.mT)
+        for columns, rows_of_B in self.parts:
+            y_NTO, B_NRO = y.view(rows, -1, y.shape[-1])[..., columns], self.B_NRO[..., rows_of_B]
+            if y.dtype == h_NTR.dtype:
+                y_NTO.baddbmm_(h_NTR, B_NRO)
             else:
-                y.view(many, -1, outs)[..., columns].add_(torch.bmm(h_LTR, B_LRO))
-        return y
+                y_NTO.add_(torch.bmm(h_NTR, B_NRO))
 
 
-def _state(low: LoraAdapter) -> State:
-    A, B = low._parameters["A"], low._parameters["B"]
-    assert A is not None
-    assert B is not None
-    return A, B, A._version, B._version, A.data_ptr(), B.data_ptr()
-
-
-def _is_still(low: LoraAdapter, state: State) -> bool:
-    """Whether nobody has replaced, moved or written to A and B, or wants to be asked before they are used."""
-    of, (A, B, *rest) = low.__dict__, state
-    factors = of["_parameters"]
-    return (factors["A"] is A and factors["B"] is B and rest == [A._version, B._version, A.data_ptr(), B.data_ptr()]
-            and HOOKED not in of and "forward" not in of and not (of["training"] and of["dropout"]))  # fmt: skip
+def _versions(adapter: LoraAdapter) -> tuple[int, int, int, int]:
+    """Return numbers that change when A or B is written to, or gets other memory."""
+    return adapter.A._version, adapter.A.data_ptr(), adapter.B._version, adapter.B.data_ptr()
