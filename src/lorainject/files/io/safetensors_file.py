@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -57,8 +57,7 @@ COPY_AGAIN = "the file is damaged: copy or download it again and compare its siz
 CHECK_PATH = "check the path and its permissions (a hub repository's name is not a path: download the adapter first)"
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """What a header says of one tensor."""
 
     dtype: str
@@ -135,10 +134,11 @@ def _no_constant(name: str) -> None:
 
 def _entry(key: str, entry: Mapping[str, Any], data_start: int) -> TensorEntry:
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+    numbers = (*shape, start, stop)
+    if not isinstance(dtype, str) or {*map(type, numbers)} != {int} or min(numbers) < 0:
         raise ValueError(f"{key} has no valid dtype, shape and data_offsets")
-    bits = (stop - start) * 8 if dtype not in BITS else math.prod(shape) * BITS[dtype]
-    if math.prod(n or 1 for n in shape) >= 2**63 or stop < start or bits != (stop - start) * 8:
+    bits = math.prod(shape) * BITS[dtype] if dtype in BITS else (stop - start) * 8
+    if math.prod(filter(None, shape)) >= 2**63 or stop < start or bits != (stop - start) * 8:
         raise ValueError(f"{key} has {stop - start:,} bytes, which do not fit {dtype} {list(shape)}")
     return TensorEntry(dtype, shape, data_start + start, data_start + stop)
 
