@@ -123,7 +123,7 @@ def spec_from_arguments(spec: LoraSpec | None, targets: Any, **settings: Any) ->
         return LoraSpec(targets=() if targets is None else targets, **settings)
     if not isinstance(spec, LoraSpec):
         way_out = "pass a LoraSpec with its own settings: spec=LoraSpec(targets=[...], r=8)"
-        raise SpecError(f"spec must be a LoraSpec, not a {type(spec).__name__}", way_out=way_out)
+        raise SpecError(f"spec must be a LoraSpec, not {spec!r}", way_out=way_out)
     passed = ["targets"] * (targets is not None)
     passed += [name for name, value in settings.items() if value != LoraSpec.__dataclass_fields__[name].default]
     if passed:

@@ -181,7 +181,7 @@ SETTING_MISTAKES = {
     "layers a number": (["q_proj"], {"layers": 0}, r"layers must be a list of layer numbers from 0, .* not 0"),
     "a class": (nn.Linear, {}, r"targets must be a list of names, not <class"),
     "a list of classes": ([nn.Identity], {}, r"each entry must be a non-empty string or a function"),
-    "a spec that is none": (None, {"spec": {"r": 4}}, r"spec must be a LoraSpec, not a dict"),
+    "a spec that is none": (None, {"spec": {"r": 4}}, r"spec must be a LoraSpec, not \{'r': 4\}"),
     "alpha beyond float32": (["q_proj"], {"alpha": 1e300}, r"alpha must be"),
     "a nameless override": (
         ["q_proj"],
