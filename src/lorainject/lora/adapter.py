@@ -64,10 +64,10 @@ class LoraAdapter(nn.Module):
                  out: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        vars(self).update(  # what is no tensor: nn.Module's way takes 10 us each
-            r=A.shape[-2], alpha=alpha, scaling=scaling, dropout=dropout, init=init, padding_idx=padding_idx,
-            out=B.shape[-2] if out is None else out, slices=slices, parts=_runs(slices or ()),
-        )  # fmt: skip
+        self.r, self.alpha, self.scaling = A.shape[-2], alpha, scaling
+        self.dropout, self.init, self.padding_idx = dropout, init, padding_idx
+        self.out = B.shape[-2] if out is None else out
+        self.slices, self.parts = slices, _runs(slices or ())
         self.register_buffer("s", None, persistent=False)
         self.register_buffer("rows", None, persistent=False)
         self._rebuild()
@@ -117,12 +117,12 @@ class LoraAdapter(nn.Module):
     @torch.no_grad()
     def rescale(self, alpha: float, scaling: str) -> None:
         """Change the scale in place: compiled code reads it from where it is."""
-        vars(self).update(alpha=alpha, scaling=scaling, scale=scale(alpha, self.r, scaling))
+        self.alpha, self.scaling, self.scale = alpha, scaling, scale(alpha, self.r, scaling)
         self.s.copy_(torch.tensor(self.scale, dtype=torch.float64))  # fill_ refuses what float32 does not hold
 
     def _rebuild(self) -> None:
         """Compute the buffers from the settings, on the device of A."""
-        vars(self)["scale"] = scale(self.alpha, self.r, self.scaling)
+        self.scale = scale(self.alpha, self.r, self.scaling)
         dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32  # float8 has no promotion
         self.s = torch.tensor(self.scale, dtype=dtype, device=self.A.device)
         if self.slices is not None:

@@ -34,10 +34,10 @@ class AdapterDict(nn.Module):
         self, state: AdapterState, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
     ) -> None:
         super().__init__()
-        vars(self).update(  # nothing of it is a tensor: nn.Module's way takes 10 us each
-            state=state, kind=kind, parameter=parameter, label=label, named=named, is_read=False, merge_record=None,
-            fallbacks=Counter(),
-        )  # fmt: skip
+        self.state, self.kind = state, kind
+        self.parameter, self.label, self.named = parameter, label, named
+        self.is_read, self.merge_record = False, None
+        self.fallbacks = Counter()
 
     state: AdapterState
     kind: Kind

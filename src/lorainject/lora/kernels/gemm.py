@@ -35,7 +35,7 @@ CHUNK_SIZE = 1 << 17
 """Elements that are cast at a time: at most so many, so that the copy stays in the cache, ..."""
 CHUNK_SHARE, SMALL_CHUNK_SIZE = 50, 1 << 13
 """... and at most this share of the matrix, so that the copy hardly takes memory, unless the matrix is small."""
-GROUP_ROWS, GROUPED_RANKS, GROUPED_SIZE = 16, range(2, 13), 1 << 20
+GROUP_ROWS, GROUPED_RANKS, GROUPED_SIZE = 16, range(2, 17), 1 << 20
 """Rows per matrix of the grouped addition, the ranks it helps, and the elements of y from which on it does."""
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -134,8 +134,9 @@ def _add_in_chunks(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
 def _is_grouped(y_MO: Tensor, r: int) -> bool:
     """True if `_add_in_groups` is faster than one product: for a large float32 y on a CPU and few ranks.
 
-    It takes 1.0 instead of 2.0 ms at r 2, 1.5 at r 8 and 1.7 at r 12, and nothing less from r 16 on (M 512, O 2048,
-    Zen 3). Autograd would not follow the views, so it is not used while a gradient is differentiated.
+    In the row `forward`, M 512, 2048 x 2048, both products take 2.6 instead of 3.5 ms at r 8, and 3.8 instead of 4.4 at
+    r 16; the must of that row, half of PEFT's 5.8 ms at r 8, needs it. At r 64 it takes longer (Zen 3). Autograd would
+    not follow the views, so it is not used while a gradient is differentiated.
     """
     return (
         r in GROUPED_RANKS
