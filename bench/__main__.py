@@ -19,7 +19,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code."""
+    """Run the command and return its exit code: 1 if a row failed, or something is worse than in an earlier run."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="scripts/bench", description="lorainject beside PEFT and loralib, row by row",
                                      epilog="rows: " + ", ".join(f"{row.name} ({row.what})" for row in TABLE))  # fmt: skip
@@ -51,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rounds, seconds = (3, 1.0) if args.quick else (11, 5.0)
-    on = Setup(quick=args.quick, device="cuda" if args.cuda else "cpu", rounds=args.rounds or rounds, seconds=seconds)
+    setup = Setup(
+        quick=args.quick, device="cuda" if args.cuda else "cpu", rounds=args.rounds or rounds, seconds=seconds
+    )
     rows = [row for row in TABLE if (not args.only or row.name in args.only) and (row.cuda or not args.cuda)]
     command = " ".join(["scripts/bench", *argv])
     start = time.perf_counter()
-    machine = report.machine(on)
-    results = run(rows, on, report.say)
+    machine = report.machine(setup)
+    results = run(rows, setup, report.say)
     about = [*machine, f"`{command}`, {(time.perf_counter() - start) / 60:.0f} minutes"]
     if args.rest:
         about = [
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.show(rows, results, about)
     complete = not (args.quick or args.only or args.cuda)
     if args.write or complete:
-        (args.write or DOCUMENT).write_text(report.markdown(rows, results, on, about))
+        (args.write or DOCUMENT).write_text(report.markdown(rows, results, setup, about))
     if args.json:
         args.json.write_text(report.to_json(results, about))
     worse = report.worse(results, report.from_json(args.against.read_text())) if args.against else []

@@ -36,14 +36,14 @@ from transformers.core_model_loading import revert_weight_conversion
 import lorainject as li
 from lorainject.lora.adapter import LoraAdapter
 
-from .measure import MOST, Setup, Times, alone, growth
-from .row import Figure, Goal, Row, exactly
+from .measure import MOST, Setup, Times, growth_during, in_fresh_process
+from .row import Figure, Goal, Row, exact_value
 
 SHARD = 2 << 30  # bytes
 
 
 def checkpoint(folder: Path, gigabytes: float, experts: int = 0) -> None:
-    """A random checkpoint in bf16, with the names that such models have on disk, and a rank-16 adapter for it."""
+    """Write a random bfloat16 checkpoint with the tensor names that such models have on disk."""
     sizes = {
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -89,7 +89,7 @@ def checkpoint(folder: Path, gigabytes: float, experts: int = 0) -> None:
 
 
 def adapter(folder: Path, base: Path) -> None:
-    """Rank 16 on every linear, of about 2 % of the weights."""
+    """Write an adapter of rank 16 for every linear layer, whose deltas are about 2 % of the weights."""
     config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -104,16 +104,19 @@ def adapter(folder: Path, base: Path) -> None:
 
 
 def ours(base: Path, adapter: Path, out: Path) -> None:
+    """Merge with lorainject."""
     li.merge_checkpoint(base, adapter, out)
 
 
 def theirs(base: Path, adapter: Path, out: Path) -> None:
+    """Merge with PEFT: load, merge, save, and flush to the disk."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="2GB")
     subprocess.run(["sync", *out.iterdir()], check=True)
 
 
 def cp(base: Path, adapter: Path, out: Path) -> None:
+    """Copy the checkpoint, and flush it to the disk."""
     subprocess.run(["cp", "-r", base, out], check=True)
     subprocess.run(["sync", *out.iterdir()], check=True)
 
@@ -122,24 +125,25 @@ WAYS = {"ours": ours, "cp": cp, "PEFT": theirs}
 
 
 def one(way: str, base: Path, adapter: Path, out: Path) -> tuple[float, float]:
-    """Seconds, and MiB that the process grew by."""
+    """Return the seconds that one merge takes, and the MiB that this process grows by."""
     warnings.simplefilter("ignore")
     start = time.perf_counter()
-    grown = growth(partial(WAYS[way], base, adapter, out))
-    return time.perf_counter() - start, grown
+    mib = growth_during(partial(WAYS[way], base, adapter, out))
+    return time.perf_counter() - start, mib
 
 
-def merge(on: Setup) -> Iterator[Figure]:
-    for gigabytes, experts, most_rounds in [(0.3, 0, 3)] if on.quick else [(1, 0, MOST), (1, 16, MOST), (6.2, 0, 3)]:
+def merge(setup: Setup) -> Iterator[Figure]:
+    """Measure merges of checkpoints of several sizes, with and without experts."""
+    for gigabytes, experts, most_rounds in [(0.3, 0, 3)] if setup.quick else [(1, 0, MOST), (1, 16, MOST), (6.2, 0, 3)]:
         with tempfile.TemporaryDirectory() as name:
             base, lora = Path(name, "base"), Path(name, "adapter")
             checkpoint(base, gigabytes, experts)
             adapter(lora, base)
             seconds: dict[str, list[float]] = {way: [] for way in WAYS}
             mib: dict[str, list[float]] = {way: [] for way in WAYS}
-            for _ in range(min(on.rounds, most_rounds)):
+            for _ in range(min(setup.rounds, most_rounds)):
                 for way in random.sample(list(WAYS), len(WAYS)):
-                    found = alone(one, way, base, lora, Path(name, way))
+                    found = in_fresh_process(one, way, base, lora, Path(name, way))
                     seconds[way].append(found[0]), mib[way].append(found[1])
                 differ = None if experts else agreed(Path(name, "ours"), Path(name, "PEFT"))
                 for way in WAYS:
@@ -157,14 +161,14 @@ def merge(on: Setup) -> Iterator[Figure]:
             yield Figure(
                 case=case,
                 metric="growth, MiB",
-                value=exactly(most["ours"]),
+                value=exact_value(most["ours"]),
                 beside=f"PEFT {most['PEFT']:.0f} MiB",
                 limit="a tile: 1",
             )
 
 
 def agreed(ours: Path, theirs: Path) -> float:
-    """The largest relative difference between tensors of the two results; the names must be the same."""
+    """Return the largest relative difference between the tensors of two results, which must have the same names."""
     files = [
         {key: file for f in folder.glob("*.safetensors") for file in [safe_open(f, "pt")] for key in file.keys()}
         for folder in (ours, theirs)

@@ -17,15 +17,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 import lorainject as li
 
-from .measure import Setup, Timed, allocations, excess, grown, interleaved
-from .models import agree, mebibytes, said
-from .row import Figure, Goal, Row, exactly
+from .measure import Setup, Timed, allocations, interleaved, process_growth, profile_excess
+from .models import agree, dtype_name, mebibytes
+from .row import Figure, Goal, Row, exact_value
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 class Layer(nn.Module):
-    """The block under a name, so that PEFT can target its parameters."""
+    """One mixture-of-experts block under a name, so that PEFT can target its parameters."""
 
     def __init__(self, implementation: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -44,7 +44,10 @@ class Layer(nn.Module):
 
 @torch.no_grad()
 def three(implementation: str, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The base, ours and PEFT's with the same A and B; PEFT has those of all experts in one: A (E r, in), B (out, r E)."""
+    """Return the base, ours and PEFT's with the same A and B.
+
+    PEFT keeps the factors of all experts in one matrix each: A (experts r, in) and B (out, r experts).
+    """
     base = Layer(implementation, dtype)
     ours = li.inject(copy.deepcopy(base), ["experts"], r=8)
     theirs = peft.get_peft_model(
@@ -60,34 +63,35 @@ def three(implementation: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     return {"base": base.eval(), "ours": ours.eval(), "PEFT": theirs.eval()}
 
 
-def token(on: Setup) -> Iterator[Figure]:
+def token(setup: Setup) -> Iterator[Figure]:
+    """Measure one token by each implementation of experts, and the memory of a training step."""
     for implementation in ("eager", "batched_mm", "grouped_mm"):
-        for dtype in on.dtypes:
+        for dtype in setup.dtypes:
             models, x = three(implementation, dtype), torch.randn(1, 1, 512, dtype=dtype)
             calls = {who: Timed(torch.no_grad()(partial(m, x))) for who, m in models.items()}
             differ = agree([calls["ours"].call()], [calls["PEFT"].call()], dtype)
-            case, times = f"{said(dtype)}, {implementation}", interleaved(calls, on)
-            yield Figure(case=case, metric="T / T(base)", value=times.ratio("ours", "base"), beside=times.beside(), differ=differ,
-                         limit="the base, and the A and B of 8 experts", why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
+            case, times = f"{dtype_name(dtype)}, {implementation}", interleaved(calls, setup)
+            yield Figure(case=case, metric="T / T(base)", value=times.ratio("ours", "base"), beside=times.summary(), differ=differ,
+                         limit="the base, and the A and B of 8 experts", why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
             most = {who: float(max(allocations(call.call))) for who, call in calls.items()}
             stack = min(models["base"].mlp.experts.get_parameter(p.rpartition(".")[2]).nbytes for p in PARAMETERS)
-            share = exactly(most["ours"] / stack)
+            share = exact_value(most["ours"] / stack)
             yield Figure(
                 case=case, metric="largest allocation / the smaller stack", value=share, beside=mebibytes(most)
             )
-    for dtype in on.dtypes:
-        mib = {who: grown(step, who, dtype) for who in ("base", "ours", "PEFT")}
+    for dtype in setup.dtypes:
+        mib = {who: process_growth(step, who, dtype) for who in ("base", "ours", "PEFT")}
         beside = ", ".join(f"{who} {n:.3g}" for who, n in mib.items()) + " MiB"
         yield Figure(
-            case=f"{said(dtype)}, grouped_mm, training step of 64 tokens",
+            case=f"{dtype_name(dtype)}, grouped_mm, training step of 64 tokens",
             metric="growth, MiB",
-            value=exactly(mib["ours"]),
+            value=exact_value(mib["ours"]),
             beside=beside,
         )
 
 
 def step(who: str, dtype: torch.dtype) -> Callable[[], object]:
-    """In a process of its own: one training step. The base's is for the gradient of x."""
+    """Return one training step, for a fresh process. The step of the base computes the gradient of x alone."""
     model, x = three("grouped_mm", dtype)[who].train(), torch.randn(1, 64, 512, dtype=dtype, requires_grad=True)
     model(x[:, :1])  # libraries take memory of their own at their first call
     return lambda: model(x).square().sum().backward()

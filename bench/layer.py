@@ -19,22 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from .floor import TORCH, least, products
-from .measure import Setup, Timed, excess, interleaved, peak, saved
-from .models import ALPHA, RANKS, Block, R, Trio, agree, mebibytes, pairs, said, trio
-from .row import Figure, Goal, Row, exactly
+from .measure import Setup, Timed, interleaved, peak, profile_excess, saved
+from .models import ALPHA, RANKS, Block, R, Trio, agree, dtype_name, mebibytes, pairs, trio
+from .row import Figure, Goal, Row, exact_value
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def shapes(on: Setup) -> list[tuple[int, int, int]]:
-    """Tokens M, in K, out N."""
-    if on.cuda:
+def shapes(setup: Setup) -> list[tuple[int, int, int]]:
+    """Return the shapes to measure: tokens M, input features K, output features N."""
+    if setup.cuda:
         return [(4096, 4096, 4096), (4096, 4096, 14336)]
-    return [(128, 1024, 1024)] if on.quick else [(512, 2048, 2048)]
+    return [(128, 1024, 1024)] if setup.quick else [(512, 2048, 2048)]
 
 
 def with_loralib(model: Trio) -> nn.Module:
-    """loralib's layers in the block, with the same weights, A and B. It keeps A and B in the weight's dtype."""
+    """Return the block with loralib's layers, with the same weights, A and B. It keeps A and B in the dtype of the
+    weight."""
     other = copy.deepcopy(model.base)
     for (name, linear), ((A, B), _) in zip(model.base.named_children(), pairs(model.ours, model.theirs), strict=True):
         layer = loralib.Linear(linear.in_features, linear.out_features, model.r, ALPHA, bias=False).to(linear.weight)
@@ -46,7 +47,8 @@ def with_loralib(model: Trio) -> nn.Module:
 
 
 def bare(model: Trio) -> dict[str, nn.Module]:
-    """The blocks themselves: PEFT's without the PeftModel around it, which serves whole models; and loralib's."""
+    """Return the blocks themselves, loralib's too, and PEFT's without the PeftModel around it, which serves whole
+    models."""
     return {
         "base": model.base,
         "ours": model.ours,
@@ -56,7 +58,7 @@ def bare(model: Trio) -> dict[str, nn.Module]:
 
 
 def outputs_agree(blocks: dict[str, nn.Module], x: Tensor) -> float:
-    """How far ours are from PEFT's; loralib's must agree too."""
+    """Return how far our output is from PEFT's, after a check of loralib's."""
     with torch.no_grad():
         found = {who: block(x) for who, block in blocks.items()}
     for who in found.keys() & {"loralib", TORCH}:
@@ -74,30 +76,32 @@ def rank(r: int) -> str:
     return f", r {r}" * (r != R)
 
 
-def forward(on: Setup) -> Iterator[Figure]:
-    for (m, k, n), dtype, r in product(shapes(on), on.dtypes, RANKS):
+def forward(setup: Setup) -> Iterator[Figure]:
+    """Measure a forward, and the peak of its memory, at every rank."""
+    for (m, k, n), dtype, r in product(shapes(setup), setup.dtypes, RANKS):
         model, x = (
-            trio(Block(["q_proj"], k, n, dtype, on.device), ["q_proj"], r=r),
-            torch.randn(m, k, dtype=dtype, device=on.device),
+            trio(Block(["q_proj"], k, n, dtype, setup.device), ["q_proj"], r=r),
+            torch.randn(m, k, dtype=dtype, device=setup.device),
         )
         blocks = bare(model) | {TORCH: products(model)}
         differ = outputs_agree(blocks, x)
         calls = {who: Timed(torch.no_grad()(partial(block, x))) for who, block in blocks.items()}
-        case = f"{said(dtype)}, M {m}, {k} x {n}{rank(r)}"
-        times = interleaved(calls, on, steady=True)
-        yield Figure(case=case, metric="rho", value=times.rho(), beside=times.beside(), limit=f"{limit(k, n, r, 1)}; {least(times)}", differ=differ,
-                     why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
-        most = {who: peak(call, on) for who, call in calls.items()}
+        case = f"{dtype_name(dtype)}, M {m}, {k} x {n}{rank(r)}"
+        times = interleaved(calls, setup, steady=True)
+        yield Figure(case=case, metric="rho", value=times.rho(), beside=times.summary(), limit=f"{limit(k, n, r, 1)}; {least(times)}", differ=differ,
+                     why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
+        most = {who: peak(call, setup) for who, call in calls.items()}
         yield Figure(
             case=case,
             metric="peak / base's",
-            value=exactly(most["ours"] / most["base"]),
+            value=exact_value(most["ours"] / most["base"]),
             beside=mebibytes(most),
             limit="y alone",
         )
 
 
 def step(x: Tensor, g: Tensor, block: nn.Module) -> None:
+    """Run forward and backward of a block. A frozen linear layer whose x is a leaf has no backward."""
     y = block(x)
     if y[0].requires_grad:  # not a frozen linear whose x is a leaf
         torch.autograd.backward(y, [g] * len(y))
@@ -105,7 +109,7 @@ def step(x: Tensor, g: Tensor, block: nn.Module) -> None:
 
 @cache
 def has_fast_way_back(dtype: torch.dtype) -> bool:
-    """Whether the product for dx, dy W, takes about the time of x W^T."""
+    """True if the product of the backward, dy W, takes about the time of x W^T."""
     x, w = (torch.randn(n, 512, dtype=dtype) for n in (64, 512))
     times = interleaved(
         {"y": Timed(lambda: x @ w.T, number=5), "dx": Timed(lambda: x @ w, number=5)}, Setup(rounds=3, seconds=0)
@@ -113,13 +117,15 @@ def has_fast_way_back(dtype: torch.dtype) -> bool:
     return times.ratio("dx", "y").value < 4
 
 
-def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: torch.dtype, r: int) -> Iterator[Figure]:
-    """Time and memory of a step, after the gradients of A, B and x have been compared."""
-    model = trio(Block(names, k, n, dtype, on.device).train(), names, r=r)
+def training(
+    setup: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: torch.dtype, r: int
+) -> Iterator[Figure]:
+    """Measure time and memory of a training step, after a check of the gradients of A, B and x."""
+    model = trio(Block(names, k, n, dtype, setup.device).train(), names, r=r)
     blocks = bare(model)
-    g = torch.randn(m, n, dtype=dtype, device=on.device)
-    inner = on.cuda or has_fast_way_back(dtype)
-    x = torch.randn(m, k, dtype=dtype, device=on.device, requires_grad=inner)
+    g = torch.randn(m, n, dtype=dtype, device=setup.device)
+    inner = setup.cuda or has_fast_way_back(dtype)
+    x = torch.randn(m, k, dtype=dtype, device=setup.device, requires_grad=inner)
     found = {}
     for who in ("ours", "PEFT"):
         x.grad = None
@@ -130,6 +136,7 @@ def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: t
     differ = max(outputs_agree(blocks, x), agree(found["ours"], found["PEFT"], dtype))
 
     def afresh(block: nn.Module) -> None:
+        """Delete all gradients."""
         x.grad = None
         block.zero_grad()
 
@@ -137,56 +144,58 @@ def training(on: Setup, names: tuple[str, ...], m: int, k: int, n: int, dtype: t
         who: Timed(lambda block=block: step(x * 1, g, block), before=partial(afresh, block))
         for who, block in blocks.items()
     }
-    times, grouped = interleaved(calls, on, steady=True), ", q k v grouped" * (len(names) > 1)
-    case = f"{said(dtype)}, M {m}, {k} x {n}{rank(r)}{', x a leaf' * (not inner)}"
-    yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.beside(), limit=limit(k, n, r, 1.5), differ=differ,
-                 why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
+    times, grouped = interleaved(calls, setup, steady=True), ", q k v grouped" * (len(names) > 1)
+    case = f"{dtype_name(dtype)}, M {m}, {k} x {n}{rank(r)}{', x a leaf' * (not inner)}"
+    yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.summary(), limit=limit(k, n, r, 1.5), differ=differ,
+                 why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
     most = {
-        who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), on) for who, block in blocks.items()
+        who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), setup)
+        for who, block in blocks.items()
     }
-    yield Figure(case=case, metric=f"peak / frozen linear's{grouped}", value=exactly(most["ours"] / most["base"]), beside=mebibytes(most),
+    yield Figure(case=case, metric=f"peak / frozen linear's{grouped}", value=exact_value(most["ours"] / most["base"]), beside=mebibytes(most),
                  limit="y, dx, x A^T and the gradients of A and B")  # fmt: skip
 
 
-def train(on: Setup) -> Iterator[Figure]:
-    for names, (m, k, n), dtype, r in product((("q_proj",), QKV), shapes(on), on.dtypes, RANKS):
-        yield from training(on, names, m, k, n, dtype, r)
+def train(setup: Setup) -> Iterator[Figure]:
+    """Measure the training step of one layer, and of q, k and v on one input, at every rank."""
+    for names, (m, k, n), dtype, r in product((("q_proj",), QKV), shapes(setup), setup.dtypes, RANKS):
+        yield from training(setup, names, m, k, n, dtype, r)
 
 
-def backward(on: Setup) -> Iterator[Figure]:
-    """Bytes, which neither vary nor depend on the machine."""
-    m, k, n = shapes(replace(on, quick=False))[0]
-    for dtype in on.dtypes:
-        x = torch.randn(m, k, dtype=dtype, device=on.device, requires_grad=True)
+def backward(setup: Setup) -> Iterator[Figure]:
+    """Count what is saved for the backward: bytes, which neither vary nor depend on the machine."""
+    m, k, n = shapes(replace(setup, quick=False))[0]
+    for dtype in setup.dtypes:
+        x = torch.randn(m, k, dtype=dtype, device=setup.device, requires_grad=True)
         kept: dict[tuple[str, int, float], float] = {}
         for names in (("q_proj",), QKV):
             for dropout in (0.0, 0.1):
-                model = trio(Block(names, k, n, dtype, on.device).train(), names, dropout=dropout)
+                model = trio(Block(names, k, n, dtype, setup.device).train(), names, dropout=dropout)
                 for who, block in (("base", model.base), ("ours", model.ours), ("PEFT", model.theirs.base_model.model)):
                     kept[who, len(names), dropout] = (
                         saved(lambda block=block, x=x: block(x.view_as(x)), block) / x.nbytes
                     )
         for (who, many, dropout), ours in kept.items():
             if who == "ours":
-                case = f"{said(dtype)}, {'q k v' if many > 1 else 'one linear'}{', dropout' * bool(dropout)}"
+                case = f"{dtype_name(dtype)}, {'q k v' if many > 1 else 'one linear'}{', dropout' * bool(dropout)}"
                 theirs, base = kept["PEFT", many, dropout], kept["base", many, dropout]
                 beside = f"ours {ours:.3g}, PEFT {theirs:.3g}, frozen linear {base:.3g} x's"
                 yield Figure(
                     case=case,
                     metric="bytes / PEFT's",
-                    value=exactly(ours / theirs),
+                    value=exact_value(ours / theirs),
                     beside=beside,
                     limit="one x, and x A^T",
                 )
         added = {who: kept[who, 1, 0.1] - kept[who, 1, 0.0] for who in ("ours", "PEFT")}
         yield Figure(
-            case=said(dtype),
+            case=dtype_name(dtype),
             metric="dropout adds, in x's",
-            value=exactly(added["ours"]),
+            value=exact_value(added["ours"]),
             beside=f"PEFT {added['PEFT']:.3g}",
             limit="0",
         )
-        yield Figure(case=said(dtype), metric="q k v keep, in x's", value=exactly(kept["ours", 3, 0.0]), beside=f"PEFT {kept['PEFT', 3, 0.0]:.3g}",
+        yield Figure(case=dtype_name(dtype), metric="q k v keep, in x's", value=exact_value(kept["ours", 3, 0.0]), beside=f"PEFT {kept['PEFT', 3, 0.0]:.3g}",
                      limit="1, and x A^T")  # fmt: skip
 
 

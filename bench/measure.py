@@ -40,8 +40,8 @@ MATRIX = dict.fromkeys(
 Call = Callable[[], object]
 
 
-def nothing() -> None:
-    """For before and after."""
+def do_nothing() -> None:
+    """Do nothing before or after a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Setup:
 
     @property
     def cuda(self) -> bool:
-        """On a GPU: events, max_memory_allocated, bf16 and the shapes of an 8B model."""
+        """True on a GPU, which is measured by events, in bfloat16, with the shapes of an 8B model."""
         return self.device == "cuda"
 
     @property
@@ -68,17 +68,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Timed:
-    """A call, and what goes before and after it untimed. `number` calls are timed as one."""
+    """A call, with what runs before and after it untimed. `number` calls are timed as one."""
 
     call: Call
-    before: Call = nothing
-    after: Call = nothing
+    before: Call = do_nothing
+    after: Call = do_nothing
     number: int = 1
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and the quartiles around it."""
+    """A median with its quartiles."""
 
     value: float
     low: float
@@ -86,27 +86,31 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Infinite values (where nothing can be said) count as large."""
+    """Return the median and the quartiles. Infinite values count as large."""
     v = sorted(values)
     return Spread(statistics.median(v), v[len(v) // 4], v[-1 - len(v) // 4])
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds by variant and round."""
+    """The seconds of every variant in every round."""
 
     seconds: Mapping[str, Sequence[float]]
 
     def ms(self, who: str) -> float:
+        """Return the median time of a variant in milliseconds."""
         return statistics.median(self.seconds[who]) * 1e3
 
     def ratio(self, who: str, to: str) -> Spread:
-        """T(who) / T(to), round by round."""
+        """Return T(who) / T(to), taken within each round."""
         return spread(a / b for a, b in zip(self.seconds[who], self.seconds[to], strict=True))
 
     def rho(self, ours: str = "ours", theirs: str = "PEFT", base: str = "base") -> Spread:
-        """overhead(ours) / overhead(theirs): each the median of the overheads round by round, since where these are small a quotient within
-        a round is mostly noise. The quartiles are those of 500 draws of the rounds (bootstrap). Infinite where theirs shows no overhead."""
+        """Return overhead(ours) / overhead(theirs), infinite if theirs shows no overhead.
+
+        Each overhead is the median over the rounds, because a quotient within a round is mostly noise where overheads are
+        small. The quartiles are those of 500 draws of the rounds (bootstrap).
+        """
         rounds = [
             (a / b - 1, p / b - 1)
             for a, p, b in zip(self.seconds[ours], self.seconds[theirs], self.seconds[base], strict=True)
@@ -120,24 +124,30 @@ class Times:
 
     @property
     def is_steady(self) -> bool:
-        """Whether more rounds would hardly change rho."""
+        """True if more rounds would hardly change rho."""
         rho = self.rho()
         return rho.high - rho.low <= 2 * STEADY * abs(rho.value)
 
-    def beside(self, base: str = "base") -> str:
-        """All T / T(base), and T(base) itself."""
+    def summary(self, base: str = "base") -> str:
+        """Return every T / T(base), and T(base) itself, as text."""
         ratios = ", ".join(f"{who} {self.ratio(who, base).value:.3g}" for who in self.seconds if who != base)
         return f"{ratios} x {base} {self.ms(base):.3g} ms"
 
 
-def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], float] | None = None, once: bool = False,
+def interleaved(calls: Mapping[str, Timed], setup: Setup, clock: Callable[[Timed], float] | None = None, once: bool = False,
                 steady: bool = False) -> Times:  # fmt: skip
-    """Every variant once a round, in random order, the first rounds uncounted. `steady`: until rho is (the quartiles decide, not the value).
+    """Run every variant once per round, in random order, and return the times without those of the first rounds.
 
-    With `once`, for what a process does once: memory that was freed goes back to the system before each call. Else a call finds what the
-    last one left, and whether large temporaries have to be mapped anew (which can take longer than the work) depends on what ran before.
+    Args:
+        calls: The variants.
+        setup: How many rounds and seconds, at least.
+        clock: What times a call. None for the clock of the device.
+        once: True for what a process does once: freed memory goes back to the system before each call. Otherwise a call
+            finds what the last one left, and whether large temporaries have to be mapped anew, which can take longer than
+            the work, depends on what ran before.
+        steady: True to go on until rho is steady, which its quartiles decide and not its value.
     """
-    clock = clock or (_events if on.cuda else _cpu)
+    clock = clock or (_events if setup.cuda else _cpu)
     found: dict[str, list[float]] = {who: [] for who in calls}
     n, start = 0, time.perf_counter()
 
@@ -145,9 +155,9 @@ def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], 
         return Times({who: seconds[WARM:] for who, seconds in found.items()})
 
     def enough(spent: float) -> bool:
-        if n < on.rounds + WARM or n >= MOST or spent < on.seconds:
+        if n < setup.rounds + WARM or n >= MOST or spent < setup.seconds:
             return n >= MOST
-        return not steady or spent >= PATIENCE * on.seconds or counted().is_steady
+        return not steady or spent >= PATIENCE * setup.seconds or counted().is_steady
 
     while not enough(time.perf_counter() - start):
         for who in random.sample(list(calls), len(calls)):
@@ -156,7 +166,7 @@ def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], 
             gc.collect(0)
             gc.disable()
             if once:
-                trim()
+                trim_heap()
             try:
                 found[who].append(clock(timed) / timed.number)
             finally:
@@ -167,6 +177,7 @@ def interleaved(calls: Mapping[str, Timed], on: Setup, clock: Callable[[Timed], 
 
 
 def _cpu(timed: Timed) -> float:
+    """Return the CPU seconds of the process."""
     start = time.process_time()
     for _ in range(timed.number):
         timed.call()
@@ -174,6 +185,7 @@ def _cpu(timed: Timed) -> float:
 
 
 def _events(timed: Timed) -> float:
+    """Return the seconds between two CUDA events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -185,7 +197,7 @@ def _events(timed: Timed) -> float:
 
 
 def allocations(call: Call) -> list[int]:
-    """On the CPU: what torch's allocator handed out (positive) and took back (negative) during the call, in order."""
+    """Return the bytes that torch's CPU allocator handed out (positive) and took back (negative), in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         result = call()
     del result
@@ -193,10 +205,10 @@ def allocations(call: Call) -> list[int]:
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
-def peak(timed: Timed, on: Setup) -> int:
-    """Bytes that the call adds at most to what was allocated before it; what other allocators than torch's take is not seen."""
+def peak(timed: Timed, setup: Setup) -> int:
+    """Return how many bytes the call adds at most to what was allocated before. Only torch's allocator is seen."""
     timed.before()
-    if on.cuda:
+    if setup.cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
@@ -213,7 +225,7 @@ def peak(timed: Timed, on: Setup) -> int:
 
 
 def saved(call: Call, model: nn.Module) -> int:
-    """Bytes that the call's graph keeps for its backward, each storage once, without the model's own parameters and buffers."""
+    """Return the bytes that the graph of a call keeps for its backward, every storage once, without the model's own."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no address is used twice
 
@@ -228,62 +240,64 @@ def saved(call: Call, model: nn.Module) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def grown(prepare: Callable[..., Call], *args: object) -> float:
-    """MiB by which a process of its own grows at its peak (resident set) while it runs the call that prepare(*args) gives."""
-    return alone(_grown, prepare, args)
+def process_growth(prepare: Callable[..., Call], *args: object) -> float:
+    """Return the MiB by which a fresh process grows at its peak while it runs the call that prepare(*args) returns."""
+    return in_fresh_process(_measure_growth, prepare, args)
 
 
-def alone(function: Callable[..., Any], *args: object) -> Any:
-    """What the function returns in a fresh process, which has all imports of ours but nothing else of this one."""
+def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
+    """Return what the function returns in a fresh process, which has imported what we import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.table"])
     with context.Pool(1) as pool:
         return pool.apply(function, args)
 
 
-def _grown(prepare: Callable[..., Call], args: tuple[Any, ...]) -> float:
+def _measure_growth(prepare: Callable[..., Call], args: tuple[Any, ...]) -> float:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    return growth(prepare(*args))
+    return growth_during(prepare(*args))
 
 
-def growth(call: Call) -> float:
-    """MiB by which this process grows at its peak during the call. (What was freed goes back to the system first, or it would hide some.)"""
+def growth_during(call: Call) -> float:
+    """Return the MiB by which the resident set of this process grows at its peak during the call."""
     gc.collect()
-    trim()
+    trim_heap()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
     before = _resident("VmRSS")
     call()
     return (_resident("VmHWM") - before) / 1024
 
 
-def trim() -> None:
-    """What was freed goes back to the system (glibc)."""
+def trim_heap() -> None:
+    """Give freed memory back to the system (glibc)."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:
-    """KiB."""
+    """Return a field of /proc/self/status in KiB."""
     return next(
         int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)
     )
 
 
-def excess(ours: Timed, base: Timed, on: Setup) -> str:
-    """Of which operators the time consists that ours takes and the base does not: torch's profiler, medians of several calls (it knows wall time
-    alone, and other processes disturb that)."""
-    times = 3 if on.quick else 7
+def profile_excess(ours: Timed, base: Timed, setup: Setup) -> str:
+    """Return the operators that take the time that ours needs beyond the base, as text.
+
+    The figures are medians of several calls under torch's profiler, which knows wall time alone.
+    """
+    times = 3 if setup.quick else 7
     spent: tuple[list[Counter[str]], list[Counter[str]]] = ([], [])
     for _ in range(times):
         for timed, found in zip((ours, base), spent, strict=True):
             timed.before()
-            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on.cuda else [])]) as p:
+            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setup.cuda else [])]) as p:
                 timed.call()
             timed.after()
             counted: Counter[str] = Counter()
             for e in p.key_averages():
                 counted[MATRIX.get(e.key, e.key)] += (
-                    e.self_device_time_total if on.cuda else e.self_cpu_time_total
+                    e.self_device_time_total if setup.cuda else e.self_cpu_time_total
                 ) / 1e3
             found.append(counted)
     keys = set().union(*spent[0], *spent[1])
@@ -298,8 +312,8 @@ def excess(ours: Timed, base: Timed, on: Setup) -> str:
     )
 
 
-def hot(timed: Timed, times: int = 3) -> str:
-    """In which functions the call spends its CPU time, by cProfile."""
+def profile_functions(timed: Timed, times: int = 3) -> str:
+    """Return the functions in which the call spends its CPU time by cProfile, as text."""
     profiler = cProfile.Profile(time.process_time)
     for _ in range(times):
         timed.before()
@@ -314,7 +328,7 @@ def hot(timed: Timed, times: int = 3) -> str:
 
 
 def _named(file: str, line: int, name: str) -> str:
-    """As one would call it: "<method 'copy_' of 'torch._C.TensorBase' objects>" is TensorBase.copy_."""
+    """Return a readable name: <method 'copy_' of 'torch._C.TensorBase' objects> is TensorBase.copy_."""
     if match := re.fullmatch(r"<method '(\w+)' of '([\w.]+)' objects>", name):
         return f"{match[2].rpartition('.')[2]}.{match[1]}"
     return name.strip("<>").removeprefix("built-in method ") if name.startswith("<") else f"{name} ({Path(file).name})"

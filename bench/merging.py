@@ -15,21 +15,23 @@ from torch import Tensor, nn
 import lorainject as li
 
 from .layer import QKV, bare
-from .measure import Setup, Timed, Times, hot, interleaved, peak
-from .models import ALPHA, Block, R, Trio, mebibytes, said, trio
-from .row import Figure, Goal, Row, exactly, fresh
+from .measure import Setup, Timed, Times, interleaved, peak, profile_functions
+from .models import ALPHA, Block, R, Trio, dtype_name, mebibytes, trio
+from .row import Figure, Goal, Row, exact_value, figures_in_fresh_process
 
 TILE = 1.0  # MiB: 256 Ki elements of float32
 CYCLES = 1000
 
 
-def shapes(on: Setup) -> list[tuple[int, int]]:
-    """In K, out N, of three weights."""
-    return [(4096, 4096), (4096, 14336)] if on.cuda else [(1024, 1024)] if on.quick else [(2048, 2048), (4096, 4096)]
+def shapes(setup: Setup) -> list[tuple[int, int]]:
+    """Return the input and output features of the three weights."""
+    return (
+        [(4096, 4096), (4096, 14336)] if setup.cuda else [(1024, 1024)] if setup.quick else [(2048, 2048), (4096, 4096)]
+    )
 
 
 def blocks(k: int, n: int, dtype: torch.dtype, device: str = "cpu", share: float = 0.03) -> Trio:
-    """Three weights; the delta's elements are about `share` of the weight's."""
+    """Return three weights whose delta's elements are about `share` of the weight's."""
     model = trio(Block(QKV, k, n, dtype, device), QKV, shared=False)
     sizes = [p for name, p in (*model.ours.named_parameters(), *model.theirs.named_parameters()) if "lora" in name]
     factor = share * k**-0.5 / 3**0.5 / (ALPHA / R * 0.02 * (R / k) ** 0.5)  # what the weight has, over what s B A has
@@ -45,7 +47,7 @@ def weights(block: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def anew(block: nn.Module, w0: list[Tensor], factors: list[tuple[Tensor, Tensor]]) -> None:
-    """After merge(reversible=False): W0 and the adapters once more."""
+    """Restore W0 and the adapters after merge(reversible=False)."""
     li.eject(block)
     for w, was in zip(weights(block), w0, strict=True):
         w.copy_(was)
@@ -55,12 +57,13 @@ def anew(block: nn.Module, w0: list[Tensor], factors: list[tuple[Tensor, Tensor]
 
 
 def copies(w0: list[Tensor]) -> Timed:
-    """The floor: each weight is read once and written once."""
+    """Return the floor: every weight is read once and written once."""
     to = [torch.empty_like(w) for w in w0]
     return Timed(lambda: [a.copy_(b) for a, b in zip(to, w0, strict=True)])
 
 
 def pair(case: str, times: Times, ours: str, theirs: str, metric: str, call: Timed | None = None) -> Figure:
+    """Return the ratio of one of our verbs to PEFT's."""
     shown = ", ".join(f"{who} {times.ms(who):.3g}" for who in times.seconds) + " ms"
     floor = f"{times.ratio('copy', theirs).value:.2g}: W read and written once"
     return Figure(
@@ -69,17 +72,19 @@ def pair(case: str, times: Times, ours: str, theirs: str, metric: str, call: Tim
         value=times.ratio(ours, theirs),
         beside=shown,
         limit=floor,
-        why=call and partial(hot, call),
+        why=call and partial(profile_functions, call),
     )
 
 
-def plain(on: Setup) -> Iterator[Figure]:
-    for (k, n), dtype in [(shape, dtype) for shape in shapes(on) for dtype in on.dtypes]:
-        yield from fresh(one_plain, on, k, n, dtype)
+def plain(setup: Setup) -> Iterator[Figure]:
+    """Measure merges that keep nothing."""
+    for (k, n), dtype in [(shape, dtype) for shape in shapes(setup) for dtype in setup.dtypes]:
+        yield from figures_in_fresh_process(one_plain, setup, k, n, dtype)
 
 
-def one_plain(on: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]:
-    model = blocks(k, n, dtype, on.device)
+def one_plain(setup: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]:
+    """Measure the merge that keeps nothing on weights of one shape."""
+    model = blocks(k, n, dtype, setup.device)
     each, mine = bare(model), model.ours
     w0 = [w.detach().clone() for w in weights(model.base)]
     factors = [(m.lora["default"].A.detach().clone(), m.lora["default"].B.detach().clone()) for m in mine.children()]
@@ -98,39 +103,41 @@ def one_plain(on: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]
         "the merged weights agree"
     )
     anew(mine, w0, factors), model.theirs.unmerge_adapter()
-    case, times = f"{said(dtype)}, {k} x {n}", interleaved(calls, on, once=not on.cuda)
+    case, times = f"{dtype_name(dtype)}, {k} x {n}", interleaved(calls, setup, once=not setup.cuda)
     yield pair(case, times, "ours", "PEFT", "T / PEFT's", calls["ours"])
-    if not on.cuda:
-        yield pair(case, interleaved(calls, on), "ours", "PEFT", "T / PEFT's, again and again")
-    if on.cuda:
+    if not setup.cuda:
+        yield pair(case, interleaved(calls, setup), "ours", "PEFT", "T / PEFT's, again and again")
+    if setup.cuda:
         yield Figure(
             case=case,
             metric="T / bandwidth floor",
             value=times.ratio("ours", "copy"),
-            beside=times.beside("copy"),
+            beside=times.summary("copy"),
             limit="1",
         )
-    most = {who: float(peak(calls[who], on)) for who in ("ours", "PEFT", "loralib")}
-    where = " on the GPU" * on.cuda
+    most = {who: float(peak(calls[who], setup)) for who in ("ours", "PEFT", "loralib")}
+    where = " on the GPU" * setup.cuda
     yield Figure(
         case=case,
         metric=f"peak{where}, MiB",
-        value=exactly(most["ours"] / 2**20),
+        value=exact_value(most["ours"] / 2**20),
         beside=mebibytes(most),
         limit="a tile",
     )
 
 
-def exact(on: Setup) -> Iterator[Figure]:
-    k, n = shapes(on)[-1]
-    for dtype in on.dtypes:
-        for share in (0.01, 0.03) if on.quick else (0.003, 0.01, 0.03, 0.1, 0.3):
-            yield from fresh(one_exact, on, k, n, dtype, share)
-    yield cycled(on)
+def exact(setup: Setup) -> Iterator[Figure]:
+    """Measure exact merges and unmerges at several sizes of the delta."""
+    k, n = shapes(setup)[-1]
+    for dtype in setup.dtypes:
+        for share in (0.01, 0.03) if setup.quick else (0.003, 0.01, 0.03, 0.1, 0.3):
+            yield from figures_in_fresh_process(one_exact, setup, k, n, dtype, share)
+    yield cycled(setup)
 
 
-def one_exact(on: Setup, k: int, n: int, dtype: torch.dtype, share: float) -> Iterator[Figure]:
-    model = blocks(k, n, dtype, on.device, share)
+def one_exact(setup: Setup, k: int, n: int, dtype: torch.dtype, share: float) -> Iterator[Figure]:
+    """Measure the exact merge and unmerge at one size of the delta."""
+    model = blocks(k, n, dtype, setup.device, share)
     mine, other, found = model.ours, model.theirs, []
     w0 = [w.detach().clone() for w in weights(model.base)]
     calls = {
@@ -140,21 +147,21 @@ def one_exact(on: Setup, k: int, n: int, dtype: torch.dtype, share: float) -> It
         "PEFT unmerge": Timed(other.unmerge_adapter, before=other.merge_adapter),
         "copy": copies(w0),
     }
-    times, case = interleaved(calls, on, once=not on.cuda), f"{said(dtype)}, {k} x {n}, delta {share:.1%}"
+    times, case = interleaved(calls, setup, once=not setup.cuda), f"{dtype_name(dtype)}, {k} x {n}, delta {share:.1%}"
     assert all(torch.equal(a, b) for a, b in zip(weights(mine), w0, strict=True)), "W0 is back, to the bit"
     for verb in ("merge", "unmerge"):
-        yield pair(case, times, verb, f"PEFT {verb}", f"{verb} / PEFT's, {said(dtype)}", calls[verb])
+        yield pair(case, times, verb, f"PEFT {verb}", f"{verb} / PEFT's, {dtype_name(dtype)}", calls[verb])
     report = found[-1]
     kept = report.journal_bytes / report.weight_bytes
     told = f"survival {report.survival:.3f}, error {report.sites[0].error:.1%}"
-    yield Figure(case=case, metric=f"journal at {share:.1%}", value=exactly(kept), beside=told)
+    yield Figure(case=case, metric=f"journal at {share:.1%}", value=exact_value(kept), beside=told)
 
 
-def cycled(on: Setup) -> Figure:
-    """The same weight merged and unmerged again and again: W0 and the merged weight must have the same bits each time."""
-    cycles, wrong = 100 if on.cuda or on.quick else CYCLES, 0
-    for dtype in on.dtypes:
-        model = blocks(256, 256, dtype, on.device) if not on.cuda else blocks(4096, 4096, dtype, on.device)
+def cycled(setup: Setup) -> Figure:
+    """Count the weights whose bits differ when the same weight is merged and unmerged again and again."""
+    cycles, wrong = 100 if setup.cuda or setup.quick else CYCLES, 0
+    for dtype in setup.dtypes:
+        model = blocks(256, 256, dtype, setup.device) if not setup.cuda else blocks(4096, 4096, dtype, setup.device)
         w0, merged = [w.detach().clone() for w in weights(model.base)], None
         for _ in range(cycles):
             li.merge(model.ours)
@@ -163,9 +170,9 @@ def cycled(on: Setup) -> Figure:
             li.unmerge(model.ours)
             wrong += sum(not torch.equal(a, b) for a, b in zip(weights(model.ours), w0, strict=True))
     return Figure(
-        case=f"{cycles} cycles, " + ", ".join(map(said, on.dtypes)),
+        case=f"{cycles} cycles, " + ", ".join(map(dtype_name, setup.dtypes)),
         metric="weights that differ",
-        value=exactly(wrong),
+        value=exact_value(wrong),
         limit="0",
     )
 

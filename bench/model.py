@@ -19,35 +19,44 @@ import lorainject as li
 
 from .floor import TORCH, least, products
 from .layer import SLOW, STEP, has_fast_way_back, rank
-from .measure import Setup, Timed, Times, excess, interleaved
-from .models import RANKS, SIZES, SMALL, R, Trio, agree, gradients, llama, said, trio
+from .measure import Setup, Timed, Times, interleaved, profile_excess
+from .models import RANKS, SIZES, SMALL, R, Trio, agree, compare_gradients, dtype_name, llama, trio
 from .row import Figure, Goal, Row
 
 Forward = Callable[..., Tensor]
 
 
-def sizes(on: Setup) -> list[str]:
-    return ["8B's shapes, 2 layers"] if on.cuda else [SMALL] if on.quick else [SMALL, "110M", "340M"]
+def sizes(setup: Setup) -> list[str]:
+    """Return the sizes of models to measure."""
+    return ["8B's shapes, 2 layers"] if setup.cuda else [SMALL] if setup.quick else [SMALL, "110M", "340M"]
 
 
-def dtypes(on: Setup) -> tuple[torch.dtype, ...]:
-    """For what has many tokens: not those that this processor multiplies so slowly that nobody would see an adapter (rho: -0.3 to 4.8)."""
-    return tuple(dtype for dtype in on.dtypes if on.cuda or has_fast_way_back(dtype))
+def dtypes(setup: Setup) -> tuple[torch.dtype, ...]:
+    """Return the dtypes for many tokens.
+
+    A dtype that the processor multiplies very slowly is left out: no one would see an adapter beside it (rho was
+    -0.3 to 4.8).
+    """
+    return tuple(dtype for dtype in setup.dtypes if setup.cuda or has_fast_way_back(dtype))
 
 
-def tokens(on: Setup, rows: int, length: int) -> Tensor:
-    return torch.randint(0, 1000, (rows, length), device=on.device)
+def tokens(setup: Setup, rows: int, length: int) -> Tensor:
+    """Return random token ids."""
+    return torch.randint(0, 1000, (rows, length), device=setup.device)
 
 
 def limit(size: str, part: float = 1, r: int = R) -> str:
-    """The adapters' share of the linears' products, and of their bytes."""
+    """Return the adapters' share of the products and bytes of all linear layers, as text."""
     h, i = SIZES[size]["hidden_size"], SIZES[size]["intermediate_size"]
     more = r * (4 * 2 * h + 3 * (h + i)) / (4 * h * h + 3 * h * i)
     return f"{1 + part * more:.3f} x base by FLOPs"
 
 
 def ways(model: Trio, names: list[str] | None = None) -> dict[str, Forward]:
-    """A forward (or generate) of each, that gives row i of the batch the adapter names[i]; without names, all rows the one that is on."""
+    """Return a forward (or generate) of each model.
+
+    Row i of the batch gets the adapter names[i]; without names, all rows get the active one.
+    """
 
     def call(who: str, m: nn.Module, ids: Tensor, verb: str = "forward", **more: object) -> Tensor:
         if names and who == "PEFT":
@@ -61,25 +70,26 @@ def ways(model: Trio, names: list[str] | None = None) -> dict[str, Forward]:
 
 def measured(
     calls: dict[str, Timed],
-    on: Setup,
+    setup: Setup,
     case: str,
     at_best: str,
     differ: float,
     *,
-    tell: Callable[[Times], str] = Times.beside,
+    summarize: Callable[[Times], str] = Times.summary,
 ) -> Figure:
-    times = interleaved(calls, on, steady=True)
+    """Measure rho, and return the figure."""
+    times = interleaved(calls, setup, steady=True)
     if TORCH in calls:
         at_best = f"{at_best}; {least(times)}"
-    return Figure(case=case, metric="rho", value=times.rho(), beside=tell(times), limit=at_best, differ=differ,
-                  why=partial(excess, calls["ours"], calls["base"], on))  # fmt: skip
+    return Figure(case=case, metric="rho", value=times.rho(), beside=summarize(times), limit=at_best, differ=differ,
+                  why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
 
 
 def one_token(
-    forwards: dict[str, Forward], on: Setup, rows: int = 1, prompt: int = 32
+    forwards: dict[str, Forward], setup: Setup, rows: int = 1, prompt: int = 32
 ) -> tuple[dict[str, Timed], float]:
-    """One token after a prompt, again and again: what it adds to the cache is taken off untimed."""
-    ids, calls, first = tokens(on, rows, prompt), {}, {}
+    """Return calls of one token after a prompt. What a call adds to the cache is taken off untimed."""
+    ids, calls, first = tokens(setup, rows, prompt), {}, {}
     for who, forward in forwards.items():
         cache = DynamicCache()
         first[who] = forward(ids, past_key_values=cache, use_cache=True)
@@ -89,84 +99,101 @@ def one_token(
     return calls, outputs_agree(first)
 
 
-def decode(on: Setup) -> Iterator[Figure]:
-    for size, dtype, r in product(sizes(on), on.dtypes, RANKS):
-        calls, differ = one_token(ways(trio(llama(size, dtype, on.device), r=r)), on)
-        yield measured(calls, on, f"{said(dtype)}, {size}{rank(r)}", limit(size, r=r), differ)
+def decode(setup: Setup) -> Iterator[Figure]:
+    """Measure one token at every rank."""
+    for size, dtype, r in product(sizes(setup), setup.dtypes, RANKS):
+        calls, differ = one_token(ways(trio(llama(size, dtype, setup.device), r=r)), setup)
+        yield measured(calls, setup, f"{dtype_name(dtype)}, {size}{rank(r)}", limit(size, r=r), differ)
 
 
 def at_once(forwards: dict[str, Forward], ids: Tensor) -> tuple[dict[str, Timed], float]:
-    """All tokens in one forward."""
+    """Return calls that process all tokens in one forward."""
     calls = {who: Timed(partial(forward, ids, use_cache=False)) for who, forward in forwards.items()}
     return calls, outputs_agree({who: call.call() for who, call in calls.items()})
 
 
 def outputs_agree(found: dict[str, Tensor]) -> float:
-    """How far ours are from PEFT's; those of torch's calls alone must agree too."""
+    """Return how far our output is from PEFT's, after a check of torch's calls alone."""
     if TORCH in found:
         agree([found[TORCH]], [found["PEFT"]], found["PEFT"].dtype)
     return agree([found["ours"]], [found["PEFT"]], found["PEFT"].dtype)
 
 
-def prefill(on: Setup) -> Iterator[Figure]:
-    length = 2048 if on.cuda else 32 if on.quick else 128
-    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in dtypes(on)]:
-        calls, differ = at_once(ways(trio(llama(size, dtype, on.device))), tokens(on, 1, length))
-        yield measured(calls, on, f"{said(dtype)}, {size}, {length} tokens", limit(size), differ)
+def prefill(setup: Setup) -> Iterator[Figure]:
+    """Measure a prompt."""
+    length = 2048 if setup.cuda else 32 if setup.quick else 128
+    for size, dtype in [(size, dtype) for size in sizes(setup) for dtype in dtypes(setup)]:
+        calls, differ = at_once(ways(trio(llama(size, dtype, setup.device))), tokens(setup, 1, length))
+        yield measured(calls, setup, f"{dtype_name(dtype)}, {size}, {length} tokens", limit(size), differ)
 
 
 def step(ids: Tensor, model: nn.Module) -> None:
+    """Run one training step."""
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
 
 
-def train(on: Setup) -> Iterator[Figure]:
-    """The base's step is the frozen model's, but for one norm before the first linears, so that its way back goes as far as the adapters'."""
-    length = 2048 if on.cuda else 32 if on.quick else 128
-    for size, dtype in [(size, dtype) for size in sizes(on) for dtype in dtypes(on)]:
-        model, ids = trio(llama(size, dtype, on.device).train()), tokens(on, 1, length)
-        differ = gradients(model, partial(step, ids), dtype)
+def train(setup: Setup) -> Iterator[Figure]:
+    """Measure a training step of the whole model.
+
+    The base is frozen but for one norm before the first linear layers, so that its backward goes as far as the adapters'.
+    """
+    length = 2048 if setup.cuda else 32 if setup.quick else 128
+    for size, dtype in [(size, dtype) for size in sizes(setup) for dtype in dtypes(setup)]:
+        model, ids = trio(llama(size, dtype, setup.device).train()), tokens(setup, 1, length)
+        differ = compare_gradients(model, partial(step, ids), dtype)
         norm = model.base.model.layers[0].input_layernorm.weight
         norm.requires_grad_(True)
         calls = {who: Timed(partial(step, ids, m), before=m.zero_grad) for who, m in model}
-        yield measured(calls, on, f"{said(dtype)}, {size}, {length} tokens", limit(size, 1.5), differ)
+        yield measured(calls, setup, f"{dtype_name(dtype)}, {size}, {length} tokens", limit(size, 1.5), differ)
 
 
 def names_of(adapters: int, rows: int) -> list[str]:
+    """Return one adapter name per row."""
     return [f"a{i % adapters}" for i in range(rows)]
 
 
-def many(on: Setup) -> Iterator[Figure]:
-    """Eight rows with an adapter each: a token, and a prompt."""
-    size, prompt = sizes(on)[0], 512 if on.cuda else 6 if on.quick else 32
-    for dtype in on.dtypes:
+def many(setup: Setup) -> Iterator[Figure]:
+    """Measure eight rows with an adapter each: one token, and a prompt."""
+    size, prompt = sizes(setup)[0], 512 if setup.cuda else 6 if setup.quick else 32
+    for dtype in setup.dtypes:
         names = names_of(8, 8)
-        forwards = ways(trio(llama(size, dtype, on.device), names=names), names)
-        calls, differ = one_token(forwards, on, rows=8)
-        yield measured(calls, on, f"{said(dtype)}, {size}, decode", limit(size), differ)
-        if dtype in dtypes(on):
-            calls, differ = at_once(forwards, tokens(on, 8, prompt))
-            yield measured(calls, on, f"{said(dtype)}, {size}, prefill of {prompt} tokens", limit(size), differ)
+        forwards = ways(trio(llama(size, dtype, setup.device), names=names), names)
+        calls, differ = one_token(forwards, setup, rows=8)
+        yield measured(calls, setup, f"{dtype_name(dtype)}, {size}, decode", limit(size), differ)
+        if dtype in dtypes(setup):
+            calls, differ = at_once(forwards, tokens(setup, 8, prompt))
+            yield measured(
+                calls, setup, f"{dtype_name(dtype)}, {size}, prefill of {prompt} tokens", limit(size), differ
+            )
 
 
-def generate(on: Setup) -> Iterator[Figure]:
-    """As many rows whatever the number of adapters, so that only this differs. (`rows` refuses a prompt as long as the batch has rows.)"""
-    size, rows, new = (SMALL, 8, 4) if on.quick else (sizes(on)[0] if on.cuda else "110M", 32, 8)
+def generate(setup: Setup) -> Iterator[Figure]:
+    """Measure generation with as many rows whatever the number of adapters.
+
+    The prompt is not as long as the batch has rows, which `rows` refuses.
+    """
+    size, rows, new = (SMALL, 8, 4) if setup.quick else (sizes(setup)[0] if setup.cuda else "110M", 32, 8)
     options = {"verb": "generate", "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    for dtype in dtypes(on):
-        for adapters in (1, 8) if on.quick else (1, 8, 32):
+    for dtype in dtypes(setup):
+        for adapters in (1, 8) if setup.quick else (1, 8, 32):
             names = names_of(adapters, rows)
-            forwards = ways(trio(llama(size, dtype, on.device), names=list(dict.fromkeys(names))), names)
-            _, differ = at_once(forwards, ids := tokens(on, rows, 6))
+            forwards = ways(trio(llama(size, dtype, setup.device), names=list(dict.fromkeys(names))), names)
+            _, differ = at_once(forwards, ids := tokens(setup, rows, 6))
             calls = {who: Timed(partial(forward, ids, **options)) for who, forward in forwards.items()}
 
-            def tell(times: Times) -> str:
+            def summarize(times: Times) -> str:
                 each = ", ".join(f"{who} {rows * new / times.ms(who) * 1e3:.0f}" for who in times.seconds)
-                return f"{times.beside()}; tokens/s: {each}"
+                return f"{times.summary()}; tokens/s: {each}"
 
             s = "s" * (adapters > 1)
             yield measured(
-                calls, on, f"{said(dtype)}, {size}, {rows} rows, {adapters} adapter{s}", limit(size), differ, tell=tell
+                calls,
+                setup,
+                f"{dtype_name(dtype)}, {size}, {rows} rows, {adapters} adapter{s}",
+                limit(size),
+                differ,
+                summarize=summarize,
             )
 
 

@@ -28,14 +28,14 @@ SMALL = "112 linears, d 512"
 
 
 def llama(size: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """A Llama-shaped model with random weights."""
+    """Return a Llama-shaped model with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
 class Block(nn.Module):
-    """Linears that read one x, as q_proj, k_proj and v_proj do; one alone, with one name."""
+    """Linear layers that read one x, as q_proj, k_proj and v_proj do."""
 
     def __init__(self, names: Sequence[str], k: int, n: int, dtype: torch.dtype, device: str = "cpu") -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class Trio:
 
 def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[str] = ("default",), dropout: float = 0.0,
          shared: bool = True, r: int = R) -> Trio:  # fmt: skip
-    """Three models of the same weights, two of them with the same A and B, drawn anew for each of the `names`.
+    """Return three models of the same weights, two of which carry the same A and B, drawn for each of the names.
 
-    The matrices of W0 are shared, but for those who merge: in copies of their own, where the system happens to place them decides how fast
+    The matrices of W0 are shared, except for merges. In separate copies, where the system places them decides how fast
     they are read, which can make more of a difference than an adapter does.
     """
     base.requires_grad_(False)
@@ -89,6 +89,7 @@ def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[s
 
 
 def config_of(targets: Sequence[str] = TARGETS, dropout: float = 0.0, r: int = R) -> peft.LoraConfig:
+    """Return PEFT's configuration of these adapters."""
     return peft.LoraConfig(r=r, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(targets))
 
 
@@ -102,7 +103,7 @@ def draw(A: Tensor, B: Tensor) -> None:
 def pairs(
     ours: nn.Module, theirs: nn.Module, name: str = "default"
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """A and B of ours, and of PEFT's, site by site."""
+    """Yield (A, B) of ours and (A, B) of PEFT's, site by site."""
     other = {
         path.removeprefix("base_model.model."): module
         for path, module in theirs.named_modules()
@@ -117,21 +118,21 @@ def pairs(
 
 
 @torch.no_grad()
-def apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative difference |a - b| / |b|."""
+def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative difference |a - b| / |b|."""
     return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """The largest relative difference; raises if that is more than rounding."""
-    differ = apart(found, expected)
+    """Return the largest relative difference, and raise AssertionError if it is more than rounding."""
+    differ = relative_difference(found, expected)
     if not differ <= APART[dtype]:
         raise AssertionError(f"ours and the other's results are {differ:.2g} apart, more than {APART[dtype]:g}")
     return differ
 
 
-def gradients(model: Trio, step: Callable[[nn.Module], object], dtype: torch.dtype) -> float:
-    """The gradients of every A and B after one step of ours and one of PEFT's, which must agree."""
+def compare_gradients(model: Trio, step: Callable[[nn.Module], object], dtype: torch.dtype) -> float:
+    """Return how far the gradients of A and B after one step are from PEFT's, and raise AssertionError if too far."""
     for m in (model.ours, model.theirs):
         m.zero_grad()
         step(m)
@@ -142,9 +143,11 @@ def gradients(model: Trio, step: Callable[[nn.Module], object], dtype: torch.dty
     return differ
 
 
-def said(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in the table."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def mebibytes(found: Mapping[str, float]) -> str:
+    """Return bytes by variant as text, in MiB."""
     return ", ".join(f"{who} {n / 2**20:.3g}" for who, n in found.items()) + " MiB"

@@ -48,8 +48,8 @@ the median over the rounds of a ratio taken within the round, with its quartiles
 """
 
 
-def machine(on: Setup) -> list[str]:
-    """Where and with what."""
+def machine(setup: Setup) -> list[str]:
+    """Return the machine, the versions and the commit, as lines of text."""
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.machine(),
@@ -62,7 +62,7 @@ def machine(on: Setup) -> list[str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=where, check=False
     ).stdout.strip()
-    gpu = [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"] if on.cuda else []
+    gpu = [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"] if setup.cuda else []
     return [
         ", ".join(
             [cpu, f"{os.cpu_count()} cores", f"{memory:.0f} GiB", f"load {os.getloadavg()[0]:.1f} at the start", *gpu]
@@ -72,17 +72,19 @@ def machine(on: Setup) -> list[str]:
 
 
 def _lines(file: str) -> list[str]:
+    """Return the lines of a file, none if it does not exist."""
     return Path(file).read_text().splitlines() if Path(file).exists() else []
 
 
 def number(x: float | None) -> str:
+    """Return a number as the table prints it."""
     if x is None:
         return ""
     return "not measurable" if math.isinf(x) else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def cells(r: Result) -> list[str]:
-    """A line of the table."""
+    """Return the cells of a row of the table."""
     if r.error:
         return [r.row, "", "", "", "", "", r.verdict, r.error, "", ""]
     quartiles = "" if r.low == r.high else f" ({number(r.low)} to {number(r.high)})"
@@ -91,7 +93,7 @@ def cells(r: Result) -> list[str]:
 
 
 def say(r: Result) -> None:
-    """One result as it comes."""
+    """Print one result as it comes."""
     if r.error:
         CONSOLE.print(f"{r.row}: [red]{escape(r.error)}[/]", soft_wrap=True)
     else:
@@ -101,7 +103,7 @@ def say(r: Result) -> None:
 
 
 def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -> None:
-    """The table, and why aims were missed."""
+    """Print the table, and why aims were missed."""
     table = Table(*COLUMNS[:-2], box=None, header_style="bold", pad_edge=False)
     colour = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red", "not seen": "blue"}
     for r in results:
@@ -118,7 +120,7 @@ def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -
 
 
 def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
-    """For every row that misses an aim: what bounds it, and where the time went in this run."""
+    """Return, for every row that misses an aim, what bounds it and where the time went in this run."""
     found = []
     for row in rows:
         missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED", "not seen")]
@@ -131,15 +133,15 @@ def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
     return found
 
 
-def markdown(rows: Sequence[Row], results: Sequence[Result], on: Setup, about: Sequence[str]) -> str:
-    """The whole document."""
+def markdown(rows: Sequence[Row], results: Sequence[Result], setup: Setup, about: Sequence[str]) -> str:
+    """Return the whole document."""
     clock = (
         "measured by CUDA events"
-        if on.cuda
+        if setup.cuda
         else "this process's CPU time with one intra-op thread, since the machine is shared"
     )
     lines = [
-        HEAD.format(rounds=on.rounds, seconds=PATIENCE * on.seconds, clock=clock),
+        HEAD.format(rounds=setup.rounds, seconds=PATIENCE * setup.seconds, clock=clock),
         *(f"- {line}" for line in about),
         "",
     ]
@@ -163,33 +165,39 @@ def markdown(rows: Sequence[Row], results: Sequence[Result], on: Setup, about: S
 
 
 def to_json(results: Sequence[Result], about: Sequence[str]) -> str:
+    """Return the results as JSON."""
     return json.dumps({"about": list(about), "results": [asdict(r) for r in results]}, indent=1)
 
 
 def about(file: Path) -> list[str]:
-    """Where, with what and how an earlier run was made."""
+    """Return where, with what and how an earlier run was made."""
     return list(json.loads(file.read_text())["about"])
 
 
 def from_json(text: str) -> list[Result]:
+    """Return the results of an earlier run."""
     return [Result(**r) for r in json.loads(text)["results"]]
 
 
 def worse(now: Sequence[Result], before: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Figures (ratios and bytes, not times) that grew by more than a tenth, with quartiles that do not overlap, and rows that fail now."""
+    """Return the figures that are worse than before, each with the earlier one.
+
+    Those are ratios and bytes, not times, that grew by more than a tenth, with quartiles that do not overlap, and rows
+    that fail now.
+    """
     was = {r.key: r for r in before if r.metric not in TIMES}
     fails = {r.row for r in before if r.error}
-    grown = [
+    process_growth = [
         (r, was[r.key])
         for r in now
         if not r.error and r.key in was and r.value > was[r.key].value * WORSE and r.low > was[r.key].high
     ]
     ran = {b.row: b for b in before if b.row not in fails}
-    return grown + [(r, ran[r.row]) for r in now if r.error and r.row in ran]
+    return process_growth + [(r, ran[r.row]) for r in now if r.error and r.row in ran]
 
 
 def show_worse(found: Sequence[tuple[Result, Result]], file: Path | None) -> None:
-    """What got slower than in an earlier run."""
+    """Print what is worse than in an earlier run."""
     if file is not None and not found:
         CONSOLE.print(f"nothing is worse than in {file.name}", markup=False, soft_wrap=True)
     for now, before in found:

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from .measure import Setup, Spread, alone
+from .measure import Setup, Spread, in_fresh_process
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure must not exceed, and what it aims at; None: nothing was set."""
+    """What a figure must not exceed, and what it aims at. None if nothing was set."""
 
     must: float | None = None
     aim: float | None = None
@@ -23,7 +23,7 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of a row, as its function measured it. Less is better, always."""
+    """One figure of a row, as it was measured. Less is always better."""
 
     case: str
     """Of what: the dtype, the size."""
@@ -42,7 +42,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is measured, what for, and how."""
+    """What is measured, why, and how."""
 
     name: str
     """For --only."""
@@ -79,12 +79,12 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes it the same figure in another run."""
+        """What identifies the same figure in another run."""
         return self.row, self.case, self.metric
 
     @property
     def verdict(self) -> str:
-        """Said plainly."""
+        """ "met", "aim missed", "must MISSED", "not seen" or "failed"; empty without a goal."""
         if self.error:
             return "failed"
         if self.must is None and self.aim is None:
@@ -99,7 +99,7 @@ class Result:
 
 
 def result(row: Row, figure: Figure) -> Result:
-    """A figure beside the row's goal for it; the profile is taken now, if it is needed."""
+    """Return a figure with the row's goal for it, and its profile if the goal was missed."""
     goal, value = row.goals.get(figure.metric, Goal()), figure.value
     found = Result(row=row.name, case=figure.case, metric=figure.metric, value=value.value, low=value.low, high=value.high, must=goal.must,
                    aim=goal.aim, beside=figure.beside, limit=figure.limit, differ=figure.differ)  # fmt: skip
@@ -108,8 +108,8 @@ def result(row: Row, figure: Figure) -> Result:
     return replace(found, profile=figure.why())
 
 
-def failed(row: Row, error: BaseException) -> Result:
-    """In place of a row's figures."""
+def failure(row: Row, error: BaseException) -> Result:
+    """Return what stands in place of the figures of a row that failed."""
     return Result(
         row=row.name,
         case="",
@@ -121,18 +121,21 @@ def failed(row: Row, error: BaseException) -> Result:
     )
 
 
-def exactly(value: float) -> Spread:
-    """Of what does not vary: bytes, counts."""
+def exact_value(value: float) -> Spread:
+    """Return the spread of a value that does not vary: bytes, counts."""
     return Spread(value, value, value)
 
 
-def fresh(measure: Callable[..., Iterable[Figure]], *args: object) -> list[Figure]:
-    """The figures that measure(*args) takes in a process of its own: how long temporaries of the weights' size take depends on what the process
-    has mapped and given back before."""
-    return alone(_taken, measure, args)  # type: ignore[no-any-return]
+def figures_in_fresh_process(measure: Callable[..., Iterable[Figure]], *args: object) -> list[Figure]:
+    """Return the figures that measure(*args) takes in a fresh process.
+
+    How long temporaries of the size of the weights take depends on what a process has mapped and given back before.
+    """
+    return in_fresh_process(_take_figures, measure, args)  # type: ignore[no-any-return]
 
 
-def _taken(measure: Callable[..., Iterable[Figure]], args: tuple[object, ...]) -> list[Figure]:
+def _take_figures(measure: Callable[..., Iterable[Figure]], args: tuple[object, ...]) -> list[Figure]:
+    """Take the figures, and their profiles as text, which can be pickled."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     return [replace(figure, why=figure.why and partial(str, figure.why())) for figure in measure(*args)]

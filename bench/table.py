@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterable
 
 from . import disk, experts, layer, merging, model, verbs
 from .measure import Setup
-from .row import Result, Row, failed, result
+from .row import Result, Row, failure, result
 
 TABLE: tuple[Row, ...] = (*verbs.ROWS, *layer.ROWS, *model.ROWS, *merging.ROWS, *disk.ROWS, *experts.ROWS)
 
 
-def run(rows: Iterable[Row], on: Setup, tell: Callable[[Result], None]) -> list[Result]:
-    """Each row in turn; one that fails is a result too, and does not stop the others."""
+def run(rows: Iterable[Row], setup: Setup, report_result: Callable[[Result], None]) -> list[Result]:
+    """Run every row in turn. A row that fails is a result too, and does not stop the others."""
     found: list[Result] = []
     for row in rows:
         try:
-            for figure in row.measure(on):
+            for figure in row.measure(setup):
                 found.append(result(row, figure))
-                tell(found[-1])
+                report_result(found[-1])
         except Exception as e:
-            found.append(failed(row, e))
-            tell(found[-1])
+            found.append(failure(row, e))
+            report_result(found[-1])
         gc.collect()
     return found

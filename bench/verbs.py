@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import lorainject as li
 
-from .measure import Setup, Timed, Times, hot, interleaved, spread
-from .models import ALPHA, SMALL, TARGETS, R, config_of, llama, said, trio
+from .measure import Setup, Timed, Times, interleaved, profile_functions, spread
+from .models import ALPHA, SMALL, TARGETS, R, config_of, dtype_name, llama, trio
 from .row import Figure, Goal, Row
 
 
 def against(times: Times, case: str, calls: dict[str, Timed], at_best: str = "") -> Figure:
-    """Ours beside PEFT's, as a plain ratio: there is no base to it."""
+    """Return ours over PEFT's as a plain ratio: there is no base."""
     beside = ", ".join(f"{who} {times.ms(who):.3g}" for who in times.seconds) + " ms"
     return Figure(
         case=case,
@@ -29,12 +29,12 @@ def against(times: Times, case: str, calls: dict[str, Timed], at_best: str = "")
         value=times.ratio("ours", "PEFT"),
         beside=beside,
         limit=at_best,
-        why=partial(hot, calls["ours"]),
+        why=partial(profile_functions, calls["ours"]),
     )
 
 
 class Wrapped:
-    """A base under PEFT, and bare again."""
+    """A base model that is wrapped by PEFT and unwrapped again."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base: nn.Module = base
@@ -48,9 +48,9 @@ class Wrapped:
         self.base = self.model.unload()
 
 
-def inject(on: Setup) -> Iterator[Figure]:
-    """Taking it off again is not timed."""
-    for dtype in on.dtypes:
+def inject(setup: Setup) -> Iterator[Figure]:
+    """Measure inject. Taking the adapter off again is not timed."""
+    for dtype in setup.dtypes:
         mine, theirs = llama(SMALL, dtype), Wrapped(llama(SMALL, dtype))
         linears = [m for path, m in mine.named_modules() if path.rpartition(".")[2] in TARGETS]
 
@@ -65,15 +65,18 @@ def inject(on: Setup) -> Iterator[Figure]:
             ),
             "A and B alone": Timed(draw),
         }
-        times = interleaved(calls, on)
+        times = interleaved(calls, setup)
         yield against(
-            times, f"{said(dtype)}, {SMALL}", calls, f"{times.ratio('A and B alone', 'PEFT').value:.2g}: A and B alone"
+            times,
+            f"{dtype_name(dtype)}, {SMALL}",
+            calls,
+            f"{times.ratio('A and B alone', 'PEFT').value:.2g}: A and B alone",
         )
 
 
-def merged(on: Setup) -> Iterator[Figure]:
-    """The merged model, and a second copy of the base, which shows how far the base is from itself."""
-    for dtype in on.dtypes:
+def merged(setup: Setup) -> Iterator[Figure]:
+    """Measure the merged model, and a second copy of the base, which shows the noise."""
+    for dtype in setup.dtypes:
         model, twin, ids = trio(llama(SMALL, dtype), shared=False), llama(SMALL, dtype), torch.randint(0, 1000, (1, 8))
         li.merge(model.ours, reversible=False)
         for path, m in model.base.named_modules():
@@ -81,26 +84,26 @@ def merged(on: Setup) -> Iterator[Figure]:
             assert "forward" not in vars(model.ours.get_submodule(path)), f"{path} has its class's forward"
         models = {"base": model.base, "ours": model.ours, "twin": twin}
         calls = {who: Timed(torch.no_grad()(partial(m, ids, use_cache=False))) for who, m in models.items()}
-        times = interleaved(calls, replace(on, rounds=max(on.rounds, 31)))
-        case = f"{said(dtype)}, {SMALL}"
+        times = interleaved(calls, replace(setup, rounds=max(setup.rounds, 31)))
+        case = f"{dtype_name(dtype)}, {SMALL}"
         yield Figure(
             case=case,
             metric="T / T(base)",
             value=times.ratio("ours", "base"),
-            beside=times.beside(),
+            beside=times.summary(),
             limit="1: the base itself",
         )
 
 
-def switch(on: Setup) -> Iterator[Figure]:
-    """17 adapters loaded; PEFT's set_adapter sets every layer's."""
+def switch(setup: Setup) -> Iterator[Figure]:
+    """Measure a switch among 17 adapters. PEFT's set_adapter visits every layer."""
     names = [f"a{i}" for i in range(17)]
     model, turn = trio(llama(SMALL, torch.float32), names=names), iter(range(1 << 60))
     calls = {
         "ours": Timed(lambda: li.activate(model.ours, names[next(turn) % 17]), number=20),
         "PEFT": Timed(lambda: model.theirs.set_adapter(names[next(turn) % 17])),
     }
-    times = interleaved(calls, on)
+    times = interleaved(calls, setup)
     found = [s * 1e6 for s in times.seconds["ours"]]
     case, beside = f"17 adapters, {SMALL}", f"PEFT {times.ms('PEFT') * 1e3:.3g}"
     yield Figure(
@@ -109,13 +112,13 @@ def switch(on: Setup) -> Iterator[Figure]:
         value=spread(found),
         beside=beside,
         limit="O(1)",
-        why=partial(hot, calls["ours"]),
+        why=partial(profile_functions, calls["ours"]),
     )
     yield Figure(case=case, metric="T / PEFT's", value=times.ratio("ours", "PEFT"))
 
 
 def synced(save: partial[object], folder: Path) -> None:
-    """PEFT's save, made as durable as ours."""
+    """Run PEFT's save, and make it as durable as ours."""
     save(folder)
     for file in [*folder.iterdir(), folder]:
         handle = os.open(file, os.O_RDONLY)
@@ -123,18 +126,19 @@ def synced(save: partial[object], folder: Path) -> None:
         os.close(handle)
 
 
-def save(on: Setup) -> Iterator[Figure]:
+def save(setup: Setup) -> Iterator[Figure]:
+    """Measure save."""
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), trio(llama(SMALL, torch.float32))
         calls = {
             "ours": Timed(partial(li.save, model.ours, folder / "ours")),
             "PEFT": Timed(partial(synced, model.theirs.save_pretrained, folder / "theirs")),
         }
-        yield against(interleaved(calls, on), SMALL, calls, "the bytes of A and B")
+        yield against(interleaved(calls, setup), SMALL, calls, "the bytes of A and B")
 
 
-def load(on: Setup) -> Iterator[Figure]:
-    """With the checks that each does by itself; taking it off again is not timed."""
+def load(setup: Setup) -> Iterator[Figure]:
+    """Measure load, with the checks that each library makes. Taking the adapter off again is not timed."""
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), trio(llama(SMALL, torch.float32))
         li.save(model.ours, folder / "ours"), model.theirs.save_pretrained(folder / "theirs")
@@ -151,10 +155,11 @@ def load(on: Setup) -> Iterator[Figure]:
             "what was loaded is what was saved"
         )
         li.eject(mine)
-        yield against(interleaved(calls, on), SMALL, calls, "the bytes of A and B")
+        yield against(interleaved(calls, setup), SMALL, calls, "the bytes of A and B")
 
 
 def tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Return the factors of the active adapter."""
     return iter(li.parameters(model))
 
 

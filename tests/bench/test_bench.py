@@ -17,7 +17,7 @@ from bench import models, report
 from bench.__main__ import main
 from bench.floor import Products, products
 from bench.measure import PATIENCE, Setup, Spread, Timed, Times, interleaved, peak, saved, spread
-from bench.row import Figure, Goal, Result, Row, exactly, result
+from bench.row import Figure, Goal, Result, Row, exact_value, result
 from bench.table import TABLE, run
 from torch import nn
 
@@ -30,7 +30,7 @@ def test_rho_and_ratios():
     assert times.ratio("ours", "base").value == pytest.approx(1.1)
     assert times.rho().value == pytest.approx(0.1 / 0.4)
     assert times.ms("base") == 2000
-    assert "ours 1.1, PEFT 1.4 x base 2e+03 ms" in times.beside()
+    assert "ours 1.1, PEFT 1.4 x base 2e+03 ms" in times.summary()
 
 
 def test_rho_of_nothing_is_not_measurable():
@@ -60,26 +60,26 @@ def test_every_variant_runs_once_a_round():
 def test_rounds_go_on_until_rho_is_steady(monkeypatch):
     """Or until patience is at its end; a clock that knows whole seconds alone, one a round."""
     monkeypatch.setattr(bench.measure, "time", SimpleNamespace(perf_counter=iter(range(10**6)).__next__))
-    on, rounds = Setup(rounds=3, seconds=5), {}
+    setup, rounds = Setup(rounds=3, seconds=5), {}
     for name, swing in (("steady", 0.0), ("shaky", 0.2)):
         swings = itertools.cycle([1.1, 1.1 + swing])
         seconds = {"base": itertools.repeat(1.0), "ours": swings, "PEFT": itertools.repeat(1.4)}
         calls = {who: Timed(partial(next, ticks)) for who, ticks in seconds.items()}
-        rounds[name] = len(interleaved(calls, on, clock=lambda timed: timed.call(), steady=True).seconds["ours"])
-    assert rounds == {"steady": on.seconds - 2, "shaky": PATIENCE * on.seconds - 2}
+        rounds[name] = len(interleaved(calls, setup, clock=lambda timed: timed.call(), steady=True).seconds["ours"])
+    assert rounds == {"steady": setup.seconds - 2, "shaky": PATIENCE * setup.seconds - 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchs_calls_alone_compute_the_same(dtype):
     """With a token, a few and many."""
     model = models.trio(models.Block(["q_proj", "k_proj"], 16, 24, dtype), ["q_proj", "k_proj"])
-    alone = products(model)
-    assert {type(m) for m in alone.children()} == {Products}
+    reference = products(model)
+    assert {type(m) for m in reference.children()} == {Products}
     assert {type(m) for m in model.base.children()} == {nn.Linear}
     for tokens in (1, 9, 100):
         x = torch.randn(1, tokens, 16, dtype=dtype)
         with torch.no_grad():
-            models.agree(alone(x), model.theirs(x), dtype)
+            models.agree(reference(x), model.theirs(x), dtype)
 
 
 def test_memory():
@@ -111,8 +111,8 @@ def test_the_variants_agree():
     assert len(sites) == 2
     assert all(torch.equal(A, C) and torch.equal(B, D) and B.abs().min() > 0 for A, B, C, D in sites)
     models.agree(model.ours(x), model.theirs(x), torch.float32)
-    models.gradients(model, lambda m: sum(y.square().sum() for y in m(x)).backward(), torch.float32)
-    assert models.apart(model.ours(x), model.base(x)) > 0.05
+    models.compare_gradients(model, lambda m: sum(y.square().sum() for y in m(x)).backward(), torch.float32)
+    assert models.relative_difference(model.ours(x), model.base(x)) > 0.05
 
 
 def test_the_table():
@@ -129,12 +129,12 @@ def test_the_table():
 def made_up() -> Row:
     """A row of invented figures, one for each verdict."""
 
-    def measure(on):
+    def measure(setup):
         for case, value in (("good", 0.2), ("fair", 0.4), ("bad", 0.6)):
             yield Figure(
                 case=case,
                 metric="rho",
-                value=exactly(value),
+                value=exact_value(value),
                 beside="ours 1 | PEFT 2",
                 differ=1e-6,
                 why=lambda: "mm 90%",
@@ -174,7 +174,7 @@ def test_run_and_report():
 
 @pytest.mark.parametrize(
     ("rho", "verdict"),
-    [(exactly(-0.3), "not seen"), (exactly(math.inf), "not seen"), (exactly(0.1), "met"), (Spread(0.1, 0.06, 0.15), "met"),
+    [(exact_value(-0.3), "not seen"), (exact_value(math.inf), "not seen"), (exact_value(0.1), "met"), (Spread(0.1, 0.06, 0.15), "met"),
      (Spread(0.1, 0.06, 0.17), "not seen"), (Spread(2.7, 1.4, 15.9), "not seen")],
 )  # fmt: skip
 def test_what_the_noise_hides_has_no_verdict(rho, verdict):
@@ -184,7 +184,7 @@ def test_what_the_noise_hides_has_no_verdict(rho, verdict):
 
 def test_nothing_is_explained_that_was_met():
     row = made_up()
-    met = result(row, Figure(case="good", metric="rho", value=exactly(0.1)))
+    met = result(row, Figure(case="good", metric="rho", value=exact_value(0.1)))
     assert report.paragraphs([row], [met]) == []
 
 

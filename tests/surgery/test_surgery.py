@@ -417,7 +417,7 @@ def test_rows_refuses_inputs_that_may_be_transposed(two):
     up = model.model.layers[0].mlp.up_proj
     with li.rows(model, ["de", None, "fr"]):
         for x in (torch.randn(3, 32), torch.randn(3, 3, 32)):
-            with pytest.raises(li.StateError, match="whose first axis is not for certain these rows"):
+            with pytest.raises(li.StateError, match="whose first axis is not certain to be these rows"):
                 up(x)
         assert up(torch.randn(3, 5, 32)).shape == (3, 5, 48)
     with pytest.raises(li.StateError, match="rows takes a list"), li.rows(model, None):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter_dict import AdapterDict
 from .graft import Graft
 from .kernels.fused_forward import fused_forward
-from .weight_kinds import returns_fresh_output
+from .kernels.terms import may_write_to_output
 
 
 class LoraForward(Graft):
@@ -26,10 +26,9 @@ class LoraForward(Graft):
         """Return the output of the base layer plus the low-rank terms of the active adapters."""
         if (output := fused_forward(self, args, kwargs)) is not None:
             return output
-        base = type(self)._lora_base
-        y = base.forward(self, *args, **kwargs)
+        y = type(self)._lora_base.forward(self, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))  # nn.Linear calls it `input`, Conv1D calls it `x`
-        y_is_ours = type(self._parameters.get("weight")) is nn.Parameter and returns_fresh_output(base)  # type: ignore[arg-type]
+        y_is_ours = may_write_to_output(self)
         for child in self._modules.values():
             if isinstance(child, AdapterDict):
                 y = child(x, y, y_is_ours)

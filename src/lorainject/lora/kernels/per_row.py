@@ -86,11 +86,7 @@ class RowAssignment:
         if len(self.runs) == 1:
             return adapters[self.names[0]](term, y, x, y_is_ours)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            sizes = [run.stop - run.start for _, run in self.runs]
-            runs = zip(self.runs, y.split(sizes), x.split(sizes), strict=True)
-            return torch.cat(
-                [adapters[name](term, y_run, x_run, False) if name in adapters else y_run for (name, _), y_run, x_run in runs]
-            )  # fmt: skip
+            return self._cat_runs(adapters, term, y, x)
         if not (y_is_ours and y.is_contiguous()):
             y = y.clone(memory_format=torch.contiguous_format)
         if term is add_linear_term and (kernel := self._kernel(adapters, used, y, x)) is not None:
@@ -103,6 +99,14 @@ class RowAssignment:
             if isinstance(rows, Tensor) or result.data_ptr() != y_rows.data_ptr():
                 y[rows] = result
         return y
+
+    def _cat_runs(self, adapters: Adapters, term: Term, y: Tensor, x: Tensor) -> Tensor:
+        """Return the runs of rows with their terms, put together again: autograd would not follow writes into y."""
+        sizes = [run.stop - run.start for _, run in self.runs]
+        outputs = []
+        for (name, _), y_run, x_run in zip(self.runs, y.split(sizes), x.split(sizes), strict=True):
+            outputs.append(adapters[name](term, y_run, x_run, False) if name in adapters else y_run)
+        return torch.cat(outputs)
 
     def _kernel(self, adapters: Adapters, names: Sequence[str], y: Tensor, x: Tensor) -> PerRowTerms | None:
         """Return the batched factors of a layer; None if they cannot be batched, or are as fast one by one."""
@@ -130,8 +134,8 @@ class RowAssignment:
                 f"rows(...) names {batch} rows, but a module with the adapters {', '.join(map(repr, adapters))} got an"
                 f" input of shape {tuple(x.shape)}, whose first axis is not certain to be these rows",
                 way_out="give one name per row of the batch; pad a batch whose sequences are as long as it has rows;"
-                " exclude modules that see the batch in another layout (pooled, flattened, transposed); with beam search"
-                " repeat each name num_beams times",
+                " exclude modules that see the batch in another layout (pooled, flattened, transposed); with beam"
+                " search repeat each name num_beams times",
             )
 
 
