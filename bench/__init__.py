@@ -8,6 +8,6 @@
     table.py     all rows, in order, and how they are run
     report.py    a run on the screen, as Markdown, as JSON, and beside an earlier one
 
-Overhead is T / T(frozen base) - 1, rho is overhead(ours) / overhead(PEFT): a plain ratio of times would hide everything behind the
-base's own products.
+Overhead is T / T(frozen base) - 1, rho is overhead(ours) / overhead(PEFT): a plain ratio of times would hide everything
+behind the base's own products.
 """

@@ -21,8 +21,11 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 1 if a row failed, or something is worse than in an earlier run."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="scripts/bench", description="lorainject beside PEFT and loralib, row by row",
-                                     epilog="rows: " + ", ".join(f"{row.name} ({row.what})" for row in TABLE))  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="lorainject beside PEFT and loralib, row by row",
+        epilog="rows: " + ", ".join(f"{row.name} ({row.what})" for row in TABLE),
+    )
     parser.add_argument(
         "--quick", action="store_true", help="smaller sizes, about seven minutes; docs/benchmarks.md is left as it is"
     )

@@ -1,8 +1,9 @@
 """Merging on disk beside `cp -r` and beside PEFT's load + merge + save.
 
-The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16, with a rank-16 adapter on every linear. Each run is a
-process of its own with all cores; taken are wall time without the imports, and how far the process's memory (peak resident set)
-grew. Source files are in the page cache; all three end with an fsync of what they wrote (PEFT's own save does none: it is given one).
+The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16, with a rank-16 adapter on every
+linear. Each run is a process of its own with all cores; taken are wall time without the imports, and how far the
+process's memory (peak resident set) grew. Source files are in the page cache; all three end with an fsync of what they
+wrote (PEFT's own save does none: it is given one).
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def merge(setup: Setup) -> Iterator[Figure]:
 def agreed(ours: Path, theirs: Path) -> float:
     """Return the largest relative difference between the tensors of two results, which must have the same names."""
     files = [
-        {key: file for f in folder.glob("*.safetensors") for file in [safe_open(f, "pt")] for key in file.keys()}
+        {key: file for f in folder.glob("*.safetensors") for file in [safe_open(f, "pt")] for key in file.keys()}  # noqa: SIM118
         for folder in (ours, theirs)
     ]
     assert files[0].keys() == files[1].keys(), "the same tensors"
@@ -192,9 +193,12 @@ ROWS = (
             "growth, MiB": Goal(100, 48),
         },
         measure=merge,
-        bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every adapted tensor is read, folded"
-        " and written once, by two threads that wait for Python's lock a third of their time. A disk that others write to as well may be four times"
-        " as slow from one minute to the next; the quartiles show where it was. The memory is the threads' tiles, and what torch and transformers"
+        bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every"
+        " adapted tensor is read, folded"
+        " and written once, by two threads that wait for Python's lock a third of their time. A disk that others write"
+        " to as well may be four times"
+        " as slow from one minute to the next; the quartiles show where it was. The memory is the threads' tiles, and"
+        " what torch and transformers"
         " build the model's skeleton of: A and B lie in a temporary file, and are mapped while they are used.",
     ),
 )

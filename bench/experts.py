@@ -1,6 +1,7 @@
 """One layer of stacked experts, one token: the base, ours and PEFT's.
 
-Qwen3-MoE's block with 64 experts, 8 a token, hidden size 512, by each of the model library's implementations of experts.
+Qwen3-MoE's block with 64 experts, 8 a token, hidden size 512, by each of the model library's implementations of
+experts.
 """
 
 from __future__ import annotations
@@ -71,8 +72,15 @@ def token(setup: Setup) -> Iterator[Figure]:
             calls = {who: Timed(torch.no_grad()(partial(m, x))) for who, m in models.items()}
             differ = agree([calls["ours"].call()], [calls["PEFT"].call()], dtype)
             case, times = f"{dtype_name(dtype)}, {implementation}", interleaved(calls, setup)
-            yield Figure(case=case, metric="T / T(base)", value=times.ratio("ours", "base"), beside=times.summary(), differ=differ,
-                         limit="the base, and the A and B of 8 experts", why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
+            yield Figure(
+                case=case,
+                metric="T / T(base)",
+                value=times.ratio("ours", "base"),
+                beside=times.summary(),
+                differ=differ,
+                limit="the base, and the A and B of 8 experts",
+                why=partial(profile_excess, calls["ours"], calls["base"], setup),
+            )
             most = {who: float(max(allocations(call.call))) for who, call in calls.items()}
             stack = min(models["base"].mlp.experts.get_parameter(p.rpartition(".")[2]).nbytes for p in PARAMETERS)
             share = exact_value(most["ours"] / stack)
@@ -104,7 +112,8 @@ ROWS = (
         limit="base, and each used A and B read once",
         goals={"T / T(base)": Goal(2, 1.3), "largest allocation / the smaller stack": Goal(0.999)},
         measure=token,
-        bound="Small products and the dispatch of torch functions to the symbolic weight: per expert of a token two more pairs of products of rank 8,"
+        bound="Small products and the dispatch of torch functions to the symbolic weight: per expert of a token two"
+        " more pairs of products of rank 8,"
         " beside a base that is done in a few milliseconds.",
     ),
 )

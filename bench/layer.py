@@ -1,9 +1,9 @@
 """One linear layer: forward, training step, what is saved for backward, and q, k, v that share an x.
 
-M = 512 tokens, d = 2048 (on a GPU M = 4096, d = 4096 and 14336). In training x needs a gradient, as within a model, so that the frozen linear's
-step is one product forward and one back; for the time it comes from another operator, as it does there (siblings share no leaf). Only where
-the processor has no fast bfloat16 product for the way back (it took 250 times the forward's time on one), x needs none: nobody would see an
-adapter beside that. Such cases say "x a leaf".
+M = 512 tokens, d = 2048 (on a GPU M = 4096, d = 4096 and 14336). In training x needs a gradient, as within a model, so
+that the frozen linear's step is one product forward and one back; for the time it comes from another operator, as it
+does there (siblings share no leaf). Only where the processor has no fast bfloat16 product for the way back (it took 250
+times the forward's time on one), x needs none: nobody would see an adapter beside that. Such cases say "x a leaf".
 """
 
 from __future__ import annotations
@@ -88,8 +88,15 @@ def forward(setup: Setup) -> Iterator[Figure]:
         calls = {who: Timed(torch.no_grad()(partial(block, x))) for who, block in blocks.items()}
         case = f"{dtype_name(dtype)}, M {m}, {k} x {n}{rank(r)}"
         times = interleaved(calls, setup, steady=True)
-        yield Figure(case=case, metric="rho", value=times.rho(), beside=times.summary(), limit=f"{limit(k, n, r, 1)}; {least(times)}", differ=differ,
-                     why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
+        yield Figure(
+            case=case,
+            metric="rho",
+            value=times.rho(),
+            beside=times.summary(),
+            limit=f"{limit(k, n, r, 1)}; {least(times)}",
+            differ=differ,
+            why=partial(profile_excess, calls["ours"], calls["base"], setup),
+        )
         most = {who: peak(call, setup) for who, call in calls.items()}
         yield Figure(
             case=case,
@@ -146,14 +153,26 @@ def training(
     }
     times, grouped = interleaved(calls, setup, steady=True), ", q k v grouped" * (len(names) > 1)
     case = f"{dtype_name(dtype)}, M {m}, {k} x {n}{rank(r)}{', x a leaf' * (not inner)}"
-    yield Figure(case=case, metric=f"rho{grouped}", value=times.rho(), beside=times.summary(), limit=limit(k, n, r, 1.5), differ=differ,
-                 why=partial(profile_excess, calls["ours"], calls["base"], setup))  # fmt: skip
+    yield Figure(
+        case=case,
+        metric=f"rho{grouped}",
+        value=times.rho(),
+        beside=times.summary(),
+        limit=limit(k, n, r, 1.5),
+        differ=differ,
+        why=partial(profile_excess, calls["ours"], calls["base"], setup),
+    )
     most = {
         who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), setup)
         for who, block in blocks.items()
     }
-    yield Figure(case=case, metric=f"peak / frozen linear's{grouped}", value=exact_value(most["ours"] / most["base"]), beside=mebibytes(most),
-                 limit="y, dx, x A^T and the gradients of A and B")  # fmt: skip
+    yield Figure(
+        case=case,
+        metric=f"peak / frozen linear's{grouped}",
+        value=exact_value(most["ours"] / most["base"]),
+        beside=mebibytes(most),
+        limit="y, dx, x A^T and the gradients of A and B",
+    )
 
 
 def train(setup: Setup) -> Iterator[Figure]:
@@ -195,19 +214,29 @@ def backward(setup: Setup) -> Iterator[Figure]:
             beside=f"PEFT {added['PEFT']:.3g}",
             limit="0",
         )
-        yield Figure(case=dtype_name(dtype), metric="q k v keep, in x's", value=exact_value(kept["ours", 3, 0.0]), beside=f"PEFT {kept['PEFT', 3, 0.0]:.3g}",
-                     limit="1, and x A^T")  # fmt: skip
+        yield Figure(
+            case=dtype_name(dtype),
+            metric="q k v keep, in x's",
+            value=exact_value(kept["ours", 3, 0.0]),
+            beside=f"PEFT {kept['PEFT', 3, 0.0]:.3g}",
+            limit="1, and x A^T",
+        )
 
 
 SLOW = (
-    "How much of it torch's own two products take, with nothing beside them, the column *at best* says: with 8 rows (`mm`, `addmm_`) they run at a"
-    " fraction of a square product's rate, with 8 columns, as in PEFT, at half of that again (in fp32 a large y is added to 16 tokens at a time,"
-    " `baddbmm_`, in half the time). x lies beyond the core's own cache. In bf16 A and B are cast, and a product costs 20 us whatever its size;"
-    " on a processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back. The rest is Python, most of"
+    "How much of it torch's own two products take, with nothing beside them, the column *at best* says: with 8 rows"
+    " (`mm`, `addmm_`) they run at a"
+    " fraction of a square product's rate, with 8 columns, as in PEFT, at half of that again (in fp32 a large y is"
+    " added to 16 tokens at a time,"
+    " `baddbmm_`, in half the time). x lies beyond the core's own cache. In bf16 A and B are cast, and a product costs"
+    " 20 us whatever its size;"
+    " on a processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back."
+    " The rest is Python, most of"
     " which is to find in memory what the base's product has driven out of the cache."
 )
 STEP = (
-    "A third of it is the products with A and B, six in each library, here with 8 rows, in PEFT three of them with 8 columns, which take twice as"
+    "A third of it is the products with A and B, six in each library, here with 8 rows, in PEFT three of them with 8"
+    " columns, which take twice as"
     " long; another third is Python: a node of the graph, with a way back that is Python too."
 )
 
@@ -245,8 +274,10 @@ ROWS = (
             "q k v keep, in x's": Goal(None, 1.05),
         },
         measure=backward,
-        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask; here the seed. In bf16 q, k, v share x;"
-        " the rest is x A^T, and where they share that too (not under the hooks that count here) A and B, cast to bf16 for each use.",
+        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask; here the seed."
+        " In bf16 q, k, v share x;"
+        " the rest is x A^T, and where they share that too (not under the hooks that count here) A and B, cast to bf16"
+        " for each use.",
         cuda=True,
     ),
 )

@@ -1,8 +1,9 @@
 """How a figure is taken.
 
-All variants run once in every round, in random order; a figure is the median over the rounds of a ratio taken within the round, beside its
-quartiles. Time is the CPU time of this process with one intra-op thread, since other processes may share the machine, or CUDA events on a
-GPU. Memory is what torch's allocator hands out, event by event, or what the process grows by in a process of its own.
+All variants run once in every round, in random order; a figure is the median over the rounds of a ratio taken within
+the round, beside its quartiles. Time is the CPU time of this process with one intra-op thread, since other processes
+may share the machine, or CUDA events on a GPU. Memory is what torch's allocator hands out, event by event, or what the
+process grows by in a process of its own.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class Times:
     def rho(self, ours: str = "ours", theirs: str = "PEFT", base: str = "base") -> Spread:
         """Return overhead(ours) / overhead(theirs), infinite if theirs shows no overhead.
 
-        Each overhead is the median over the rounds, because a quotient within a round is mostly noise where overheads are
-        small. The quartiles are those of 500 draws of the rounds (bootstrap).
+        Each overhead is the median over the rounds, because a quotient within a round is mostly noise where overheads
+        are small. The quartiles are those of 500 draws of the rounds (bootstrap).
         """
         rounds = [
             (a / b - 1, p / b - 1)
@@ -134,8 +135,13 @@ class Times:
         return f"{ratios} x {base} {self.ms(base):.3g} ms"
 
 
-def interleaved(calls: Mapping[str, Timed], setup: Setup, clock: Callable[[Timed], float] | None = None, once: bool = False,
-                steady: bool = False) -> Times:  # fmt: skip
+def interleaved(
+    calls: Mapping[str, Timed],
+    setup: Setup,
+    clock: Callable[[Timed], float] | None = None,
+    once: bool = False,
+    steady: bool = False,
+) -> Times:
     """Run every variant once per round, in random order, and return the times without those of the first rounds.
 
     Args:
@@ -143,8 +149,8 @@ def interleaved(calls: Mapping[str, Timed], setup: Setup, clock: Callable[[Timed
         setup: How many rounds and seconds, at least.
         clock: What times a call. None for the clock of the device.
         once: True for what a process does once: freed memory goes back to the system before each call. Otherwise a call
-            finds what the last one left, and whether large temporaries have to be mapped anew, which can take longer than
-            the work, depends on what ran before.
+            finds what the last one left, and whether large temporaries have to be mapped anew, which can take longer
+            than the work, depends on what ran before.
         steady: True to go on until rho is steady, which its quartiles decide and not its value.
     """
     clock = clock or (_events if setup.cuda else _cpu)

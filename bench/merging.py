@@ -1,6 +1,7 @@
 """Merge and unmerge in memory: the plain merge that keeps nothing, and the exact one, beside PEFT's and loralib's.
 
-Each as in a process that merges once (see fresh, interleaved); the plain one also again and again, in memory that is mapped already. PEFT keeps
+Each as in a process that merges once (see fresh, interleaved); the plain one also again and again, in memory that is
+mapped already. PEFT keeps
 nothing and its unmerge does not give W0 back: the plain merge is what it has the like of.
 """
 
@@ -184,10 +185,14 @@ ROWS = (
         limit="max(2 e K N / bandwidth, 2 r K N / FLOP rate); memory: one tile",
         goals={"T / PEFT's": Goal(0.35, 0.15), "peak, MiB": Goal(2 * TILE), "T / bandwidth floor": Goal(4)},
         measure=plain,
-        bound="W comes from memory twice, once to see that no sum can overflow (dot, or aminmax: what is not finite would have to be undone) and"
-        " once for the sum, and goes back once; PEFT's delta, as large as W, is written and read beside that. How much of PEFT's time the floor"
-        " of one reading and one writing (copy) takes already, the column says. The rest is the product (mm), the calls for each"
-        " strip of it, and in bfloat16 the casts (copy_). The peak is one strip of d, in bfloat16 one of the sum too, a sample of a tile, and for"
+        bound="W comes from memory twice, once to see that no sum can overflow (dot, or aminmax: what is not finite"
+        " would have to be undone) and"
+        " once for the sum, and goes back once; PEFT's delta, as large as W, is written and read beside that. How much"
+        " of PEFT's time the floor"
+        " of one reading and one writing (copy) takes already, the column says. The rest is the product (mm), the"
+        " calls for each"
+        " strip of it, and in bfloat16 the casts (copy_). The peak is one strip of d, in bfloat16 one of the sum too,"
+        " a sample of a tile, and for"
         " the norm one of A and B in float64: with r, not with the weight's size.",
         cuda=True,
     ),
@@ -203,8 +208,10 @@ ROWS = (
             "weights that differ": Goal(0, 0),
         },
         measure=exact,
-        bound="As merge, with d from a product in float64, the way back to W0 once to see what does not come by itself, which is found, listed and"
-        " kept, and a checksum before and after; in unmerge that way back, and both checksums. The journal's size is the entropy of what rounding"
+        bound="As merge, with d from a product in float64, the way back to W0 once to see what does not come by"
+        " itself, which is found, listed and"
+        " kept, and a checksum before and after; in unmerge that way back, and both checksums. The journal's size is"
+        " the entropy of what rounding"
         " loses: it follows from the delta's size.",
         cuda=True,
     ),

@@ -1,7 +1,7 @@
 """Whole Llama-shaped models: decode, prefill, training step, a batch with many adapters, and generate.
 
-Every linear of every block is adapted. decode is one token after a prompt, with its cache; many adapters are `li.rows` beside PEFT's
-`adapter_names=`.
+Every linear of every block is adapted. decode is one token after a prompt, with its cache; many adapters are `li.rows`
+beside PEFT's `adapter_names=`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def step(ids: Tensor, model: nn.Module) -> None:
 def train(setup: Setup) -> Iterator[Figure]:
     """Measure a training step of the whole model.
 
-    The base is frozen but for one norm before the first linear layers, so that its backward goes as far as the adapters'.
+    The base is frozen but for one norm before the first linear layers, so that its backward goes as far as the
+    adapters'.
     """
     length = 2048 if setup.cuda else 32 if setup.quick else 128
     for size, dtype in [(size, dtype) for size in sizes(setup) for dtype in dtypes(setup)]:
@@ -198,13 +199,17 @@ def generate(setup: Setup) -> Iterator[Figure]:
 
 
 CALLS = (
-    "With one token an adapter is two products of a matrix and a vector, the second added into y; in bf16, where a product takes longer, x is cast to"
-    " fp32 and the sum is a call of its own. The rest is Python, of which most is to find in memory what the base's product has driven out of the"
+    "With one token an adapter is two products of a matrix and a vector, the second added into y; in bf16, where a"
+    " product takes longer, x is cast to"
+    " fp32 and the sum is a call of its own. The rest is Python, of which most is to find in memory what the base's"
+    " product has driven out of the"
     " cache."
 )
 MANY = (
-    "Up to 24 tokens an adapter: two batched products in which each row, or some rows with the same adapter, have their own A and B, which are copied"
-    " once for the batch. More: two products for each adapter, on a copy of its rows where they are not one after the other."
+    "Up to 24 tokens an adapter: two batched products in which each row, or some rows with the same adapter, have"
+    " their own A and B, which are copied"
+    " once for the batch. More: two products for each adapter, on a copy of its rows where they are not one after the"
+    " other."
 )
 
 ROWS = (

@@ -1,4 +1,5 @@
-"""What is measured: one model as the frozen base, under lorainject and under PEFT, with the same random A and B; and that they agree."""
+"""What is measured: one model as the frozen base, under lorainject and under PEFT, with the same random A and B; and
+that they agree."""
 
 from __future__ import annotations
 
@@ -19,11 +20,35 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 APART = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative difference at most: a mistake gives one near 1
 
 SIZES = {
-    "112 linears, d 512": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8, "vocab_size": 1000},
-    "110M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 32000},
-    "340M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 32000},
-    "8B's shapes, 2 layers": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "num_attention_heads": 32, "vocab_size": 1000},
-}  # fmt: skip
+    "112 linears, d 512": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "vocab_size": 1000,
+    },
+    "110M": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 32000,
+    },
+    "340M": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 32000,
+    },
+    "8B's shapes, 2 layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "vocab_size": 1000,
+    },
+}
 SMALL = "112 linears, d 512"
 
 
@@ -63,8 +88,15 @@ class Trio:
         return iter({"base": self.base, "ours": self.ours, "PEFT": self.theirs}.items())
 
 
-def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[str] = ("default",), dropout: float = 0.0,
-         shared: bool = True, r: int = R) -> Trio:  # fmt: skip
+def trio(
+    base: nn.Module,
+    targets: Sequence[str] = TARGETS,
+    *,
+    names: Sequence[str] = ("default",),
+    dropout: float = 0.0,
+    shared: bool = True,
+    r: int = R,
+) -> Trio:
     """Return three models of the same weights, two of which carry the same A and B, drawn for each of the names.
 
     The matrices of W0 are shared, except for merges. In separate copies, where the system places them decides how fast
@@ -95,7 +127,8 @@ def config_of(targets: Sequence[str] = TARGETS, dropout: float = 0.0, r: int = R
 
 @torch.no_grad()
 def draw(A: Tensor, B: Tensor) -> None:
-    """Fill A (r, in) and B (out, r) so that the term is about a quarter of the base's output; B = 0 would be unfairly easy."""
+    """Fill A (r, in) and B (out, r) so that the term is about a quarter of the base's output; B = 0 would be unfairly
+    easy."""
     A.normal_(std=A.shape[1] ** -0.5)
     B.normal_(std=0.02)
 

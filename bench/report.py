@@ -29,22 +29,26 @@ WORSE = 1.1  # an earlier run's figure, times this
 
 HEAD = """# Benchmarks
 
-Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the like; every variant runs once in each round, in random order; at least
-{rounds} rounds, and for a rho more until it is steady (its quartiles within a tenth) or {seconds:.0f} s have passed; a figure is
-the median over the rounds of a ratio taken within the round, with its quartiles in brackets. Less is better.
+Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the like; every variant runs once in each
+round, in random order; at least {rounds} rounds, and for a rho more until it is steady (its quartiles within a
+tenth) or {seconds:.0f} s have passed; a figure is the median over the rounds of a ratio taken within the round,
+with its quartiles in brackets. Less is better.
 
-- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}.
-  The row `disk` is wall time, with all cores, each run in a process of its own. Memory is what torch's allocator hands out during the call, or,
-  where it is called growth, what a process of its own grows by.
-- A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r = 8 where the case names no other; W0 is the same memory in all,
-  but where it is written to (where its pages lie decides how fast they are read). PEFT is used as its
-  documentation does. *apart*: how far the outputs (and gradients, where there is a step) of ours and PEFT's were from each other, relatively,
-  in this very run, before anything was timed; too far is a failure.
-- *at best* is the limit: what the row could be if only what is needed were done. "torch's calls alone" is the base with the two products written out
-  by the fastest of torch's operators, with nothing asked, hooked or cast, measured in the same rounds (bench/floor.py).
-- *must* and *aim* are what this project set itself before it was built. Whole models' `prefill`, `step` and `generate`, and experts on disk, have no
-  must of their own: their aim is that of the row that they are made of.
-- *not seen*: the machine's noise hid one of the two overheads, or a rho's quartiles are further apart than it is large; no verdict.
+- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}. The row `disk` is
+  wall time, with all cores, each run in a process of its own. Memory is what torch's allocator hands out during the
+  call, or, where it is called growth, what a process of its own grows by.
+- A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r =
+  8 where the case names no other; W0 is the same memory in all, but where it is written to (where its pages lie
+  decides how fast they are read). PEFT is used as its documentation does. *apart*: how far the outputs (and
+  gradients, where there is a step) of ours and PEFT's were from each other, relatively, in this very run, before
+  anything was timed; too far is a failure.
+- *at best* is the limit: what the row could be if only what is needed were done. "torch's calls alone" is the base
+  with the two products written out by the fastest of torch's operators, with nothing asked, hooked or cast,
+  measured in the same rounds (bench/floor.py).
+- *must* and *aim* are what this project set itself before it was built. Whole models' `prefill`, `step` and
+  `generate`, and experts on disk, have no must of their own: their aim is that of the row that they are made of.
+- *not seen*: the machine's noise hid one of the two overheads, or a rho's quartiles are further apart than it is
+  large; no verdict.
 """
 
 
@@ -88,8 +92,18 @@ def cells(r: Result) -> list[str]:
     if r.error:
         return [r.row, "", "", "", "", "", r.verdict, r.error, "", ""]
     quartiles = "" if r.low == r.high else f" ({number(r.low)} to {number(r.high)})"
-    return [r.row, r.case, r.metric, number(r.must), number(r.aim), number(r.value) + quartiles, r.verdict, r.beside, r.limit,
-            "" if r.differ is None else f"{r.differ:.0e}"]  # fmt: skip
+    return [
+        r.row,
+        r.case,
+        r.metric,
+        number(r.must),
+        number(r.aim),
+        number(r.value) + quartiles,
+        r.verdict,
+        r.beside,
+        r.limit,
+        "" if r.differ is None else f"{r.differ:.0e}",
+    ]
 
 
 def say(r: Result) -> None:
@@ -105,10 +119,10 @@ def say(r: Result) -> None:
 def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -> None:
     """Print the table, and why aims were missed."""
     table = Table(*COLUMNS[:-2], box=None, header_style="bold", pad_edge=False)
-    colour = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red", "not seen": "blue"}
+    color = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red", "not seen": "blue"}
     for r in results:
         line = cells(r)[:-2]
-        line[6] = f"[{colour[r.verdict]}]{r.verdict}[/]" if r.verdict else ""
+        line[6] = f"[{color[r.verdict]}]{r.verdict}[/]" if r.verdict else ""
         table.add_row(*line)
     wide = Console(highlight=False, width=max(CONSOLE.width, 170))
     wide.print(table)

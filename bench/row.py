@@ -101,8 +101,19 @@ class Result:
 def result(row: Row, figure: Figure) -> Result:
     """Return a figure with the row's goal for it, and its profile if the goal was missed."""
     goal, value = row.goals.get(figure.metric, Goal()), figure.value
-    found = Result(row=row.name, case=figure.case, metric=figure.metric, value=value.value, low=value.low, high=value.high, must=goal.must,
-                   aim=goal.aim, beside=figure.beside, limit=figure.limit, differ=figure.differ)  # fmt: skip
+    found = Result(
+        row=row.name,
+        case=figure.case,
+        metric=figure.metric,
+        value=value.value,
+        low=value.low,
+        high=value.high,
+        must=goal.must,
+        aim=goal.aim,
+        beside=figure.beside,
+        limit=figure.limit,
+        differ=figure.differ,
+    )
     if figure.why is None or found.verdict in ("", "met"):
         return found
     return replace(found, profile=figure.why())

@@ -170,7 +170,8 @@ ROWS = (
         limit="r K random numbers a site",
         goals={"T / PEFT's": Goal(0.30, 0.15)},
         measure=inject,
-        bound="Python, spread thin: walks over all modules, the plan, the making of modules, which is a third; the random numbers are a tenth.",
+        bound="Python, spread thin: walks over all modules, the plan, the making of modules, which is a third; the"
+        " random numbers are a tenth.",
     ),
     Row(
         name="merged",
@@ -193,7 +194,8 @@ ROWS = (
         limit="the bytes of A and B",
         goals={"T / PEFT's": Goal(0.6, 0.4)},
         measure=save,
-        bound="Python, spread thin: what each site is, and its entries in two tables of names. Beside it the CRC-32s, whether all is finite, and two"
+        bound="Python, spread thin: what each site is, and its entries in two tables of names. Beside it the CRC-32s,"
+        " whether all is finite, and two"
         " files, synced, that take the old ones' places together. PEFT writes.",
     ),
     Row(

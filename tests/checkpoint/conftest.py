@@ -10,7 +10,7 @@ import torch
 import lorainject as li
 from checkpoints import mixtral
 
-from models import randomise
+from models import randomize
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "base" / "extra").mkdir()
     (tmp_path / "base" / "extra" / "notes.txt").write_text("kept")
     for i, targets in enumerate((["all-linear"], ["q_proj", "down_proj"])):
-        randomise(li.inject(model, targets, r=2 + i), seed=i)
+        randomize(li.inject(model, targets, r=2 + i), seed=i)
         li.save(model, tmp_path / f"adapter{i}")
         li.eject(model)
     return tmp_path

@@ -17,7 +17,7 @@ from torch import nn
 import lorainject as li
 from checkpoints import MOE_SIZES, contents, mixtral, same_bits, tensors
 
-from models import TINY, ids, llama, randomise, run
+from models import TINY, ids, llama, randomize, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::lorainject.SurvivalWarning")  # half precision and small deltas
 
@@ -47,7 +47,7 @@ def test_tensors_have_the_bits_of_a_merge_in_memory(name, dtype, tmp_path):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     # A scale that is a power of two takes another code path through the sum.
     model = li.inject(base, targets, r=4, alpha=6, overrides={"*.0.*": {"alpha": 8}})
-    randomise(model)
+    randomize(model)
     li.save(model, tmp_path / "adapter")
     y = run(model, inputs()).detach()
     li.merge(model, reversible=False)
@@ -102,7 +102,7 @@ def test_weighted_sum_of_several_adapters(tmp_path):
     w0 = model.model.layers[0].self_attn.q_proj.weight.detach().double().clone()
     d = []
     for i in range(3):
-        randomise(li.inject(model, ["q_proj"], r=2 + i, alpha=3), seed=i, std=0.3)
+        randomize(li.inject(model, ["q_proj"], r=2 + i, alpha=3), seed=i, std=0.3)
         a = model.model.layers[0].self_attn.q_proj.lora["default"]
         d.append((a.scale * a.B.double() @ a.A.double()).detach())
         li.save(model, tmp_path / f"a{i}.safetensors")
@@ -114,7 +114,7 @@ def test_weighted_sum_of_several_adapters(tmp_path):
     assert torch.allclose(merged.double(), w0 + d[0] + 0.25 * d[1] - d[2], atol=1e-7)
     for weights in ([1, 1], [1, 1, float("nan")], []):
         with pytest.raises(
-            li.SpecError, match=r"3 adapters can't be merged with the weights.*\n=> give .* one finite weight for each"
+            li.SpecError, match=r"3 adapters cannot be merged with the weights.*\n=> give .* one finite weight for each"
         ):
             li.merge_checkpoint(
                 tmp_path / "base", [tmp_path / f"a{i}.safetensors" for i in range(3)], tmp_path / "no", weights=weights
@@ -182,7 +182,7 @@ def test_quantized_tensors_are_refused(tmp_path):
     """float8 weights are refused by name: the delta belongs into the checkpoint before quantization."""
     torch.manual_seed(0)
     model = llama()
-    randomise(li.inject(model, ["q_proj"]))
+    randomize(li.inject(model, ["q_proj"]))
     li.save(model, tmp_path / "adapter0")
     li.eject(model).save_pretrained(tmp_path / "base")
     from safetensors.torch import save_file
@@ -199,12 +199,12 @@ def test_quantized_tensors_are_refused(tmp_path):
 def test_adapter_that_does_not_fit_is_refused(folder, tmp_path):
     """A site that is not in the model, another shape and another base are each named."""
     other = llama(hidden_size=64)
-    randomise(li.inject(other, ["q_proj", "mlp.up_proj"]))
+    randomize(li.inject(other, ["q_proj", "mlp.up_proj"]))
     li.save(other, folder / "adapter0")
     assert_refused(folder, r"(?s)does not fit this model.*q_proj.*up_proj: is not in this model")
     torch.manual_seed(1)
     other = mixtral()
-    randomise(li.inject(other, ["q_proj"]))
+    randomize(li.inject(other, ["q_proj"]))
     li.save(other, folder / "adapter0")
     assert_refused(
         folder,
@@ -246,7 +246,7 @@ def test_tied_weights_are_refused(tmp_path):
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
     model.save_pretrained(tmp_path / "base")
-    randomise(li.inject(model, ["lm_head", "c_attn"]))
+    randomize(li.inject(model, ["lm_head", "c_attn"]))
     li.save(model, tmp_path / "adapter0")
     assert_refused(tmp_path, r"lm_head: is tied to transformer\.wte\.weight, which would change too")
 
@@ -281,7 +281,7 @@ def test_model_that_transformers_does_not_have(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    randomise(li.inject(model, ["q_proj", "embed_tokens"]))
+    randomize(li.inject(model, ["q_proj", "embed_tokens"]))
     li.save(model, tmp_path / "adapter")
     li.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "known")
     (tmp_path / "base" / "config.json").write_text(
@@ -314,7 +314,7 @@ def test_adapter_of_the_model_inside_or_around(saved, trained, tmp_path):
     torch.manual_seed(0)
     getattr(transformers, saved)(config).save_pretrained(tmp_path / "base")
     model = getattr(transformers, trained).from_pretrained(tmp_path / "base")
-    randomise(
+    randomize(
         li.inject(model, ["encoder.layer.*.attention.self.query"])
         if trained == "BertModel"
         else li.inject(model, ["query"])
@@ -329,15 +329,15 @@ def test_adapter_of_the_model_inside_or_around(saved, trained, tmp_path):
 
 
 def test_output_that_cannot_be_written(folder):
-    """The error names the directory that can't be written."""
+    """The error names the directory that cannot be written."""
     with pytest.raises(
-        li.FileError, match=r"/proc/out can't be written: .*\n.*nothing is left of it\n=> check the directory"
+        li.FileError, match=r"/proc/out cannot be written: .*\n.*nothing is left of it\n=> check the directory"
     ):
         li.merge_checkpoint(folder / "base", folder / "adapter0", "/proc/out")
 
 
 def test_config_that_no_model_can_be_built_from(folder):
-    """The error says why the model can't be built."""
+    """The error says why the model cannot be built."""
     config = folder / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 0}))
-    assert_refused(folder, r"can't be built from its config\.json: .*\n=> correct config\.json")
+    assert_refused(folder, r"cannot be built from its config\.json: .*\n=> correct config\.json")

@@ -21,7 +21,7 @@ from lorainject.checkpoint.byte_runs import Runs
 from lorainject.checkpoint.shard_writer import WeightUpdate
 from lorainject.files.io import atomic_write
 
-from models import mapped, randomise
+from models import mapped, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore::lorainject.SurvivalWarning")  # half precision and small deltas
 
@@ -59,7 +59,7 @@ def test_merge_in_place_has_the_bits_of_a_reversible_merge(dtype, tmp_path):
     torch.manual_seed(0)
     model = mixtral().to(dtype)
     model.save_pretrained(tmp_path / "base")
-    randomise(li.inject(model, ["q_proj", "down_proj"], r=7, alpha=5))
+    randomize(li.inject(model, ["q_proj", "down_proj"], r=7, alpha=5))
     li.save(model, tmp_path / "adapter")
     li.merge(model)
     li.merge_in_place(tmp_path / "base", tmp_path / "adapter")
@@ -195,7 +195,7 @@ def test_float64_with_a_scale_that_float32_cannot_hold(tmp_path):
     base.save_pretrained(tmp_path / "base")
     W0 = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
     model = li.inject(base, ["q_proj", "experts"], r=3, alpha=5)
-    randomise(model)
+    randomize(model)
     li.save(model, tmp_path / "adapter")
     adapter = model.model.layers[0].self_attn.q_proj.lora["default"]
     li.merge(model, reversible=False)

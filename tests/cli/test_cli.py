@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lorainject as li
 from lorainject.cli import main
 
-from models import ids, llama, randomise, run
+from models import ids, llama, randomize, run
 from moe_models import mixtral, moe_model
 from oracle import FIXTURES
 
@@ -46,7 +46,7 @@ def saved(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     li.inject(model, ["q_proj", "v_proj"], r=4, alpha=8)
-    randomise(model)
+    randomize(model)
     li.save(model, tmp_path / "adapter")
     return tmp_path
 
@@ -96,7 +96,7 @@ def test_slices_and_stacks_are_listed_by_name(cli, tmp_path):
     sites = json.loads(cli("find", tmp_path / "base", *targets, "--json"))["sites"]
     assert sites[0]["rows"] == [[16, 32, 1]]
     li.inject(model, ["gate_up_proj[up]", "down_proj"], r=4)
-    randomise(model)
+    randomize(model)
     shown = cli("inspect", li.save(model, tmp_path / "a.safetensors"))
     assert "layers.0.mlp.experts.gate_up_proj[up]  32   16  4" in shown
     sites = json.loads(cli("inspect", tmp_path / "a.safetensors", "--json"))["sites"]
@@ -138,7 +138,7 @@ def test_unmerge_restores_a_merge_in_place(cli, saved):
     [
         (
             ("find", "nobody/nothing", "-t", "q_proj"),
-            "error: 'nobody/nothing' is not a directory, and can't be loaded from the hub",
+            "error: 'nobody/nothing' is not a directory, and cannot be loaded from the hub",
         ),
         (
             ("find", "{base}", "-t", "q_porj"),
@@ -152,7 +152,7 @@ def test_unmerge_restores_a_merge_in_place(cli, saved):
         (("merge", "{base}", "{base}"), "error: merge needs either --output DIR or --in-place"),
         (
             ("merge", "nobody/nothing", "{base}", "-o", "{base}/out"),
-            "'nobody/nothing' is not a directory, and can't be loaded from the hub",
+            "'nobody/nothing' is not a directory, and cannot be loaded from the hub",
         ),
     ],
 )

@@ -315,5 +315,5 @@ def test_the_command_lists_its_options_and_reports_a_mistake(tmp_path):
     assert all(option in helped.stdout for option in options), helped.stderr
     refused = python("-m", "code_search", "--method", "magic", "-o", str(tmp_path / "out"))
     assert refused.returncode == 1
-    assert refused.stderr.startswith("error: the demo can't start:\n  - method must be one of lora, full, bitfit")
+    assert refused.stderr.startswith("error: the demo cannot start:\n  - method must be one of lora, full, bitfit")
     assert not (tmp_path / "out").exists()

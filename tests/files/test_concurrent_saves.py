@@ -205,7 +205,7 @@ def test_an_error_leaves_the_old_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        li.FileError, match=r"can't be written: No space left on device\n  - what was there before is unchanged"
+        li.FileError, match=r"cannot be written: No space left on device\n  - what was there before is unchanged"
     ):
         put(2, folder, "peft")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -397,7 +397,7 @@ def test_configs_are_only_data(tmp_path):
     )
     assert li.read(folder).sites
     (folder / "adapter_config.json").write_text("[" * 10**5)
-    with pytest.raises(li.FileError, match="can't be read as JSON"):
+    with pytest.raises(li.FileError, match="cannot be read as JSON"):
         li.read(folder)
     (folder / "adapter_config.json").write_text(" " * 2**25)
     with pytest.raises(li.FileError, match="33,554,432 bytes"):
@@ -406,7 +406,7 @@ def test_configs_are_only_data(tmp_path):
     litgpt.mkdir()
     (litgpt / "lit_model.pth.lora").write_bytes((FIXTURES / "litgpt" / "lit_model.pth.lora").read_bytes())
     (litgpt / "hyperparameters.yaml").write_text(f"!!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']")
-    with pytest.raises(li.FileError, match="can't be read as YAML"):
+    with pytest.raises(li.FileError, match="cannot be read as YAML"):
         li.read(litgpt, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
 

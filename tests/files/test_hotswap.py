@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import lorainject as li
 from lorainject.lora.adapter import LoraAdapter
 
-from models import llama, randomise, run, state
+from models import llama, randomize, run, state
 
 X = {"input_ids": torch.arange(12).view(2, 6)}
 MAX_RANK = 8
@@ -44,14 +44,14 @@ def files(fresh, tmp_path):
         ]
     ):
         model = li.inject(fresh(), targets, r, alpha=alpha, scaling=scaling, dtype=dtype)
-        randomise(model, seed=i)
+        randomize(model, seed=i)
         files.append((li.save(model, tmp_path / f"{i}"), run(model, X)))
     return files
 
 
 def roomy(model: nn.Module, **settings: object) -> nn.Module:
     li.inject(model, ["q_proj", "v_proj", "up_proj"], r=MAX_RANK, **settings)
-    randomise(model, seed=9)
+    randomize(model, seed=9)
     return model
 
 
@@ -86,11 +86,11 @@ def test_parameters_stay_in_place(fresh, files):
     """Parameters and their addresses stay, so that an optimizer goes on with them."""
     model = roomy(fresh())
     before = [(id(p), p.data_ptr()) for p in li.parameters(model)]
-    optimiser = torch.optim.SGD(li.parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(li.parameters(model), lr=0.1)
     li.hotswap(model, files[0][0])
     assert [(id(p), p.data_ptr()) for p in li.parameters(model)] == before
     model(**X).logits.sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert not torch.allclose(run(model, X), files[0][1], atol=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_the_dtype_of_the_model_is_kept(fresh, files, dtype):
 def test_refusals_list_all_and_change_nothing(fresh, files, tmp_path):
     """Higher ranks and weights without the adapter are listed in one error; all values stay."""
     model = li.inject(fresh(), ["q_proj", "v_proj"], r=4)
-    randomise(model)
+    randomize(model)
     before = state(model)
     with pytest.raises(li.FileError) as e:
         li.hotswap(model, files[1][0])

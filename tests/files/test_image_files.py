@@ -196,7 +196,7 @@ def test_ambiguous_flat_names_are_refused(tmp_path):
 
 
 def test_flat_names_are_not_written_as_paths(tmp_path):
-    """kohya's flat names can't be written in PEFT's format; lorainject's format keeps them as they are."""
+    """kohya's flat names cannot be written in PEFT's format; lorainject's format keeps them as they are."""
     file = FIXTURES / "kohya_lycoris" / "lora.safetensors"
     with pytest.raises(li.FileError, match=r"the names of this record are of the kind 'kohya'"):
         li.convert(file, tmp_path / "a", format="peft", lossy=True)

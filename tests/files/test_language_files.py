@@ -88,8 +88,7 @@ def test_gguf_uses_llama_cpps_names_of_any_architecture(tmp_path):
     done = li.write(file, tmp_path / "a.gguf", format="gguf", hints=li.Hints(architecture="gpt2"))
     assert is_same_record(li.read(done.path, hints=li.Hints(model=model)), file)
     with pytest.raises(
-        li.FileError,
-        match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, .* is known: read the file with the model",
+        li.FileError, match=r"blk\.1\.attn_qkv\.weight\.lora_a: unexpected, .* is known: read the file with the model"
     ):
         li.read(done.path)
 

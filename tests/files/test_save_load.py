@@ -21,7 +21,7 @@ import lorainject as li
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
 
-from models import bert, bits, gpt2, ids, llama, randomise, run, state
+from models import bert, bits, gpt2, ids, llama, randomize, run, state
 
 X = {"input_ids": ids()}
 TARGETS = ["q_proj", "v_proj", "embed_tokens"]
@@ -38,7 +38,7 @@ def model(base) -> nn.Module:
     model = li.inject(
         copy.deepcopy(base), TARGETS, r=4, alpha=8, dropout=0.1, overrides={"layers.1.*": {"r": 2, "alpha": 6}}
     )
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -70,10 +70,10 @@ def test_any_process_writes_the_same_bytes(tmp_path):
     """Two processes with different hash seeds write the same file."""
     code = """
 import sys, torch; sys.path.insert(0, sys.argv[2])
-from models import llama, randomise
+from models import llama, randomize
 import lorainject as li
 torch.manual_seed(0)
-m = li.inject(llama(), ["q_proj", "v_proj"], r=4); randomise(m); li.save(m, sys.argv[1])
+m = li.inject(llama(), ["q_proj", "v_proj"], r=4); randomize(m); li.save(m, sys.argv[1])
 """
     here = os.path.join(os.path.dirname(os.path.dirname(__file__)), "support")
     for seed in "12":
@@ -355,7 +355,7 @@ def test_an_edited_config_is_refused(base, model, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: p / "nothing", r"can't be read: No such file"),
+        (lambda p: p / "nothing", r"cannot be read: No such file"),
         (lambda p: p, r"holds no adapter_model\.safetensors(.*\n)*.*it holds nothing"),
         (
             lambda p: (
@@ -378,7 +378,7 @@ def test_paths_that_cannot_be_written_are_refused(model, tmp_path):
     for place in ("file", "file/below", "file/below.safetensors"):
         with pytest.raises(li.FileError, match="=> "):
             li.save(model, tmp_path / place)
-    with pytest.raises(li.FileError, match=r"can't be written"):
+    with pytest.raises(li.FileError, match=r"cannot be written"):
         li.save(model, "/proc/nowhere")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_the_old_file(model, tmp_path):
     """When the space ends in the middle of a save, the old file is whole and no temporary file is left."""
     path = li.save(model, tmp_path / "a.safetensors")
     old = path.read_bytes()
-    randomise(model, seed=3)
+    randomize(model, seed=3)
     torch.save(model, tmp_path / "m.pt")
     code = f"""
 import resource, signal, torch, lorainject as li
@@ -398,7 +398,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 try:
     li.save(model, {str(path)!r})
 except li.FileError as e:
-    assert "can't be written: File too large" in str(e) and "unchanged" in str(e), e
+    assert "cannot be written: File too large" in str(e) and "unchanged" in str(e), e
 else:
     raise SystemExit("saved?")
 """
@@ -413,7 +413,7 @@ def test_a_reader_during_a_save_sees_one_whole_file(model, tmp_path):
     path = li.save(model, tmp_path / "a.safetensors")
     old = path.read_bytes()
     with open(path, "rb") as reader:
-        randomise(model, seed=3)
+        randomize(model, seed=3)
         li.save(model, path)
         assert reader.read() == old
     assert path.read_bytes() != old
@@ -441,7 +441,7 @@ def test_conv1d_is_saved_as_a_linear(tmp_path):
     model = gpt2()
     fresh = copy.deepcopy(model)
     li.inject(model, ["c_attn"], r=4)
-    randomise(model)
+    randomize(model)
     path = li.save(model, tmp_path / "a")
     assert json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     assert torch.equal(run(li.load(fresh, path), X), run(model, X))
@@ -465,7 +465,7 @@ def test_shared_modules_must_be_shared_again(tmp_path):
         (False, "b: is the same module as a in this model"),
     ):
         model = li.inject(Pair(shared), ["a", "b"], r=2)
-        randomise(model)
+        randomize(model)
         path = li.save(model, tmp_path / f"{shared}.safetensors")
         with pytest.raises(li.FileError, match=message):
             li.load(Pair(not shared), path)
@@ -496,7 +496,7 @@ def test_a_model_can_be_one_layer(tmp_path):
     layer = nn.Linear(4, 4)
     fresh = copy.deepcopy(layer)
     li.inject(layer, lambda path, m: True, r=2)
-    randomise(layer)
+    randomize(layer)
     x = torch.randn(2, 4)
     for place in ("a", "a.safetensors"):
         li.load(fresh, li.save(layer, tmp_path / place))
@@ -522,7 +522,7 @@ def test_a_missing_alpha_is_pefts_default(base, model, tmp_path):
 
 
 def test_mixed_and_narrow_dtypes(base, model, tmp_path):
-    """A and B of two dtypes load as the wider one; a dtype that can't hold them is refused."""
+    """A and B of two dtypes load as the wider one; a dtype that cannot hold them is refused."""
 
     def change(t, c):
         t[Q + "A.weight"] = t[Q + "A.weight"].half()
@@ -654,7 +654,7 @@ def test_the_order_of_injection_changes_no_byte(tmp_path):
         if first:
             li.inject(model, first, r=2, name="first")
         li.inject(model, ["up", "down", "fused[0:2,2:4]"], r=2)
-        randomise(model)
+        randomize(model)
         with torch.no_grad():
             for path, p in model.named_parameters():
                 if ".default." in path:

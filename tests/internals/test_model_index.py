@@ -15,7 +15,7 @@ import lorainject as li
 from lorainject.lora import model_index
 from lorainject.lora.model_index import ModelIndex
 
-from models import ids, llama, randomise
+from models import ids, llama, randomize
 
 
 class CountingDict(dict[str, Any]):
@@ -44,7 +44,7 @@ def injected(*names: str) -> nn.Module:
     model = llama()
     for name in names:
         li.inject(model, ["q_proj", "v_proj", "up_proj"], r=2, name=name)
-    randomise(model)
+    randomize(model)
     return model
 
 

@@ -18,14 +18,14 @@ import lorainject as li
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
 
-from models import bits, llama, mapped, randomise
+from models import bits, llama, mapped, randomize
 
 
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
     model = li.inject(llama(), ["q_proj", "v_proj", "embed_tokens"], r=4, alpha=8)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
     end."""
     path, other = li.save(model, tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     before = [bits(p) for p in li.parameters(model)]
-    randomise(model, seed=1)
+    randomize(model, seed=1)
     li.save(model, other)
     read_header = safetensors_file.read_header
     changes = [lambda: os.replace(other, path), lambda: os.truncate(path, path.stat().st_size - 8)]
@@ -172,9 +172,9 @@ def test_a_file_that_changes_while_it_is_read(model, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "read_header", then_changed)
     assert sorted(bits(t) for s in li.read(path).sites for t in (s.A, s.B)) == sorted(before)
     li.save(model, other)
-    with pytest.raises(li.FileError, match="can't be read: it became shorter while it was being read"):
+    with pytest.raises(li.FileError, match="cannot be read: it became shorter while it was being read"):
         li.read(path)
     changes.append(lambda: os.truncate(other, other.stat().st_size - 8))
-    with pytest.raises(li.FileError, match="can't be read: it became shorter while it was being read"):
+    with pytest.raises(li.FileError, match="cannot be read: it became shorter while it was being read"):
         safetensors_file.spool(other)
     assert not changes

@@ -13,7 +13,7 @@ import lorainject as li
 from lorainject.lora import weight_graft
 from lorainject.targets.source_analysis import weight_use
 
-from models import randomise
+from models import randomize
 
 
 class Reader(nn.Module):
@@ -34,7 +34,7 @@ def test_an_interrupted_forward_leaves_no_shadow_for_long(step, when, monkeypatc
     torch.manual_seed(0)
     model, x = nn.Sequential(Reader()), torch.randn(2, 4)
     li.inject(model, ["read"], r=2)
-    randomise(model)
+    randomize(model)
     original, y = getattr(weight_graft, step), model(x)
 
     def interrupted(*args):

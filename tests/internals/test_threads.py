@@ -14,7 +14,7 @@ import lorainject as li
 from lorainject.numerics import tiled_matmul
 from lorainject.numerics.threads import defer_interrupt, thread_pool
 
-from models import bits, randomise
+from models import bits, randomize
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_any_number_of_threads_gives_the_same_bits(set_threads, dtype, monkeypat
         set_threads(n)
         torch.manual_seed(0)
         model = li.inject(nn.Sequential(nn.Linear(96, 200, dtype=dtype)), ["0"], r=4)
-        randomise(model, std=0.2)
+        randomize(model, std=0.2)
         before = bits(model[0].weight)
         report = li.merge(model)
         results.append((bits(model[0].weight), report))

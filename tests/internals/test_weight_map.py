@@ -510,7 +510,7 @@ def check_model_type(model_type: str, folder: Path) -> str:
             result = f"skipped: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
             continue
         empty = build_meta_model(folder)
-        if type(empty) is not cls:  # parts have classes that can't be looked up by the name in their config
+        if type(empty) is not cls:  # parts have classes that cannot be looked up by the name in their config
             with torch.device("meta"):
                 empty = cls(config)
         pieces, reasons, left = map_folder(folder, empty)

@@ -20,7 +20,7 @@ from lorainject.lora.model_index import adapted_sites
 
 from example_count import examples
 from interrupts import interrupted
-from models import TINY, bits, randomise, run, state, weight_at
+from models import TINY, bits, randomize, run, state, weight_at
 from strategies import DTYPES, Case, cases
 
 on_random_trees = settings(
@@ -98,7 +98,7 @@ def test_eject_restores_the_model(case):
     """Law 2: eject gives back every class, attribute, key, flag and bit, also after A and B were trained."""
     before = state(case.model)
     assert li.inject(case.model, **case.settings) is case.model
-    randomise(case.model)
+    randomize(case.model)
     assert li.eject(case.model) is case.model
     assert state(case.model) == before
 
@@ -119,7 +119,7 @@ def test_adapted_layer_computes_the_formula(case):
     """A model with adapters equals a float64 model whose weights are W0 + s B A."""
     plain = copy.deepcopy(case.model).double()
     li.inject(case.model, **case.settings)
-    randomise(case.model)
+    randomize(case.model)
     for path, w, d in li.deltas(case.model):
         weight_at(plain, path).data = w.double() + d.double()
     x = case.x.double() if case.x.is_floating_point() else case.x
@@ -135,7 +135,7 @@ def test_adapted_layer_computes_the_formula(case):
 def test_error_changes_nothing(case, data):
     """Law 4: a verb that raises leaves the model as it was, to the bit, whichever site is at fault."""
     li.inject(case.model, **case.settings)
-    randomise(case.model)
+    randomize(case.model)
     sites = adapted_sites(case.model)
     site = sites[data.draw(st.sampled_from(sorted(sites)))]
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_next_eject_finishes_an_interrupted_one(case, function, calls):
 def test_interrupted_merge_changes_nothing(case, function, calls, strict):
     """Law 4: an interrupt in the middle of merge leaves the model unmerged, and it can be merged afterwards."""
     li.inject(case.model, **case.settings)
-    randomise(case.model, std=0.5)
+    randomize(case.model, std=0.5)
     before = state(case.model)
     try:
         with interrupted(function, calls):
@@ -222,7 +222,7 @@ def test_interrupted_merge_changes_nothing(case, function, calls, strict):
 def test_interrupted_unmerge_changes_nothing_or_is_finished_by_the_next(case, function, calls):
     """Law 4: an interrupted unmerge leaves the merged weights, or W0; the next unmerge leaves the model as it was."""
     li.inject(case.model, **case.settings)
-    randomise(case.model, std=0.5)
+    randomize(case.model, std=0.5)
     before = state(case.model)
     li.merge(case.model, strict=False)
     merged = [bits(p) for p in case.model.parameters()]
@@ -255,7 +255,7 @@ def test_every_interrupt_can_happen(verb, function):
 def test_merge_rounds_once(case):
     """Law 5: a merged weight is W0 + s B A, rounded once to the dtype of W0."""
     li.inject(case.model, **case.settings)
-    randomise(case.model, std=0.3)
+    randomize(case.model, std=0.3)
     weight_bytes = sum({site.key: site.weight.nbytes for site in adapted_sites(case.model).values()}.values())
     expected = {path: (w.double() + d.double()).to(w.dtype) for path, w, d in li.deltas(case.model)}
     report = li.merge(case.model)
@@ -272,7 +272,7 @@ def test_merged_module_has_its_original_class(case):
     """Law 6: after merge no module is grafted, so that each forward is the base's."""
     classes = {path: type(module) for path, module in case.model.named_modules()}
     li.inject(case.model, **case.settings)
-    randomise(case.model, std=0.3)
+    randomize(case.model, std=0.3)
     li.merge(case.model)
     assert not any(isinstance(module, Graft) for module in case.model.modules())
     assert {path: type(case.model.get_submodule(path)) for path in classes} == classes
@@ -282,7 +282,7 @@ def test_merged_module_has_its_original_class(case):
 def test_unmerge_restores_every_bit(case):
     """Law 7: unmerge gives back the adapted model to the bit, and with it the output."""
     li.inject(case.model, **case.settings)
-    randomise(case.model, std=0.3)
+    randomize(case.model, std=0.3)
     case.model.eval()
     before, y = state(case.model), case.output()
     li.merge(case.model)
@@ -304,7 +304,7 @@ def test_unmerge_restores_every_bit_after_many_merges(merges, dtype):
     before = state(model)
     li.inject(model, ["0", "1"], r=3)
     for cycle in range(merges):
-        randomise(model, std=10.0 ** (cycle % 7 - 5), seed=cycle)
+        randomize(model, std=10.0 ** (cycle % 7 - 5), seed=cycle)
         li.merge(model)
         li.unmerge(model)
     assert state(li.eject(model)) == before
@@ -314,7 +314,7 @@ def test_unmerge_restores_every_bit_after_many_merges(merges, dtype):
 def test_merged_output_agrees(case):
     """Law 10: the merged model is as close to the exact output (float32) as the model with adapters, within rounding."""
     li.inject(case.model, **case.settings)
-    randomise(case.model, std=0.3)
+    randomize(case.model, std=0.3)
     case.model.eval()
     y, exact = case.output(), case.output(copy.deepcopy(case.model).float())
     li.merge(case.model)
@@ -334,7 +334,7 @@ def test_load_restores_what_save_wrote(case):
     """Laws 8 and 10: loading a saved adapter gives the same factors, settings and output, to the bit."""
     fresh = copy.deepcopy(case.model)
     li.inject(case.model, **case.settings)
-    randomise(case.model)
+    randomize(case.model)
     with tempfile.TemporaryDirectory() as folder:
         li.load(fresh, li.save(case.model, Path(folder) / "a.safetensors"))
     assert contents(fresh) == contents(case.model)
@@ -346,7 +346,7 @@ def test_same_adapter_gives_the_same_bytes(case):
     """Law 8: an adapter that was saved, loaded and saved again gives the same file."""
     fresh = copy.deepcopy(case.model)
     li.inject(case.model, **case.settings)
-    randomise(case.model)
+    randomize(case.model)
     with tempfile.TemporaryDirectory() as folder:
         first = li.save(case.model, Path(folder) / "a.safetensors")
         second = li.save(li.load(fresh, first), Path(folder) / "b.safetensors")

@@ -31,7 +31,7 @@ import lorainject as li
 from lorainject.lora.graft import Graft
 from lorainject.lora.model_index import adapted_sites
 
-from models import randomise, state
+from models import randomize, state
 from moe_models import SIZES, gpt_oss, mixtral, moe_model, moe_output
 
 
@@ -43,7 +43,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
 def inject_random(model: nn.Module, targets: str | list[str] = "all-linear", r: int = 2) -> None:
     """Inject an adapter and draw random values for A and B."""
     li.inject(model, targets, r=r)
-    randomise(model)
+    randomize(model)
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
@@ -74,7 +74,7 @@ def test_adapted_experts_equal_merged_experts(build, implementation):
     before, y = state(model), moe_output(model)
     li.inject(model, ["experts"], r=4)
     assert close(moe_output(model), y, 1e-6)
-    randomise(model)
+    randomize(model)
     adapted = moe_output(model)
     assert not close(adapted, y, 0.01)
     reach = li.probe(model, input_ids=torch.arange(14).reshape(2, 7))
@@ -107,7 +107,7 @@ def test_dropout_acts_on_experts_while_training_only(implementation):
     """LoRA dropout acts on the experts' inputs in train mode and not in eval mode."""
     model = moe_model(mixtral, implementation)
     li.inject(model, ["experts"], r=4, dropout=0.5)
-    randomise(model)
+    randomize(model)
     assert torch.equal(moe_output(model), moe_output(model))
     model.train()
     assert not torch.equal(moe_output(model), moe_output(model))
@@ -159,7 +159,7 @@ def test_multihead_attention(batch_first, separate, training):
     assert set(adapted_sites(mha)) == (
         {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"} if separate else {"in_proj_weight", "out_proj"}
     )
-    randomise(mha)
+    randomize(mha)
     merged = merged_copy(mha)
     for options in (
         {},
@@ -455,7 +455,7 @@ def test_copies_are_independent():
     y = moe_output(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(moe_output(twin), y)
-        randomise(twin, seed=1)
+        randomize(twin, seed=1)
         assert not torch.equal(moe_output(twin), y)
         assert torch.equal(moe_output(model), y)
 
@@ -468,7 +468,7 @@ def test_rows_choose_adapters_of_experts(build, implementation):
     x = torch.randint(0, 50, (3, 5), generator=torch.Generator().manual_seed(1))
     for seed, name in enumerate("ab"):
         li.inject(model, ["experts", "attention"], r=4, name=name)
-        randomise(model, name, seed=seed)
+        randomize(model, name, seed=seed)
 
     def alone(row: int, name: str | None) -> torch.Tensor:
         li.activate(model, *([name] if name else []))
@@ -519,8 +519,8 @@ def test_two_adapters_on_one_stack():
     model = moe_model(mixtral)
     li.inject(model, ["experts"], r=4, name="a")
     li.inject(model, ["down_proj"], r=2, name="b")
-    randomise(model, "a")
-    randomise(model, "b", seed=1)
+    randomize(model, "a")
+    randomize(model, "b", seed=1)
     li.activate(model, "a", "b")
     y = moe_output(model)
     li.merge(model)
@@ -562,7 +562,7 @@ def test_a_linear_subclass_with_another_forward():
     model = Router(4, 3)
     x = torch.randn(2, 4)
     li.inject(nn.Sequential(model), ["0"], r=2)
-    randomise(model)
+    randomize(model)
     merged = merged_copy(model)
     assert close(model(x)[0], merged(x)[0], 1e-5)
     assert close(model(x)[1], merged(x)[1], 1e-5)
@@ -659,7 +659,7 @@ def test_a_later_inject_adds_the_readers():
     model = nn.Sequential(Parent())
     li.inject(model[0].read, [lambda path, module: True], r=2, name="a")
     li.inject(model, ["read"], r=2, name="b")
-    randomise(model, "b")
+    randomize(model, "b")
     assert li.probe(model, torch.randn(2, 4)).reached == ("0.read",)
     li.eject(model)
     assert not has_grafts(model)

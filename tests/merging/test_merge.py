@@ -14,7 +14,7 @@ import lorainject as li
 from lorainject.numerics.journal import TileJournal
 from lorainject.numerics.tile_merge import TileWorkspace
 
-from models import TINY, bits, gpt2, ids, llama, randomise, run, state
+from models import TINY, bits, gpt2, ids, llama, randomize, run, state
 
 X = {"input_ids": ids(), "use_cache": False}
 
@@ -23,7 +23,7 @@ X = {"input_ids": ids(), "use_cache": False}
 def model() -> nn.Module:
     torch.manual_seed(0)
     model = li.inject(llama(), ["q_proj", "v_proj", "down_proj", "embed_tokens"], r=4, alpha=8)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -31,7 +31,7 @@ def one_linear(dtype: torch.dtype = torch.float32, std: float = 0.1, features: i
     """Return a linear layer with an adapter, whose delta has elements of about std^2 * sqrt(r)."""
     torch.manual_seed(0)
     model = li.inject(nn.Sequential(nn.Linear(features, features, dtype=dtype)), ["0"], r=4)
-    randomise(model, std=std)
+    randomize(model, std=std)
     return model
 
 
@@ -68,7 +68,7 @@ def test_eject_after_merge(name):
     base = tiny.build()
     before = state(base)
     model = li.inject(copy.deepcopy(base), list(tiny.targets), r=4)
-    randomise(model)
+    randomize(model)
     y, plain = run(model, tiny.inputs()), run(base, tiny.inputs())
     merged = copy.deepcopy(model)
     report = li.merge(merged, reversible=False)
@@ -180,7 +180,7 @@ def test_strict_refuses_before_anything_is_written():
     """strict=True measures first; strict=False only warns."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
     li.inject(model, ["0", "1"], r=4)
-    randomise(model, std=0.3)
+    randomize(model, std=0.3)
     with torch.no_grad():
         model[1].lora["default"].B *= 3e-4
     before, versions = state(model), [p._version for p in model.parameters()]
@@ -204,7 +204,7 @@ def test_the_journal_is_small_and_never_larger_than_a_backup():
         model = nn.Sequential(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
         nn.init.normal_(model[0].weight, std=0.02)
         li.inject(model, ["0"], r=4)
-        randomise(model, std=(0.02 * share / 2) ** 0.5)  # |d| = std^2 sqrt(r) per element
+        randomize(model, std=(0.02 * share / 2) ** 0.5)  # |d| = std^2 sqrt(r) per element
         a = model[0].lora["default"]
         report = li.merge(model)
         shares[share] = (report.journal_bytes - a.A.nbytes - a.B.nbytes) / report.weight_bytes
@@ -219,7 +219,7 @@ def three_adapters(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tenso
     model = nn.Sequential(nn.Linear(48, 300), nn.Linear(300, 48)).to(dtype)
     for i, (name, targets, r) in enumerate([("a", ["0", "1"], 2), ("b", ["0"], 5), ("c", ["0", "1"], 3)]):
         li.inject(model, targets, r=r, alpha=3, name=name)
-        randomise(model, name, seed=i)
+        randomize(model, name, seed=i)
     adapters = {n: model[0].lora[n] for n in "abc"}
     return model, {n: (a.scale * a.B.double() @ a.A.double()).detach() for n, a in adapters.items()}
 
@@ -273,7 +273,7 @@ def test_any_order_of_merges_and_unmerges_gives_the_same_bits(dtype):
 def test_a_further_merge_that_fails_leaves_the_first(model):
     """Law 4 while merged: what was merged stays merged, to the bit."""
     li.inject(model, ["q_proj"], r=2, name="second")
-    randomise(model, "second")
+    randomize(model, "second")
     li.activate(model, "default")
     li.merge(model)
     merged = state(model)
@@ -292,7 +292,7 @@ def test_a_further_merge_that_fails_leaves_the_first(model):
 def test_a_further_merge_needs_w0(model, spoil):
     """Where W0 cannot be restored nothing more is merged, because unmerge would give back what never was W0."""
     li.inject(model, ["q_proj"], r=2, name="second")
-    randomise(model, "second")
+    randomize(model, "second")
     li.activate(model, "default")
     li.merge(model, reversible=spoil != "irreversible")
     if spoil == "cast":
@@ -314,7 +314,7 @@ def test_a_further_merge_needs_w0(model, spoil):
 def test_an_adapter_that_was_unmerged_alone_is_inactive(model):
     """It stays inactive when the remaining adapters are unmerged."""
     li.inject(model, ["q_proj"], r=2, name="second")
-    randomise(model, "second")
+    randomize(model, "second")
     li.activate(model, "second")
     only = run(model, X)
     li.activate(model, "default", "second")
@@ -367,7 +367,7 @@ def test_a_delta_with_other_bits_is_refused_unless_the_tile_was_kept(model, monk
 
 def test_an_unmerge_that_fails_at_the_last_weight_merges_the_first_again(model):
     """Law 4 for unmerge, in place and with a tile that was kept whole."""
-    randomise(model, std=3)
+    randomize(model, std=3)
     li.merge(model)
     last = model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_untie_gives_a_tied_weight_memory_of_its_own_until_unmerge(tmp_path):
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=4)).eval()
     li.inject(model, ["lm_head", "c_attn"], r=4)
-    randomise(model)
+    randomize(model)
     before, w0, y = state(model), bits(model.lm_head.weight), run(model, X)
     li.merge(model, untie=True)
     assert bits(model.transformer.wte.weight) == w0 != bits(model.lm_head.weight)
@@ -422,7 +422,7 @@ def test_merge_is_no_further_from_the_exact_sum_than_peft(dtype, reversible):
     model = nn.Sequential(nn.Linear(256, 384, bias=False, dtype=dtype))
     peft_model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, lora_alpha=12, target_modules=["0"]))
     li.inject(model, ["0"], r=8, alpha=12)
-    randomise(model, std=0.05)
+    randomize(model, std=0.05)
     adapter, layer = model[0].lora["default"], peft_model.base_model.model[0]
     with torch.no_grad():
         layer.lora_A["default"].weight.copy_(adapter.A)
@@ -573,7 +573,7 @@ def test_a_and_b_may_change_while_merged(model):
     """W0 is restored even if A and B were replaced meanwhile."""
     before = [bits(p) for k, p in model.named_parameters() if ".lora." not in k]
     li.merge(model)
-    randomise(model, seed=7, std=3)
+    randomize(model, seed=7, std=3)
     li.unmerge(model)
     assert [bits(p) for k, p in model.named_parameters() if ".lora." not in k] == before
 
@@ -581,7 +581,7 @@ def test_a_and_b_may_change_while_merged(model):
 def test_names_must_include_the_active_adapters(model):
     """To leave an active adapter out would change the output, and is refused."""
     li.inject(model, ["q_proj"], r=2, name="second")
-    randomise(model, "second")
+    randomize(model, "second")
     li.activate(model, "default", "second")
     with pytest.raises(li.StateError, match=r"'second' is active but would not be merged"):
         li.merge(model, "default")
@@ -614,7 +614,7 @@ def test_a_tied_weight_is_refused():
 def test_deltas_have_the_stored_orientation():
     """For Conv1D, whose weight is (in, out), the delta is transposed; for an embedding (V, d), too."""
     model = li.inject(gpt2(), ["c_attn", "wte"], r=3, alpha=6)
-    randomise(model)
+    randomize(model)
     deltas = {path: d for path, w, d in li.deltas(model) if d.shape == w.shape}
     a = model.transformer.h[0].attn.c_attn.lora["default"]
     assert torch.allclose(deltas["transformer.h.0.attn.c_attn"], 2 * (a.B @ a.A).T, atol=1e-6)
@@ -711,7 +711,7 @@ def test_on_cuda(dtype):
     model = li.inject(llama(hidden_size=256, intermediate_size=512), ["q_proj", "down_proj", "embed_tokens"], r=8).to(
         "cuda", dtype
     )
-    randomise(model, std=0.05)
+    randomize(model, std=0.05)
     before, y = state(model), run(model, X)
     for _ in range(100):
         li.merge(model)

@@ -16,7 +16,7 @@ from lorainject.lora.weight_kinds import is_quantized
 from lorainject.merging.quantization import find_scheme
 
 from compilers import needs_compiler_and_ninja, unpack
-from models import randomise
+from models import randomize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the libraries' own, at import and while they quantize
@@ -77,7 +77,7 @@ def test_a_quantized_linear_carries_adapters_like_any_linear(model, tmp_path):
     li.inject(model, "all-linear", r=4)
     with torch.no_grad():
         assert torch.equal(model(x), y)
-    randomise(model)
+    randomize(model)
     a, base = model[0].lora["default"], type(model[0])._lora_base.forward(model[0], x)
     assert torch.allclose(model[0](x), base + x @ a.A.T @ a.B.T * a.scale, atol=1e-5)
     assert li.probe(model, x).reached == ("0", "2")
@@ -103,7 +103,7 @@ def test_merge_requantizes_or_dequantizes(model, method, tmp_path):
     before = [m.weight for m in (model[0], model[2])]
     classes = [type(m) for m in model]
     li.inject(model, "all-linear", r=4)
-    randomise(model, std=0.5)  # larger than a step
+    randomize(model, std=0.5)  # larger than a step
     with torch.no_grad():
         adapted = model(x)
         if method == "dequantized" and "QLinear" in str(classes):
@@ -130,7 +130,7 @@ def test_merge_requantizes_or_dequantizes(model, method, tmp_path):
 def test_a_delta_that_does_not_survive_is_refused(model):
     """A delta of a twentieth of a step is rounded away: the error says so, and nothing is changed."""
     li.inject(model, "all-linear", r=4)
-    randomise(model, std=0.005)
+    randomize(model, std=0.005)
     x = torch.randn(4, 64)
     with torch.no_grad():
         y = model(x)

@@ -79,7 +79,7 @@ def test_the_oracle_sees_an_adapter_that_does_nothing(monkeypatch):
     inputs = zoo.inputs(base)
     model = li.inject(base.__class__(base.config).eval(), "all-linear", r=4)
     model.load_state_dict(base.state_dict(), strict=False)
-    architectures.randomise(architectures.sites(model), base)
+    architectures.randomize(architectures.sites(model), base)
     attention = model.layers[0].self_attn
     monkeypatch.setattr(attention.q_proj, "forward", lambda x: nn.functional.linear(x, attention.q_proj.weight))
     with pytest.raises(Wrong, match=r"SILENTLY UNREACHED: 1 sites, as layers.0.self_attn.q_proj"):

@@ -38,7 +38,9 @@ LLAMA_SHAPES = {
     "mlp.up_proj": (12, 8),
     "mlp.down_proj": (8, 12),
 }
-LLAMA = module_tree({f"model.layers.{i}.{leaf}.weight": shape for i in range(3) for leaf, shape in LLAMA_SHAPES.items()})
+LLAMA = module_tree(
+    {f"model.layers.{i}.{leaf}.weight": shape for i in range(3) for leaf, shape in LLAMA_SHAPES.items()}
+)
 LLAMA_HINTS = li.Hints(heads=(4, 2), architecture="llama", component="unet", model=LLAMA)
 
 

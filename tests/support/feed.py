@@ -31,7 +31,7 @@ GRIDS = ("image_grid_thw", "grid_thw", "video_grid_thw", "image_grid_hws", "grid
 
 
 class NoModel(Exception):
-    """This type can't be built, or nothing that we tried runs through it."""
+    """This type cannot be built, or nothing that we tried runs through it."""
 
 
 class Feed:
@@ -83,7 +83,7 @@ class Feed:
         return int(value)
 
     def __call__(self, names: list[str]) -> dict[str, Any]:
-        """The arguments of these names; those we can't make are left out."""
+        """The arguments of these names; those we cannot make are left out."""
         g = torch.Generator().manual_seed(1)
         made = {name: self.make(name, g) for name in names}
         return {name: value for name, value in made.items() if value is not None}

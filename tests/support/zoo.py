@@ -5,7 +5,7 @@
     inputs(model)     keyword arguments for its forward
 
 Nothing is downloaded. Inputs are found by feed.py. A config's defaults are shrunk by the rules below, which go by the names of the settings, in four
-strengths: the first whose model can be built, and run on one of the inputs that we try, is taken. What the rules can't
+strengths: the first whose model can be built, and run on one of the inputs that we try, is taken. What the rules cannot
 know stands in EXCEPTIONS. A part that does not run by itself is cut out of a model that has it.
 
 If the environment variable LORAINJECT_TINY_CONFIGS names a JSON file {type: {"module", "class", "config"}}, then a type's

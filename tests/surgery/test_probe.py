@@ -8,7 +8,7 @@ from torch import nn
 
 import lorainject as li
 
-from models import TINY, ids, llama, randomise, state
+from models import TINY, ids, llama, randomize, state
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -19,7 +19,7 @@ def test_every_site_of_real_architectures_is_reached(name, trained):
     targets = [t for t in tiny.targets if (name, t) != ("t5", "shared")]
     model = li.inject(tiny.build(), targets, r=4)
     if trained:
-        randomise(model)
+        randomize(model)
     plan = li.find(tiny.build(), targets, r=4)
     assert set(li.probe(model, **tiny.inputs()).reached) == {s.path for s in plan}
 

@@ -11,7 +11,7 @@ from torch import nn
 import lorainject as li
 from lorainject.lora.adapter import LoraAdapter
 
-from models import bits, ids, llama, randomise, run, state
+from models import bits, ids, llama, randomize, run, state
 
 X = {"input_ids": ids(rows=3)}
 
@@ -25,7 +25,7 @@ def base() -> nn.Module:
 def add(model: nn.Module, name: str, targets: list[str], seed: int) -> None:
     """Inject an adapter with random values."""
     li.inject(model, targets, r=4, alpha=8, name=name)
-    randomise(model, name, seed=seed)
+    randomize(model, name, seed=seed)
 
 
 def output_alone(base: nn.Module, name: str, targets: list[str], seed: int) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_training_moves_only_a_and_b(base):
 def test_dropout_follows_the_mode(base):
     """A model in eval mode stays so after inject; in train mode LoRA dropout acts on the adapter's term alone."""
     li.inject(base, ["q_proj"], r=4, dropout=0.5)
-    randomise(base)
+    randomize(base)
     assert not any(m.training for m in base.modules())
     assert torch.equal(run(base, X), run(base, X))
     base.train()
@@ -199,7 +199,7 @@ def test_dropout_follows_the_mode(base):
 def test_embedding_dropout_drops_tokens():
     """LoRA dropout of an embedding drops whole tokens, and scales the others by 1 / (1 - p)."""
     model = li.inject(nn.Sequential(nn.Embedding(10, 6)), ["0"], r=3, dropout=0.5).train()
-    randomise(model)
+    randomize(model)
     x = torch.arange(10).repeat(50)
     with li.disabled(model):
         y0 = model(x)
@@ -257,7 +257,7 @@ def test_dtypes(dtype, expected):
 def test_float64_gradients():
     """The gradients of the output with respect to x, A and B agree with finite differences."""
     model = li.inject(nn.Sequential(nn.Linear(4, 3, dtype=torch.float64)), ["0"], r=2, alpha=3)
-    randomise(model)
+    randomize(model)
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     adapter = model[0].lora["default"]
 
@@ -395,7 +395,7 @@ def test_a_failed_inject_keeps_other_adapters():
 
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Strict(2, 2)})
     li.inject(model, ["a"])
-    randomise(model)
+    randomize(model)
     before = state(model)
     with pytest.raises(TypeError, match="tag"):
         li.inject(model, ["a", "b"], name="second")
@@ -433,7 +433,7 @@ def test_options_of_an_embedding_do_not_change_gradients(options):
     plain.load_state_dict(model.state_dict())
     for m in (model, plain):
         li.inject(m, ["0"], r=2)
-        randomise(m)
+        randomize(m)
         m(ids).square().sum().backward()
     for a, b in zip(li.parameters(model), li.parameters(plain), strict=True):
         assert torch.equal(a.grad, b.grad)

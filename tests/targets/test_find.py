@@ -138,7 +138,7 @@ TARGET_MISTAKES = {
         {},
         r"self_attn is a LlamaAttention, .*name the layers inside it \('k_proj', 'o_proj', 'q_proj', 'v_proj'\)",
     ),
-    "a layer that can't": (
+    "a layer that cannot": (
         ["input_layernorm"],
         {},
         r"input_layernorm is a LlamaRMSNorm, which cannot carry an adapter",

@@ -26,7 +26,7 @@ from transformers import (
 import lorainject as li
 from lorainject.lora.model_index import adapted_sites
 
-from models import gpt2, ids, llama, randomise, run, state
+from models import gpt2, ids, llama, randomize, run, state
 
 X = {"input_ids": ids()}
 
@@ -57,7 +57,7 @@ def test_slices_agree_with_loralib(model):
     """loralib's MergedLinear with enable_lora=[True, False, True] has the output and merged weight of the slices."""
     attention = model.transformer.h[0].attn.c_attn
     li.inject(model, ["h.0.attn.c_attn[q,v]"], r=4, alpha=8)
-    randomise(model)
+    randomize(model)
     q, v = (adapted_sites(model)[f"transformer.h.0.attn.c_attn[{part}]"].adapters["default"] for part in "qv")
     in_, out = attention.weight.shape
     theirs = loralib.MergedLinear(in_, out, r=4, lora_alpha=8, enable_lora=[True, False, True], fan_in_fan_out=True)
@@ -80,7 +80,7 @@ def test_merging_leaves_the_other_rows_alone(model):
     third = weight.shape[1] // 3
     was = weight.detach().clone()
     li.inject(model, ["c_attn[q,v]"], r=4)
-    randomise(model)
+    randomize(model)
     y = run(model, X)
     li.merge(model)
     assert torch.equal(weight[:, third : 2 * third], was[:, third : 2 * third])
@@ -95,7 +95,7 @@ def test_a_slice_is_saved_under_its_own_name(model, tmp_path):
     """The file has A and B of the slice only, and no adapter_config.json, with which PEFT would load nothing."""
     base = copy.deepcopy(model)
     li.inject(model, ["c_attn[q]", "mlp.c_fc"], r=4)
-    randomise(model)
+    randomize(model)
     tensors = load_file(li.save(model, tmp_path / "a.safetensors"))
     width = model.config.n_embd
     assert tensors["transformer.h.0.attn.c_attn[q].lora_A"].shape == (4, width)
@@ -121,7 +121,7 @@ def test_the_peft_format_pads_slices(model, targets, tmp_path):
     """format="peft" pads slices with zeros to the whole weight: PEFT and lorainject compute the same from the file."""
     base = copy.deepcopy(model)
     li.inject(model, targets, r=3, alpha=5)
-    randomise(model)
+    randomize(model)
     y = run(model, X)
     li.save(model, tmp_path, format="peft")
     with warnings.catch_warnings():
@@ -135,7 +135,7 @@ def test_the_peft_format_pads_slices_of_different_scales(model, tmp_path):
     """Slices with different r and alpha are saved with one scale, and compute the same when they are loaded."""
     base = copy.deepcopy(model)
     li.inject(model, ["c_attn[q,v]"], r=3, alpha=5, overrides={"c_attn[v]": {"r": 2, "alpha": 7}})
-    randomise(model)
+    randomize(model)
     li.save(model, tmp_path, format="peft")
     assert torch.allclose(run(li.load(base, tmp_path), X), run(model, X), atol=1e-5)
 
@@ -144,7 +144,7 @@ def merged_after_a_file(model: nn.Module, targets: list[str], weight: nn.Paramet
     """Merge slices into a model and return W0. Asserts that a file and the merge give the same output."""
     fresh, was = copy.deepcopy(model), weight.detach().clone()
     li.inject(model, targets, r=2)
-    randomise(model)
+    randomize(model)
     y = model(**X).last_hidden_state
     assert torch.equal(li.load(fresh, li.save(model, folder / "a.safetensors"))(**X).last_hidden_state, y)
     li.merge(model)
@@ -274,7 +274,7 @@ def test_a_slice_by_rows_changes_these_outputs_only():
     """An adapter on rows of a linear changes these outputs only, also with one adapter per row of the batch."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     li.inject(model, ["0[1:3,4:6]"], r=2, name="a")
-    randomise(model, "a")
+    randomize(model, "a")
     x = torch.randn(2, 3, 4)
     base = model[0]._lora_base.forward(model[0], x)
     changed = (model[0](x) != base).flatten(0, 1).any(0)

@@ -44,7 +44,7 @@ def merge_checkpoint(base_dir: str | Path,
 
     Raises:
         SpecError: The weights are not one finite number per adapter.
-        FileError: A file can't be read or written, or something does not fit; everything wrong is listed.
+        FileError: A file cannot be read or written, or something does not fit; everything wrong is listed.
         MergeError: A sum is not finite, or, if strict, too little of a delta survives.
     """
     base, out = Path(base_dir), Path(out_dir)

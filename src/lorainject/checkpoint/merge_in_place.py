@@ -66,12 +66,12 @@ def merge_in_place(model_dir: str | Path,
     plan = plan_merge(base, adapters, weights, check_base)
     if links := [f"{shard.path.name} -> {os.readlink(shard.path)}" for shard in plan.shards if shard.path.is_symlink()]:
         raise FileError(
-            f"{base} can't be merged in place, because its shards are symlinks (as in a hub's cache):",
+            f"{base} cannot be merged in place, because its shards are symlinks (as in a hub's cache):",
             links,
             "write the merged model to another directory, or merge into a copy without symlinks",
         )
     meter = Meter(sum(shard.size for shard in plan.changed_shards), progress)
-    with lock(base, required=True), system_errors(f"{base} can't be merged into", way_out=SPACE):
+    with lock(base, required=True), system_errors(f"{base} cannot be merged into", way_out=SPACE):
         _check_not_merged(base)  # another process may have merged meanwhile
         if strict:
             for shard in plan.changed_shards:
@@ -113,7 +113,7 @@ def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) ->
 
     Raises:
         StateError: Nothing is merged there.
-        FileError: The manifest can't be read, or a file can't be read or written.
+        FileError: The manifest cannot be read, or a file cannot be read or written.
         MergeError: A shard was changed after the merge, or would not come out as it was; nothing was changed.
     """
     base = Path(model_dir)
@@ -122,7 +122,7 @@ def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) ->
             f"nothing is merged in place in {base}",
             way_out="give the directory that was merged in place; a merged copy stays merged, but its base is intact",
         )
-    with lock(base, required=True), system_errors(f"{base} can't be unmerged", way_out=SPACE):
+    with lock(base, required=True), system_errors(f"{base} cannot be unmerged", way_out=SPACE):
         sizes = [(base / name).stat().st_size for name in _load_manifest(base)["shards"]]
         _restore(base, Meter(2 * sum(sizes), progress))
     return base
@@ -175,7 +175,7 @@ def _restore(base: Path, meter: Meter) -> None:
     changed = [name for name, shard in shards.items() if hashes[name] not in (shard["before"], shard["after"])]
     trials = [] if changed else [_unmerge_shard(base, name, shard, None, meter) for name, shard in merged.items()]
     if problems := [f"{name}: was changed after the merge" for name in changed] or [p for p in trials if p]:
-        raise MergeError(f"{base} can't be unmerged; nothing was changed:", problems, "download these shards again")
+        raise MergeError(f"{base} cannot be unmerged; nothing was changed:", problems, "download these shards again")
     _move_index(base, folder)
     for name, shard in merged.items():
         temporary = base / UNFINISHED.format(name)

@@ -42,7 +42,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
     multipliers = [1.0] * len(files) if weights is None else [float(w) for w in weights]
     if not files or len(multipliers) != len(files) or not all(map(math.isfinite, multipliers)):
         raise SpecError(
-            f"{len(files)} adapters can't be merged with the weights {multipliers}",
+            f"{len(files)} adapters cannot be merged with the weights {multipliers}",
             way_out="give at least one adapter, and one finite weight for each (or no weights, which means 1 each)",
         )
     checkpoint = _Checkpoint(base, files)
@@ -64,7 +64,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
             updates[weight.key].deltas += (_delta(stored, site, weight, multiplier),)
     if problems:
         raise FileError(
-            f"{base} can't be merged on disk, because some of the adapted weights can't be changed there:",
+            f"{base} cannot be merged on disk, because some of the adapted weights cannot be changed there:",
             problems,
             "merge in memory: load the model and the adapter, then merge(reversible=False), eject, save_pretrained",
         )
@@ -88,7 +88,7 @@ class _Checkpoint:
             self.model = build_meta_model(base) or _build_adapted_layers(files, self.tensors)
         except Exception as e:  # whatever a model's class raises: for a missing package, or an impossible config
             raise FileError(
-                f"the model of {base} can't be built from its config.json: {e}",
+                f"the model of {base} cannot be built from its config.json: {e}",
                 way_out="correct config.json, or install the packages that the model needs",
             ) from e
         shapes = {key: entry.shape for key, entry in self.tensors.items()}
@@ -97,7 +97,7 @@ class _Checkpoint:
         self.weights = {name: weight for weight in model_weights(self.index) for name in weight.names}
 
     def pieces(self, weight: ModelWeight) -> tuple[StoredPiece, ...]:
-        """Return where the weight is stored; () if it can't be located."""
+        """Return where the weight is stored; () if it cannot be located."""
         return self._pieces.get(_full_name(weight), ())
 
     def read(self, key: str, element: int | None = None) -> Tensor:
@@ -117,7 +117,7 @@ class _Checkpoint:
         renamed = _rename_native(file, self.model, self.weights) if native else rename_for_model(file, self.index)
         problems = [f"{line}; only A and B can be merged on disk" for line in file.beside]
         problems += [
-            f"{path}: the file replaces this base weight, which can't be merged on disk"
+            f"{path}: the file replaces this base weight, which cannot be merged on disk"
             for path, tensor in renamed.replaced.items()
             if not self._holds(path, tensor)
         ]
@@ -136,7 +136,7 @@ class _Checkpoint:
         return torch.equal(self.read(pieces[0].key).to(tensor.dtype), tensor)
 
     def why_unwritable(self, weight: ModelWeight) -> str | None:
-        """Return why the bytes of this weight can't be changed; None if they can."""
+        """Return why the bytes of this weight cannot be changed; None if they can."""
         if reason := self._reasons.get(_full_name(weight)):
             return reason
         entries = [self.tensors[piece.key] for piece in self.pieces(weight)]

@@ -65,7 +65,7 @@ def read_shards(folder: Path) -> list[Shard]:
             way_out="give the directory with the model's config.json and .safetensors files",
         )
     index = folder / INDEX
-    with system_errors(f"{folder} can't be read", way_out="check that the files exist and may be read"):
+    with system_errors(f"{folder} cannot be read", way_out="check that the files exist and may be read"):
         shard_of = _read_index(index) if index.exists() else {}
         names = sorted(set(shard_of.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
         if not shard_of and SINGLE in names:

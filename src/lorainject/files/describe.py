@@ -63,7 +63,7 @@ def _oddities(file: AdapterFile, rows: Sequence[Mapping[str, Any]]) -> list[str]
     if file.namespace != "hf":
         lines.append(f"its names are those of {file.namespace}; loading translates them to the model's own")
     if file.base is None:
-        lines.append("it has no fingerprint of the base, so load can't tell whether the base is the right one")
+        lines.append("it has no fingerprint of the base, so load cannot tell whether the base is the right one")
     return lines
 
 

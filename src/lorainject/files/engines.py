@@ -27,7 +27,7 @@ from .io.open_adapter import Hints
 from .record import AdapterFile, StoredSite
 
 Check = Callable[[AdapterFile, Hints, list[str]], AdapterFile]
-"""Returns the record as the engine needs it, and appends to the list what the engine can't serve."""
+"""Returns the record as the engine needs it, and appends to the list what the engine cannot serve."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 SERVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 

@@ -37,7 +37,7 @@ def loaded_factors(stored: StoredSite, dtype: torch.dtype | None) -> LoadedFacto
 
 
 def why_extras_unsupported(stored: StoredSite, weight: ModelWeight | None, dtype: torch.dtype | None) -> str | None:
-    """Return why the magnitudes or the bias update can't go onto a weight; None if they can, or if there are none."""
+    """Return why the magnitudes or the bias update cannot go onto a weight; None if they can, or if there are none."""
     m, b = stored.magnitude, stored.bias
     if weight is None or (m is None and b is None):
         return None
@@ -113,7 +113,7 @@ def _tied_parameters(index: ModelIndex, module: nn.Module, weight: Tensor) -> li
 
 def _why_irreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: str, W0: Tensor, value: Tensor,
                        ids: tuple[int, ...] | None, tied: Sequence[str]) -> str | None:  # fmt: skip
-    """Return why a tensor of the base can't be replaced by that of the file; None if it can."""
+    """Return why a tensor of the base cannot be replaced by that of the file; None if it can."""
     if (reason := why_unsupported(module, parameter)) is not None:
         return reason
     if is_quantized(module):

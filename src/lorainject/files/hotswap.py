@@ -85,9 +85,9 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
 
 
 def _why_no_room(stored: StoredSite, adapter: LoraAdapter) -> str | None:
-    """Return why an adapter can't take the values of a site in a file; None if it can."""
+    """Return why an adapter cannot take the values of a site in a file; None if it can."""
     if stored.magnitude is not None or stored.bias is not None:
-        return "has magnitudes (DoRA) or a bias update, which can't be swapped: call load(model, path) instead"
+        return "has magnitudes (DoRA) or a bias update, which cannot be swapped: call load(model, path) instead"
     if stored.rows != adapter.slices:
         return "is another slice of the weight"
     if not all(bool(t.to(adapter.A.dtype).isfinite().all()) for t in (stored.A, stored.B)):
@@ -98,7 +98,7 @@ def _why_no_room(stored: StoredSite, adapter: LoraAdapter) -> str | None:
 
 
 def _why_unswappable(adapter: LoraAdapter) -> str | None:
-    """Return why the values of an adapter on the model can't be changed; None if they can."""
+    """Return why the values of an adapter on the model cannot be changed; None if they can."""
     if type(adapter) is not LoraAdapter:
         return "the adapter on the model has more than A and B: eject it, and load the file"
     if any(p.is_meta or is_sharded(p) for p in adapter.parameters()):

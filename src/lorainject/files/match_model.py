@@ -58,7 +58,7 @@ def match_sites(
         weight = weight_of(stored, weights)
         if weight is None:
             module = index.modules.get(stored.path)
-            kind = f"is a {type(module).__name__} in this model, which can't carry an adapter"
+            kind = f"is a {type(module).__name__} in this model, which cannot carry an adapter"
             mismatches.append(f"{stored.name}: {'is not in this model' if module is None else kind}")
             continue
         mismatch = _mismatch(stored, weight, weights, dtype)
@@ -136,7 +136,7 @@ def _row_mismatch(stored: StoredSite, rows: tuple[range, ...], weight: ModelWeig
 
 
 def base_print(sites: Mapping[str, AdaptedSite]) -> BasePrint | None:
-    """Return the fingerprint of the weights under these sites, or None if some of them can't be sampled."""
+    """Return the fingerprint of the weights under these sites, or None if some of them cannot be sampled."""
     samples = {name: _sample(site.module, site.adapters.parameter) for name, site in sites.items()}
     known = {name: sample.cpu() for name, sample in samples.items() if sample is not None}
     dtypes = {name: site.weight.dtype for name, site in sites.items()}
@@ -155,7 +155,7 @@ def require_base(file: AdapterFile, weights: Weights, sites: Sequence[Site]) -> 
 
 
 def _is_base(weight: ModelWeight, name: str, base: BasePrint) -> bool:
-    """True if the fingerprint is that of this weight, or if the weight can't be sampled."""
+    """True if the fingerprint is that of this weight, or if the weight cannot be sampled."""
     sample, stored = _sample(weight.module, weight.parameter), weight.module._parameters[weight.parameter]
     if sample is None or stored is None:
         return True
@@ -163,7 +163,7 @@ def _is_base(weight: ModelWeight, name: str, base: BasePrint) -> bool:
 
 
 def _sample(module: nn.Module, parameter: str) -> Tensor | None:
-    """Return a few elements of W0, which merge keeps while the weight is W0 + s B A; None if W0 can't be read."""
+    """Return a few elements of W0, which merge keeps while the weight is W0 + s B A; None if W0 cannot be read."""
     for child in module._modules.values():
         if isinstance(child, AdapterDict) and child.parameter == parameter and (record := merge_record(child)):
             return record.sample

@@ -95,7 +95,7 @@ def _weight_name(s: StoredSite) -> str:
 
 
 def _with_model_kind(s: StoredSite, w: ModelWeight | None) -> StoredSite:
-    """Return the site with the model's kind of weight, where other libraries' files can't tell kinds apart.
+    """Return the site with the model's kind of weight, where other libraries' files cannot tell kinds apart.
 
     A convolution with a kernel of one point may be a linear, and a linear may be stored transposed.
     """

@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     Raises:
         StateError: If the model has no adapter of this name.
         FileError: If A and B are not finite, not in this process or no longer fit their weights, if `format="peft"`
-            can't hold them, or if the file can't be written. What was at the path before is then unchanged.
+            cannot hold them, or if the file cannot be written. What was at the path before is then unchanged.
     """
     path = Path(path)
     if format not in ("lorainject", "peft"):
@@ -112,7 +112,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     Raises:
         StateError: If adapters are merged, or if the name is in use.
         FileError: With every tensor that is missing, unexpected, not finite or of the wrong shape, with everything that
-            the file holds besides A and B and that can't be put onto the model, and with every weight that differs from
+            the file holds besides A and B and that cannot go onto the model, and with every weight that differs from
             the base. The model is then unchanged.
     """
     index = ModelIndex(model)
@@ -203,7 +203,7 @@ def _why_not_peft(weight: ModelWeight) -> str | None:
 def _require_peft(
     stored: Sequence[tuple[ModelWeight, StoredSite]], path: Path, name: str
 ) -> list[tuple[ModelWeight, StoredSite]]:
-    """Return the sites as PEFT can hold them, slices as whole weights. Raise FileError with those that PEFT can't
+    """Return the sites as PEFT can hold them, slices as whole weights. Raise FileError with those that PEFT cannot
     hold."""
     weights = {weight.names[0]: weight for weight, _ in stored}
     sites = transforms.slices_to_whole([site for _, site in stored])

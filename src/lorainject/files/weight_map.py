@@ -26,7 +26,7 @@ torch.stack([a, b]).transpose(1, 2).contiguous(). The pieces of this weight are
 
 Element (1, i, j) of the weight, number 6 + 3 i + j in memory, is element (j, i) of b, number 2 j + i on disk.
 
-No other module touches transformers' internals of loading (PEFT uses them too). Where they can't be imported, and for
+No other module touches transformers' internals of loading (PEFT uses them too). Where they cannot be imported, and for
 modules that are not transformers' models, names and shapes on disk are taken to be those in memory.
 """
 
@@ -71,7 +71,7 @@ class WeightMap(NamedTuple):
     """The pieces of each located parameter, which cover every element once. Parameters may share a tensor on disk: each
     takes a part of it (q, k and v of a fused qkv), or all of it (tied weights)."""
     reasons: dict[str, str]
-    """Why a parameter that the checkpoint fills can't be located."""
+    """Why a parameter that the checkpoint fills cannot be located."""
     unused: dict[str, str]
     """Keys on disk that fill nothing in the model, with the names that transformers' renamings give them."""
 

@@ -144,8 +144,8 @@ CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of axes 
 
 
 @answers(*CONVOLUTIONS.values())
-def _conv(function: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-          groups: int = 1) -> Any:  # fmt: skip
+def _conv(function: Any, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+          dilation: Any = 1, groups: int = 1) -> Any:  # fmt: skip
     """Answer for W (out, in/groups, *kernel): all groups share Q (r, in/groups, *kernel), and each has its rows of
     P."""
     x, w = input, weight

@@ -63,7 +63,7 @@ def unmerge_weights(weights: Sequence[AdaptedWeight]) -> dict[str, MergedState]:
             if checksum(M) != journal.before:  # an interrupted unmerge has restored this tile already
                 failed.append(name)
             return
-        # A tile kept whole is restored even if d is rounded differently here. To merge it again, M itself is needed then.
+        # A tile kept whole is restored even if d is rounded differently here; to merge it again then needs M itself.
         can_remerge = journal.gaps is not None or same_bits(workspace.remerge(w0, d), M)
         restored.append((view, journal.before, d, None if can_remerge else M.clone()))
         view.copy_(w0.view(view.shape))

@@ -110,7 +110,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
             switches.add(switch)
         tensors |= {f"{module}.loras.{name}.lora_A": A, f"{module}.loras.{name}.lora_B": B}
     if problems:
-        raise FileError("this adapter can't be written for AdapterHub:", problems, "choose another format")
+        raise FileError("this adapter cannot be written for AdapterHub:", problems, "choose another format")
     first, letters = file.sites[0], switches & set("qkv")
     lora = {
         "architecture": "lora", "r": first.r, "alpha": first.alpha, "dropout": first.dropout,

@@ -133,7 +133,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     problems += missing_heads([s.path for s in sites], heads)
     if problems:
         raise FileError(
-            "this adapter can't be written as GGUF:", problems, "give what is missing, or choose another format"
+            "this adapter cannot be written as GGUF:", problems, "give what is missing, or choose another format"
         )
     alpha = float(torch.tensor(sites[0].scale * sites[0].r, dtype=torch.float32))
     with tempfile.TemporaryDirectory() as folder:

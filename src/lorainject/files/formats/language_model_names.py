@@ -74,7 +74,7 @@ def with_rotary_order(s: StoredSite, heads: tuple[int, int] | None, *, to_pairs:
     """Return a site on q or k with its rows in rotary pairs, or in halves as in transformers; any other site unchanged.
 
     Raises:
-        FileError: If the rows can't be shared among the heads.
+        FileError: If the rows cannot be shared among the heads.
     """
     leaf = s.path.rpartition(".")[2]
     if heads is None or heads == UNCHANGED or leaf not in ("q_proj", "k_proj"):

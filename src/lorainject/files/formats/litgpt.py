@@ -114,7 +114,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     if unknown := [
         f"{s.name}: litgpt has no weight of this name" for s in file.sites if NAMES.from_transformers(s.path) is None
     ]:
-        raise FileError("this adapter can't be written for litgpt:", unknown, "choose another format")
+        raise FileError("this adapter cannot be written for litgpt:", unknown, "choose another format")
     enabled = [part for part in QKV if any(name.endswith(f".attn.{part}") for name in by_name)]
     tensors: dict[str, Tensor] = {}
     for name, s in by_name.items():

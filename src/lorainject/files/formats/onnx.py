@@ -2,7 +2,7 @@
 
     <path>.lora_A.weight (in, r)    <path>.lora_B.weight (r, out)    both transposed, and s multiplied into B
 
-The names are those of the exported model's inputs. Alpha can't be recovered; the update is exact.
+The names are those of the exported model's inputs. Alpha cannot be recovered; the update is exact.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ def _missing_key(roles: Mapping[str, str], role: str, endings: Mapping[str, str]
 def as_matrices(A: Tensor, B: Tensor) -> dict[str, Any]:
     """Return the fields `kind`, `shape`, `A` and `B` of a StoredSite for the factors of a linear or a convolution.
 
-    A convolution has A (r, in, *kernel) and B (out, r, *ones), which are flattened to (r, in * kernel) and (out, r). The
-    B of a linear may have axes of length 1 too. If B has any other shape, nothing is flattened, and `checked_sites`
+    A convolution has A (r, in, *kernel) and B (out, r, *ones), which are flattened to (r, in * kernel) and (out, r).
+    The B of a linear may have axes of length 1 too. If B has any other shape, nothing is flattened, and `checked_sites`
     reports that A and B do not fit the weight.
     """
     shape = (*B.shape[:1], *A.shape[1:]) if A.ndim > 2 else ()

@@ -82,7 +82,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     problems += missing_heads(names, heads)
     if problems:
         raise FileError(
-            "this adapter can't be written for torchtune:", problems, "give what is missing, or choose another format"
+            "this adapter cannot be written for torchtune:", problems, "give what is missing, or choose another format"
         )
     tensors: dict[str, Tensor] = {}
     for s in file.sites:

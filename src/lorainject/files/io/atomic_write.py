@@ -50,7 +50,7 @@ def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
             is created if it does not exist.
 
     Raises:
-        FileError: If a file can't be written. What was there before is then unchanged.
+        FileError: If a file cannot be written. What was there before is then unchanged.
     """
     folder, *others = {path.parent for path in files}
     assert not others, "one save is for one folder"
@@ -81,7 +81,7 @@ def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
     except FileError:
         raise
     except (OSError, ValueError) as e:
-        what = f"{', '.join(map(str, files))} can't be written: {getattr(e, 'strerror', None) or e}"
+        what = f"{', '.join(map(str, files))} cannot be written: {getattr(e, 'strerror', None) or e}"
         raise FileError(what, ["what was there before is unchanged"], SPACE) from e
     finally:
         for temporary in created:
@@ -135,7 +135,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     What a killed process has left in a temporary folder of this name is deleted first.
     """
     folder = path.with_name(UNFINISHED.format(path.name))
-    with system_errors(f"{path} can't be written", ["nothing is left of it"], SPACE):
+    with system_errors(f"{path} cannot be written", ["nothing is left of it"], SPACE):
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder, required=True):
             try:
@@ -184,7 +184,7 @@ def lock(folder: Path, seconds: float = 0, *, required: bool = False) -> Iterato
             except OSError as e:  # a file system without locks
                 if required:
                     way_out = "use a directory on a file system that has locks"
-                    raise FileError(f"{folder} can't be locked: {e.strerror}", way_out=way_out) from None
+                    raise FileError(f"{folder} cannot be locked: {e.strerror}", way_out=way_out) from None
                 break
         yield
     finally:
@@ -193,7 +193,7 @@ def lock(folder: Path, seconds: float = 0, *, required: bool = False) -> Iterato
 
 def sync_folder(folder: Path) -> None:
     """Flush the names of a folder's files to disk, so that renames survive a power failure."""
-    with system_errors(f"{folder} can't be written"):
+    with system_errors(f"{folder} cannot be written"):
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -225,7 +225,7 @@ def _identity(path: Path, handles: contextlib.ExitStack) -> tuple[int, int]:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # without it, a pipe would block
     except FileNotFoundError:
         raise
-    except OSError:  # the reader will report why the file can't be read
+    except OSError:  # the reader will report why the file cannot be read
         return 0, 0
     handles.callback(os.close, fd)
     stat = os.fstat(fd)

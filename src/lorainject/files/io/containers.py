@@ -45,7 +45,7 @@ def detect(path: Path) -> str:
     """Return the container of a file: a key of `READERS`, or "tar". A file that looks like none counts as safetensors.
 
     Raises:
-        FileError: If the file is empty or can't be read, or if no container that holds adapters begins like it.
+        FileError: If the file is empty or cannot be read, or if no container that holds adapters begins like it.
     """
     start = first_bytes(path)
     if start[4:9] == b"\0\0\0\0{":  # safetensors; the length of its header may look like any of the marks below
@@ -64,7 +64,7 @@ def detect(path: Path) -> str:
 
 def first_bytes(path: Path) -> bytes:
     """Return the first 512 bytes of a file. Raise FileError if there is no such file, or if it is empty."""
-    with system_errors(f"{path} can't be read", way_out=CHECK_PATH):
+    with system_errors(f"{path} cannot be read", way_out=CHECK_PATH):
         if path.stat().st_size == 0:
             way_out = "it was cut off while it was written or copied: copy or download it again, or save it again"
             raise FileError(f"{path} is empty", way_out=way_out)

@@ -148,7 +148,7 @@ def parse_json(what: str, text: str | bytes) -> dict[str, Any]:
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as e:
         way_out = "if it was edited, correct it; else copy or download the adapter again, or save it again"
-        raise FileError(f"{what} can't be read as JSON: {e}", way_out=way_out) from e
+        raise FileError(f"{what} cannot be read as JSON: {e}", way_out=way_out) from e
     return value
 
 
@@ -165,7 +165,7 @@ def _no_adapter(folder: Path) -> FileError:
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
-    with system_errors(f"{path} can't be read", way_out="check its permissions"):
+    with system_errors(f"{path} cannot be read", way_out="check its permissions"):
         if path.stat().st_size > MAX_TEXT:
             way_out = "no config is that long: replace it by the config that was saved with the adapter"
             raise FileError(f"{path} has {path.stat().st_size:,} bytes", way_out=way_out)
@@ -180,7 +180,7 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
         raise FileError(f"{path} is YAML", way_out='pip install "lorainject[formats]"') from None
     except (yaml.YAMLError, RecursionError, ValueError) as e:
         way_out = "if it was edited, correct it; else copy or download the adapter again"
-        raise FileError(f"{path} can't be read as YAML: {e}", way_out=way_out) from e
+        raise FileError(f"{path} cannot be read as YAML: {e}", way_out=way_out) from e
     return value if isinstance(value, dict) else {}
 
 
@@ -201,7 +201,7 @@ def _open_archive(path: Path) -> Source:
     except FileError:
         raise
     except (tarfile.TarError, OSError, EOFError) as e:
-        raise FileError(f"{path} can't be read as an archive: {e}", way_out=COPY_AGAIN) from e
+        raise FileError(f"{path} cannot be read as an archive: {e}", way_out=COPY_AGAIN) from e
     tensors, metadata = safetensors_file.parse(data, f"{TENSORS} in {path}")
     configs = {CONFIG: parse_json(f"{CONFIG} in {path}", config)}
     return Source(path=path, file=path, container="safetensors", tensors=tensors, metadata=metadata, configs=configs)

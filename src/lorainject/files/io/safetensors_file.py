@@ -173,7 +173,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise
     except (OSError, ValueError, RuntimeError) as e:  # torch raises RuntimeError when there is no memory
         reason = getattr(e, "strerror", None) or e
-        raise FileError(f"{path} can't be read: {reason}", way_out=CHECK_PATH) from e
+        raise FileError(f"{path} cannot be read: {reason}", way_out=CHECK_PATH) from e
 
 
 def _read_all(f: io.BufferedIOBase, what: object) -> tuple[dict[str, Tensor], dict[str, str]]:
