@@ -39,9 +39,9 @@ Pieces = Mapping[str, tuple[StoredPiece, ...]]
 
 def build(name: str, model_type: str, **changes: Any) -> nn.Module:
     """Build a class of transformers from the zoo's tiny config of a model type, with random weights."""
-    config = next(config for strength, _, config in zoo.configs(model_type) if strength != "given")
+    config = next(config for strength, _, config in zoo.configs(model_type) if strength != "from the file")
     assert not isinstance(config, Exception), config
-    return randomize(getattr(transformers, name)(type(config).from_dict(zoo._laid_over(config.to_dict(), changes))))
+    return randomize(getattr(transformers, name)(type(config).from_dict(zoo.overlay(config.to_dict(), changes))))
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -503,7 +503,7 @@ def check_model_type(model_type: str, folder: Path) -> str:
         try:
             if isinstance(config, Exception):
                 raise config
-            model = randomize(zoo._make(cls, config))
+            model = randomize(zoo.make(cls, config))
             model.save_pretrained(folder)  # type: ignore[operator]
             again = load(folder, cls)
         except Exception as e:

@@ -1,4 +1,4 @@
-"""Adapter files for the tests of formats: loralib's fixture with its hints, and random records that any format can hold."""
+"""Adapter files for tests of formats: loralib's fixture with its hints, and random records that any format can hold."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ LLAMA_SHAPES = {
     "mlp.up_proj": (12, 8),
     "mlp.down_proj": (8, 12),
 }
-LLAMA = module_tree(
-    {f"model.layers.{i}.{leaf}.weight": shape for i in range(3) for leaf, shape in LLAMA_SHAPES.items()}
-)
+LLAMA = module_tree({f"model.layers.{i}.{leaf}.weight": LLAMA_SHAPES[leaf] for i in range(3) for leaf in LLAMA_SHAPES})
 LLAMA_HINTS = li.Hints(heads=(4, 2), architecture="llama", component="unet", model=LLAMA)
 
 

@@ -22,7 +22,7 @@ needs_compiler_and_ninja = pytest.mark.skipif(
 def use_python_unpacking(patch: pytest.MonkeyPatch) -> None:
     """Let quanto unpack weights of 2 and 4 bits with `unpack` instead of its C++ extension.
 
-    quanto compiles the extension at first use, which takes minutes. `test_python_unpacks_as_quanto_does` compares the two.
+    quanto compiles the extension at first use, which takes minutes. `test_python_unpacks_as_quanto_does` compares both.
     """
     if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         from optimum.quanto.library.extensions import get_extension
@@ -31,5 +31,5 @@ def use_python_unpacking(patch: pytest.MonkeyPatch) -> None:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Return the values of `bits` bits in a uint8 tensor: the lowest bits of all elements, then the next ones, along axis 0."""
+    """Return the values of `bits` bits in a uint8 tensor, along axis 0: the lowest bits of all elements come first."""
     return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])

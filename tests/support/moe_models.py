@@ -1,4 +1,4 @@
-"""Two tiny mixture-of-experts models, with stacked weights stored both ways: (experts, out, in) and (experts, in, out)."""
+"""Two tiny mixture-of-experts models, one stored as (experts, out, in) and one as (experts, in, out)."""
 
 from __future__ import annotations
 

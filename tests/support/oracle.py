@@ -1,4 +1,4 @@
-"""What a record means, in dense tensors: an independent reading of the formulas, with which the tests compare everything."""
+"""What a record means, in dense tensors: an independent reading of the formulas that tests compare everything with."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,39 +28,47 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def output(self, model: nn.Module | None = None) -> Tensor:
+        """Return the output of the model, or of another one, for the input."""
         model = self.model if model is None else model
         x = self.x.to(next(model.parameters()).dtype) if self.x.is_floating_point() else self.x
         with torch.no_grad():
             return model(x)
 
 
-class Attend(nn.Module):
-    """Self-attention over the sequence; its weights are read by torch's own code."""
+class Attention(nn.Module):
+    """Self-attention over the sequence, whose weights torch's own code reads.
 
-    def __init__(self, d: int, apart: bool) -> None:
+    Args:
+        separate: Keep separate projections of query, key and value instead of a fused one.
+    """
+
+    def __init__(self, d: int, separate: bool) -> None:
         super().__init__()
-        self.mha = nn.MultiheadAttention(d, 1, batch_first=True, kdim=d + 1 if apart else None)
-        self.apart = apart
+        self.mha = nn.MultiheadAttention(d, 1, batch_first=True, kdim=d + 1 if separate else None)
+        self.separate = separate
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mha(x, nn.functional.pad(x, (0, 1)) if self.apart else x, x)[0].contiguous()
+        return self.mha(x, nn.functional.pad(x, (0, 1)) if self.separate else x, x)[0].contiguous()
 
 
-class Convolve(nn.Module):
-    """A convolution over the sequence, in any of the forms that keep its length."""
+class Convolution(nn.Module):
+    """A convolution over the sequence, in one of the forms that keep its length."""
 
     def __init__(self, d: int, transposed: bool, grouped: bool, mode: str) -> None:
         super().__init__()
         groups = d if grouped else 1
-        self.conv = nn.ConvTranspose1d(d, d, 3, padding=1, groups=groups) if transposed else nn.Conv1d(
-            d, d, 3, padding="same", dilation=2 if mode == "zeros" else 1, groups=groups, padding_mode=mode)  # fmt: skip
+        if transposed:
+            self.conv = nn.ConvTranspose1d(d, d, 3, padding=1, groups=groups)
+        else:
+            dilation = 2 if mode == "zeros" else 1
+            self.conv = nn.Conv1d(d, d, 3, padding="same", dilation=dilation, groups=groups, padding_mode=mode)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 class Experts(nn.Module):
-    """A stack of experts, stored either way, each token for the expert of its place."""
+    """A stack of two experts, stored (experts, out, in) or transposed. Tokens go to the experts in turn."""
 
     def __init__(self, d: int, out: int, transposed: bool) -> None:
         super().__init__()
@@ -67,17 +76,12 @@ class Experts(nn.Module):
         self.proj = nn.Parameter(torch.randn(2, d, out) if transposed else torch.randn(2, out, d))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [
-            torch.matmul(x[:, i::2], self.proj[i])
-            if self.is_transposed
-            else nn.functional.linear(x[:, i::2], self.proj[i])
-            for i in range(2)
-        ]
-        return torch.stack(parts, 2).flatten(1, 2)
+        multiply = torch.matmul if self.is_transposed else nn.functional.linear
+        return torch.stack([multiply(x[:, i::2], self.proj[i]) for i in range(2)], 2).flatten(1, 2)
 
 
-class Recur(nn.Module):
-    """A recurrent layer, whose weights torch's kernel takes from a list."""
+class Recurrence(nn.Module):
+    """A recurrent layer, whose kernel takes the weights from a list."""
 
     def __init__(self, d: int, out: int) -> None:
         super().__init__()
@@ -87,44 +91,28 @@ class Recur(nn.Module):
         return self.gru(x)[0].contiguous()
 
 
-LAYERS = (
-    "linear",
-    "no bias",
-    "conv1d",
-    "block",
-    "attention",
-    "attention apart",
-    "conv",
-    "conv^T",
-    "grouped",
-    "circular",
-    "experts",
-    "experts^T",
-    "gru",
-)
-
-
-def _layer(kind: str, d: int, out: int) -> tuple[nn.Module, int]:
-    """A layer and the width it puts out."""
-    match kind:
-        case "linear" | "no bias":
-            return nn.Linear(d, out, bias=kind == "linear"), out
-        case "conv1d":
-            return Conv1D(out, d), out
-        case "attention" | "attention apart":
-            return Attend(d, kind == "attention apart"), d
-        case "conv" | "conv^T" | "grouped" | "circular":
-            return Convolve(d, kind == "conv^T", kind == "grouped", "circular" if kind == "circular" else "zeros"), d
-        case "experts" | "experts^T":
-            return Experts(d, out, kind == "experts^T"), out
-        case "gru":
-            return Recur(d, out), out
-    return nn.Sequential(nn.LayerNorm(d), nn.Linear(d, out), nn.Tanh()), out
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": lambda d, out: nn.Linear(d, out),
+    "no bias": lambda d, out: nn.Linear(d, out, bias=False),
+    "conv1d": lambda d, out: Conv1D(out, d),
+    "block": lambda d, out: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, out), nn.Tanh()),
+    "attention": lambda d, out: Attention(d, separate=False),
+    "separate attention": lambda d, out: Attention(d, separate=True),
+    "conv": lambda d, out: Convolution(d, transposed=False, grouped=False, mode="zeros"),
+    "conv^T": lambda d, out: Convolution(d, transposed=True, grouped=False, mode="zeros"),
+    "grouped": lambda d, out: Convolution(d, transposed=False, grouped=True, mode="zeros"),
+    "circular": lambda d, out: Convolution(d, transposed=False, grouped=False, mode="circular"),
+    "experts": lambda d, out: Experts(d, out, transposed=False),
+    "experts^T": lambda d, out: Experts(d, out, transposed=True),
+    "gru": lambda d, out: Recurrence(d, out),
+}
+"""Layers of every kind, made for inputs of the width d; those of KEEPS_WIDTH have outputs of the width d, too."""
+KEEPS_WIDTH = ("attention", "separate attention", "conv", "conv^T", "grouped", "circular")
 
 
 @st.composite
 def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
-    """A tree of 1 to 6 layers, perhaps with an embedding in front, a layer that is used twice, and frozen parameters."""
+    """Draw a tree of 1 to 6 layers, perhaps with an embedding, a layer that is used twice, and frozen parameters."""
     torch.manual_seed(draw(st.integers(0, 2**16), label="seed"))
     width = draw(st.integers(1, 9))
     layers: list[nn.Module] = []
@@ -134,8 +122,10 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
     else:
         x = torch.randn(3, 4, width)
     for _ in range(draw(st.integers(1, 5))):
-        layer, width = _layer(draw(st.sampled_from(LAYERS)), width, draw(st.integers(1, 9)))
-        layers.append(layer)
+        kind = draw(st.sampled_from(list(LAYERS)))
+        out = width if kind in KEEPS_WIDTH else draw(st.integers(1, 9))
+        layers.append(LAYERS[kind](width, out))
+        width = out
     if draw(st.booleans(), label="shared"):
         layers += [shared := nn.Linear(width, width), nn.Sequential(nn.Tanh(), shared)]
     model = nn.Sequential(OrderedDict(net=nn.Sequential(*layers))).to(draw(st.sampled_from(dtypes)))
@@ -143,10 +133,9 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
         p.requires_grad_(draw(st.booleans()))
     model.train(draw(st.booleans()))
     x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
-    able = model_weights(ModelIndex(model))
-    chosen = draw(st.lists(st.sampled_from(able), min_size=1, unique=True))
+    weights = draw(st.lists(st.sampled_from(model_weights(ModelIndex(model))), min_size=1, unique=True))
     settings = {
-        "targets": [target for w in chosen for target in draw(_of(w))],
+        "targets": [draw(_targets(w)) for w in weights],
         "r": draw(st.integers(1, 10)),
         "alpha": draw(st.none() | st.floats(0.25, 32)),
         "scaling": draw(st.sampled_from(["standard", "rslora"])),
@@ -156,10 +145,12 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
 
 
 @st.composite
-def _of(draw: st.DrawFn, weight: ModelWeight) -> list[str]:
-    """How to target this weight and no other: the whole, or one or two slices of its rows."""
-    name, (_, out, _) = weight.names[0], weight.kind.sizes(tuple(weight.module.get_parameter(weight.parameter).shape))
-    if not draw(st.sampled_from([False, False, True]), label="slices"):
-        return [f"re:{re.escape(name)}"]
-    first, last = sorted((draw(st.integers(0, out - 1)), draw(st.integers(1, out))))
-    return [f"{name}[{first}:{last}]"] if first < last else [f"re:{re.escape(name)}"]
+def _targets(draw: st.DrawFn, weight: ModelWeight) -> str:
+    """Draw a target that matches this weight and no other: the whole weight, or some of its rows."""
+    name, shape = weight.names[0], tuple(weight.module.get_parameter(weight.parameter).shape)
+    _, out_features, _ = weight.kind.sizes(shape)
+    if draw(st.sampled_from([False, False, True]), label="slices"):
+        first, last = sorted((draw(st.integers(0, out_features - 1)), draw(st.integers(1, out_features))))
+        if first < last:
+            return f"{name}[{first}:{last}]"
+    return f"re:{re.escape(name)}"

@@ -4,12 +4,13 @@
     build(type)       a module with random weights, in eval mode; the same one each time
     inputs(model)     keyword arguments for its forward
 
-Nothing is downloaded. Inputs are found by feed.py. A config's defaults are shrunk by the rules below, which go by the names of the settings, in four
-strengths: the first whose model can be built, and run on one of the inputs that we try, is taken. What the rules cannot
-know stands in EXCEPTIONS. A part that does not run by itself is cut out of a model that has it.
+Nothing is downloaded, and feed.py finds the inputs. The default config of a type is shrunk by rules that go by the
+names of the settings, in four strengths. The first strength whose model can be built, and runs on some inputs, is
+taken. What the rules cannot know is in EXCEPTIONS. A part that does not run by itself is cut out of a model that has
+it.
 
-If the environment variable LORAINJECT_TINY_CONFIGS names a JSON file {type: {"module", "class", "config"}}, then a type's
-config from there is tried before the rules.
+If the environment variable LORAINJECT_TINY_CONFIGS names a JSON file {type: {"module", "class", "config"}}, the config
+in it is tried before the rules.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,28 +37,32 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from feed import IDS, VOCAB, NoModel, find_inputs, tensors
 
-MOST = 40_000_000  # parameters: beyond that it is not tiny, and the checks would take minutes
+MAX_PARAMETERS = 40_000_000  # larger models are not tiny, and the checks would take minutes
 
 
-# --- configs -----------------------------------------------------------------------------------------------------------
+# --- configs ----------------------------------------------------------------------------------------------------------
 
-# By a setting's name: what it is. A width shrinks unless it is fixed by the input, or by something else that we keep.
+# Patterns that tell by the name of a setting what it is. A width is shrunk unless FIXED says that it depends on the
+# input, or on something else that keeps its size.
 WIDTH = re.compile(
-    r"(hidden|embeddings?|intermediate|projection|projector|expert|pooler_output|ffn|mlp|adapter_input|word_embed_proj)_?(size|dim|dimension)s?$"
-    r"|(^|_)(d_model|d_ff|d_kv|n_embd|n_inner|dim|dim_head|hidden|width|linear_units|ff_size|ffn_size|num_filters|upsample_groups|channels_list)$"
+    r"(hidden|embeddings?|intermediate|projection|projector|expert|pooler_output|ffn|mlp|adapter_input|word_embed_proj)"
+    r"_?(size|dim|dimension)s?$"
+    r"|(^|_)(d_model|d_ff|d_kv|n_embd|n_inner|dim|dim_head|hidden|width|linear_units|ff_size|ffn_size|num_filters)$"
+    r"|(^|_)(upsample_groups|channels_list)$"
     r"|(^|_)(bottleneck_features|num_out_features|hidden_size_global|upsample_initial_channel|embed_dim_per_stage)$"
     r"|_(dims?|channels|rank|size_per_head|per_layer_input)$"
 )
 FIXED = re.compile(
-    r"num_channels|in_chans|audio_channels|input_channels|^in_channels|^out_channels|image|patch|input_dim|^input_size|num_mel|feature_size|mel_dim"
-    r"|state_size|_d_conv|_d_state|time_|temporal|window|kernel|chunk_size|block_size|codebook_size|^mask_|model_in_dim|bridge|rotary_dim"
-    r"|rope_dim|num_pos_feats|partial"
+    r"num_channels|in_chans|audio_channels|input_channels|^in_channels|^out_channels|image|patch|input_dim|^input_size"
+    r"|num_mel|feature_size|mel_dim|state_size|_d_conv|_d_state|time_|temporal|window|kernel|chunk_size|block_size"
+    r"|codebook_size|^mask_|model_in_dim|bridge|rotary_dim|rope_dim|num_pos_feats|partial"
 )
 LAYERS = re.compile(
     r"(^|_)(num|n)_.*(layers?|blocks?)$|^(encoder|decoder|e|d|n|num)_layers?$|^depth$|_depth$|^layers$|_layers$"
 )
 NOT_LAYERS = re.compile(
-    r"window_layers|feat_extract|tap|residual|kv_shared|mlp_only|no_rope|upscale|feature_layers?|res_blocks|encoder_blocks"
+    r"window_layers|feat_extract|tap|residual|kv_shared|mlp_only|no_rope|upscale|feature_layers?|res_blocks"
+    r"|encoder_blocks"
 )
 HEADS = re.compile(r"(heads|^n_head|_n_head|num_head)$")
 SPECIAL = re.compile(
@@ -69,16 +75,20 @@ DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "enc
 
 @dataclass
 class Shrink:
-    """One strength of shrinking: what happens to widths, and to everything else by name."""
+    """One strength of shrinking a config."""
 
     width: Callable[[int], int]
+    """Returns the smaller width."""
     heads: int
+    """The largest number of attention heads."""
     mrope: bool
+    """True if the model reads `mrope_section`, which must fit the heads."""
     special: dict[int, int] = field(default_factory=dict)
+    """The new ids of special tokens."""
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A smaller copy of a config given as a dict, with the configs inside it."""
-        if values.get("model_type") == "timm_backbone":  # that needs another library
+        """Return a smaller copy of a config, which is given as a dict, with the configs inside it."""
+        if values.get("model_type") == "timm_backbone":  # needs another library
             return dict(BACKBONE)
         depth, layers = self.depths(values)
         out = {str(k): self.one(str(k), v, depth, layers) for k, v in values.items() if k not in DERIVED}
@@ -86,7 +96,7 @@ class Shrink:
         return out
 
     def depths(self, values: Mapping[str, Any]) -> tuple[int, int]:
-        """How many layers the model keeps, one of each kind, and how many it had."""
+        """Return the number of layers that the model keeps, enough for one of each kind, and the number that it had."""
         layers = next((v for k, v in values.items() if k in DEPTH and isinstance(v, int)), 0)
         depth = 2
         for key, v in values.items():
@@ -97,7 +107,7 @@ class Shrink:
         return depth, layers
 
     def one(self, key: str, value: Any, depth: int, layers: int) -> Any:
-        """One setting, by its name."""
+        """Return the smaller value of one setting."""
         if key == "per_layer_config" and isinstance(value, Mapping):
             return {k: self(v) for k, v in value.items() if str(k).isdigit() and int(k) < depth}
         if isinstance(value, Mapping):
@@ -118,17 +128,18 @@ class Shrink:
         return self.width(value) if WIDTH.search(key) and not FIXED.search(key) else value
 
     def many(self, key: str, value: list[Any], depth: int, layers: int) -> Any:
-        """A setting that is a list."""
+        """Return the smaller value of a setting that is a list."""
         if any(isinstance(v, Mapping) for v in value):
             return [self(v) if isinstance(v, Mapping) else v for v in value]
         if SPECIAL.search(key):
             return [self.token(v) for v in value]
-        if layers and len(value) == layers > depth:  # one entry a layer: one of each kind, in order
-            new = [i for i, v in enumerate(value) if v not in value[:i]][:depth]
-            return [value[i] for i in sorted([*new, *[i for i in range(layers) if i not in new][: depth - len(new)]])]
+        if layers and len(value) == layers > depth:  # one entry per layer: keep one of each kind, in order
+            kinds = [i for i, v in enumerate(value) if v not in value[:i]][:depth]
+            others = [i for i in range(layers) if i not in kinds][: depth - len(kinds)]
+            return [value[i] for i in sorted(kinds + others)]
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             return value
-        if HEADS.search(key):  # of a hierarchy, whose widths double
+        if HEADS.search(key):  # the stages of a hierarchy, whose widths double
             return [min(v, 2) if self.heads <= 4 else v for v in value]
         if re.search(r"out_indices$|_layers_out$", key):
             return (
@@ -145,13 +156,13 @@ class Shrink:
         return [self.width(v) for v in value] if WIDTH.search(key) and not FIXED.search(key) else value
 
     def token(self, value: Any) -> Any:
-        """A special token's id, within the small vocabulary and out of the way of ordinary tokens; equal ones stay equal."""
+        """Return a special token's id in the small vocabulary, away from ordinary tokens. Equal ids stay equal."""
         if not isinstance(value, int) or value < 5:
             return value
         return self.special.setdefault(value, IDS[1] + len(self.special) % (VOCAB - IDS[1]))
 
     def agree(self, old: Mapping[str, Any], out: dict[str, Any]) -> None:
-        """What must fit together."""
+        """Make settings fit together that depend on each other."""
         number = {k: v for k, v in out.items() if isinstance(v, int) and not isinstance(v, bool)}.get
         hidden, heads = number("hidden_size", 0), number("num_attention_heads", 0)
         if hidden and heads:
@@ -168,9 +179,8 @@ class Shrink:
         nope, rope = number("qk_nope_head_dim"), number("qk_rope_head_dim")
         if nope and rope:
             whole = old.get("head_dim") == old["qk_nope_head_dim"] + old["qk_rope_head_dim"]
-            out |= {
-                k: nope + rope for k in ("qk_head_dim", "swa_head_dim", *(["head_dim"] if whole else [])) if k in out
-            }
+            names = ("qk_head_dim", "swa_head_dim", *(["head_dim"] if whole else []))
+            out |= {name: nope + rope for name in names if name in out}
         elif nope and number("head_dim"):
             out["qk_nope_head_dim"] = out["head_dim"] // 2
         for count, size, expand in STATES:
@@ -180,16 +190,13 @@ class Shrink:
         if number("image_embedding_size") and number("patch_size"):
             out["image_embedding_size"] = out["image_size"] // out["patch_size"]
         ropes = [out.get("rope_parameters"), out.get("rope_scaling"), *(out.get("rope_parameters") or {}).values()]
-        for each in ropes:
-            if (
-                isinstance(each, dict)
-                and hidden
-                and heads
-                and ("mrope_section" in each or (self.mrope and "rope_theta" in each))
-            ):
-                partial = each.get("partial_rotary_factor") or out.get("partial_rotary_factor") or 1
+        for rope_settings in ropes:
+            if not isinstance(rope_settings, dict) or not hidden or not heads:
+                continue
+            if "mrope_section" in rope_settings or (self.mrope and "rope_theta" in rope_settings):
+                partial = rope_settings.get("partial_rotary_factor") or out.get("partial_rotary_factor") or 1
                 half = int((out.get("head_dim") or hidden // heads) * partial) // 2
-                each["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+                rope_settings["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
         if out.get("use_timm_backbone"):
             out |= {
                 "use_timm_backbone": False,
@@ -198,97 +205,94 @@ class Shrink:
             }
 
 
-STATES = (  # heads x size of a head = expand x hidden_size
-    ("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
-    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+STATES = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"), ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
 )  # fmt: skip
-# At most this much, whatever the strength.
+"""Names of settings with heads x size of a head = expand x hidden_size."""
 AT_MOST = {
-    r"vocab_size|^num_embeds$": VOCAB, r"(^|_)(num|n)_.*experts$": 4, r"experts_per_tok|^(moe_)?top_?k(_experts)?$|moe_k$": 2,
-    r"^n_group$|topk_group|num_expert_groups?$": 1, r"first_k_dense_replace": 1, r"num_kv_shared_layers": 0, r"mm_tokens_per_image": 4,
-    r"max_(target_|2d_)?position|n_positions|max_seq_len|^n_ctx$|seq_length$|max_sequence_length": 128, r"max_source_positions": 40,
-    r"^(image|img|input|max_image|pretrain_image)_size$": 64, r"^num_(queries|query_tokens|latents)$": 8,
+    r"vocab_size|^num_embeds$": VOCAB, r"(^|_)(num|n)_.*experts$": 4,
+    r"experts_per_tok|^(moe_)?top_?k(_experts)?$|moe_k$": 2, r"^n_group$|topk_group|num_expert_groups?$": 1,
+    r"first_k_dense_replace": 1, r"num_kv_shared_layers": 0, r"mm_tokens_per_image": 4,
+    r"max_(target_|2d_)?position|n_positions|max_seq_len|^n_ctx$|seq_length$|max_sequence_length": 128,
+    r"max_source_positions": 40, r"^(image|img|input|max_image|pretrain_image)_size$": 64,
+    r"^num_(queries|query_tokens|latents)$": 8,
 }  # fmt: skip
+"""The largest value of settings whose names match, in every strength."""
 DERIVED = (
-    "out_features",
-    "stage_names",
-    "_out_features",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
-)
-BACKBONE = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic",
-            "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
+    "out_features", "stage_names", "_out_features", "transformers_version", "architectures", "dtype", "torch_dtype",
+    "id2label", "label2id",
+)  # fmt: skip
+"""Settings that follow from others."""
+BACKBONE = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+    "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
 
 
 def strengths(mrope: bool) -> Iterator[tuple[str, Shrink]]:
-    """From tiny to hardly shrunk. `mrope`: whether the model reads `mrope_section`, which must fit the heads."""
+    """Yield the strengths with their names, from tiny to hardly smaller."""
     yield "tiny", Shrink(lambda v: min(v, 32), 4, mrope)
     yield "scaled", Shrink(lambda v: v if v <= 16 else max(16, v // 16 // 8 * 8), 4, mrope)
     yield "eighth", Shrink(lambda v: v if v <= 8 else max(8, v // 8), 1 << 10, mrope)
     yield "short", Shrink(lambda v: v, 1 << 10, mrope)
 
 
-# --- which class -------------------------------------------------------------------------------------------------------
+# --- which class ------------------------------------------------------------------------------------------------------
 
 
 def types() -> list[str]:
-    """All model types that transformers knows, in order."""
+    """Return all model types that transformers knows, sorted."""
     return sorted(CONFIG_MAPPING_NAMES)
 
 
 def model_class(model_type: str) -> type[nn.Module]:
-    """The base model's class; for a type that has none, another one with this config: a model for a task, or a mere part of one."""
+    """Return the class of the base model; for a type that has none, a model for a task, or a part of a model, with its
+    config."""
     config = CONFIG_MAPPING[model_type]
     if model_type in CLASSES:
         return getattr(transformers, CLASSES[model_type])
-    for mapping in [
-        "MODEL_MAPPING_NAMES",
-        *sorted(m for m in vars(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING_NAMES")),
-    ]:
+    tasks = sorted(m for m in vars(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING_NAMES"))
+    for mapping in ["MODEL_MAPPING_NAMES", *tasks]:
         name = vars(modeling_auto)[mapping].get(model_type)
-        if (
-            name is not None
-            and (cls := getattr(transformers, name if isinstance(name, str) else name[-1], None)) is not None
-        ):
+        if name is None:
+            continue
+        if (cls := getattr(transformers, name if isinstance(name, str) else name[-1], None)) is not None:
             return cls
-    package = importlib.import_module(config.__module__.rpartition(".")[0])
-    found = []
-    for path in sorted(os.listdir(os.path.dirname(str(package.__file__)))):
-        if path.startswith("modeling_") and path.endswith(".py"):
-            module = importlib.import_module(f"{package.__name__}.{path[:-3]}")
-            found += [
-                c
-                for c in vars(module).values()
-                if inspect.isclass(c) and issubclass(c, nn.Module) and c.__module__ == module.__name__
-            ]
-    ours = [
+    classes = list(_module_classes(importlib.import_module(config.__module__.rpartition(".")[0])))
+    matching = [
         c
-        for c in found
+        for c in classes
         if issubclass(c, transformers.PreTrainedModel)
         and c.config_class is config
         and not c.__name__.endswith("PreTrainedModel")
     ]
-    ours = ours or [
-        c
-        for c in found
-        if "config" in (p := inspect.signature(c.__init__).parameters) and _annotation(p["config"]) == config.__name__
-    ]
-    if not ours:
+    matching = matching or [c for c in classes if _takes_config(c, config)]
+    if not matching:
         raise NoModel("no class of transformers takes this config")
     stem = config.__name__.removesuffix("Config")
-    return min(
-        ours,
-        key=lambda c: (
-            c.__name__ not in (f"{stem}Model", stem),
-            "For" in c.__name__,
-            not c.__name__.startswith(stem),
-            len(c.__name__),
-        ),
-    )
+
+    def rank(cls: type[nn.Module]) -> tuple[object, ...]:
+        name = cls.__name__
+        return name not in (f"{stem}Model", stem), "For" in name, not name.startswith(stem), len(name)
+
+    return min(matching, key=rank)
+
+
+def _module_classes(package: ModuleType) -> Iterator[type[nn.Module]]:
+    """Yield the module classes that are defined in the modeling files of a package."""
+    for path in sorted(os.listdir(os.path.dirname(str(package.__file__)))):
+        if path.startswith("modeling_") and path.endswith(".py"):
+            module = importlib.import_module(f"{package.__name__}.{path[:-3]}")
+            for c in vars(module).values():
+                if inspect.isclass(c) and issubclass(c, nn.Module) and c.__module__ == module.__name__:
+                    yield c
+
+
+def _takes_config(cls: type[nn.Module], config: type) -> bool:
+    """True if the constructor's `config` is annotated as this class of configs."""
+    parameters = inspect.signature(cls.__init__).parameters
+    return "config" in parameters and _annotation(parameters["config"]) == config.__name__
 
 
 def _annotation(parameter: inspect.Parameter) -> str:
@@ -296,36 +300,35 @@ def _annotation(parameter: inspect.Parameter) -> str:
 
 
 def configs(model_type: str) -> Iterator[tuple[str, type[nn.Module], Any]]:
-    """(strength, class, config) to be tried in this order."""
-    if model_type in TINY_CONFIGS():
-        entry = TINY_CONFIGS()[model_type]
+    """Yield the strength, the class and the config of each attempt; an exception in place of a config that failed."""
+    if model_type in tiny_configs():
+        entry = tiny_configs()[model_type]
         cls = getattr(importlib.import_module(entry["module"]), entry["class"])
-        yield "given", cls, cls.config_class(**{k: v for k, v in entry["config"].items() if k != "model_type"})
+        yield "from the file", cls, cls.config_class(**{k: v for k, v in entry["config"].items() if k != "model_type"})
     cls, config = model_class(model_type), CONFIG_MAPPING[model_type]
     for name, shrink in strengths("mrope_section" in inspect.getsource(sys.modules[cls.__module__])):
         try:
             values = config(**COMPOSITES.get(model_type, dict)()).to_dict()
-            yield name, cls, config.from_dict(_laid_over(shrink(values), EXCEPTIONS.get(model_type, {})))
+            yield name, cls, config.from_dict(overlay(shrink(values), EXCEPTIONS.get(model_type, {})))
         except Exception as e:
             yield name, cls, e
 
 
-def _laid_over(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the changes, which may reach into configs inside: {"text_config": {"head_dim": 8}}."""
-    return {
-        **values,
-        **{k: _laid_over(values.get(k) or {}, v) if isinstance(v, Mapping) else v for k, v in changes.items()},
-    }
+def overlay(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes, which may concern configs inside: {"text_config": {"head_dim": 8}}."""
+    inner = {k: overlay(values.get(k) or {}, v) if isinstance(v, Mapping) else v for k, v in changes.items()}
+    return values | inner
 
 
 @functools.cache
-def TINY_CONFIGS() -> dict[str, Any]:
+def tiny_configs() -> dict[str, Any]:
+    """Return the configs of the file that LORAINJECT_TINY_CONFIGS names."""
     path = os.environ.get("LORAINJECT_TINY_CONFIGS")
     return json.load(open(path)) if path else {}
 
 
 def _parts(**names: str) -> dict[str, Any]:
-    """Configs of two types, for a model made of two models; `decoder` is one that looks at the other's output."""
+    """Return configs for a model that consists of two models. The one called `decoder` gets cross-attention."""
     return {
         key: CONFIG_MAPPING[name](**{"is_decoder": True, "add_cross_attention": True} if key == "decoder" else {})
         for key, name in names.items()
@@ -339,15 +342,19 @@ COMPOSITES: dict[str, Callable[[], dict[str, Any]]] = {
     "vision-text-dual-encoder": lambda: _parts(vision_config="vit", text_config="bert"),
     "rag": lambda: _parts(question_encoder="dpr", generator="bart"),
 }
-CLASSES = {  # where the base model is not the one to run
-    "musicgen": "MusicgenForConditionalGeneration", "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+CLASSES = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
     "speecht5": "SpeechT5ForSpeechToText",
-}  # fmt: skip
+}
+"""Types whose base model is not the one to run."""
 _SHAPE = {"coordinate_size": 6, "shape_size": 4}
 _SERIES = {"prediction_length": 4, "context_length": 16}
 _NARROW = {"width_coefficient": 0.25, "depth_coefficient": 0.25}
-_CLAP = {"spec_size": 64, "num_mel_bins": 16, "patch_size": 2, "patch_stride": 2, "depths": [2, 2], "num_attention_heads": [2, 2],
-         "patch_embeds_hidden_size": 16, "hidden_size": 32, "freq_ratio": 2, "window_size": 4}  # fmt: skip
+_CLAP = {
+    "spec_size": 64, "num_mel_bins": 16, "patch_size": 2, "patch_stride": 2, "depths": [2, 2],
+    "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 16, "hidden_size": 32, "freq_ratio": 2, "window_size": 4,
+}  # fmt: skip
 _HIERA = {
     "hidden_size": 12,
     "image_size": [128, 128],
@@ -373,20 +380,25 @@ _TWO_ROPES = {
     },
 }
 _ZAMBA = ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]
-EXCEPTIONS: dict[str, dict[str, Any]] = {
+EXCEPTIONS: dict[str, dict[str, Any]] = {  # changes to the shrunk config of a type
     "align": {"vision_config": _NARROW}, "align_vision_model": _NARROW, "efficientnet": _NARROW,
     "aria": {"projector_patch_to_query_dict": {4: 4, 16: 4}},
     "autoformer": _SERIES, "informer": _SERIES, "time_series_transformer": _SERIES,
     "bamba": {"attn_layer_indices": [1]},
-    "blip-2": {"image_token_index": 90}, "instructblip": {"image_token_index": 90}, "instructblipvideo": {"video_token_index": 90},
-    "blt": {"encoder_hash_byte_group_vocab": 64, **{f"{part}_config": {"head_dim": 8} for part in ("patcher", "encoder", "decoder", "global")}},
+    "blip-2": {"image_token_index": 90}, "instructblip": {"image_token_index": 90},
+    "instructblipvideo": {"video_token_index": 90},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        **{f"{part}_config": {"head_dim": 8} for part in ("patcher", "encoder", "decoder", "global")},
+    },
     "bros": {"dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_projection": 8},
     "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGBAZ": 91}},
     "clap": {"audio_config": _CLAP}, "clap_audio_model": _CLAP,
     "clvp": {"text_config": _WIDE, "speech_config": _WIDE}, "clvp_encoder": _WIDE,
     "cohere_compass": {"text_config": _TWO_ROPES}, "cohere_compass_text": _TWO_ROPES,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": None, "topk_group": None, "topk_method": "greedy"},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": None, "topk_group": None,
+                    "topk_method": "greedy"},
     "deepseek_ocr2": {"text_config": _SPARSE}, "deepseek_ocr2_text": _SPARSE,
     "depth_pro": {"patch_size": 64},
     "diffusion_gemma": {"text_config": _EXPERTS}, "diffusion_gemma_text": _EXPERTS,
@@ -403,7 +415,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lighton_ocr": {"vision_config": {"head_dim": 8}},
     "lw_detr": {"projector_scale_factors": [1.0], "num_feature_levels": 1},
-    "llama4": {"vision_config": {"intermediate_size": 128}}, "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32},
+    "llama4": {"vision_config": {"intermediate_size": 128}},
+    "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
     "pix2struct_text_model": {"initializer_range": 0.02},
@@ -414,7 +427,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "seggpt": {"merge_index": 0, "image_size": [64, 32], "pretrain_image_size": 32},
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "step3p5": {"sliding_window": 16}, "step3p7": {"text_config": {"sliding_window": 16}},
-    "t5gemma2_decoder": {"dropout_rate": 0.0}, "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}}, "t5gemma2_text": {"dropout_rate": 0.0},
+    "t5gemma2_decoder": {"dropout_rate": 0.0}, "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "t5gemma2_text": {"dropout_rate": 0.0},
     "tvp": {"max_img_size": 64, "visual_prompt_size": 16, "num_frames": 2},
     "xclip_vision_model": {"num_frames": 2},
     "xmod": {"default_language": "en_XX"},
@@ -422,135 +436,133 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
+# --- building ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was found to work for a type."""
+    """How to build a model of a type that runs, and on which inputs."""
 
     strength: str
-    make: Callable[[], nn.Module]
+    """The strength of shrinking, or the type of which the model is a part."""
+    build: Callable[[], nn.Module]
     inputs: dict[str, Any]
 
 
 @functools.cache
 def recipe(model_type: str) -> Recipe:
-    """The first config that builds and runs, and the inputs with which it does."""
+    """Return the first config whose model can be built and runs, with the inputs. Raise NoModel if there is none."""
     reasons: dict[str, None] = {}
     try:
         for strength, cls, config in configs(model_type):
             try:
                 if isinstance(config, Exception):
                     raise config
-                return Recipe(strength, functools.partial(_make, cls, config), find_inputs(_make(cls, config)))
+                return Recipe(strength, functools.partial(make, cls, config), find_inputs(make(cls, config)))
             except Exception as e:
-                reasons[_said(e)] = None
-    except Exception as e:  # no class, or a library that is not there
-        reasons[_said(e)] = None
+                reasons[_message(e)] = None
+    except Exception as e:  # there is no class, or a library is missing
+        reasons[_message(e)] = None
     try:
         return within_another(model_type)
     except NoModel as e:
-        raise NoModel("; ".join([*list(reasons)[:2], *([] if reasons else [_said(e)])])) from None
+        raise NoModel("; ".join([*list(reasons)[:2], *([] if reasons else [_message(e)])])) from None
 
 
-def _said(e: Exception) -> str:
+def _message(e: Exception) -> str:
     text = " ".join(str(e).split())[:200]
     return text if isinstance(e, NoModel) else f"{type(e).__name__}: {text}"
 
 
 def within_another(model_type: str) -> Recipe:
-    """A part that does not run on inputs that we know: cut out of a model that has it, with the inputs that it gets there."""
+    """Cut a part out of a model that has it, with the inputs that it gets there. Raise NoModel if none has it."""
     config, package = CONFIG_MAPPING[model_type], model_type_to_module_name(model_type)
+    name = config.__name__.removesuffix("Config")
     for other in types():
-        if (
-            other == model_type
-            or model_type_to_module_name(other) != package
-            or config not in _inner(CONFIG_MAPPING[other])
-        ):
+        if other == model_type or model_type_to_module_name(other) != package:
+            continue
+        if config not in _inner_configs(CONFIG_MAPPING[other]):
             continue
         try:
             model = build(other)
         except NoModel:
             continue
-        caught: list[tuple[str, dict[str, Any]]] = []
-        handles = []
-        for path, module in model.named_modules():
-            if (path and type(getattr(module, "config", None)) is config) or type(
-                module
-            ).__name__ == config.__name__.removesuffix("Config"):
-                handles.append(
-                    module.register_forward_pre_hook(functools.partial(_catch, caught, path), with_kwargs=True)
-                )
+        calls: list[tuple[str, dict[str, Any]]] = []
+        hooks = [
+            module.register_forward_pre_hook(functools.partial(_record_call, calls, path), with_kwargs=True)
+            for path, module in model.named_modules()
+            if (path and type(getattr(module, "config", None)) is config) or type(module).__name__ == name
+        ]
         with torch.no_grad():
             model(**inputs(model))
-        for handle in handles:
-            handle.remove()
-        if caught:
-            path, given = caught[0]
-            if not _runs(model.get_submodule(path), given):
-                continue
-            return Recipe(f"within {other}", functools.partial(_part, other, path), given)
-    raise NoModel("no model that we can run has it as a part")
+        for hook in hooks:
+            hook.remove()
+        if calls:
+            path, arguments = calls[0]
+            if _runs(model.get_submodule(path), arguments):
+                return Recipe(f"within {other}", functools.partial(_part, other, path), arguments)
+    raise NoModel("no model that runs here has it as a part")
 
 
 def _part(model_type: str, path: str) -> nn.Module:
     return copy.deepcopy(build(model_type).get_submodule(path))
 
 
-def _inner(config: Any) -> list[Any]:
-    """The classes of the configs inside, however deep."""
+def _inner_configs(config: Any) -> list[Any]:
+    """Return the classes of all configs inside a config."""
     subs = list((getattr(config, "sub_configs", None) or {}).values())
-    return [*subs, *(c for sub in subs if inspect.isclass(sub) for c in _inner(sub))]
+    return [*subs, *(c for sub in subs if inspect.isclass(sub) for c in _inner_configs(sub))]
 
 
-def _catch(caught: list[tuple[str, dict[str, Any]]], path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _record_call(calls: list[tuple[str, dict[str, Any]]], path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Note the arguments of a forward, by name; a forward pre-hook."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    given = {k: v for k, v in bound.items() if k != "self"}
-    given |= given.pop("kwargs", {})
-    caught.append((path, {k: copy.deepcopy(v.detach() if isinstance(v, Tensor) else v) for k, v in given.items()}))
+    arguments = {k: v for k, v in bound.items() if k != "self"}
+    arguments |= arguments.pop("kwargs", {})
+    copies = {k: copy.deepcopy(v.detach() if isinstance(v, Tensor) else v) for k, v in arguments.items()}
+    calls.append((path, copies))
 
 
-def _runs(model: nn.Module, given: Mapping[str, Any]) -> bool:
+def _runs(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
     try:
         with torch.no_grad():
-            return any(True for _ in tensors(model(**copy.deepcopy(dict(given)))))
+            return any(True for _ in tensors(model(**copy.deepcopy(dict(arguments)))))
     except Exception:
         return False
 
 
 def build(model_type: str) -> nn.Module:
-    """A tiny model of this type, in eval mode, the same one each time. Raises NoModel."""
-    found = recipe(model_type)
-    model = found.make()
-    _INPUTS[model] = found.inputs
+    """Return a tiny model of this type in eval mode, the same one each time. Raise NoModel if none runs."""
+    how = recipe(model_type)
+    model = how.build()
+    _INPUTS[model] = how.inputs
     return model
 
 
 def inputs(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments that this model's forward accepts; of a model that `build` made."""
+    """Return keyword arguments for the forward of a model that `build` returned."""
     return copy.deepcopy(_INPUTS[model])
 
 
 _INPUTS: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
-def _make(cls: type[nn.Module], config: Any) -> nn.Module:
+def make(cls: type[nn.Module], config: Any) -> nn.Module:
+    """Build a model with the same random weights each time. Raise NoModel if it is too large."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
         try:
             size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
-        except (NotImplementedError, RuntimeError):  # computes with values while it is built: the real one will tell
+        except (NotImplementedError, RuntimeError):  # the constructor computes with values
             size = 0
-    if size > MOST:
+    if size > MAX_PARAMETERS:
         raise NoModel(f"{size:,} parameters")
     torch.manual_seed(0)
     model = cls(config).float().eval()
     with torch.no_grad():
         g = torch.Generator().manual_seed(0)
         for name, p in model.named_parameters():
-            if (
-                not name.endswith("bias") and p.numel() and not p.any()
-            ):  # a zero weight, or gate, would hide the gradients of all that lies before it
+            # A weight or a gate that is zero would hide the gradients of everything before it.
+            if not name.endswith("bias") and p.numel() and not p.any():
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02)
     return model
