@@ -211,7 +211,7 @@ def sites(model: nn.Module, name: str = "default") -> list[Site]:
     theirs = [delta for *_, delta in li.deltas(model)]
     for path, module in model.named_modules():
         for key, child in module._modules.items():
-            if key.split("[")[0].startswith("lora") and type(child).__name__ == "Adapters" and name in child:
+            if key.split("[")[0].startswith("lora") and type(child).__name__ == "AdapterDict" and name in child:
                 found.append((path, getattr(child, "parameter", "weight"), child[name]))
     if len(found) != len(theirs):
         raise Wrong(f"li.deltas yields {len(theirs)} sites, but {len(found)} modules carry adapters")

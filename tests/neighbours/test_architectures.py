@@ -1,4 +1,4 @@
-"""Real architectures against a dense oracle (tools/architectures.py): a few of every sort each time, all of them with `-m long`."""
+"""Real architectures against a dense oracle (tools/architectures.py): a sample, and every one with `-m long`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLE = {
 
 
 def check(model_type: str) -> None:
-    """Everything that tools/architectures.py checks holds, and at least 99 % of the weights that multiply are adapted."""
+    """Assert all that tools/architectures.py checks, and that 99 % of the weights in matrix products are adapted."""
     row = architectures.examine(model_type, peft=False)
     assert row["verdict"] == "ok", row
     assert row["ours"]["share"] is None or row["ours"]["share"] > 0.99, row
@@ -33,17 +33,19 @@ def check(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", [name for names in SAMPLE.values() for name in names])
 @pytest.mark.filterwarnings("ignore")
 def test_sample(model_type):
+    """Models of every sort agree with the dense oracle."""
     check(model_type)
 
 
 KNOWN = {
-    "rwkv": "its own recurrence changes in place what its backward needs, with or without an adapter",
-    "vits": "the embeddings of its relative positions (emb_rel_k, emb_rel_v) are padded and cut before they multiply: 93 % is adapted",
+    "rwkv": "its recurrence changes in place what its backward needs, with or without an adapter",
+    "vits": "the embeddings of relative positions (emb_rel_k, emb_rel_v) are padded and cut before they are multiplied,"
+    " so only 93 % is adapted",
 }
 
 
 def every_type() -> list[object]:
-    """All that transformers knows; those in KNOWN must fail."""
+    """Return all types that transformers knows. Those in KNOWN must fail."""
     return [
         pytest.param(t, marks=pytest.mark.xfail(reason=KNOWN[t], strict=True)) if t in KNOWN else t for t in zoo.types()
     ]
@@ -53,6 +55,7 @@ def every_type() -> list[object]:
 @pytest.mark.parametrize("model_type", every_type())
 @pytest.mark.filterwarnings("ignore")
 def test_every_type(model_type):
+    """Every model type of transformers that can be built and run agrees with the dense oracle."""
     try:
         zoo.recipe(model_type)
     except zoo.NoModel as e:
@@ -60,8 +63,8 @@ def test_every_type(model_type):
     check(model_type)
 
 
-def test_the_zoo_repeats_itself():
-    """build gives the same weights and inputs each time; no matrix is zero."""
+def test_the_zoo_builds_the_same_model_each_time():
+    """build returns the same weights and inputs each time, and no matrix is zero."""
     first, again = (zoo.build("llama") for _ in range(2))
     assert not architectures.same_bits(architectures.flat(first), architectures.flat(again))
     assert (
@@ -74,7 +77,7 @@ def test_the_zoo_repeats_itself():
 
 
 def test_the_oracle_sees_an_adapter_that_does_nothing(monkeypatch):
-    """A linear whose weight is read around is found, though nothing complains at inject."""
+    """The oracle finds a linear layer whose forward is bypassed, although inject raises no error."""
     base = zoo.build("llama")
     inputs = zoo.inputs(base)
     model = li.inject(base.__class__(base.config).eval(), "all-linear", r=4)
@@ -86,8 +89,8 @@ def test_the_oracle_sees_an_adapter_that_does_nothing(monkeypatch):
         architectures.against_oracle(base, model, architectures.sites(model), inputs, 0.0)
 
 
-def test_products_are_told_from_look_ups():
-    """An embedding is looked up and no factor of a product; its transpose, or a copy of a linear's weight, is."""
+def test_products_are_distinguished_from_lookups():
+    """A looked-up embedding is no factor of a product; a transposed embedding and a copy of a weight are."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

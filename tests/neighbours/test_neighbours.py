@@ -1,4 +1,7 @@
-"""What others do to a model before and after us, run live: a silent no-op is the worst outcome of all."""
+"""What other libraries do to a model before and after inject, run live.
+
+The worst outcome is an adapter that silently does nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
 
 
 def adapted(model: nn.Module | None = None) -> nn.Module:
-    """A model with adapters that do something."""
+    """Return a model with adapters that change its output."""
     model = li.inject(llama() if model is None else model, TARGETS, r=4, alpha=8)
     randomise(model)
     return model
@@ -37,8 +40,8 @@ def base() -> nn.Module:
 
 
 @pytest.fixture
-def wanted(base: nn.Module) -> torch.Tensor:
-    """What the adapted model computes when nobody interferes."""
+def expected(base: nn.Module) -> torch.Tensor:
+    """The output of the adapted model when no other library interferes."""
     return run(adapted(copy.deepcopy(base)), X).detach()
 
 
@@ -52,22 +55,22 @@ def offload(model: nn.Module, how: str, folder: str) -> nn.Module:
 
 @pytest.mark.parametrize("how", ["device_map", "cpu", "disk"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_accelerate(base, wanted, how, when, tmp_path):
-    """Under accelerate's hooks and offload, set before or after inject, the adapters act, and eject gives the base back."""
+def test_accelerate_hooks_and_offload_keep_the_adapters(base, expected, how, when, tmp_path):
+    """Under accelerate's hooks and offload, before or after inject, the adapters act, and eject restores the base."""
     plain = run(base, X)
     if when == "before":
         model = adapted(offload(base, how, tmp_path))
     else:
         model = offload(adapted(base), how, tmp_path)
-    assert torch.allclose(run(model, X), wanted, atol=1e-6)
+    assert torch.allclose(run(model, X), expected, atol=1e-6)
     with li.disabled(model):
         assert torch.equal(run(model, X), plain)
     li.eject(model)
     assert torch.equal(run(model, X), plain)
 
 
-def test_accelerate_gradients(base, tmp_path):
-    """A and B get the same gradients with the base offloaded to the CPU as without."""
+def test_gradients_are_the_same_with_an_offloaded_base(base, tmp_path):
+    """A and B get the same gradients whether or not the base is offloaded to the CPU."""
     model = adapted(copy.deepcopy(base))
     run(model, X).square().sum().backward()
     hooked = adapted(offload(base, "cpu", tmp_path))
@@ -77,8 +80,8 @@ def test_accelerate_gradients(base, tmp_path):
         assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_accelerate_hooks_removed_before_eject(base):
-    """Hooks that came and went leave no grafted method behind on the instance."""
+def test_eject_restores_the_forward_after_hooks_came_and_went(base):
+    """Hooks of accelerate that were added after inject and removed leave no grafted forward on the module."""
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     q = base.model.layers[0].self_attn.q_proj
@@ -90,17 +93,17 @@ def test_accelerate_hooks_removed_before_eject(base):
     assert q.forward.__func__ is nn.Linear.forward
 
 
-def test_merge_under_accelerate_hooks(base, wanted):
-    """Merge changes classes back under hooks that hold a bound forward, and unmerge changes them forth again."""
+def test_merge_under_accelerate_hooks(base, expected):
+    """Merge and unmerge change classes, although the hooks hold a bound forward."""
     model = adapted(offload(base, "device_map", ""))
     li.merge(model)
-    assert torch.allclose(run(model, X), wanted, atol=1e-5)
+    assert torch.allclose(run(model, X), expected, atol=1e-5)
     li.unmerge(model)
-    assert torch.allclose(run(model, X), wanted, atol=1e-6)
+    assert torch.allclose(run(model, X), expected, atol=1e-6)
 
 
-def test_offloaded_weights_refuse_merge_and_save(base, tmp_path):
-    """Weights that are not there can't be folded or written: refused by name, nothing changed."""
+def test_merge_and_save_of_offloaded_weights_are_refused(base, tmp_path):
+    """Weights that are offloaded cannot be merged or saved: the error names them, and nothing is changed."""
     model = offload(adapted(base), "cpu", tmp_path)
     before = run(model, X)
     with pytest.raises(li.MergeError, match=r"q_proj: is on the meta device"):
@@ -112,7 +115,7 @@ def test_offloaded_weights_refuse_merge_and_save(base, tmp_path):
 
 
 def test_foreign_forward_on_the_instance_is_refused(base):
-    """A patch of forward that would bypass the adapter is named, before anything is changed; at eject too."""
+    """A forward that was replaced on the module would bypass the adapter: inject, merge and eject name the module."""
     q = base.model.layers[0].self_attn.q_proj
     q.forward = lambda x: nn.functional.linear(x, q.weight)
     before = state(base)
@@ -122,7 +125,7 @@ def test_foreign_forward_on_the_instance_is_refused(base):
         li.inject(base, ["q_proj"])
     assert state(base) == before
     del q.forward
-    q._original_forward = q.forward  # a patch that keeps the original for later bypasses the adapter all the same
+    q._original_forward = q.forward  # a patch that keeps the original bypasses the adapter, too
     q.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight), q)
     with pytest.raises(li.TargetError, match=r"its forward is replaced on the instance"):
         li.inject(base, ["q_proj"])
@@ -138,11 +141,11 @@ def test_foreign_forward_on_the_instance_is_refused(base):
     assert state(base) == before
 
 
-def test_compile_fullgraph(base, wanted):
-    """One graph, no break; another A and B, another scale or no adapter at all is never ignored."""
+def test_torch_compile_makes_one_graph_that_follows_every_change(base, expected):
+    """The adapted model compiles without a graph break, and other A and B, disabled and merge all take effect."""
     model = adapted(base)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(**X).logits, wanted, atol=1e-5)
+    assert torch.allclose(compiled(**X).logits, expected, atol=1e-5)
     randomise(model, seed=5)
     assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
     with li.disabled(model):
@@ -151,9 +154,10 @@ def test_compile_fullgraph(base, wanted):
     assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
 
 
+@pytest.mark.long
 @needs_compiler
-def test_compile_inductor(base, wanted):
-    """The real compiler, forward and backward, agrees with eager."""
+def test_torch_compile_with_inductor_agrees_with_eager(base, expected):
+    """The compiled layer has the gradients of the layer in eager mode."""
     model = adapted(base)
     block = model.model.layers[0].mlp.down_proj
     x = torch.randn(4, 48)
@@ -167,8 +171,8 @@ def test_compile_inductor(base, wanted):
     )
 
 
-def test_twelve_blocks_compile_like_the_base():
-    """Classes are cached per base class: twelve blocks cost as many compilations as the base's twelve do."""
+def test_twelve_blocks_are_compiled_as_often_as_the_base():
+    """Grafted classes are cached per base class, so twelve blocks need no more compilations than the base's twelve."""
 
     def compilations(model: nn.Module) -> int:
         torch._dynamo.reset()
@@ -183,39 +187,39 @@ def test_twelve_blocks_compile_like_the_base():
     assert compilations(adapted(llama(num_hidden_layers=12))) <= max(2, compilations(llama(num_hidden_layers=12)))
 
 
-def test_inject_into_a_compiled_model(base, wanted):
-    """torch.compile's wrapper is seen through: same paths, and what was compiled before is compiled anew."""
+def test_inject_reaches_into_a_compiled_model(base, expected):
+    """Paths leave out torch.compile's wrapper, and what was compiled before inject is compiled again."""
     compiled = torch.compile(base, backend="eager")
     run(compiled, X)
     assert {s.path for s in li.find(compiled, ["q_proj"])} == {s.path for s in li.find(base, ["q_proj"])}
     li.inject(compiled, TARGETS, r=4, alpha=8)
     randomise(base)
-    assert torch.allclose(run(compiled, X), wanted, atol=1e-5)
+    assert torch.allclose(run(compiled, X), expected, atol=1e-5)
 
 
-def test_export(base, wanted):
-    """torch.export takes an adapted model, and the program computes the same."""
+def test_torch_export(base, expected):
+    """torch.export accepts an adapted model, and the program computes the same."""
     program = torch.export.export(adapted(base), (), X)
-    assert torch.allclose(program.module()(**X).logits, wanted, atol=1e-5)
+    assert torch.allclose(program.module()(**X).logits, expected, atol=1e-5)
 
 
-def test_deepcopy_is_independent(base, wanted):
-    """A deep copy has adapters, classes and routing of its own."""
+def test_deepcopy_is_independent(base, expected):
+    """A deep copy has its own adapters and its own choice of active ones."""
     model = adapted(base)
     twin = copy.deepcopy(model)
     assert type(twin.model.layers[0].self_attn.q_proj) is type(model.model.layers[0].self_attn.q_proj)
     li.activate(model)
     randomise(model, seed=9)
-    assert torch.equal(run(twin, X), wanted)
+    assert torch.equal(run(twin, X), expected)
     li.eject(twin)
     assert li.find(twin, TARGETS)
 
 
-def test_pickle_in_a_fresh_process(base, wanted, tmp_path):
-    """A pickled model comes back in a process that never made these classes; merged, it can be unmerged there."""
+def test_a_pickled_model_works_in_a_fresh_process(base, expected, tmp_path):
+    """A pickled model works in a process that has not made the grafted classes; a merged one can be unmerged there."""
     model = adapted(base)
     li.merge(model)
-    torch.save({"model": model, "x": X, "wanted": wanted}, tmp_path / "m.pt")
+    torch.save({"model": model, "x": X, "expected": expected}, tmp_path / "m.pt")
     (tmp_path / "m.pickle").write_bytes(pickle.dumps(li.unmerge(model)))
     code = f"""
 import pickle, torch
@@ -225,14 +229,14 @@ merged = d["model"](**d["x"]).logits
 li.unmerge(d["model"])
 m = pickle.load(open({str(tmp_path / "m.pickle")!r}, "rb"))
 for model in (d["model"], m):
-    assert torch.equal(model(**d["x"]).logits, d["wanted"])
+    assert torch.equal(model(**d["x"]).logits, d["expected"])
     assert type(li.eject(model).model.layers[0].self_attn.q_proj) is torch.nn.Linear
-assert torch.allclose(merged, d["wanted"], atol=1e-5)
+assert torch.allclose(merged, d["expected"], atol=1e-5)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_gradient_checkpointing(base):
+def test_gradient_checkpointing_gives_the_same_gradients(base):
     """Recomputed activations give the same gradients."""
     model = adapted(base).train()
     run(model, X).square().sum().backward()
@@ -245,33 +249,41 @@ def test_gradient_checkpointing(base):
     )
 
 
-def test_hugging_faces_trainer(base, tmp_path):
-    """Trainer trains A and B and nothing else, resumes from its checkpoint, and gives the model back as it took it."""
+def test_trainer_trains_a_and_b_only_and_resumes(base, tmp_path):
+    """transformers' Trainer trains A and B only, resumes from its checkpoint, and leaves no trace after eject."""
     from transformers import Trainer, TrainingArguments
 
     data = [{"input_ids": row, "labels": row} for row in ids(rows=8)]
     before = state(base)
     li.inject(base, TARGETS, r=4)
     frozen = {k: bits(p) for k, p in base.named_parameters() if not p.requires_grad}
-    settings = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [], "use_cpu": True,
-                "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1}  # fmt: skip
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+    }
     trainer = Trainer(base, TrainingArguments(**settings, max_steps=4, save_steps=2), train_dataset=data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert {k: bits(p) for k, p in base.named_parameters() if not p.requires_grad} == frozen
-    wanted = [bits(p) for p in li.parameters(base)]
+    expected = [bits(p) for p in li.parameters(base)]
     again = Trainer(base, TrainingArguments(**settings, max_steps=4), train_dataset=data)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert [bits(p) for p in li.parameters(base)] == wanted
+    assert [bits(p) for p in li.parameters(base)] == expected
     li.eject(base.eval())
     after = state(base)
-    del before[""], after[""]  # Trainer leaves an attribute of its own on the model itself
+    del before[""], after[""]  # Trainer leaves an attribute on the model itself
     assert after == before
 
 
-def test_hooks_of_users(base):
-    """A pre-hook's input reaches the adapter, a forward hook sees the adapted output, a backward hook fires."""
+def test_users_hooks_see_the_adapted_layer(base):
+    """The adapter gets the input from a pre-hook, a forward hook sees the adapted output, and a backward hook runs."""
     q = base.model.layers[0].self_attn.q_proj
     x, seen = torch.randn(3, 32), []
     q.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
@@ -288,8 +300,8 @@ def test_hooks_of_users(base):
     assert len(q._forward_pre_hooks) == len(q._forward_hooks) == len(q._backward_hooks) == 1
 
 
-def test_autocast(base):
-    """Under autocast the base's output keeps its dtype, and fp32 A and B get fp32 gradients."""
+def test_autocast_keeps_the_dtype_of_the_base(base):
+    """Under autocast the output has the dtype of the base's output, and float32 A and B get float32 gradients."""
     q = adapted(base).model.layers[0].self_attn.q_proj
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = q(torch.randn(3, 32))
@@ -310,8 +322,8 @@ class Twice(nn.Module):
         return self.second(self.first(x))
 
 
-def test_shared_module(tmp_path):
-    """One module at two paths: named by either, one adapter, both uses adapted, saved once, ejected once."""
+def test_a_module_at_two_paths_has_one_adapter(tmp_path):
+    """A module at two paths can be named by either. It has one adapter, which is applied twice and saved once."""
     model = Twice()
     before = state(model)
     (site,) = li.find(model, ["second"], r=2)
@@ -328,8 +340,8 @@ def test_shared_module(tmp_path):
     assert state(li.eject(model)) == before
 
 
-def test_tied_weights():
-    """An adapter on one user of a tied weight leaves the other alone; a merge, which could not, is refused."""
+def test_an_adapter_on_a_tied_weight_leaves_the_other_user_alone():
+    """An adapter on one user of a tied weight does not change the other one. A merge would, and is refused."""
     model = llama(tie_word_embeddings=True)
     before = state(model)
     li.inject(model, ["embed_tokens"], r=2)
@@ -344,7 +356,7 @@ def test_tied_weights():
 
 
 def test_pristine_checkpoint_loads(base):
-    """The base's own checkpoint loads into an adapted model with nothing missing, and leaves A and B alone."""
+    """A checkpoint of the base loads into an adapted model with nothing missing, and does not change A and B."""
     checkpoint = copy.deepcopy(base.state_dict())
     model = adapted(base)
     assert checkpoint.keys() <= model.state_dict().keys()
@@ -360,7 +372,7 @@ def test_pristine_checkpoint_loads(base):
 
 
 def test_merged_state_dict_is_the_bases(base):
-    """While merged the state dict has the base's keys alone, so what is saved then can't apply A and B twice."""
+    """While merged, the state dict has only the keys of the base, so a saved model cannot apply A and B twice."""
     keys = list(base.state_dict())
     model = adapted(base)
     li.merge(model)
@@ -379,8 +391,8 @@ def process_group():
 
 
 @pytest.mark.usefixtures("process_group")
-def test_data_parallel_wrappers(base, wanted):
-    """After fully_shard or DDP inject is refused, before it works; a class that FSDP derived from ours is not ejected."""
+def test_sharded_and_wrapped_models_are_refused(base, expected):
+    """inject refuses a model after fully_shard or DDP; eject and merge refuse modules that were sharded since."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -405,15 +417,15 @@ def test_data_parallel_wrappers(base, wanted):
     model = adapted(base)
     q = model.model.layers[0].self_attn.q_proj
     fully_shard(q, mesh=mesh)
-    assert torch.allclose(run(model, X), wanted, atol=1e-5)
+    assert torch.allclose(run(model, X), expected, atol=1e-5)
     before = state(model)
     with pytest.raises(li.GraftError, match=r"q_proj: .*FSDPLoraLinear was derived from the grafted class"):
         li.eject(model)
     assert state(model) == before
 
 
-def test_parametrize_on_top(base):
-    """A parametrisation put onto a grafted module works, and blocks eject and merge by name until it is removed."""
+def test_a_parametrization_blocks_eject_until_it_is_removed(base):
+    """A parametrization of a grafted module works; eject and merge name the module until it is removed."""
     from torch.nn.utils import parametrize
 
     class Double(nn.Module):
@@ -437,14 +449,14 @@ def test_parametrize_on_top(base):
 
 
 def test_script_modules_are_refused():
-    """A ScriptModule has no class to change."""
+    """A ScriptModule has no class that could be changed."""
     model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
     with pytest.raises(li.TargetError, match=r"1 is a RecursiveScriptModule, which cannot carry an adapter"):
         li.inject(model, ["1"])
 
 
-def test_meta_device_stays_meta():
-    """On the meta device inject allocates nothing; materialised later, the scale is right and A and B can be drawn."""
+def test_inject_on_the_meta_device():
+    """On the meta device inject allocates nothing. After to_empty the scale is right, and A and B can be drawn."""
     with torch.device("meta"):
         model = llama()
     li.inject(model, ["q_proj"], r=4, alpha=8)
@@ -457,8 +469,8 @@ def test_meta_device_stays_meta():
     assert adapter.B.abs().sum() == 0
 
 
-def test_cast_keeps_the_scale(base):
-    """model.to(bfloat16) rounds A and B, as asked, but not the scale."""
+def test_a_cast_keeps_the_scale(base):
+    """model.to(bfloat16) rounds A and B, but not the scale."""
     model = li.inject(base, ["q_proj"], r=3, alpha=1).to(torch.bfloat16)
     s = model.model.layers[0].self_attn.q_proj.lora["default"].s
     assert s.dtype is torch.float32
@@ -467,8 +479,8 @@ def test_cast_keeps_the_scale(base):
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_sharded_experts(implementation):
-    """fully_shard over weights that the model reads itself: the sum is made of the gathered W0, A and B, once."""
+def test_sharded_experts_compute_the_same(implementation):
+    """With fully_shard, experts use the gathered W0, A and B: outputs and gradients are those without sharding."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -477,17 +489,17 @@ def test_sharded_experts(implementation):
     plain, mesh = copy.deepcopy(model), init_device_mesh("cpu", (1,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
-    y, wanted = moe_output(model), moe_output(plain)
-    assert torch.allclose(y, wanted, atol=1e-5)
+    y, expected = moe_output(model), moe_output(plain)
+    assert torch.allclose(y, expected, atol=1e-5)
     y.square().sum().backward()
-    wanted.square().sum().backward()
+    expected.square().sum().backward()
     for p, q in zip(li.parameters(model), li.parameters(plain), strict=True):
         assert torch.allclose(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["dt_proj", "conv1d", "out_proj"])
-def test_offloaded_weights_that_a_parent_reads(target):
-    """accelerate brings Mamba's weights while they are hidden, and puts them away again: the adapter acts as before. probe says it can't look."""
+def test_offloaded_weights_that_a_parent_reads_are_adapted(target):
+    """accelerate loads Mamba's weights while they are shadowed: the adapter acts. probe refuses offloaded weights."""
     from accelerate import cpu_offload
     from transformers import MambaConfig, MambaModel
 
@@ -495,8 +507,8 @@ def test_offloaded_weights_that_a_parent_reads(target):
     model = MambaModel(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
     li.inject(model, [target], r=2)
     randomise(model)
-    wanted = model(ids()).last_hidden_state
+    expected = model(ids()).last_hidden_state
     cpu_offload(model, execution_device="cpu")
-    assert torch.allclose(model(ids()).last_hidden_state, wanted, atol=1e-5)
+    assert torch.allclose(model(ids()).last_hidden_state, expected, atol=1e-5)
     with pytest.raises(li.StateError, match=r"is on the meta device \(offloaded\)"):
         li.probe(model, ids())

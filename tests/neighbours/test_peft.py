@@ -1,4 +1,4 @@
-"""PEFT run live: the same numbers, files both ways, and side by side what must never happen here."""
+"""PEFT, run live: the same numbers, files in both directions, and what happens in PEFT and must not happen here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lorainject as li
-from lorainject.lora.kernels import shared_input
 
 from models import bits, gpt2, ids, llama, randomise, run
 from moe_models import gpt_oss, mixtral, moe_model, moe_output
@@ -21,8 +20,8 @@ SITES = {"llama": (llama, ["q_proj", "v_proj", "down_proj"]), "gpt2": (gpt2, ["c
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    """PEFT warns of what it can't do, which is the point of some of these tests."""
+def _ignore_warnings():
+    """Some of these tests are about what PEFT warns of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -35,7 +34,7 @@ def base() -> nn.Module:
 
 
 def peft_model(base: nn.Module, seed: int = 0, **config: object) -> PeftModel:
-    """A PEFT model whose A and B are random."""
+    """Return a PEFT model with random A and B."""
     model = get_peft_model(copy.deepcopy(base), LoraConfig(**{"r": 4, "lora_alpha": 8} | config))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -47,28 +46,25 @@ def peft_model(base: nn.Module, seed: int = 0, **config: object) -> PeftModel:
 
 @pytest.mark.parametrize("name", SITES)
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_same_logits_and_gradients(name, use_rslora):
-    """The same A and B give the same logits and the same gradients of A and B, within 1e-5."""
+def test_same_factors_give_the_same_logits_and_gradients(name, use_rslora):
+    """With the A and B of a PEFT model, the logits and the gradients of A and B agree within 1e-5."""
     build, targets = SITES[name]
     torch.manual_seed(0)
     base = build()
     theirs = peft_model(base, target_modules=targets, use_rslora=use_rslora)
     ours = li.inject(base, targets, r=4, alpha=8, scaling="rslora" if use_rslora else "standard")
-    adapters = {
-        path: c.lora["default"]
-        for path, c in ((p, base.get_submodule(p)) for p in [s.path for s in li.find(build(), targets)])
-    }
     pairs = []
-    for path, adapter in adapters.items():
-        m = theirs.get_submodule(f"base_model.model.{path}")
+    for site in li.find(build(), targets):
+        adapter = base.get_submodule(site.path).lora["default"]
+        m = theirs.get_submodule(f"base_model.model.{site.path}")
         with torch.no_grad():
             adapter.A.copy_(m.lora_A["default"].weight)
             adapter.B.copy_(m.lora_B["default"].weight)
         pairs += [(adapter.A, m.lora_A["default"].weight), (adapter.B, m.lora_B["default"].weight)]
-    mine, other = run(ours, X), run(theirs, X)
-    assert torch.allclose(mine, other, rtol=1e-5, atol=1e-5)
-    mine.square().mean().backward()
-    other.square().mean().backward()
+    our_logits, their_logits = run(ours, X), run(theirs, X)
+    assert torch.allclose(our_logits, their_logits, rtol=1e-5, atol=1e-5)
+    our_logits.square().mean().backward()
+    their_logits.square().mean().backward()
     for p, q in pairs:
         assert q.grad is not None
         assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-5)
@@ -78,17 +74,20 @@ CONFIGS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "regex": {"target_modules": r".*\.[qv]_proj"},
     "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
-    "patterns": {"target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 3},
-                 "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj": 7}},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"v_proj": 2, r"layers\.1\..*up_proj": 3},
+        "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, "up_proj": 7},
+    },
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "all-linear": {"target_modules": "all-linear"},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in CONFIGS.items()])
-def test_we_read_theirs(base, config, tmp_path):
-    """What PEFT saved loads here, and computes the same."""
+def test_load_reads_what_peft_saved(base, config, tmp_path):
+    """An adapter that PEFT saved loads, and computes the same."""
     theirs = peft_model(base, **config)
     theirs.save_pretrained(tmp_path)
     li.load(base, tmp_path)
@@ -96,8 +95,8 @@ def test_we_read_theirs(base, config, tmp_path):
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_they_read_ours(name, tmp_path):
-    """PeftModel and transformers' load_adapter read what we save, mixed ranks and alphas included."""
+def test_peft_reads_what_save_wrote(name, tmp_path):
+    """PeftModel and transformers' load_adapter read what save writes, also with different ranks and alphas."""
     build, targets = SITES[name]
     torch.manual_seed(0)
     base = build()
@@ -110,8 +109,8 @@ def test_they_read_ours(name, tmp_path):
     assert torch.allclose(run(fresh[1].eval(), X), run(base, X), atol=1e-5)
 
 
-def test_auto_peft_model_finds_ours(base, tmp_path):
-    """AutoPeftModelForCausalLM needs the task's name and the base's place, and finds both."""
+def test_auto_peft_model_reads_what_save_wrote(base, tmp_path):
+    """AutoPeftModelForCausalLM finds the task and the path of the base model in the saved config."""
     from peft import AutoPeftModelForCausalLM
 
     base.save_pretrained(tmp_path / "base")
@@ -122,8 +121,8 @@ def test_auto_peft_model_finds_ours(base, tmp_path):
     assert torch.allclose(run(AutoPeftModelForCausalLM.from_pretrained(path).eval(), X), run(model, X), atol=1e-5)
 
 
-def test_they_read_our_embedding(base, tmp_path):
-    """An adapted embedding: PEFT reads it, and our file holds no base weight where theirs does."""
+def test_peft_reads_an_adapted_embedding(base, tmp_path):
+    """PEFT reads an adapted embedding; the file does not hold the base embedding, as PEFT's own file does."""
     fresh = copy.deepcopy(base)
     li.inject(base, ["embed_tokens"], r=4)
     randomise(base)
@@ -136,13 +135,12 @@ def test_they_read_our_embedding(base, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float64, 50), (torch.float32, 20)])
-@pytest.mark.parametrize("shares", [True, False])
-def test_training_step_by_step(base, shares, dtype, exact, monkeypatch):
-    """Fifty AdamW steps from the same A and B on the same data: the losses of both are the same, step by step.
+def test_training_gives_the_same_losses(base, dtype, exact):
+    """Fifty AdamW steps from the same A and B on the same data give the same losses, step by step.
 
-    In float32 only so many at first: Adam divides gradients by their size, so that the rounding of the smallest grows (to 1e-4 of the loss).
+    In float32 only the first steps are compared: Adam divides a gradient by its size, so that the rounding of the
+    smallest gradients grows, to 1e-4 of the loss.
     """
-    monkeypatch.setattr(shared_input, "pays", lambda x: shares)
     base.to(dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = peft_model(base, target_modules=targets)
@@ -172,16 +170,16 @@ def test_training_step_by_step(base, shares, dtype, exact, monkeypatch):
     assert losses[0][-1] < losses[0][0]
 
 
-def test_silent_typo(base):
-    """["q_proj", "v_porj"]: PEFT adapts q_proj alone and says nothing; here it is an error."""
+def test_a_misspelled_target_is_an_error(base):
+    """PEFT silently ignores the misspelled target of ["q_proj", "v_porj"]; inject raises an error."""
     theirs = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj", "v_porj"]))
     assert not any("v_proj.lora" in k for k, _ in theirs.named_modules())
     with pytest.raises(li.TargetError, match="v_porj"):
         li.inject(base, ["q_proj", "v_porj"])
 
 
-def test_drifting_unmerge(base):
-    """In bfloat16 PEFT's merge and unmerge changes base weights; ours gives back every bit."""
+def test_unmerge_does_not_drift(base):
+    """In bfloat16 PEFT's merge and unmerge change base weights; unmerge here restores every bit."""
     base = base.to(torch.bfloat16)
     theirs = peft_model(base, target_modules=["q_proj"])
     before = theirs.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
@@ -197,8 +195,8 @@ def test_drifting_unmerge(base):
     assert bits(base.model.layers[0].self_attn.q_proj.weight) == bits_before
 
 
-def test_half_merged_on_nan(base):
-    """A NaN in the second layer: PEFT leaves the first one merged; here nothing is."""
+def test_nan_leaves_nothing_half_merged(base):
+    """With a NaN in the second layer, PEFT leaves the first layer merged; merge here changes nothing."""
     theirs = peft_model(base, target_modules=["q_proj"])
     li.inject(base, ["q_proj"], r=4)
     randomise(base)
@@ -215,8 +213,8 @@ def test_half_merged_on_nan(base):
     assert bits(base.model.layers[0].self_attn.q_proj.weight) == before
 
 
-def test_tied_embeddings():
-    """Merging an adapter on a tied embedding: PEFT changes the output head as well; here it is refused."""
+def test_a_merge_into_a_tied_embedding_is_refused():
+    """PEFT merges an adapter on a tied embedding into the output head as well; merge here refuses."""
     tied = llama(tie_word_embeddings=True)
     theirs = peft_model(tied, target_modules=["embed_tokens"])
     hidden = torch.randn(2, 32)
@@ -228,8 +226,8 @@ def test_tied_embeddings():
         li.merge(tied)
 
 
-def test_another_base_with_the_same_shapes(base, tmp_path):
-    """An adapter of one base on another: PEFT loads it without a word; here the fingerprint refuses it."""
+def test_another_base_with_the_same_shapes_is_refused(base, tmp_path):
+    """PEFT loads an adapter onto a base that it was not made for; load here refuses it by the fingerprint."""
     li.inject(base, ["q_proj"], r=4)
     randomise(base)
     path = li.save(base, tmp_path / "a")
@@ -240,8 +238,8 @@ def test_another_base_with_the_same_shapes(base, tmp_path):
         li.load(other, path)
 
 
-def test_a_merged_layer_and_a_removed_adapter(base):
-    """Merged, PEFT's layer is still a wrapper; unloaded, its base is still frozen. Here class and flags are the original ones."""
+def test_merge_and_eject_restore_class_and_flags(base):
+    """PEFT's merged layer is a wrapper, and its unloaded base is frozen; here class and flags are the original ones."""
     theirs = peft_model(base, target_modules=["q_proj"])
     theirs.merge_adapter()
     assert type(theirs.base_model.model.model.layers[0].self_attn.q_proj) is not nn.Linear
@@ -253,8 +251,8 @@ def test_a_merged_layer_and_a_removed_adapter(base):
     assert all(p.requires_grad for p in li.eject(base).parameters())
 
 
-def test_adapter_on_a_smaller_model(base, tmp_path):
-    """A 2-layer adapter on a 1-layer model: PEFT says nothing of the rest; here it is an error."""
+def test_an_adapter_for_a_larger_model_is_refused(base, tmp_path):
+    """PEFT silently drops the second layer of an adapter on a model with one layer; load here raises an error."""
     theirs = peft_model(base, target_modules=["q_proj"])
     theirs.save_pretrained(tmp_path)
     small = llama(num_hidden_layers=1)
@@ -263,16 +261,16 @@ def test_adapter_on_a_smaller_model(base, tmp_path):
         li.load(small, tmp_path)
 
 
-def test_pristine_checkpoint(base):
-    """PEFT renames the base's keys, so its own checkpoint no longer loads; ours keeps them."""
+def test_a_checkpoint_of_the_base_still_loads(base):
+    """PEFT renames the keys of the base, so that its checkpoint no longer loads; inject keeps them."""
     checkpoint = base.state_dict()
     theirs = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"])).base_model.model
     assert theirs.load_state_dict(checkpoint, strict=False).missing_keys
     assert not li.inject(base, ["q_proj"]).load_state_dict(checkpoint).missing_keys
 
 
-def test_one_module_at_two_paths():
-    """PEFT adapts one of the uses; here it is one adapter on both."""
+def test_a_module_at_two_paths_has_one_adapter():
+    """PEFT adapts one of two paths of a module; here both have the same adapter."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -291,16 +289,19 @@ def test_one_module_at_two_paths():
 
 
 EXPERTS = {
-    "both stacks": (["experts"], {}), "one stack and a linear": (["down_proj", "q_proj"], {}), "the router too": (["router", "experts"], {}),
-    "ranks that differ": (["experts"], {"overrides": {"gate_up_proj": {"r": 2, "alpha": 8}}}), "rslora": (["experts"], {"scaling": "rslora"}),
+    "both stacks": (["experts"], {}),
+    "one stack and a linear": (["down_proj", "q_proj"], {}),
+    "the router too": (["router", "experts"], {}),
+    "ranks that differ": (["experts"], {"overrides": {"gate_up_proj": {"r": 2, "alpha": 8}}}),
+    "rslora": (["experts"], {"scaling": "rslora"}),
     "a slice, padded": (["gate_up_proj[up]"], {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("build", [mixtral, gpt_oss])
 @pytest.mark.parametrize(("targets", "settings"), [pytest.param(*w, id=name) for name, w in EXPERTS.items()])
-def test_peft_reads_our_experts(build, targets, settings, tmp_path):
-    """Stacked experts, stored either way, in PEFT's layout for target_parameters: it computes what we do."""
+def test_peft_reads_stacked_experts(build, targets, settings, tmp_path):
+    """Stacked experts, stored either way, are saved in PEFT's layout, and PEFT computes the same."""
     base = moe_model(build)
     model = li.inject(copy.deepcopy(base), targets, r=3, alpha=6, **settings)
     randomise(model)
@@ -312,8 +313,8 @@ def test_peft_reads_our_experts(build, targets, settings, tmp_path):
         assert (moe_output(base) - y).abs().max() > 1e-2 * y.abs().max()
 
 
-def test_convolutions_both_ways(tmp_path):
-    """A plain convolution's adapter has PEFT's shapes, and is read back from PEFT's own file; a transposed one PEFT has not."""
+def test_convolutions_in_both_directions(tmp_path):
+    """PEFT and load read each other's convolutions; a transposed convolution, which PEFT has not, is refused."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1))
     model, x = li.inject(copy.deepcopy(base), "all-conv", r=2), torch.randn(2, 3, 8, 8)
@@ -322,16 +323,16 @@ def test_convolutions_both_ways(tmp_path):
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     with torch.no_grad():
         assert torch.allclose(theirs(x), model(x), atol=1e-5)
-        made = peft_model(base, target_modules=["0", "1"], r=2, lora_alpha=4)
-        made.save_pretrained(tmp_path / "theirs")
-        assert torch.allclose(li.load(copy.deepcopy(base), tmp_path / "theirs")(x), made(x), atol=1e-5)
+        saved = peft_model(base, target_modules=["0", "1"], r=2, lora_alpha=4)
+        saved.save_pretrained(tmp_path / "theirs")
+        assert torch.allclose(li.load(copy.deepcopy(base), tmp_path / "theirs")(x), saved(x), atol=1e-5)
     upward = li.inject(nn.Sequential(nn.ConvTranspose2d(3, 6, 3)), "all-conv", r=2)
     with pytest.raises(li.FileError, match=r"PEFT has no place for:\n  - 0: conv\^T"):
         li.save(upward, tmp_path / "up", format="peft")
 
 
-def test_what_peft_would_apply_wrongly_is_kept_from_it(tmp_path):
-    """Convolutions whose options PEFT passes over, and layers that it adapts in vain: our file holds them, PEFT finds no config."""
+def test_peft_gets_no_config_for_what_it_would_apply_wrongly(tmp_path):
+    """Adapters that PEFT would apply wrongly are saved without PEFT's config, and format="peft" refuses them."""
     circular = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"))
     attention = nn.Sequential(nn.MultiheadAttention(4, 2))
     for model, target, reason in (

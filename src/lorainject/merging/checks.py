@@ -58,7 +58,7 @@ def _why_not_mergeable(
             f"its weight is {tuple(weight.shape)} now, but A and B were made for another shape (resized since inject?)"
         )
     if weight.is_meta or any(p.is_meta for adapter in adapters for p in adapter.parameters()):
-        return "lies on the meta device (offloaded, or never loaded): bring it back first"
+        return "is on the meta device (offloaded, or never loaded): bring it back first"
     if w.key in ties:
         return (
             f"its weight is tied to {', '.join(ties[w.key])}, which the merge would change as well"
