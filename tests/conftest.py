@@ -1,4 +1,4 @@
-"""Settings of all tests: how many examples Hypothesis draws, that nothing is downloaded, and that nothing need be compiled.
+"""Settings of all tests: how many examples Hypothesis draws, and that nothing is downloaded or compiled.
 
 Profiles (`scripts/test --hypothesis-profile=NAME`):
 

@@ -1,4 +1,4 @@
-"""The house: what is public, which room may import which (docs/architecture.md), what an import loads, what docs name."""
+"""The house: public names, which room may import which (docs/architecture.md), and that documents name what exists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Room(NamedTuple):
 
 
 def documented_rooms() -> dict[str, Room]:
-    """Return the rooms by name, as docs/architecture.md shows them: | floor | `room` | what it is | `imports`, ... |."""
+    """Return the rooms by name, from the table | floor | `room` | what it is | `imports`, ... | of the page."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \| .* \|(.*)\|$", page, flags=re.MULTILINE)
     return {room: Room(int(floor), frozenset(re.findall(r"`(\w+)`", imports))) for floor, room, imports in rows}
@@ -75,7 +75,7 @@ def test_imports_point_to_lower_floors(module):
 
 
 def test_architecture_page_lists_every_room_and_its_imports():
-    """The table of docs/architecture.md has the rooms that there are, with the imports that they have, on ten floors."""
+    """The table of docs/architecture.md has all rooms, with the imports that they have, on ten floors."""
     imports: dict[str, set[str]] = {room_of(module): set() for module in FILES}
     for module, path in FILES.items():
         imports[room_of(module)] |= set(map(room_of, imported_modules(path))) - {room_of(module)}
@@ -90,7 +90,7 @@ def test_no_import_circle():
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_pages_name_real_files_and_functions(page):
-    """Every path in backticks exists, and so does each function or class that is named with its file, as `file: name`."""
+    """Every path in backticks exists, and so does every function or class that is named as `file: name`."""
     text = (ROOT / page).read_text()
     for path, name in re.findall(r"`([\w./-]+\.py)(?:: ([\w.]+))?`", text):
         file = next((f for f in (ROOT / path, SOURCE / path) if f.exists()), None)

@@ -73,7 +73,7 @@ def is_close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance)
 
 
-# --- inject and eject --------------------------------------------------------------------------------------------------
+# --- inject and eject -------------------------------------------------------------------------------------------------
 
 
 @on_every_model
@@ -127,7 +127,7 @@ def test_adapted_layer_computes_the_formula(case):
         assert torch.allclose(case.output(case.model.eval()).double(), plain.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-# --- all or nothing ----------------------------------------------------------------------------------------------------
+# --- all or nothing ---------------------------------------------------------------------------------------------------
 
 
 @on_random_trees
@@ -248,7 +248,7 @@ def test_every_interrupt_can_happen(verb, function):
         verb(model, **({"targets": ["0", "1"]} if verb is li.inject else {"strict": True} if verb is li.merge else {}))
 
 
-# --- merge and unmerge -------------------------------------------------------------------------------------------------
+# --- merge and unmerge ------------------------------------------------------------------------------------------------
 
 
 @on_every_model
@@ -312,7 +312,7 @@ def test_unmerge_restores_every_bit_after_many_merges(merges, dtype):
 
 @on_every_model
 def test_merged_output_agrees(case):
-    """Law 10: the merged model is as close to the exact output (float32) as the model with adapters, within rounding."""
+    """Law 10: the merged model is as close to the exact output (float32) as the unmerged one, within rounding."""
     li.inject(case.model, **case.settings)
     randomize(case.model, std=0.3)
     case.model.eval()
@@ -326,7 +326,7 @@ def test_merged_output_agrees(case):
     assert merged_error <= max(4 * error, ROUNDING[y.dtype] * max(1.0, float(exact.abs().max())))
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @on_every_model
