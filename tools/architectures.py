@@ -260,7 +260,7 @@ def alive(gradient: Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def randomise(sited: list[Site], base: nn.Module) -> None:
+def randomize(sited: list[Site], base: nn.Module) -> None:
     """A and B as if trained, and large: B about 0.2 of the weight's deviation."""
     g = torch.Generator().manual_seed(3)
     for site in sited:
@@ -320,7 +320,7 @@ def check_ours(base: nn.Module, inputs: Inputs, noise: float) -> dict[str, Any]:
         row |= share(base, seen, [s.name for s in sited], set(row["left_out"]))
         if (d := apart(outputs(model, inputs), want)) > max(EXACT, 3 * noise):
             raise Wrong(f"law 1: the output right after inject is off by {d:.1g}")
-        randomise(sited, base)
+        randomize(sited, base)
         row |= against_oracle(base, model, sites(model), inputs, noise)
         row |= check_probe(model, inputs, row)
         check_files(base, model, inputs, noise)
@@ -465,7 +465,7 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
             raise Wrong(f"merge refused: {_why(e)}") from None
         rest = clone(base)
         inject(rest, [*excluded, *tied])
-        randomise(sites(rest), base)
+        randomize(sites(rest), base)
         return check_merge(base, rest, inputs, noise, [*excluded, *tied]) | {"tied": len(tied)}
     got = outputs(model, inputs)
     dense, _ = oracle(base, deltas)
@@ -504,7 +504,7 @@ def check_half(base: nn.Module) -> str:
     """merge and unmerge in bfloat16 give every bit back."""
     model = clone(base).bfloat16()
     inject(model)
-    randomise(sites(model), model)
+    randomize(sites(model), model)
     first = {n: t.clone() for n, t in flat(model).items()}
     try:
         li.merge(model)

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 import lorainject as li
 
 from compilers import needs_compiler
-from models import bits, ids, llama, randomise, run, state
+from models import bits, ids, llama, randomize, run, state
 from moe_models import mixtral, moe_model, moe_output
 
 X = {"input_ids": ids(), "use_cache": False}
@@ -29,7 +29,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
 def adapted(model: nn.Module | None = None) -> nn.Module:
     """Return a model with adapters that change its output."""
     model = li.inject(llama() if model is None else model, TARGETS, r=4, alpha=8)
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -146,7 +146,7 @@ def test_torch_compile_makes_one_graph_that_follows_every_change(base, expected)
     model = adapted(base)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(**X).logits, expected, atol=1e-5)
-    randomise(model, seed=5)
+    randomize(model, seed=5)
     assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
     with li.disabled(model):
         assert torch.allclose(compiled(**X).logits, run(model, X), atol=1e-5)
@@ -193,7 +193,7 @@ def test_inject_reaches_into_a_compiled_model(base, expected):
     run(compiled, X)
     assert {s.path for s in li.find(compiled, ["q_proj"])} == {s.path for s in li.find(base, ["q_proj"])}
     li.inject(compiled, TARGETS, r=4, alpha=8)
-    randomise(base)
+    randomize(base)
     assert torch.allclose(run(compiled, X), expected, atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_deepcopy_is_independent(base, expected):
     twin = copy.deepcopy(model)
     assert type(twin.model.layers[0].self_attn.q_proj) is type(model.model.layers[0].self_attn.q_proj)
     li.activate(model)
-    randomise(model, seed=9)
+    randomize(model, seed=9)
     assert torch.equal(run(twin, X), expected)
     li.eject(twin)
     assert li.find(twin, TARGETS)
@@ -329,7 +329,7 @@ def test_a_module_at_two_paths_has_one_adapter(tmp_path):
     (site,) = li.find(model, ["second"], r=2)
     assert (site.path, site.aliases) == ("first", ("second",))
     li.inject(model, ["second"], r=2)
-    randomise(model)
+    randomize(model)
     w = model.first.weight + (model.first.lora["default"].B @ model.first.lora["default"].A)
     x = torch.randn(3, 6)
     once = x @ w.T + model.first.bias
@@ -345,7 +345,7 @@ def test_an_adapter_on_a_tied_weight_leaves_the_other_user_alone():
     model = llama(tie_word_embeddings=True)
     before = state(model)
     li.inject(model, ["embed_tokens"], r=2)
-    randomise(model)
+    randomize(model)
     hidden = torch.randn(2, 32)
     assert torch.equal(model.lm_head(hidden), hidden @ model.lm_head.weight.T)
     middle = state(model)
@@ -485,7 +485,7 @@ def test_sharded_experts_compute_the_same(implementation):
     from torch.distributed.fsdp import fully_shard
 
     model = li.inject(moe_model(mixtral, implementation), ["experts", "q_proj"], r=4)
-    randomise(model)
+    randomize(model)
     plain, mesh = copy.deepcopy(model), init_device_mesh("cpu", (1,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
@@ -506,7 +506,7 @@ def test_offloaded_weights_that_a_parent_reads_are_adapted(target):
     torch.manual_seed(0)
     model = MambaModel(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
     li.inject(model, [target], r=2)
-    randomise(model)
+    randomize(model)
     expected = model(ids()).last_hidden_state
     cpu_offload(model, execution_device="cpu")
     assert torch.allclose(model(ids()).last_hidden_state, expected, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import nn
 
 import lorainject as li
 
-from models import bits, gpt2, ids, llama, randomise, run
+from models import bits, gpt2, ids, llama, randomize, run
 from moe_models import gpt_oss, mixtral, moe_model, moe_output
 
 X = {"input_ids": ids()}
@@ -102,7 +102,7 @@ def test_peft_reads_what_save_wrote(name, tmp_path):
     base = build()
     fresh = [copy.deepcopy(base) for _ in range(2)]
     li.inject(base, targets, r=4, alpha=8, overrides={targets[1]: {"r": 2, "alpha": 3}})
-    randomise(base)
+    randomize(base)
     path = li.save(base, tmp_path / "a")
     assert torch.allclose(run(PeftModel.from_pretrained(fresh[0], path), X), run(base, X), atol=1e-5)
     fresh[1].load_adapter(str(path))
@@ -116,7 +116,7 @@ def test_auto_peft_model_reads_what_save_wrote(base, tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = type(base).from_pretrained(tmp_path / "base")
     li.inject(model, ["q_proj"], r=4)
-    randomise(model)
+    randomize(model)
     path = li.save(model, tmp_path / "a")
     assert torch.allclose(run(AutoPeftModelForCausalLM.from_pretrained(path).eval(), X), run(model, X), atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_peft_reads_an_adapted_embedding(base, tmp_path):
     """PEFT reads an adapted embedding; the file does not hold the base embedding, as PEFT's own file does."""
     fresh = copy.deepcopy(base)
     li.inject(base, ["embed_tokens"], r=4)
-    randomise(base)
+    randomize(base)
     path = li.save(base, tmp_path / "a")
     theirs = PeftModel.from_pretrained(fresh, path)
     assert torch.allclose(run(theirs, X), run(base, X), atol=1e-5)
@@ -187,7 +187,7 @@ def test_unmerge_does_not_drift(base):
     theirs.unmerge_adapter()
     assert not torch.equal(theirs.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight, before)
     li.inject(base, ["q_proj"], r=4)
-    randomise(base)
+    randomize(base)
     bits_before = bits(base.model.layers[0].self_attn.q_proj.weight)
     li.merge(base)
     assert bits(base.model.layers[0].self_attn.q_proj.weight) != bits_before
@@ -199,7 +199,7 @@ def test_nan_leaves_nothing_half_merged(base):
     """With a NaN in the second layer, PEFT leaves the first layer merged; merge here changes nothing."""
     theirs = peft_model(base, target_modules=["q_proj"])
     li.inject(base, ["q_proj"], r=4)
-    randomise(base)
+    randomize(base)
     for model in (theirs.base_model.model, base):
         q = model.model.layers[1].self_attn.q_proj
         with torch.no_grad():
@@ -229,7 +229,7 @@ def test_a_merge_into_a_tied_embedding_is_refused():
 def test_another_base_with_the_same_shapes_is_refused(base, tmp_path):
     """PEFT loads an adapter onto a base that it was not made for; load here refuses it by the fingerprint."""
     li.inject(base, ["q_proj"], r=4)
-    randomise(base)
+    randomize(base)
     path = li.save(base, tmp_path / "a")
     torch.manual_seed(1)
     other = llama()
@@ -304,7 +304,7 @@ def test_peft_reads_stacked_experts(build, targets, settings, tmp_path):
     """Stacked experts, stored either way, are saved in PEFT's layout, and PEFT computes the same."""
     base = moe_model(build)
     model = li.inject(copy.deepcopy(base), targets, r=3, alpha=6, **settings)
-    randomise(model)
+    randomize(model)
     li.save(model, tmp_path, format="peft")
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_convolutions_in_both_directions(tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 1))
     model, x = li.inject(copy.deepcopy(base), "all-conv", r=2), torch.randn(2, 3, 8, 8)
-    randomise(model)
+    randomize(model)
     li.save(model, tmp_path / "ours")
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     with torch.no_grad():
@@ -341,7 +341,7 @@ def test_peft_gets_no_config_for_what_it_would_apply_wrongly(tmp_path):
     ):
         fresh = copy.deepcopy(model)
         li.inject(model, [target], r=2)
-        randomise(model)
+        randomize(model)
         folder = li.save(model, tmp_path / target)
         assert not (folder / "adapter_config.json").exists()
         li.load(fresh, folder)

@@ -168,7 +168,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, name: str = "default", std: float = 0.1, seed: int = 0) -> None:
+def randomize(model: nn.Module, name: str = "default", std: float = 0.1, seed: int = 0) -> None:
     """Give an adapter random values, as if it were trained: B is zero after inject."""
     g = torch.Generator().manual_seed(seed)
     for path, p in model.named_parameters():
