@@ -1,10 +1,12 @@
-"""Every architecture of the installed transformers under lorainject, and under PEFT: what is adapted, and whether it is right.
+"""Every architecture of the installed transformers under lorainject, and under PEFT: what is adapted, and whether it is
+right.
 
-    python tools/architectures.py llama --json         one type, as JSON
-    python tools/architectures.py --all                every type, each in a process of its own; writes docs/architectures.md
-    python tools/architectures.py --all --resume FILE  goes on where an interrupted run stopped (its lines are in FILE)
+    python tools/architectures.py llama --json         one type, as JSON python tools/architectures.py --all
+    every type, each in a process of its own; writes docs/architectures.md python tools/architectures.py --all --resume
+    FILE  goes on where an interrupted run stopped (its lines are in FILE)
 
-The models are those of tests/support/zoo.py: tiny, with random weights. What is right is decided by a dense oracle, which shares
+The models are those of tests/support/zoo.py: tiny, with random weights. What is right is decided by a dense oracle,
+which shares
 nothing with the library: a copy of the base whose weights are W0 + s B A, formed here. Its outputs must be the adapted
 model's, and <dL/dW, s B A>, differentiated, must give the gradients of A and B.
 """
@@ -43,8 +45,8 @@ from feed import tensors
 from models import state
 
 ROOT = Path(__file__).parent.parent
-# Relative to an output's largest number: where only the order of sums may differ (by how memory is aligned: EfficientLoFTR right after
-# inject is off by 1.6e-6 in float32, by 0 in float64), and where the rounding may.
+# Relative to an output's largest number: where only the order of sums may differ (by how memory is aligned:
+# EfficientLoFTR right after inject is off by 1.6e-6 in float32, by 0 in float64), and where the rounding may.
 EXACT, CLOSE = 5e-6, 1e-5
 Inputs = Mapping[str, Any]
 
@@ -53,7 +55,7 @@ class Wrong(Exception):
     """A check that did not hold; the message is the reason."""
 
 
-# --- running and comparing ---------------------------------------------------------------------------------------------
+# --- running and comparing ------------------------------------------------------------------------------------------
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -68,7 +70,8 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def apart(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest difference, relative to the largest number of the tensor it is in; inf if shapes or non-finite places differ."""
+    """The largest difference, relative to the largest number of the tensor it is in; inf if shapes or non-finite places
+    differ."""
     if [t.shape for t in got] != [t.shape for t in want]:
         return math.inf
     worst = 0.0
@@ -92,7 +95,8 @@ def loss(out: list[Tensor]) -> Tensor:
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A deep copy. What a forward with gradients left on a module (a recurrent state) is cut off from its graph first."""
+    """A deep copy. What a forward with gradients left on a module (a recurrent state) is cut off from its graph
+    first."""
     for module in model.modules():
         for key, value in module.__dict__.items():
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -116,22 +120,25 @@ def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-# --- which parameters are weights of a matrix product ------------------------------------------------------------------
+# --- which parameters are weights of a matrix product ---------------------------------------------------------------
 
 
 class Products(TorchDispatchMode):
     """Watches a forward for the parameters that get into a matrix product (`matmul`) or a convolution (`conv`).
 
-    A parameter is followed through views (they share its storage) and through the operations that only move or cast it. Where
-    both factors come from parameters (learned queries under a projection), the second one is the weight.
+    A parameter is followed through views (they share its storage) and through the operations that only move or cast it.
+    Where both factors come from parameters (learned queries under a projection), the second one is the weight.
     """
 
     MOVES = (
-        "clone", "_to_copy", "copy", "cat", "stack", "index", "index_select", "gather", "take_along_dim", "contiguous", "permute", "repeat", "flip",
-        "roll", "constant_pad_nd", "_reshape_copy", "view_copy", "transpose_copy", "expand_copy", "detach_copy", "unsqueeze_copy",
+        "clone", "_to_copy", "copy", "cat", "stack", "index", "index_select", "gather", "take_along_dim",
+        "contiguous", "permute", "repeat", "flip",
+        "roll", "constant_pad_nd", "_reshape_copy", "view_copy", "transpose_copy", "expand_copy", "detach_copy",
+        "unsqueeze_copy",
     )  # fmt: skip
     MATMUL = (
-        "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "_grouped_mm", "_scaled_mm", "linear", "matmul", "_addmm_activation",
+        "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "_grouped_mm", "_scaled_mm", "linear", "matmul",
+        "_addmm_activation",
         "mkldnn_rnn_layer", "lstm", "gru", "rnn_tanh", "rnn_relu", "_thnn_fused_lstm_cell",
     )  # fmt: skip
     PLUS = ("addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation")  # whose first argument is only added
@@ -187,12 +194,13 @@ def observe(model: nn.Module, inputs: Inputs) -> Products:
     return seen
 
 
-# --- the dense oracle --------------------------------------------------------------------------------------------------
+# --- the dense oracle -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted weight: its module and name in the base, A and B, and the delta in the weight's shape as a function of them."""
+    """One adapted weight: its module and name in the base, A and B, and the delta in the weight's shape as a function
+    of them."""
 
     path: str
     parameter: str
@@ -206,7 +214,8 @@ class Site:
 
 
 def sites(model: nn.Module, name: str = "default") -> list[Site]:
-    """Where adapters sit, from the modules themselves. s B A is formed here; of the library's own deltas only the layout is taken."""
+    """Where adapters sit, from the modules themselves. s B A is formed here; of the library's own deltas only the
+    layout is taken."""
     found = []
     theirs = [delta for *_, delta in li.deltas(model)]
     for path, module in model.named_modules():
@@ -270,11 +279,12 @@ def randomize(sited: list[Site], base: nn.Module) -> None:
         site.B.copy_(torch.randn(site.B.shape, generator=g) * (0.2 * std if math.isfinite(std) and std else 0.02))
 
 
-# --- our checks --------------------------------------------------------------------------------------------------------
+# --- our checks -----------------------------------------------------------------------------------------------------
 
 
 def inject(model: nn.Module, without: list[str] | None = None) -> dict[str, Any]:
-    """all-linear, or all-conv for a model without linears. What is refused by name is excluded, so that the rest can be seen."""
+    """all-linear, or all-conv for a model without linears. What is refused by name is excluded, so that the rest can be
+    seen."""
     found: dict[str, Any] = {"targets": "all-linear", "excluded": list(without or [])}
     modules = {path for path, _ in model.named_modules() if path}
     for _ in range(5):
@@ -341,7 +351,8 @@ def check_ours(base: nn.Module, inputs: Inputs, noise: float) -> dict[str, Any]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """ok, refused (in whole, or what was excluded), unreached, wrong, or error: something was raised that says nothing to a user."""
+    """ok, refused (in whole, or what was excluded), unreached, wrong, or error: something was raised that says nothing
+    to a user."""
     reason = row.get("reason", "")
     if re.match(r"\w+(Error|Exception): ", reason):
         return "error"
@@ -351,7 +362,8 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def share(base: nn.Module, seen: Products, adapted: list[str], out: set[str]) -> dict[str, Any]:
-    """Of the parameters in matrix products, those that are adapted: without heads and routers left out by design, and with."""
+    """Of the parameters in matrix products, those that are adapted: without heads and routers left out by design, and
+    with."""
     canonical = {id(p): n for n, p in base.named_parameters()}
     size = {n: p.numel() for n, p in base.named_parameters()}
     every = list(base.named_parameters(remove_duplicate=False))
@@ -380,7 +392,8 @@ def doubled(inputs: Inputs) -> dict[str, Any]:
 def against_oracle(
     base: nn.Module, model: nn.Module, sited: list[Site], inputs: Inputs, noise: float
 ) -> dict[str, Any]:
-    """Outputs and gradients. Where it may be float32's rounding that is large (it moves a choice of experts), float64 decides."""
+    """Outputs and gradients. Where it may be float32's rounding that is large (it moves a choice of experts), float64
+    decides."""
     try:
         return _against_oracle(base, model, sited, inputs, max(CLOSE, 3 * noise), 1e-3)
     except Wrong as e:
@@ -453,7 +466,8 @@ def check_probe(model: nn.Module, inputs: Inputs, row: Mapping[str, Any]) -> dic
 
 
 def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float, excluded: list[str]) -> dict[str, Any]:
-    """merge keeps the outputs, writes the oracle's weights, and unmerge gives W0 back. Tied weights are refused, and then left out."""
+    """merge keeps the outputs, writes the oracle's weights, and unmerge gives W0 back. Tied weights are refused, and
+    then left out."""
     want, deltas = outputs(model, inputs), [(s.path, s.parameter, s.delta().detach()) for s in sites(model)]
     first = {n: t.clone() for n, t in flat(model).items()}
     close = max(CLOSE, 3 * noise)
@@ -488,7 +502,8 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
 
 
 def _merges_in_float64(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether merging keeps the outputs in float64: some bases (swinv2, vits) are themselves 2e-5 off theirs in float32."""
+    """Whether merging keeps the outputs in float64: some bases (swinv2, vits) are themselves 2e-5 off theirs in
+    float32."""
     wide = clone(model)
     li.unmerge(wide)
     wide.double()
@@ -526,7 +541,7 @@ def check_files(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float)
             raise Wrong(f"loaded: the output differs by {d:.1g}")
 
 
-# --- PEFT's --------------------------------------------------------------------------------------------------------------
+# --- PEFT's ---------------------------------------------------------------------------------------------------------
 
 
 def check_peft(base: nn.Module, inputs: Inputs, noise: float, left_out: set[str]) -> dict[str, Any]:
@@ -591,7 +606,7 @@ def check_peft(base: nn.Module, inputs: Inputs, noise: float, left_out: set[str]
     return row
 
 
-# --- one type ------------------------------------------------------------------------------------------------------------
+# --- one type -------------------------------------------------------------------------------------------------------
 
 
 def examine(model_type: str, peft: bool = True) -> dict[str, Any]:
@@ -618,7 +633,7 @@ def examine(model_type: str, peft: bool = True) -> dict[str, Any]:
     return row | {"verdict": row["ours"]["verdict"], "seconds": round(time.monotonic() - start, 1)}
 
 
-# --- all of them ---------------------------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------------------------
 
 
 def _child(model_type: str, out: Any, memory: int) -> None:
@@ -641,7 +656,8 @@ def _child(model_type: str, out: Any, memory: int) -> None:
 
 
 def examine_all(names: Iterable[str], jobs: int, seconds: float, record: Callable[[dict[str, Any]], None]) -> None:
-    """Each type in a fresh process, so many at a time, each for at most so many seconds and with 12 GiB of addresses."""
+    """Each type in a fresh process, so many at a time, each for at most so many seconds and with 12 GiB of
+    addresses."""
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(
@@ -698,9 +714,11 @@ def report(rows: list[dict[str, Any]], command: str) -> str:
     def exact(of: list[dict[str, Any]]) -> str:
         return f"{sum(bool(r.get('exact')) for r in of)} of {sum('exact' in r for r in of)}"
 
-    verdicts = {"ok": "every check holds", "refused": "refused by name, in whole or in part", "unreached": "adapters that silently do nothing",
+    verdicts = {"ok": "every check holds", "refused": "refused by name, in whole or in part",
+                "unreached": "adapters that silently do nothing",
                 "wrong": "another check failed", "error": "raised"}  # fmt: skip
-    versions = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    packages = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__}"
+    versions = f"{packages}, Python {platform.python_version()}"
     lines = [
         INTRO.format(versions=versions, own=li.__version__, command=command),
         "| | lorainject | PEFT |", "|---|---|---|",
@@ -729,16 +747,19 @@ def report(rows: list[dict[str, Any]], command: str) -> str:
 
 INTRO = """# Architectures
 
-Every model type that transformers knows, tiny and with random weights (`tests/support/zoo.py`), under lorainject {own} and under PEFT:
+Every model type that transformers knows, tiny and with random weights (`tests/support/zoo.py`), under lorainject
+{own} and under PEFT:
 {versions}. Made by `{command}`.
 
-Both adapt `all-linear` with r = 4, get random A and B, and are compared with a dense oracle, a copy of the base with the weights W0 + s B A.
-`ok` means: the output right after injecting is the base's; outputs, and the gradients of every A and B, are the oracle's; merge, unmerge (to
-the bit, also in bfloat16), save, load and eject hold. For PEFT: output, live gradients, load, merge; whether unmerge was exact is counted.
+Both adapt `all-linear` with r = 4, get random A and B, and are compared with a dense oracle, a copy of the base
+with the weights W0 + s B A. `ok` means: the output right after injecting is the base's; outputs, and the gradients
+of every A and B, are the oracle's; merge, unmerge (to the bit, also in bfloat16), save, load and eject hold. For
+PEFT: output, live gradients, load, merge; whether unmerge was exact is counted.
 
-*share*: of the parameters that a forward was seen to use in matrix products, those adapted, by number of elements; heads and routers that
-lorainject leaves out by design are not counted (under *all* they are). *conv*: the same of convolutions. A site is *dead* if the base's own
-weight has no gradient in this forward. *float64*: in float32 rounding moved a choice, in float64 all agrees.
+*share*: of the parameters that a forward was seen to use in matrix products, those adapted, by number of elements;
+heads and routers that lorainject leaves out by design are not counted (under *all* they are). *conv*: the same of
+convolutions. A site is *dead* if the base's own weight has no gradient in this forward. *float64*: in float32
+rounding moved a choice, in float64 all agrees.
 """
 
 
