@@ -359,7 +359,7 @@ def _samples(feed: Feed, names: list[str], m: re.Match[str]) -> bool:
 
 
 @_on_error(r"normalized_shape=\[(\d+)\]")
-def _normalised(feed: Feed, names: list[str], m: re.Match[str]) -> bool:
+def _normalized_shape(feed: Feed, names: list[str], m: re.Match[str]) -> bool:
     return "input_features" in names and _set(feed, mel=int(m[1]), features="time, mel")
 
 
