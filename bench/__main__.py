@@ -1,4 +1,4 @@
-"""The command: run rows, print them, write them down."""
+"""The command: run rows, print them, and write them to files."""
 
 from __future__ import annotations
 

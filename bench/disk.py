@@ -1,9 +1,9 @@
-"""Merging on disk beside `cp -r` and beside PEFT's load + merge + save.
+"""Merging on disk, compared with `cp -r` and with PEFT's load, merge and save.
 
-The checkpoints are Llama- and Mixtral-shaped and random, made on the spot in bfloat16, with a rank-16 adapter on every
-linear. Each run is a process of its own with all cores; taken are wall time without the imports, and how far the
-process's memory (peak resident set) grew. Source files are in the page cache; all three end with an fsync of what they
-wrote (PEFT's own save does none: it is given one).
+The checkpoints are random, in bfloat16, shaped like Llama and Mixtral, with a rank-16 adapter on every linear layer.
+Every run has a fresh process with all cores. Measured are the wall time without the imports, and how far the resident
+set of the process grows at its peak. The source files are in the page cache, and all three end with an fsync of what
+they wrote (PEFT's own save does none, so it is given one).
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ def merge(setup: Setup) -> Iterator[Figure]:
             mib: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(min(setup.rounds, most_rounds)):
                 for way in random.sample(list(WAYS), len(WAYS)):
-                    found = in_fresh_process(one, way, base, lora, Path(name, way))
-                    seconds[way].append(found[0]), mib[way].append(found[1])
+                    took, grew = in_fresh_process(one, way, base, lora, Path(name, way))
+                    seconds[way].append(took)
+                    mib[way].append(grew)
                 differ = None if experts else agreed(Path(name, "ours"), Path(name, "PEFT"))
                 for way in WAYS:
                     shutil.rmtree(Path(name, way))
@@ -158,12 +159,12 @@ def merge(setup: Setup) -> Iterator[Figure]:
                 case=case, metric=metric, value=times.ratio("ours", "PEFT"), beside=beside, limit=copy, differ=differ
             )
             yield Figure(case=case, metric="T / cp's", value=times.ratio("ours", "cp"), beside=beside, limit="1")
-            most = {way: statistics.median(found) for way, found in mib.items()}
+            median = {way: statistics.median(values) for way, values in mib.items()}
             yield Figure(
                 case=case,
                 metric="growth, MiB",
-                value=exact_value(most["ours"]),
-                beside=f"PEFT {most['PEFT']:.0f} MiB",
+                value=exact_value(median["ours"]),
+                beside=f"PEFT {median['PEFT']:.0f} MiB",
                 limit="a tile: 1",
             )
 
@@ -193,12 +194,10 @@ ROWS = (
             "growth, MiB": Goal(100, 48),
         },
         measure=merge,
-        bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here; beside them every"
-        " adapted tensor is read, folded"
-        " and written once, by two threads that wait for Python's lock a third of their time. A disk that others write"
-        " to as well may be four times"
-        " as slow from one minute to the next; the quartiles show where it was. The memory is the threads' tiles, and"
-        " what torch and transformers"
-        " build the model's skeleton of: A and B lie in a temporary file, and are mapped while they are used.",
+        bound="The copy and its fsync, which alone take the share of PEFT's time that `cp` has here. Every adapted"
+        " tensor is also read, merged and written once, by two threads that wait for Python's lock a third of their"
+        " time. A disk that others write to may be four times as slow from one minute to the next; the quartiles show"
+        " where it was. The memory is the tiles of the threads, and the skeleton of the model in transformers: A and"
+        " B lie in a temporary file, and are mapped while they are used.",
     ),
 )

@@ -1,7 +1,7 @@
-"""One layer of stacked experts, one token: the base, ours and PEFT's.
+"""One layer of stacked experts and one token: the base, ours and PEFT's.
 
-Qwen3-MoE's block with 64 experts, 8 a token, hidden size 512, by each of the model library's implementations of
-experts.
+The layer is Qwen3-MoE's block with 64 experts, 8 per token, and hidden size 512, by each of the implementations of
+experts in transformers.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ def token(setup: Setup) -> Iterator[Figure]:
                 limit="the base, and the A and B of 8 experts",
                 why=partial(profile_excess, calls["ours"], calls["base"], setup),
             )
-            most = {who: float(max(allocations(call.call))) for who, call in calls.items()}
+            largest = {who: float(max(allocations(call.call))) for who, call in calls.items()}
             stack = min(models["base"].mlp.experts.get_parameter(p.rpartition(".")[2]).nbytes for p in PARAMETERS)
-            share = exact_value(most["ours"] / stack)
+            share = exact_value(largest["ours"] / stack)
             yield Figure(
-                case=case, metric="largest allocation / the smaller stack", value=share, beside=mebibytes(most)
+                case=case, metric="largest allocation / the smaller stack", value=share, beside=mebibytes(largest)
             )
     for dtype in setup.dtypes:
         mib = {who: process_growth(step, who, dtype) for who in ("base", "ours", "PEFT")}
@@ -112,8 +112,7 @@ ROWS = (
         limit="base, and each used A and B read once",
         goals={"T / T(base)": Goal(2, 1.3), "largest allocation / the smaller stack": Goal(0.999)},
         measure=token,
-        bound="Small products and the dispatch of torch functions to the symbolic weight: per expert of a token two"
-        " more pairs of products of rank 8,"
-        " beside a base that is done in a few milliseconds.",
+        bound="Small products, and the dispatch of torch functions to the lazy weight: two more pairs of products of"
+        " rank 8 per expert of a token, with a base that takes a few milliseconds.",
     ),
 )

@@ -1,9 +1,9 @@
-"""One linear layer: forward, training step, what is saved for backward, and q, k, v that share an x.
+"""One linear layer: forward, training step, what is saved for the backward, and q, k and v on one input.
 
-M = 512 tokens, d = 2048 (on a GPU M = 4096, d = 4096 and 14336). In training x needs a gradient, as within a model, so
-that the frozen linear's step is one product forward and one back; for the time it comes from another operator, as it
-does there (siblings share no leaf). Only where the processor has no fast bfloat16 product for the way back (it took 250
-times the forward's time on one), x needs none: nobody would see an adapter beside that. Such cases say "x a leaf".
+M = 512 tokens and d = 2048 (on a GPU M = 4096, d = 4096 and 14336). In training x needs a gradient, as within a model,
+so that the step of the frozen layer is one product forward and one back; x comes from another operator, as it does
+there. Where the processor has no fast bfloat16 product for the backward (on one it took 250 times the time of the
+forward), x needs no gradient, because no one would see an adapter beside that product. Such cases say "x a leaf".
 """
 
 from __future__ import annotations
@@ -57,13 +57,18 @@ def bare(model: Trio) -> dict[str, nn.Module]:
     }
 
 
+def ranks(setup: Setup) -> tuple[int, ...]:
+    """Return the ranks to measure."""
+    return (RANKS[0], RANKS[-1]) if setup.quick else RANKS
+
+
 def outputs_agree(blocks: dict[str, nn.Module], x: Tensor) -> float:
     """Return how far our output is from PEFT's, after a check of loralib's."""
     with torch.no_grad():
-        found = {who: block(x) for who, block in blocks.items()}
-    for who in found.keys() & {"loralib", TORCH}:
-        agree(found[who], found["PEFT"], x.dtype)
-    return agree(found["ours"], found["PEFT"], x.dtype)
+        outputs = {who: block(x) for who, block in blocks.items()}
+    for who in outputs.keys() & {"loralib", TORCH}:
+        agree(outputs[who], outputs["PEFT"], x.dtype)
+    return agree(outputs["ours"], outputs["PEFT"], x.dtype)
 
 
 def limit(k: int, n: int, r: int, part: float) -> str:
@@ -78,7 +83,7 @@ def rank(r: int) -> str:
 
 def forward(setup: Setup) -> Iterator[Figure]:
     """Measure a forward, and the peak of its memory, at every rank."""
-    for (m, k, n), dtype, r in product(shapes(setup), setup.dtypes, RANKS):
+    for (m, k, n), dtype, r in product(shapes(setup), setup.dtypes, ranks(setup)):
         model, x = (
             trio(Block(["q_proj"], k, n, dtype, setup.device), ["q_proj"], r=r),
             torch.randn(m, k, dtype=dtype, device=setup.device),
@@ -97,12 +102,12 @@ def forward(setup: Setup) -> Iterator[Figure]:
             differ=differ,
             why=partial(profile_excess, calls["ours"], calls["base"], setup),
         )
-        most = {who: peak(call, setup) for who, call in calls.items()}
+        peaks = {who: peak(call, setup) for who, call in calls.items()}
         yield Figure(
             case=case,
             metric="peak / base's",
-            value=exact_value(most["ours"] / most["base"]),
-            beside=mebibytes(most),
+            value=exact_value(peaks["ours"] / peaks["base"]),
+            beside=mebibytes(peaks),
             limit="y alone",
         )
 
@@ -133,14 +138,14 @@ def training(
     g = torch.randn(m, n, dtype=dtype, device=setup.device)
     inner = setup.cuda or has_fast_way_back(dtype)
     x = torch.randn(m, k, dtype=dtype, device=setup.device, requires_grad=inner)
-    found = {}
+    grads = {}
     for who in ("ours", "PEFT"):
         x.grad = None
         step(x, g, blocks[who])
-        found[who] = [
+        grads[who] = [
             p.grad for p in (*([x] if inner else []), *(p for p in blocks[who].parameters() if p.requires_grad))
         ]
-    differ = max(outputs_agree(blocks, x), agree(found["ours"], found["PEFT"], dtype))
+    differ = max(outputs_agree(blocks, x), agree(grads["ours"], grads["PEFT"], dtype))
 
     def afresh(block: nn.Module) -> None:
         """Delete all gradients."""
@@ -162,22 +167,22 @@ def training(
         differ=differ,
         why=partial(profile_excess, calls["ours"], calls["base"], setup),
     )
-    most = {
+    peaks = {
         who: peak(Timed(partial(step, x, g, block), before=partial(afresh, block)), setup)
         for who, block in blocks.items()
     }
     yield Figure(
         case=case,
         metric=f"peak / frozen linear's{grouped}",
-        value=exact_value(most["ours"] / most["base"]),
-        beside=mebibytes(most),
+        value=exact_value(peaks["ours"] / peaks["base"]),
+        beside=mebibytes(peaks),
         limit="y, dx, x A^T and the gradients of A and B",
     )
 
 
 def train(setup: Setup) -> Iterator[Figure]:
     """Measure the training step of one layer, and of q, k and v on one input, at every rank."""
-    for names, (m, k, n), dtype, r in product((("q_proj",), QKV), shapes(setup), setup.dtypes, RANKS):
+    for names, (m, k, n), dtype, r in product((("q_proj",), QKV), shapes(setup), setup.dtypes, ranks(setup)):
         yield from training(setup, names, m, k, n, dtype, r)
 
 
@@ -224,20 +229,15 @@ def backward(setup: Setup) -> Iterator[Figure]:
 
 
 SLOW = (
-    "How much of it torch's own two products take, with nothing beside them, the column *at best* says: with 8 rows"
-    " (`mm`, `addmm_`) they run at a"
-    " fraction of a square product's rate, with 8 columns, as in PEFT, at half of that again (in fp32 a large y is"
-    " added to 16 tokens at a time,"
-    " `baddbmm_`, in half the time). x lies beyond the core's own cache. In bf16 A and B are cast, and a product costs"
-    " 20 us whatever its size;"
-    " on a processor without instructions for it, x is cast to fp32 for them, some rows at a time, and the term back."
-    " The rest is Python, most of"
-    " which is to find in memory what the base's product has driven out of the cache."
+    "How much of it torch's own two products take, with nothing beside them, the column *at best* says: with the rank"
+    " as one side (`mm`, `addmm_`) they run at a fraction of the rate of a square product. Up to rank 16 a large"
+    " float32 output is added to 16 tokens at a time (`baddbmm_`). x does not fit into the core's own cache. In"
+    " bfloat16 A and B are cast, and a product costs 20 us whatever its size; on a processor without instructions for"
+    " it, x is cast to float32, some rows at a time, and the term back. The rest is Python."
 )
 STEP = (
-    "A third of it is the products with A and B, six in each library, here with 8 rows, in PEFT three of them with 8"
-    " columns, which take twice as"
-    " long; another third is Python: a node of the graph, with a way back that is Python too."
+    "A third of it is the products with A and B, six in each library; another third is Python: a node of the graph,"
+    " whose backward is Python too."
 )
 
 ROWS = (
@@ -274,10 +274,8 @@ ROWS = (
             "q k v keep, in x's": Goal(None, 1.05),
         },
         measure=backward,
-        bound="With dropout autograd keeps the dropped x as well, for the gradient of A, and the mask; here the seed."
-        " In bf16 q, k, v share x;"
-        " the rest is x A^T, and where they share that too (not under the hooks that count here) A and B, cast to bf16"
-        " for each use.",
+        bound="With dropout, autograd keeps the dropped x as well, for the gradient of A, and the mask; we keep the"
+        " seed. In bfloat16 q, k and v share x; the rest is x A^T.",
         cuda=True,
     ),
 )

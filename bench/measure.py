@@ -1,9 +1,9 @@
 """How a figure is taken.
 
-All variants run once in every round, in random order; a figure is the median over the rounds of a ratio taken within
-the round, beside its quartiles. Time is the CPU time of this process with one intra-op thread, since other processes
-may share the machine, or CUDA events on a GPU. Memory is what torch's allocator hands out, event by event, or what the
-process grows by in a process of its own.
+All variants run once in every round, in random order. A figure is the median over the rounds of a ratio taken within
+the round, with its quartiles. Time is the CPU time of this process with one intra-op thread, because other processes
+may share the machine, or CUDA events on a GPU. Memory is what torch's allocator hands out, event by event, or what a
+fresh process grows by.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-WARM, MOST = 1, 201  # rounds that are not counted; rounds at most
-STEADY, PATIENCE = (
-    0.1,
-    5,
-)  # a rho's quartiles shall be no more than this share of it away, if that takes no longer than so many times `seconds`
-MATRIX = dict.fromkeys(
-    ["aten::mm", "aten::addmm", "aten::addmm_"], "mm and addmm"
-)  # the base's product may be one in the base and another in ours
+WARM, MOST = 1, 201
+"""Rounds that are not counted, and rounds at most."""
+STEADY, PATIENCE = 0.1, 5
+"""The quartiles of a rho shall lie within this share of it, unless that takes longer than so many times `seconds`."""
+MATRIX = dict.fromkeys(["aten::mm", "aten::addmm", "aten::addmm_"], "mm and addmm")
+"""Operators that count as one: the product of the base may be one in the base and another in ours."""
 Call = Callable[[], object]
 
 
@@ -50,12 +48,12 @@ class Setup:
     """How a run is done."""
 
     quick: bool = False
-    """Smaller sizes."""
+    """True for smaller sizes."""
     device: str = "cpu"
     rounds: int = 11
-    """At least so many,"""
+    """Rounds at least, ..."""
     seconds: float = 5.0
-    """and so long, for what is quick, and longer for a rho that is not steady yet."""
+    """... and seconds at least; a rho that is not steady yet takes longer."""
 
     @property
     def cuda(self) -> bool:
@@ -148,17 +146,17 @@ def interleaved(
         calls: The variants.
         setup: How many rounds and seconds, at least.
         clock: What times a call. None for the clock of the device.
-        once: True for what a process does once: freed memory goes back to the system before each call. Otherwise a call
-            finds what the last one left, and whether large temporaries have to be mapped anew, which can take longer
-            than the work, depends on what ran before.
+        once: True for what a process does once: freed memory goes back to the system before each call. Otherwise a
+            call finds what the last one left, and whether large temporaries have to be mapped anew, which can take
+            longer than the work, depends on what ran before.
         steady: True to go on until rho is steady, which its quartiles decide and not its value.
     """
     clock = clock or (_events if setup.cuda else _cpu)
-    found: dict[str, list[float]] = {who: [] for who in calls}
+    seconds: dict[str, list[float]] = {who: [] for who in calls}
     n, start = 0, time.perf_counter()
 
     def counted() -> Times:
-        return Times({who: seconds[WARM:] for who, seconds in found.items()})
+        return Times({who: times[WARM:] for who, times in seconds.items()})
 
     def enough(spent: float) -> bool:
         if n < setup.rounds + WARM or n >= MOST or spent < setup.seconds:
@@ -174,7 +172,7 @@ def interleaved(
             if once:
                 trim_heap()
             try:
-                found[who].append(clock(timed) / timed.number)
+                seconds[who].append(clock(timed) / timed.number)
             finally:
                 gc.enable()
             timed.after()
@@ -220,23 +218,23 @@ def peak(timed: Timed, setup: Setup) -> int:
         start = torch.cuda.memory_allocated()
         timed.call()
         torch.cuda.synchronize()
-        most = torch.cuda.max_memory_allocated() - start
+        highest = torch.cuda.max_memory_allocated() - start
     else:
-        most = now = 0
+        highest = now = 0
         for n in allocations(timed.call):
             now += n
-            most = max(most, now)
+            highest = max(highest, now)
     timed.after()
-    return most
+    return highest
 
 
 def saved(call: Call, model: nn.Module) -> int:
     """Return the bytes that the graph of a call keeps for its backward, every storage once, without the model's own."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    parameters = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no address is used twice
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in own:
+        if t.untyped_storage().data_ptr() not in parameters:
             kept[t.untyped_storage().data_ptr()] = t
         return t
 
@@ -295,7 +293,7 @@ def profile_excess(ours: Timed, base: Timed, setup: Setup) -> str:
     times = 3 if setup.quick else 7
     spent: tuple[list[Counter[str]], list[Counter[str]]] = ([], [])
     for _ in range(times):
-        for timed, found in zip((ours, base), spent, strict=True):
+        for timed, counts in zip((ours, base), spent, strict=True):
             timed.before()
             with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setup.cuda else [])]) as p:
                 timed.call()
@@ -305,7 +303,7 @@ def profile_excess(ours: Timed, base: Timed, setup: Setup) -> str:
                 counted[MATRIX.get(e.key, e.key)] += (
                     e.self_device_time_total if setup.cuda else e.self_cpu_time_total
                 ) / 1e3
-            found.append(counted)
+            counts.append(counted)
     keys = set().union(*spent[0], *spent[1])
     more = {
         key: statistics.median(c[key] for c in spent[0]) - statistics.median(c[key] for c in spent[1]) for key in keys

@@ -1,8 +1,8 @@
-"""Merge and unmerge in memory: the plain merge that keeps nothing, and the exact one, beside PEFT's and loralib's.
+"""Merge and unmerge in memory: the merge that keeps nothing, and the exact one, compared with PEFT's and loralib's.
 
-Each as in a process that merges once (see fresh, interleaved); the plain one also again and again, in memory that is
-mapped already. PEFT keeps
-nothing and its unmerge does not give W0 back: the plain merge is what it has the like of.
+Each is measured as in a process that merges once (`once` in measure.interleaved). The merge that keeps nothing is also
+measured again and again, in memory that is mapped already. PEFT keeps nothing, and its unmerge does not restore W0, so
+its like is the merge that keeps nothing.
 """
 
 from __future__ import annotations
@@ -86,24 +86,24 @@ def plain(setup: Setup) -> Iterator[Figure]:
 def one_plain(setup: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figure]:
     """Measure the merge that keeps nothing on weights of one shape."""
     model = blocks(k, n, dtype, setup.device)
-    each, mine = bare(model), model.ours
+    variants, ours = bare(model), model.ours
     w0 = [w.detach().clone() for w in weights(model.base)]
-    factors = [(m.lora["default"].A.detach().clone(), m.lora["default"].B.detach().clone()) for m in mine.children()]
+    factors = [(m.lora["default"].A.detach().clone(), m.lora["default"].B.detach().clone()) for m in ours.children()]
     calls = {
-        "ours": Timed(partial(li.merge, mine, reversible=False), after=partial(anew, mine, w0, factors)),
+        "ours": Timed(partial(li.merge, ours, reversible=False), after=partial(anew, ours, w0, factors)),
         "PEFT": Timed(model.theirs.merge_adapter, after=model.theirs.unmerge_adapter),
-        "loralib": Timed(each["loralib"].eval, after=each["loralib"].train),
+        "loralib": Timed(variants["loralib"].eval, after=variants["loralib"].train),
         "copy": copies(w0),
     }
-    li.merge(mine, reversible=False), model.theirs.merge_adapter()
-    theirs = [m.base_layer.weight for m in each["PEFT"].children()]
+    li.merge(ours, reversible=False), model.theirs.merge_adapter()
+    theirs = [m.base_layer.weight for m in variants["PEFT"].children()]
     step = 2.0 ** -(
         7 if dtype == torch.bfloat16 else 20
     )  # of each weight: PEFT rounds the delta first, and then the sum
-    assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(mine), theirs, strict=True)), (
+    assert all(torch.allclose(a, b, rtol=step, atol=step / 64) for a, b in zip(weights(ours), theirs, strict=True)), (
         "the merged weights agree"
     )
-    anew(mine, w0, factors), model.theirs.unmerge_adapter()
+    anew(ours, w0, factors), model.theirs.unmerge_adapter()
     case, times = f"{dtype_name(dtype)}, {k} x {n}", interleaved(calls, setup, once=not setup.cuda)
     yield pair(case, times, "ours", "PEFT", "T / PEFT's", calls["ours"])
     if not setup.cuda:
@@ -116,13 +116,13 @@ def one_plain(setup: Setup, k: int, n: int, dtype: torch.dtype) -> Iterator[Figu
             beside=times.summary("copy"),
             limit="1",
         )
-    most = {who: float(peak(calls[who], setup)) for who in ("ours", "PEFT", "loralib")}
+    peaks = {who: float(peak(calls[who], setup)) for who in ("ours", "PEFT", "loralib")}
     where = " on the GPU" * setup.cuda
     yield Figure(
         case=case,
         metric=f"peak{where}, MiB",
-        value=exact_value(most["ours"] / 2**20),
-        beside=mebibytes(most),
+        value=exact_value(peaks["ours"] / 2**20),
+        beside=mebibytes(peaks),
         limit="a tile",
     )
 
@@ -139,23 +139,23 @@ def exact(setup: Setup) -> Iterator[Figure]:
 def one_exact(setup: Setup, k: int, n: int, dtype: torch.dtype, share: float) -> Iterator[Figure]:
     """Measure the exact merge and unmerge at one size of the delta."""
     model = blocks(k, n, dtype, setup.device, share)
-    mine, other, found = model.ours, model.theirs, []
+    ours, theirs, reports = model.ours, model.theirs, []
     w0 = [w.detach().clone() for w in weights(model.base)]
     calls = {
-        "merge": Timed(lambda: found.append(li.merge(mine)), after=partial(li.unmerge, mine)),
-        "unmerge": Timed(partial(li.unmerge, mine), before=partial(li.merge, mine)),
-        "PEFT merge": Timed(other.merge_adapter, after=other.unmerge_adapter),
-        "PEFT unmerge": Timed(other.unmerge_adapter, before=other.merge_adapter),
+        "merge": Timed(lambda: reports.append(li.merge(ours)), after=partial(li.unmerge, ours)),
+        "unmerge": Timed(partial(li.unmerge, ours), before=partial(li.merge, ours)),
+        "PEFT merge": Timed(theirs.merge_adapter, after=theirs.unmerge_adapter),
+        "PEFT unmerge": Timed(theirs.unmerge_adapter, before=theirs.merge_adapter),
         "copy": copies(w0),
     }
     times, case = interleaved(calls, setup, once=not setup.cuda), f"{dtype_name(dtype)}, {k} x {n}, delta {share:.1%}"
-    assert all(torch.equal(a, b) for a, b in zip(weights(mine), w0, strict=True)), "W0 is back, to the bit"
+    assert all(torch.equal(a, b) for a, b in zip(weights(ours), w0, strict=True)), "W0 is back, to the bit"
     for verb in ("merge", "unmerge"):
         yield pair(case, times, verb, f"PEFT {verb}", f"{verb} / PEFT's, {dtype_name(dtype)}", calls[verb])
-    report = found[-1]
+    report = reports[-1]
     kept = report.journal_bytes / report.weight_bytes
-    told = f"survival {report.survival:.3f}, error {report.sites[0].error:.1%}"
-    yield Figure(case=case, metric=f"journal at {share:.1%}", value=exact_value(kept), beside=told)
+    details = f"survival {report.survival:.3f}, error {report.sites[0].error:.1%}"
+    yield Figure(case=case, metric=f"journal at {share:.1%}", value=exact_value(kept), beside=details)
 
 
 def cycled(setup: Setup) -> Figure:
@@ -185,15 +185,12 @@ ROWS = (
         limit="max(2 e K N / bandwidth, 2 r K N / FLOP rate); memory: one tile",
         goals={"T / PEFT's": Goal(0.35, 0.15), "peak, MiB": Goal(2 * TILE), "T / bandwidth floor": Goal(4)},
         measure=plain,
-        bound="W comes from memory twice, once to see that no sum can overflow (dot, or aminmax: what is not finite"
-        " would have to be undone) and"
-        " once for the sum, and goes back once; PEFT's delta, as large as W, is written and read beside that. How much"
-        " of PEFT's time the floor"
-        " of one reading and one writing (copy) takes already, the column says. The rest is the product (mm), the"
-        " calls for each"
-        " strip of it, and in bfloat16 the casts (copy_). The peak is one strip of d, in bfloat16 one of the sum too,"
-        " a sample of a tile, and for"
-        " the norm one of A and B in float64: with r, not with the weight's size.",
+        bound="W is read twice, once to see that no sum can overflow (dot, or aminmax: what is not finite would have"
+        " to be undone) and once for the sum, and written once; PEFT also writes and reads a delta as large as W. The"
+        " column *at best* says how much of PEFT's time the floor of one reading and one writing (copy) takes. The"
+        " rest is the product (mm), the calls for each strip of it, and in bfloat16 the casts (copy_). The peak is"
+        " one strip of the delta, in bfloat16 one of the sum too, a sample of a tile, and for the norm one of A and B"
+        " in float64: it grows with r, not with the weight.",
         cuda=True,
     ),
     Row(
@@ -208,11 +205,10 @@ ROWS = (
             "weights that differ": Goal(0, 0),
         },
         measure=exact,
-        bound="As merge, with d from a product in float64, the way back to W0 once to see what does not come by"
-        " itself, which is found, listed and"
-        " kept, and a checksum before and after; in unmerge that way back, and both checksums. The journal's size is"
-        " the entropy of what rounding"
-        " loses: it follows from the delta's size.",
+        bound="As merge, with the delta from a product in float64; the way back to W0 once, to find and keep the"
+        " elements that rounding would not restore; and a checksum before and after. Unmerge takes the same way back,"
+        " and both checksums. The size of the journal is the entropy of what rounding loses: it follows from the size"
+        " of the delta.",
         cuda=True,
     ),
 )

@@ -1,5 +1,4 @@
-"""What is measured: one model as the frozen base, under lorainject and under PEFT, with the same random A and B; and
-that they agree."""
+"""What is measured: one model as frozen base, with lorainject and with PEFT, with the same random A and B."""
 
 from __future__ import annotations
 
@@ -17,37 +16,15 @@ import lorainject as li
 R, ALPHA = 8, 16
 RANKS = (8, 16, 64)  # the ranks at which `forward`, `train` and `decode` are measured
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-APART = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # relative difference at most: a mistake gives one near 1
+APART = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+"""The largest relative difference that is rounding. A mistake gives one near 1."""
 
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES = {
-    "112 linears, d 512": {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 8,
-        "vocab_size": 1000,
-    },
-    "110M": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "vocab_size": 32000,
-    },
-    "340M": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "vocab_size": 32000,
-    },
-    "8B's shapes, 2 layers": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 32,
-        "vocab_size": 1000,
-    },
+    "112 linears, d 512": (512, 1376, 16, 8, 1000),
+    "110M": (768, 2048, 12, 12, 32000),
+    "340M": (1024, 2816, 24, 16, 32000),
+    "8B's shapes, 2 layers": (4096, 14336, 2, 32, 1000),
 }
 SMALL = "112 linears, d 512"
 
@@ -55,7 +32,7 @@ SMALL = "112 linears, d 512"
 def llama(size: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """Return a Llama-shaped model with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES[size], tie_word_embeddings=True)
+    config = LlamaConfig(**dict(zip(FIELDS, SIZES[size], strict=True)), tie_word_embeddings=True)
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
@@ -88,15 +65,8 @@ class Trio:
         return iter({"base": self.base, "ours": self.ours, "PEFT": self.theirs}.items())
 
 
-def trio(
-    base: nn.Module,
-    targets: Sequence[str] = TARGETS,
-    *,
-    names: Sequence[str] = ("default",),
-    dropout: float = 0.0,
-    shared: bool = True,
-    r: int = R,
-) -> Trio:
+def trio(base: nn.Module, targets: Sequence[str] = TARGETS, *, names: Sequence[str] = ("default",),
+         dropout: float = 0.0, shared: bool = True, r: int = R) -> Trio:  # fmt: skip
     """Return three models of the same weights, two of which carry the same A and B, drawn for each of the names.
 
     The matrices of W0 are shared, except for merges. In separate copies, where the system places them decides how fast
@@ -127,8 +97,7 @@ def config_of(targets: Sequence[str] = TARGETS, dropout: float = 0.0, r: int = R
 
 @torch.no_grad()
 def draw(A: Tensor, B: Tensor) -> None:
-    """Fill A (r, in) and B (out, r) so that the term is about a quarter of the base's output; B = 0 would be unfairly
-    easy."""
+    """Fill A (r, in) and B (out, r) so that the term is about a quarter of the base's output."""
     A.normal_(std=A.shape[1] ** -0.5)
     B.normal_(std=0.02)
 
@@ -142,23 +111,23 @@ def pairs(
         for path, module in theirs.named_modules()
         if hasattr(module, "lora_A")
     }
-    mine = {path: module.lora[name] for path, module in ours.named_modules() if "lora" in module._modules}
-    assert mine, "there are sites"
-    assert mine.keys() == other.keys(), "the same sites"
-    for path, adapter in mine.items():
+    adapters = {path: module.lora[name] for path, module in ours.named_modules() if "lora" in module._modules}
+    assert adapters, "there are sites"
+    assert adapters.keys() == other.keys(), "the same sites"
+    for path, adapter in adapters.items():
         module = other[path]
         yield (adapter.A, adapter.B), (module.lora_A[name].weight, module.lora_B[name].weight)
 
 
 @torch.no_grad()
-def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def relative_difference(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest relative difference |a - b| / |b|."""
-    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(values, expected, strict=True))
 
 
-def agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
+def agree(values: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> float:
     """Return the largest relative difference, and raise AssertionError if it is more than rounding."""
-    differ = relative_difference(found, expected)
+    differ = relative_difference(values, expected)
     if not differ <= APART[dtype]:
         raise AssertionError(f"ours and the other's results are {differ:.2g} apart, more than {APART[dtype]:g}")
     return differ
@@ -181,6 +150,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
-def mebibytes(found: Mapping[str, float]) -> str:
+def mebibytes(sizes: Mapping[str, float]) -> str:
     """Return bytes by variant as text, in MiB."""
-    return ", ".join(f"{who} {n / 2**20:.3g}" for who, n in found.items()) + " MiB"
+    return ", ".join(f"{who} {n / 2**20:.3g}" for who, n in sizes.items()) + " MiB"

@@ -1,4 +1,4 @@
-"""A run on the screen, as Markdown, as JSON, and beside an earlier one."""
+"""A run on the screen, as Markdown, as JSON, and compared with an earlier one."""
 
 from __future__ import annotations
 
@@ -29,26 +29,25 @@ WORSE = 1.1  # an earlier run's figure, times this
 
 HEAD = """# Benchmarks
 
-Made by `scripts/bench`. lorainject beside PEFT, and loralib where it has the like; every variant runs once in each
-round, in random order; at least {rounds} rounds, and for a rho more until it is steady (its quartiles within a
-tenth) or {seconds:.0f} s have passed; a figure is the median over the rounds of a ratio taken within the round,
-with its quartiles in brackets. Less is better.
+Made by `scripts/bench`: lorainject, PEFT, and loralib where it has the same feature. Every variant runs once in each
+round, in random order, for at least {rounds} rounds, and for a rho until it is steady (its quartiles within a tenth) or
+{seconds:.0f} s have passed. A figure is the median over the rounds of a ratio taken within the round, with its
+quartiles in brackets. Less is better. What was tried for speed, kept and deleted: [kernels.md](kernels.md).
 
-- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}. The row `disk` is
-  wall time, with all cores, each run in a process of its own. Memory is what torch's allocator hands out during the
-  call, or, where it is called growth, what a process of its own grows by.
-- A and B are random, never zero, float32, the same in all variants (loralib keeps them in the weight's dtype), r =
-  8 where the case names no other; W0 is the same memory in all, but where it is written to (where its pages lie
-  decides how fast they are read). PEFT is used as its documentation does. *apart*: how far the outputs (and
-  gradients, where there is a step) of ours and PEFT's were from each other, relatively, in this very run, before
-  anything was timed; too far is a failure.
-- *at best* is the limit: what the row could be if only what is needed were done. "torch's calls alone" is the base
-  with the two products written out by the fastest of torch's operators, with nothing asked, hooked or cast,
-  measured in the same rounds (bench/floor.py).
-- *must* and *aim* are what this project set itself before it was built. Whole models' `prefill`, `step` and
-  `generate`, and experts on disk, have no must of their own: their aim is that of the row that they are made of.
-- *not seen*: the machine's noise hid one of the two overheads, or a rho's quartiles are further apart than it is
-  large; no verdict.
+- **overhead** = T / T(frozen base) - 1; **rho** = overhead(ours) / overhead(PEFT). T is {clock}.
+  The row `disk` is wall time with all cores, each run in a fresh process. Memory is what torch's allocator hands out
+  during the call, or, where it is called growth, what a fresh process grows by.
+- A and B are random, never zero, float32, and the same in all variants (loralib keeps them in the dtype of the weight);
+  r = 8 where the case names no other. W0 is the same memory in all variants, unless it is written to (where its pages
+  lie decides how fast they are read). PEFT is used as its documentation does. *apart*: the relative difference between
+  the outputs (and gradients, where there is a step) of ours and PEFT's in this run, before anything was timed; a large
+  one is a failure.
+- *at best* is the limit: what the row could be if only what is needed were done. "torch's calls alone" is the base with
+  the two products written out by the fastest of torch's operators, measured in the same rounds (bench/floor.py).
+- *must* and *aim* are the limits that this project set itself before it was built. `prefill`, `step` and `generate` of
+  whole models, and experts on disk, have no must: their aim is that of the row that they are made of.
+- *not seen*: the noise of the machine hid one of the two overheads, or the quartiles of a rho are further apart than
+  it is large; there is no verdict.
 """
 
 
@@ -92,18 +91,9 @@ def cells(r: Result) -> list[str]:
     if r.error:
         return [r.row, "", "", "", "", "", r.verdict, r.error, "", ""]
     quartiles = "" if r.low == r.high else f" ({number(r.low)} to {number(r.high)})"
-    return [
-        r.row,
-        r.case,
-        r.metric,
-        number(r.must),
-        number(r.aim),
-        number(r.value) + quartiles,
-        r.verdict,
-        r.beside,
-        r.limit,
-        "" if r.differ is None else f"{r.differ:.0e}",
-    ]
+    goal_and_value = [number(r.must), number(r.aim), number(r.value) + quartiles]
+    apart = "" if r.differ is None else f"{r.differ:.0e}"
+    return [r.row, r.case, r.metric, *goal_and_value, r.verdict, r.beside, r.limit, apart]
 
 
 def say(r: Result) -> None:
@@ -119,10 +109,10 @@ def say(r: Result) -> None:
 def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -> None:
     """Print the table, and why aims were missed."""
     table = Table(*COLUMNS[:-2], box=None, header_style="bold", pad_edge=False)
-    color = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red", "not seen": "blue"}
+    colour = {"met": "green", "aim missed": "yellow", "must MISSED": "red", "failed": "red", "not seen": "blue"}
     for r in results:
         line = cells(r)[:-2]
-        line[6] = f"[{color[r.verdict]}]{r.verdict}[/]" if r.verdict else ""
+        line[6] = f"[{colour[r.verdict]}]{r.verdict}[/]" if r.verdict else ""
         table.add_row(*line)
     wide = Console(highlight=False, width=max(CONSOLE.width, 170))
     wide.print(table)
@@ -135,16 +125,16 @@ def show(rows: Sequence[Row], results: Sequence[Result], about: Sequence[str]) -
 
 def paragraphs(rows: Iterable[Row], results: Sequence[Result]) -> list[str]:
     """Return, for every row that misses an aim, what bounds it and where the time went in this run."""
-    found = []
+    lines = []
     for row in rows:
         missed = [r for r in results if r.row == row.name and r.verdict in ("aim missed", "must MISSED", "not seen")]
         if missed:
             profiles = [f"{r.case}, {r.metric}: {r.profile}" for r in missed if r.profile]
-            told = [row.bound or "What bounds it has not been written down yet."]
+            text = [row.bound or "What bounds it has not been written down yet."]
             if profiles:
-                told.append(f"Profiled in this run: {'; '.join(profiles)}.")
-            found.append(f"**{row.name}** ({row.what}; limit: {row.limit}). " + " ".join(told))
-    return found
+                text.append(f"Profiled in this run: {'; '.join(profiles)}.")
+            lines.append(f"**{row.name}** ({row.what}; limit: {row.limit}). " + " ".join(text))
+    return lines
 
 
 def markdown(rows: Sequence[Row], results: Sequence[Result], setup: Setup, about: Sequence[str]) -> str:
@@ -210,11 +200,11 @@ def worse(now: Sequence[Result], before: Sequence[Result]) -> list[tuple[Result,
     return process_growth + [(r, ran[r.row]) for r in now if r.error and r.row in ran]
 
 
-def show_worse(found: Sequence[tuple[Result, Result]], file: Path | None) -> None:
+def show_worse(figures: Sequence[tuple[Result, Result]], file: Path | None) -> None:
     """Print what is worse than in an earlier run."""
-    if file is not None and not found:
+    if file is not None and not figures:
         CONSOLE.print(f"nothing is worse than in {file.name}", markup=False, soft_wrap=True)
-    for now, before in found:
+    for now, before in figures:
         change = f"{number(before.value)} -> {now.error or number(now.value)}"
         CONSOLE.print(
             f"worse than in {file and file.name}: {now.row}, {now.case}, {now.metric}: {change}",

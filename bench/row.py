@@ -1,4 +1,4 @@
-"""A row of the table, and what comes of it."""
+"""A row of the table, its figures, and their results."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Figure:
     """One figure of a row, as it was measured. Less is always better."""
 
     case: str
-    """Of what: the dtype, the size."""
+    """What was measured: the dtype, the size."""
     metric: str
-    """What it is: a key of the row's goals, or a figure without a goal."""
+    """The kind of figure: a key of the goals of the row, or a figure without a goal."""
     value: Spread
     beside: str = ""
-    """The times or bytes that it was made of."""
+    """The times or bytes that the figure was made of."""
     limit: str = ""
-    """What it, or what stands beside it, could be at best."""
+    """What the figure, or its times, could be at best."""
     differ: float | None = None
-    """How far ours and PEFT's outputs and gradients were apart, relatively, before anything was timed."""
+    """The relative difference between the outputs and gradients of ours and PEFT's, before anything was timed."""
     why: Callable[[], str] | None = None
-    """A profile, taken if the aim is missed."""
+    """What takes a profile if the aim is missed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class Row:
     """What is measured, why, and how."""
 
     name: str
-    """For --only."""
+    """The name that --only takes."""
     what: str
-    """In a few words."""
+    """The row in a few words."""
     limit: str
-    """What bounds it from below, in words."""
+    """What bounds the row from below, in words."""
     goals: Mapping[str, Goal]
     measure: Callable[[Setup], Iterator[Figure]]
     bound: str = ""
-    """What bounds ours where it misses its aim."""
+    """What bounds us where we miss the aim."""
     cuda: bool = False
-    """Whether --cuda runs it too."""
+    """True if --cuda runs the row too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Result:
     differ: float | None = None
     profile: str = ""
     error: str = ""
-    """Why there is no figure."""
+    """Why there is no figure; empty if there is one."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -101,7 +101,7 @@ class Result:
 def result(row: Row, figure: Figure) -> Result:
     """Return a figure with the row's goal for it, and its profile if the goal was missed."""
     goal, value = row.goals.get(figure.metric, Goal()), figure.value
-    found = Result(
+    judged = Result(
         row=row.name,
         case=figure.case,
         metric=figure.metric,
@@ -114,9 +114,9 @@ def result(row: Row, figure: Figure) -> Result:
         limit=figure.limit,
         differ=figure.differ,
     )
-    if figure.why is None or found.verdict in ("", "met"):
-        return found
-    return replace(found, profile=figure.why())
+    if figure.why is None or judged.verdict in ("", "met"):
+        return judged
+    return replace(judged, profile=figure.why())
 
 
 def failure(row: Row, error: BaseException) -> Result:

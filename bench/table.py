@@ -14,14 +14,14 @@ TABLE: tuple[Row, ...] = (*verbs.ROWS, *layer.ROWS, *model.ROWS, *merging.ROWS, 
 
 def run(rows: Iterable[Row], setup: Setup, report_result: Callable[[Result], None]) -> list[Result]:
     """Run every row in turn. A row that fails is a result too, and does not stop the others."""
-    found: list[Result] = []
+    results: list[Result] = []
     for row in rows:
         try:
             for figure in row.measure(setup):
-                found.append(result(row, figure))
-                report_result(found[-1])
+                results.append(result(row, figure))
+                report_result(results[-1])
         except Exception as e:
-            found.append(failure(row, e))
-            report_result(found[-1])
+            results.append(failure(row, e))
+            report_result(results[-1])
         gc.collect()
-    return found
+    return results

@@ -51,15 +51,15 @@ class Wrapped:
 def inject(setup: Setup) -> Iterator[Figure]:
     """Measure inject. Taking the adapter off again is not timed."""
     for dtype in setup.dtypes:
-        mine, theirs = llama(SMALL, dtype), Wrapped(llama(SMALL, dtype))
-        linears = [m for path, m in mine.named_modules() if path.rpartition(".")[2] in TARGETS]
+        ours, theirs = llama(SMALL, dtype), Wrapped(llama(SMALL, dtype))
+        linears = [m for path, m in ours.named_modules() if path.rpartition(".")[2] in TARGETS]
 
         def draw(linears: list[nn.Module] = linears) -> None:
             for m in linears:
                 torch.empty(R, m.in_features).uniform_(), torch.zeros(m.out_features, R)
 
         calls = {
-            "ours": Timed(partial(li.inject, mine, TARGETS, r=R, alpha=ALPHA), after=partial(li.eject, mine)),
+            "ours": Timed(partial(li.inject, ours, TARGETS, r=R, alpha=ALPHA), after=partial(li.eject, ours)),
             "PEFT": Timed(
                 partial(theirs.wrap, lambda base: peft.get_peft_model(base, config_of())), after=theirs.unwrap
             ),
@@ -104,12 +104,12 @@ def switch(setup: Setup) -> Iterator[Figure]:
         "PEFT": Timed(lambda: model.theirs.set_adapter(names[next(turn) % 17])),
     }
     times = interleaved(calls, setup)
-    found = [s * 1e6 for s in times.seconds["ours"]]
+    microseconds = [s * 1e6 for s in times.seconds["ours"]]
     case, beside = f"17 adapters, {SMALL}", f"PEFT {times.ms('PEFT') * 1e3:.3g}"
     yield Figure(
         case=case,
         metric="microseconds",
-        value=spread(found),
+        value=spread(microseconds),
         beside=beside,
         limit="O(1)",
         why=partial(profile_functions, calls["ours"]),
@@ -142,19 +142,19 @@ def load(setup: Setup) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), trio(llama(SMALL, torch.float32))
         li.save(model.ours, folder / "ours"), model.theirs.save_pretrained(folder / "theirs")
-        mine, theirs = llama(SMALL, torch.float32), Wrapped(llama(SMALL, torch.float32))
+        ours, theirs = llama(SMALL, torch.float32), Wrapped(llama(SMALL, torch.float32))
         calls = {
-            "ours": Timed(partial(li.load, mine, folder / "ours"), after=partial(li.eject, mine)),
+            "ours": Timed(partial(li.load, ours, folder / "ours"), after=partial(li.eject, ours)),
             "PEFT": Timed(
                 partial(theirs.wrap, lambda base: peft.PeftModel.from_pretrained(base, folder / "theirs")),
                 after=theirs.unwrap,
             ),
         }
-        li.load(mine, folder / "ours")
-        assert all(torch.equal(a, b) for a, b in zip(tensors(mine), tensors(model.ours), strict=True)), (
+        li.load(ours, folder / "ours")
+        assert all(torch.equal(a, b) for a, b in zip(tensors(ours), tensors(model.ours), strict=True)), (
             "what was loaded is what was saved"
         )
-        li.eject(mine)
+        li.eject(ours)
         yield against(interleaved(calls, setup), SMALL, calls, "the bytes of A and B")
 
 
@@ -170,8 +170,8 @@ ROWS = (
         limit="r K random numbers a site",
         goals={"T / PEFT's": Goal(0.30, 0.15)},
         measure=inject,
-        bound="Python, spread thin: walks over all modules, the plan, the making of modules, which is a third; the"
-        " random numbers are a tenth.",
+        bound="Python, spread thin: the walk over all modules, the plan, and the making of modules, which is a third;"
+        " the random numbers are a tenth.",
     ),
     Row(
         name="merged",
@@ -194,9 +194,8 @@ ROWS = (
         limit="the bytes of A and B",
         goals={"T / PEFT's": Goal(0.6, 0.4)},
         measure=save,
-        bound="Python, spread thin: what each site is, and its entries in two tables of names. Beside it the CRC-32s,"
-        " whether all is finite, and two"
-        " files, synced, that take the old ones' places together. PEFT writes.",
+        bound="Python, spread thin: what every site is, and its entries in two tables of names. Then the CRC-32s, the"
+        " check that all is finite, and two files, synced, that replace the old ones together. PEFT only writes.",
     ),
     Row(
         name="load",
@@ -204,6 +203,6 @@ ROWS = (
         limit="the bytes of A and B",
         goals={"T / PEFT's": Goal(0.2, 0.1)},
         measure=load,
-        bound="An inject, whose Python is most of it, after the file's checks; the CRC-32s are a twentieth.",
+        bound="An inject, whose Python is most of it, after the checks of the file; the CRC-32s are a twentieth.",
     ),
 )

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, table and report; no figure is taken here but of toys."""
+"""The benchmark's arithmetic, table and report. Figures are taken of toys only."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from torch import nn
 FAST = Setup(rounds=3, seconds=0)
 
 
-def test_rho_and_ratios():
-    """Overheads are taken round by round: a slow round that slows all three changes neither rho nor a ratio."""
+def test_rho_and_ratios_are_taken_within_rounds():
+    """A slow round that slows all variants changes neither rho nor a ratio."""
     times = Times({"base": [1.0, 2.0, 4.0], "ours": [1.1, 2.2, 4.4], "PEFT": [1.4, 2.8, 5.6]})
     assert times.ratio("ours", "base").value == pytest.approx(1.1)
     assert times.rho().value == pytest.approx(0.1 / 0.4)
@@ -34,18 +34,18 @@ def test_rho_and_ratios():
 
 
 def test_rho_of_nothing_is_not_measurable():
-    """Where PEFT shows no overhead, rho is not a small number but none."""
+    """If PEFT shows no overhead, there is no rho."""
     times = Times({"base": [1.0, 1.0], "ours": [1.1, 1.1], "PEFT": [0.9, 0.9]})
     assert math.isinf(times.rho().value)
     assert report.number(times.rho().value) == "not measurable"
 
 
-def test_spread():
+def test_spread_returns_the_median_and_the_quartiles():
     assert spread([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0)
 
 
-def test_every_variant_runs_once_a_round():
-    """With what goes before and after it, and as often as it says."""
+def test_every_variant_runs_once_per_round():
+    """Each call is timed `number` times, with what runs before and after it untimed."""
     seen: list[str] = []
     calls = {
         "a": Timed(lambda: seen.append("a"), before=lambda: seen.append("("), after=lambda: seen.append(")"), number=2),
@@ -58,7 +58,7 @@ def test_every_variant_runs_once_a_round():
 
 
 def test_rounds_go_on_until_rho_is_steady(monkeypatch):
-    """Or until patience is at its end; a clock that knows whole seconds alone, one a round."""
+    """Rounds end when rho is steady, or when patience ends. The clock of this test counts one second per round."""
     monkeypatch.setattr(bench.measure, "time", SimpleNamespace(perf_counter=iter(range(10**6)).__next__))
     setup, rounds = Setup(rounds=3, seconds=5), {}
     for name, swing in (("steady", 0.0), ("shaky", 0.2)):
@@ -70,8 +70,8 @@ def test_rounds_go_on_until_rho_is_steady(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torchs_calls_alone_compute_the_same(dtype):
-    """With a token, a few and many."""
+def test_the_floor_computes_what_PEFT_computes(dtype):
+    """For one token, a few, and many."""
     model = models.trio(models.Block(["q_proj", "k_proj"], 16, 24, dtype), ["q_proj", "k_proj"])
     reference = products(model)
     assert {type(m) for m in reference.children()} == {Products}
@@ -82,8 +82,8 @@ def test_torchs_calls_alone_compute_the_same(dtype):
             models.agree(reference(x), model.theirs(x), dtype)
 
 
-def test_memory():
-    """What is counted: the peak above what was there, and each saved storage once, parameters aside."""
+def test_peak_and_saved_count_bytes():
+    """The peak counts what is added to what was there; saved counts every storage once, without parameters."""
     x = torch.randn(64, 64, requires_grad=True)
     assert peak(Timed(lambda: (x.detach() + 1) * 2), FAST) == pytest.approx(
         2 * 64 * 64 * 4, abs=64
@@ -94,15 +94,15 @@ def test_memory():
     assert saved(lambda: (linear(x), linear(x)), linear) == x.nbytes
 
 
-def test_disagreement_is_a_failure():
-    """A variant that computes something else is never timed."""
+def test_variants_that_disagree_are_not_timed():
+    """A variant that computes something else raises AssertionError."""
     models.agree([torch.ones(3)], [torch.ones(3)], torch.float32)
     with pytest.raises(AssertionError, match="apart"):
         models.agree([torch.ones(3)], [torch.ones(3) * 1.01], torch.float32)
 
 
 def test_the_variants_agree():
-    """Ours and PEFT's have the same A and B, none of them zero, and the same outputs and gradients."""
+    """Ours and PEFT's have the same A and B, none of which is zero, and the same outputs and gradients."""
     model, x = (
         models.trio(models.Block(["q_proj", "k_proj"], 16, 24, torch.float32), ["q_proj", "k_proj"]),
         torch.randn(4, 16),
@@ -115,8 +115,8 @@ def test_the_variants_agree():
     assert models.relative_difference(model.ours(x), model.base(x)) > 0.05
 
 
-def test_the_table():
-    """Every row has a name of its own, a limit, goals in order, and something to run."""
+def test_every_row_of_the_table_is_complete():
+    """Every row has a unique name, a limit, goals of which the aim is not above the must, and a function."""
     assert len({row.name for row in TABLE}) == len(TABLE)
     for row in TABLE:
         assert callable(row.measure)
@@ -126,8 +126,8 @@ def test_the_table():
         assert all(g.must is None or g.aim is None or g.aim <= g.must for g in row.goals.values())
 
 
-def made_up() -> Row:
-    """A row of invented figures, one for each verdict."""
+def invented_row() -> Row:
+    """Return a row of invented figures, one for each verdict, which fails at the end."""
 
     def measure(setup):
         for case, value in (("good", 0.2), ("fair", 0.4), ("bad", 0.6)):
@@ -151,13 +151,13 @@ def made_up() -> Row:
     )
 
 
-def test_run_and_report():
-    """Verdicts are plain, only what is missed is profiled and explained, a row that fails is told, and JSON brings all back."""
-    row, told = made_up(), []
-    results = run([row], FAST, told.append)
+def test_results_are_judged_reported_and_read_back():
+    """Only what missed its goal is profiled and explained, a row that failed is reported, and JSON restores all."""
+    row, reported = invented_row(), []
+    results = run([row], FAST, reported.append)
     assert [r.verdict for r in results] == ["met", "aim missed", "must MISSED", "failed"]
     assert [r.profile for r in results] == ["", "mm 90%", "mm 90%", ""]
-    assert told == results
+    assert reported == results
     text = report.markdown([row], results, FAST, ["a machine"])
     assert "| invented | fair | rho | 0.5 | 0.3 | 0.4 | aim missed | ours 1 \\| PEFT 2 |" in text
     assert "bounded by fancy" in text
@@ -177,20 +177,20 @@ def test_run_and_report():
     [(exact_value(-0.3), "not seen"), (exact_value(math.inf), "not seen"), (exact_value(0.1), "met"), (Spread(0.1, 0.06, 0.15), "met"),
      (Spread(0.1, 0.06, 0.17), "not seen"), (Spread(2.7, 1.4, 15.9), "not seen")],
 )  # fmt: skip
-def test_what_the_noise_hides_has_no_verdict(rho, verdict):
-    """A rho below 0, or of nothing, says that one of the two overheads was not seen; or half of the rounds don't agree on how large it is."""
-    assert result(made_up(), Figure(case="", metric="rho", value=rho)).verdict == verdict
+def test_a_rho_that_noise_hides_has_no_verdict(rho, verdict):
+    """An overhead was not seen if rho is negative or infinite, or if its quartiles are further apart than it is large."""
+    assert result(invented_row(), Figure(case="", metric="rho", value=rho)).verdict == verdict
 
 
-def test_nothing_is_explained_that_was_met():
-    row = made_up()
+def test_only_what_missed_its_goal_is_explained():
+    row = invented_row()
     met = result(row, Figure(case="good", metric="rho", value=exact_value(0.1)))
     assert report.paragraphs([row], [met]) == []
 
 
-def test_some_rows_anew(tmp_path, monkeypatch):
-    """The rest stands as in the earlier run; the document tells both, in the table's order."""
-    rows = [replace(made_up(), name=name) for name in ("one", "two", "three")]
+def test_rest_takes_the_other_rows_from_an_earlier_run(tmp_path, monkeypatch):
+    """The document names both runs, and its rows are in the order of the table."""
+    rows = [replace(invented_row(), name=name) for name in ("one", "two", "three")]
     monkeypatch.setattr(bench.__main__, "TABLE", tuple(rows))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     earlier = [
@@ -220,21 +220,21 @@ def test_some_rows_anew(tmp_path, monkeypatch):
     assert "`three`, nothing: none" in text
 
 
-def test_worse():
-    """By more than a tenth and beyond the quartiles; a row that fails now; never by a figure that the earlier run had not."""
+def test_worse_compares_with_an_earlier_run():
+    """A figure is worse if it grew by a tenth, beyond the quartiles, or if its row fails now. New figures are not."""
 
-    def of(case, value, width=0.0, error=""):
+    def figure(case, value, width=0.0, error=""):
         return Result(row="r", case=case, metric="rho", value=value, low=value - width, high=value + width, error=error)
 
-    before = [of("a", 0.5), of("b", 0.5), of("c", 0.5, 0.2)]
-    assert report.worse([of("a", 0.6), of("b", 0.54), of("c", 0.6, 0.2), of("d", 9.0)], before) == [
-        (of("a", 0.6), before[0])
+    before = [figure("a", 0.5), figure("b", 0.5), figure("c", 0.5, 0.2)]
+    assert report.worse([figure("a", 0.6), figure("b", 0.54), figure("c", 0.6, 0.2), figure("d", 9.0)], before) == [
+        (figure("a", 0.6), before[0])
     ]
-    assert [now.error for now, _ in report.worse([of("", math.nan, error="broke")], before)] == ["broke"]
+    assert [now.error for now, _ in report.worse([figure("", math.nan, error="broke")], before)] == ["broke"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_mode_says_what_it_needs(capsys):
+def test_cuda_without_a_gpu_is_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["--cuda"])
     assert "needs an NVIDIA GPU" in capsys.readouterr().err

@@ -117,8 +117,8 @@ def test_training_output_and_gradients_are_those_of_the_formula(dtype, has_instr
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_instructions", [True, False])
 @given(data=st.data())
-def test_the_formula_in_inference(dtype, has_instructions, data):
-    """The output, for each dtype, layout, size and slice, to within two roundings of it."""
+def test_inference_output_is_that_of_the_formula(dtype, has_instructions, data):
+    """For every dtype, layout, size and slice, within two roundings of the norm."""
     batch = data.draw(st.sampled_from([(), (1,), (16,), (17,), (131,), (2, 40), (3, 1, 9), (0,), (2, 0)]))
     model = adapted_layer(
         data.draw(st.sampled_from(["0", "0[2:9]"])), bias=data.draw(st.booleans()), dropout=0.4, dtype=dtype
@@ -131,10 +131,10 @@ def test_the_formula_in_inference(dtype, has_instructions, data):
         patch.setattr(gemm, "CHUNK_SIZE", 60)
         patch.setattr(gemm, "GROUPED_SIZE", data.draw(st.sampled_from(GROUPED_SIZES)))
         y = model(x)
-    want = formula(model, x, torch.zeros(*batch, O, dtype=dtype))[0]
-    assert (y.shape, y.dtype) == (want.shape, dtype)
+    expected = formula(model, x, torch.zeros(*batch, O, dtype=dtype))[0]
+    assert (y.shape, y.dtype) == (expected.shape, dtype)
     if y.numel():
-        assert float((y.double() - want).norm() / want.norm()) < 2 * torch.finfo(dtype).eps
+        assert float((y.double() - expected).norm() / expected.norm()) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -146,8 +146,8 @@ def test_the_formula_in_inference(dtype, has_instructions, data):
     st.booleans(),
     st.sampled_from(GROUPED_SIZES),
 )
-def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, width, out, bias, grouped_size):
-    """A term of zeros leaves the layer's output as it is."""
+def test_a_zero_term_leaves_every_bit_of_the_output(grad, dtype, tokens, width, out, bias, grouped_size):
+    """Law 1: with B = 0 the output is that of the base layer, to the bit."""
     model = adapted_layer(bias=bias, dtype=dtype, sizes=(width, out))
     nn.init.zeros_(model[0].lora["default"].B)
     x = torch.randn(tokens, width, dtype=dtype)
@@ -160,8 +160,8 @@ def test_the_product_has_the_bits_that_it_has_by_itself(grad, dtype, tokens, wid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
-def test_a_step_takes_the_memory_of_a_frozen_linear_layers(dtype, bias, shape):
-    """An output and a gradient of x; the gradients of A and B and what is r wide are small beside them. And by the other route it is more."""
+def test_a_training_step_takes_the_memory_of_a_frozen_layer(dtype, bias, shape):
+    """The peak is an output and a gradient of x. What is r wide is small, and the general way takes more."""
     model, x, dy = (
         adapted_layer(bias=bias, dtype=dtype, sizes=(1024, 1024), r=4),
         *(torch.randn(*shape, 1024, dtype=dtype) for _ in range(2)),
@@ -172,19 +172,19 @@ def test_a_step_takes_the_memory_of_a_frozen_linear_layers(dtype, bias, shape):
         x.grad = None
         model(x).backward(dy)
 
-    def most(model: nn.Module) -> int:
+    def peak_of_a_step(model: nn.Module) -> int:
         step(model)  # what is made at the first call
         return peak(Timed(lambda: step(model), before=lambda: setattr(x, "grad", None)), Setup())
 
-    ours = most(model)
-    other = unfused(most, model)
-    base = most(li.eject(model).requires_grad_(False))
+    ours = peak_of_a_step(model)
+    other = unfused(peak_of_a_step, model)
+    base = peak_of_a_step(li.eject(model).requires_grad_(False))
     assert ours <= 1.05 * base < other
 
 
 @pytest.mark.parametrize("shape", [(512,), (2, 256)], ids=str)
-def test_what_several_layers_give_x_is_summed_in_place(shape):
-    """As with frozen linear layers, of whose gradients two are there at a time; with more axes, three."""
+def test_autograd_sums_the_gradients_of_several_layers_in_place(shape):
+    """Of frozen layers there are two gradients of x at a time; with more than two axes there are three."""
     model, x, dy = (
         nn.ModuleList(nn.Linear(1024, 1024) for _ in range(4)),
         *(torch.randn(*shape, 1024) for _ in range(2)),
@@ -195,14 +195,14 @@ def test_what_several_layers_give_x_is_summed_in_place(shape):
         x.grad = None
         torch.autograd.backward([linear(x) for linear in model], [dy] * 4)
 
-    def most() -> int:
+    def peak_of_a_step() -> int:
         step()
         return peak(Timed(step, before=lambda: setattr(x, "grad", None)), Setup())
 
     model.requires_grad_(False)
-    base = most()
+    base = peak_of_a_step()
     li.inject(model, list("0123"), r=2)
-    assert most() <= (1.05 if len(shape) == 1 else 0.9) * base
+    assert peak_of_a_step() <= (1.05 if len(shape) == 1 else 0.9) * base
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -210,15 +210,17 @@ def test_what_several_layers_give_x_is_summed_in_place(shape):
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_of_first_and_second_order(dropout, target, bias):
     model = adapted_layer(target, dropout=dropout, dtype=torch.float64, bias=bias, sizes=(4, 5), r=2)
-    low = model[0]._modules["lora" if target == "0" else "lora[1:4]"]["default"]
+    adapter = model[0]._modules["lora" if target == "0" else "lora[1:4]"]["default"]
 
     def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(3)
-        y = lora_linear.FusedLinear.apply(x, A, B, model[0].weight, model[0].bias, low.scale, dropout, 7, low.parts)
+        y = lora_linear.FusedLinear.apply(
+            x, A, B, model[0].weight, model[0].bias, adapter.scale, dropout, 7, adapter.parts
+        )
         assert is_fused(y)
         return y
 
-    args = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), low.A, low.B)
+    args = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), adapter.A, adapter.B)
     assert torch.autograd.gradcheck(f, args)
     assert torch.autograd.gradgradcheck(f, args)
 
@@ -227,8 +229,8 @@ def test_gradients_of_first_and_second_order(dropout, target, bias):
 @pytest.mark.parametrize("tokens", [3, 20])
 @pytest.mark.parametrize("grouped_size", GROUPED_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_many_gradients_at_once(target, tokens, grouped_size, dtype, monkeypatch):
-    """torch's vmap over the way back (is_grads_batched, jacobian(vectorize=True)), by both routes, in float32 and where x is cast some rows at a time."""
+def test_batched_gradients_are_those_one_by_one(target, tokens, grouped_size, dtype, monkeypatch):
+    """The backward runs under vmap (is_grads_batched), in float32 and if x is cast in chunks, both ways."""
     monkeypatch.setattr(gemm, "CHUNK_SIZE", 60)
     monkeypatch.setattr(gemm, "GROUPED_SIZE", grouped_size)
     monkeypatch.setattr(gemm, "_has_half_instructions", lambda dtype: False)
@@ -242,24 +244,25 @@ def test_many_gradients_at_once(target, tokens, grouped_size, dtype, monkeypatch
             torch.testing.assert_close(found_at_once, torch.stack(each))
 
 
-def test_second_order_of_a_layer():
-    """A penalty on the gradient of x trains A and B as by the other route."""
+def test_a_penalty_on_the_gradient_trains_A_and_B():
+    """The second derivatives are those of the general way."""
     model, x = adapted_layer(), torch.randn(5, I, requires_grad=True)
 
     def penalty() -> tuple[Tensor, ...]:
         (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), [x, *li.parameters(model)])
 
-    for got, want in zip(penalty(), unfused(penalty), strict=True):
-        assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+    for result, expected in zip(penalty(), unfused(penalty), strict=True):
+        assert torch.allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(5, I), (2, 5, I)], ids=str)
-def test_what_may_be_done_around_it(shape):
-    """Writing to the output; a backward twice; hooks that see the output and the gradients; what is saved put elsewhere meanwhile; checkpointing."""
+def test_what_may_be_done_around_a_fused_step(shape):
+    """The output is written to, the backward runs twice, hooks see output and gradients, saved tensors are offloaded, and the
+    step is checkpointed."""
     model, x = adapted_layer(dropout=0.3), torch.randn(shape, requires_grad=True)
     dy = torch.randn(*shape[:-1], O)
-    _, want = output_and_gradients(model, x, dy)
+    _, expected = output_and_gradients(model, x, dy)
 
     def grads(run) -> list[Tensor | None]:
         x.grad = None
@@ -298,13 +301,13 @@ def test_what_may_be_done_around_it(shape):
         checkpoint.checkpoint(model, x, use_reentrant=reentrant).backward(dy)
 
     for run in (writes, twice, hooked, offloaded, lambda: checkpointed(True), lambda: checkpointed(False)):
-        for got, true in zip(grads(run), want, strict=True):
-            assert torch.allclose(got, true, rtol=1e-5, atol=1e-5)
+        for result, true in zip(grads(run), expected, strict=True):
+            assert torch.allclose(result, true, rtol=1e-5, atol=1e-5)
     assert seen == [dy.shape, dy.shape]
 
 
-def test_what_is_saved():
-    """x, and what is r wide; of the parameters no copies; and nothing is written to."""
+def test_only_x_and_what_is_r_wide_is_saved():
+    """No parameter is copied, and the backward does not write to x."""
     model, x = adapted_layer(dtype=torch.bfloat16), torch.randn(2, 9, I, dtype=torch.bfloat16, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -316,8 +319,8 @@ def test_what_is_saved():
     assert torch.equal(x, before)
 
 
-def test_when_it_may():
-    """Not when somebody must see the base's product or the adapter by itself, nor when something else of the layer trains."""
+def test_when_a_step_is_fused():
+    """It is not if someone must see the product of the base or the adapter by itself, or if the layer itself trains."""
     x = torch.randn(5, I, requires_grad=True)
     assert is_fused(adapted_layer()(x))
     assert is_fused(adapted_layer(bias=False)(x))
@@ -377,8 +380,8 @@ HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_bac
 @pytest.mark.filterwarnings("ignore:Using non-full backward hooks:FutureWarning")
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("on", [lambda m: m[0].lora, lambda m: m[0].lora["default"]], ids=["all", "one"])
-def test_each_hook_on_an_adapter_is_called(kind, on):
-    """Whatever the kind of hook, after the layer has been called without."""
+def test_every_kind_of_hook_on_an_adapter_is_called(kind, on):
+    """A hook is called also if the layer was called without it before."""
     model, seen, x = adapted_layer(), [], torch.randn(1, 3, I, requires_grad=True)
     model(x)
     handle = getattr(on(model), f"register_{kind}")(lambda *args: seen.append(kind))
@@ -390,13 +393,13 @@ def test_each_hook_on_an_adapter_is_called(kind, on):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_what_is_otherwise_is_respected(grad):
-    """Hooks on the adapters, a forward of their own, a computed bias, several adapters and none, with gradients and without."""
+def test_what_the_fused_forward_does_not_cover(grad):
+    """Hooks on adapters, a forward stored on one, a computed bias, several active adapters and none."""
     x = torch.randn(5, I)
 
     def term(model: nn.Module, name: str = "default") -> Tensor:
-        low = model[0].lora[name]
-        return low.scale * (x @ low.A.T @ low.B.T)
+        adapter = model[0].lora[name]
+        return adapter.scale * (x @ adapter.A.T @ adapter.B.T)
 
     with torch.set_grad_enabled(grad):
         model = adapted_layer()
@@ -435,7 +438,7 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-def test_another_forward_put_in_torchs_place_is_called(monkeypatch):
+def test_a_replaced_forward_of_torch_is_called(monkeypatch):
     calls, original = [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or original(self, x))
     adapted_layer()(torch.randn(5, I))
@@ -443,7 +446,7 @@ def test_another_forward_put_in_torchs_place_is_called(monkeypatch):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_wrong_arguments_are_the_bases_to_refuse(grad):
+def test_wrong_arguments_raise_the_error_of_the_base_layer(grad):
     model, base = adapted_layer(), nn.Linear(I, O)
     wrong = [
         torch.randn(40, I).double(),
@@ -460,6 +463,6 @@ def test_wrong_arguments_are_the_bases_to_refuse(grad):
         for x in wrong:
             with pytest.raises(RuntimeError) as refused:
                 base(x)
-            with pytest.raises(RuntimeError) as found:
+            with pytest.raises(RuntimeError) as raised:
                 model(x)
-            assert str(found.value) == str(refused.value)
+            assert str(raised.value) == str(refused.value)
