@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("transformers")
+import torch
 from torch import nn
 
 import lorainject as li
 
 import architectures
+import dense_oracle
 import zoo
-from architectures import Wrong
 
 SAMPLE = {
     "text": ["llama", "gpt2", "bert", "t5", "bloom", "deberta", "funnel", "mobilebert"],
@@ -66,13 +67,9 @@ def test_every_type(model_type):
 def test_the_zoo_builds_the_same_model_each_time():
     """build returns the same weights and inputs each time, and no matrix is zero."""
     first, again = (zoo.build("llama") for _ in range(2))
-    assert not architectures.same_bits(architectures.flat(first), architectures.flat(again))
-    assert (
-        architectures.apart(
-            architectures.outputs(first, zoo.inputs(first)), architectures.outputs(again, zoo.inputs(again))
-        )
-        == 0
-    )
+    assert not dense_oracle.changed_tensors(dense_oracle.flat(first), dense_oracle.flat(again))
+    outputs = [dense_oracle.outputs(model, zoo.inputs(model)) for model in (first, again)]
+    assert dense_oracle.apart(*outputs) == 0
     assert all(bool(p.any()) for p in first.parameters() if p.ndim >= 2)
 
 
@@ -82,11 +79,11 @@ def test_the_oracle_sees_an_adapter_that_does_nothing(monkeypatch):
     inputs = zoo.inputs(base)
     model = li.inject(base.__class__(base.config).eval(), "all-linear", r=4)
     model.load_state_dict(base.state_dict(), strict=False)
-    architectures.randomize(architectures.sites(model), base)
+    dense_oracle.randomize(dense_oracle.adapted_sites(model), base)
     attention = model.layers[0].self_attn
     monkeypatch.setattr(attention.q_proj, "forward", lambda x: nn.functional.linear(x, attention.q_proj.weight))
-    with pytest.raises(Wrong, match=r"SILENTLY UNREACHED: 1 sites, as layers.0.self_attn.q_proj"):
-        architectures.against_oracle(base, model, architectures.sites(model), inputs, 0.0)
+    with pytest.raises(dense_oracle.Wrong, match=r"SILENTLY UNREACHED: 1 sites, as layers.0.self_attn.q_proj"):
+        dense_oracle.against_oracle(base, model, dense_oracle.adapted_sites(model), inputs, 0.0)
 
 
 def test_products_are_distinguished_from_lookups():
@@ -101,7 +98,5 @@ def test_products_are_distinguished_from_lookups():
         def forward(self, ids):
             return self.table(ids) @ self.tied.weight.T + nn.functional.linear(self.queries, self.copied.weight.clone())
 
-    assert architectures.observe(Net(), {"ids": architectures.torch.arange(3)}).matmul == {
-        "tied.weight",
-        "copied.weight",
-    }
+    seen = dense_oracle.observe(Net(), {"ids": torch.arange(3)})
+    assert seen.matmul == {"tied.weight", "copied.weight"}
