@@ -67,6 +67,15 @@ def test_an_error_ends_all_calls(set_threads):
     assert in_new_thread == [3]
 
 
+@pytest.fixture
+def default_handler():
+    """A shell lets commands in the background ignore Ctrl-C; the tests need Python's handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_handler")
 def test_an_interrupt_is_deferred():
     """Ctrl-C arrives at the end of the block, and the old handler is back; other threads do not touch the handler."""
     before, reached = signal.getsignal(signal.SIGINT), False
