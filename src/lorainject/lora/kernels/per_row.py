@@ -152,12 +152,14 @@ class PerRowTerms:
         self.copied = [(adapter.A, adapter.B, _versions(adapter)) for adapter in adapters]
         self.device = y.device
         dtype, r = compute_dtype(y, 1), max(adapter.r for adapter in adapters)
-        wide = torch.promote_types(dtype, torch.float32)
-        A = [pad(adapter.A.to(dtype), (0, 0, 0, r - adapter.r)) for adapter in adapters]
-        B = [pad((adapter.B.t().to(wide) * adapter.scale).to(dtype), (0, 0, 0, r - adapter.r)) for adapter in adapters]
-        zero = torch.zeros_like(B[0])
-        self.A_NRI = torch.stack([A[i or 0] for i in numbers])
-        self.B_NRO = torch.stack([zero if i is None else B[i] for i in numbers])
+        A, B = [A for A, _, _ in self.copied], [B.t() for _, B, _ in self.copied]
+        if any(adapter.r < r for adapter in adapters):
+            A, B = ([pad(t, (0, 0, 0, r - len(t))) for t in factors] for factors in (A, B))
+        # Few calls for all rows, since a batch may be used once: with one per adapter this takes twice the time.
+        scales = [0.0 if i is None else adapters[i].scale for i in numbers]
+        s = torch.tensor(scales, dtype=torch.promote_types(dtype, torch.float32), device=y.device)
+        self.A_NRI = torch.stack([A[i or 0] for i in numbers]).to(dtype)
+        self.B_NRO = (torch.stack([B[i or 0] for i in numbers]) * s.view(-1, 1, 1)).to(dtype)
         self.parts = adapters[0].parts or ((slice(None), slice(None)),)
 
     @staticmethod
