@@ -152,7 +152,8 @@ class PerRowTerms:
         self.copied = [(adapter.A, adapter.B, _versions(adapter)) for adapter in adapters]
         self.device = y.device
         dtype, r = compute_dtype(y, 1), max(adapter.r for adapter in adapters)
-        A, B = [A for A, _, _ in self.copied], [B.t() for _, B, _ in self.copied]
+        A: list[Tensor] = [A for A, _, _ in self.copied]
+        B: list[Tensor] = [B.t() for _, B, _ in self.copied]
         if any(adapter.r < r for adapter in adapters):
             A, B = ([pad(t, (0, 0, 0, r - len(t))) for t in factors] for factors in (A, B))
         # Few calls for all rows, since a batch may be used once: with one per adapter this takes twice the time.
