@@ -179,7 +179,7 @@ def test_merge_by_another_process_while_planning(folder, monkeypatch):
     assert contents(folder / "base") == before
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_at_any_point(folder, kills):
     """kill -9 at random points of the three verbs never leaves a mixture that can be loaded (tools/faults.py)."""
     script = Path(__file__).parents[2] / "tools" / "faults.py"

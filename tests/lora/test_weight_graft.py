@@ -90,7 +90,7 @@ def test_adapted_experts_equal_merged_experts(build, implementation):
 
 @both_models
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in transformers
 def test_experts_compile_as_one_graph(build, implementation, dtype):
