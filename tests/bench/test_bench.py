@@ -174,11 +174,17 @@ def test_results_are_judged_reported_and_read_back():
 
 @pytest.mark.parametrize(
     ("rho", "verdict"),
-    [(exact_value(-0.3), "not seen"), (exact_value(math.inf), "not seen"), (exact_value(0.1), "met"), (Spread(0.1, 0.06, 0.15), "met"),
-     (Spread(0.1, 0.06, 0.17), "not seen"), (Spread(2.7, 1.4, 15.9), "not seen")],
-)  # fmt: skip
+    [
+        (exact_value(-0.3), "not seen"),
+        (exact_value(math.inf), "not seen"),
+        (exact_value(0.1), "met"),
+        (Spread(0.1, 0.06, 0.15), "met"),
+        (Spread(0.1, 0.06, 0.17), "not seen"),
+        (Spread(2.7, 1.4, 15.9), "not seen"),
+    ],
+)
 def test_a_rho_that_noise_hides_has_no_verdict(rho, verdict):
-    """An overhead was not seen if rho is negative or infinite, or if its quartiles are further apart than it is large."""
+    """An overhead was not seen if rho is negative or infinite, or smaller than the distance of its quartiles."""
     assert result(invented_row(), Figure(case="", metric="rho", value=rho)).verdict == verdict
 
 

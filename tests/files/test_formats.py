@@ -1,4 +1,4 @@
-"""Every format: the files of the original libraries mean what those compute; formats keep and exchange records exactly."""
+"""Every format: files of the original libraries mean what those compute, and formats exchange records exactly."""
 
 from __future__ import annotations
 
@@ -51,17 +51,29 @@ def kohya_hints() -> li.Hints:
 
 MERGED, DELTA = "expected_merged.safetensors", "expected_delta.safetensors"
 FIXTURE_FILES = {
-    "torchtune": Fixture(path="torchtune", expected="expected_peft_adapter_model.safetensors", hints=li.Hints(alpha=6, heads=(4, 2))),
+    "torchtune": Fixture(
+        path="torchtune", expected="expected_peft_adapter_model.safetensors", hints=li.Hints(alpha=6, heads=(4, 2))
+    ),
     "mlx": Fixture(path="mlx_lora", expected=MERGED, base="base.safetensors"),
     "adapterhub, bert": Fixture(path="adapterhub_bert", expected=DELTA),
-    "adapterhub, gpt2": Fixture(path="adapterhub_gpt2", expected=DELTA, transposed=("c_attn.weight", "c_fc.weight", "c_proj.weight")),
-    "kohya": Fixture(path="kohya_lycoris/lora.safetensors", expected=MERGED, base="base.safetensors", hints=kohya_hints(), eps=2**-23),
+    "adapterhub, gpt2": Fixture(
+        path="adapterhub_gpt2", expected=DELTA, transposed=("c_attn.weight", "c_fc.weight", "c_proj.weight")
+    ),
+    "kohya": Fixture(
+        path="kohya_lycoris/lora.safetensors", expected=MERGED, base="base.safetensors", hints=kohya_hints(), eps=2**-23
+    ),
     "diffusers": Fixture(path="diffusers/pytorch_lora_weights.safetensors", expected=DELTA),
     "gguf": Fixture(path="gguf/lora.gguf", expected="expected_delta_hf.safetensors", hints=li.Hints(heads=(4, 2))),
     "onnx": Fixture(path="onnx_adapter/a.onnx_adapter", expected=DELTA),
-    "loralib": Fixture(path="loralib/lora.pt", expected=MERGED, base="base.safetensors", hints=LORALIB_HINTS, transposed=("mf.weight", "emb.weight")),
+    "loralib": Fixture(
+        path="loralib/lora.pt",
+        expected=MERGED,
+        base="base.safetensors",
+        hints=LORALIB_HINTS,
+        transposed=("mf.weight", "emb.weight"),
+    ),
     "litgpt": Fixture(path="litgpt", expected=MERGED, base="base.safetensors", hints=li.Hints(heads=(4, 2))),
-}  # fmt: skip
+}
 
 
 def fixtures(*names: str):
@@ -146,7 +158,7 @@ def test_a_file_written_again_has_the_same_record(format, fixture, tmp_path):
     assert is_same_record(again, file)
 
 
-# --- each format into each other, on adapters that any of them can hold -------------------------------------------------
+# --- each format into each other, on adapters that any of them can hold -----------------------------------------------
 
 # AdapterHub names the base's class in its config, and has a LoRA on some weights only.
 LLAMA_FORMATS = [name for name in li.FORMATS if name != "adapterhub"]
@@ -199,14 +211,17 @@ def test_a_second_conversion_changes_nothing(format, tmp_path_factory):
     check()
 
 
-# --- what a format cannot hold ------------------------------------------------------------------------------------------
+# --- what a format cannot hold ----------------------------------------------------------------------------------------
 
 NO_PLACE = {
-    "torchtune": ("plain", r"torchtune has no place for:(.*\n)*.*conv2: convolutions\n.*emb: embeddings\n(.*\n)*.*head: a whole tensor"),
+    "torchtune": (
+        "plain",
+        r"torchtune has no place for:(.*\n)*.*conv2: convolutions\n.*emb: embeddings\n(.*\n)*.*head: a whole tensor",
+    ),
     "mlx": ("lora_bias", r"mlx has no place for:\n  - lin: bias updates\n"),
     "litgpt": ("dora", r"litgpt has no place for:\n(.*\n)*.*lin: magnitudes"),
     "loralib": ("tokens", r"loralib has no place for:\n  - emb: rows of trained tokens"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("format", "case"), NO_PLACE.items(), ids=NO_PLACE)
@@ -252,9 +267,15 @@ def test_a_stack_of_experts_becomes_linears_or_mlx_lms_stacks(tmp_path):
 
 
 OTHER_METHODS = {
-    "LoHa": "lora_unet_a.hada_w1_a", "LoKr": "lora_unet_a.lokr_w1", "OFT": "lora_unet_a.oft_blocks", "GLoRA": "lora_unet_a.a1.weight",
-    "IA3": "lora_unet_a.on_input", "a full difference": "lora_unet_a.diff", "trained norms": "lora_unet_a.w_norm", "VeRA": "base_model.model.a.vera_lambda_b",
-}  # fmt: skip
+    "LoHa": "lora_unet_a.hada_w1_a",
+    "LoKr": "lora_unet_a.lokr_w1",
+    "OFT": "lora_unet_a.oft_blocks",
+    "GLoRA": "lora_unet_a.a1.weight",
+    "IA3": "lora_unet_a.on_input",
+    "a full difference": "lora_unet_a.diff",
+    "trained norms": "lora_unet_a.w_norm",
+    "VeRA": "base_model.model.a.vera_lambda_b",
+}
 
 
 @pytest.mark.parametrize(("method", "key"), OTHER_METHODS.items())

@@ -241,7 +241,9 @@ STABILITY_NAMES = {
     "middle_block_0_out_layers_3": "mid_block.resnets.0.conv2",
     "middle_block_1_transformer_blocks_9_ff_net_2": "mid_block.attentions.0.transformer_blocks.9.ff.net.2",
     "middle_block_2_emb_layers_1": "mid_block.resnets.1.time_emb_proj",
-    "output_blocks_0_1_transformer_blocks_1_attn2_to_out_0": "up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_out.0",
+    "output_blocks_0_1_transformer_blocks_1_attn2_to_out_0": (
+        "up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_out.0"
+    ),
     "output_blocks_5_0_in_layers_2": "up_blocks.1.resnets.2.conv1",
     "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
     "time_embed_2": "time_embedding.linear_2",

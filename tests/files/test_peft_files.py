@@ -100,7 +100,7 @@ def stack_config(version: str | None) -> dict[str, Any]:
 
 
 def stored_product(A: Tensor, B: Tensor) -> Tensor:
-    """Return B A of two experts of rank 2, as the tensors lie in the file: rows of A by expert, columns of B by rank."""
+    """Return B A of two experts of rank 2 from the tensors of a file: rows of A by expert, columns of B by rank."""
     return B.reshape(len(B), 2, 2).permute(2, 0, 1) @ A.reshape(2, 2, -1)
 
 
@@ -165,7 +165,7 @@ def test_the_order_of_the_columns_of_a_stack(config, hints, is_grouped, tmp_path
 
 
 def moe_model(name: str) -> tuple[nn.Module, tuple[str, str, str], str]:
-    """Return a model with stacked experts, and what transformers 4 called gate, up and down, and the block around them."""
+    """Return a model with stacked experts, and transformers 4's names of gate, up, down and the block around them."""
     import transformers as t
 
     sizes = {
@@ -186,7 +186,7 @@ def moe_model(name: str) -> tuple[nn.Module, tuple[str, str, str], str]:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_adapters_of_transformers_4_go_onto_stacked_experts(name, tmp_path):
-    """Each expert was a linear then: gate alone in one layer, some experts only, mixed ranks; compared with the dense sum."""
+    """Experts that were linear layers then (gate alone, some experts, mixed ranks) are merged as the dense sum."""
     model, (gate, up, down), block = moe_model(name)
     dense, factors = copy.deepcopy(model), {}
     for layer, expert, leaf, r in [(0, 0, gate, 3), (0, 3, gate, 2), (0, 3, up, 3), (0, 1, down, 2), (1, 2, gate, 2)]:
@@ -301,7 +301,7 @@ def test_tensors_in_a_pickle(tmp_path):
 
 
 def raw_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as a trainer dumps them: with the adapter's name, DDP's wrapper, and the head next to its original."""
+    """Return the tensors as a trainer dumps them: with the adapter's name, DDP's wrapper, the head and its original."""
     renamed = {}
     for key, t in tensors.items():
         for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):

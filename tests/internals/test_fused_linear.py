@@ -258,8 +258,8 @@ def test_a_penalty_on_the_gradient_trains_A_and_B():
 
 @pytest.mark.parametrize("shape", [(5, I), (2, 5, I)], ids=str)
 def test_what_may_be_done_around_a_fused_step(shape):
-    """The output is written to, the backward runs twice, hooks see output and gradients, saved tensors are offloaded, and the
-    step is checkpointed."""
+    """The output may be written to, the backward may run twice, hooks see output and gradients, saved tensors may be
+    offloaded, and the step may be checkpointed."""
     model, x = adapted_layer(dropout=0.3), torch.randn(shape, requires_grad=True)
     dy = torch.randn(*shape[:-1], O)
     _, expected = output_and_gradients(model, x, dy)
