@@ -5,8 +5,8 @@
 **Inference.** `add_linear_term` adds the term into the output of the base layer. The formula of adapter.py would
 allocate the term, which is as large as y, and write the sum to a third tensor; the peak memory of the row `forward`
 would be 3 times the base's, instead of 1.00 in float32 and 1.05 in bfloat16. Up to FEW_TOKENS tokens the term is
-allocated all the same: for one token the three calls take 37 instead of 56 us in float32 and 66 instead of 85 in bfloat16 (d 512,
-r 8, Zen 3).
+allocated all the same: for one token the three calls take 37 instead of 56 us in float32 and 66 instead of 85 in
+bfloat16 (d 512, r 8, Zen 3).
 
 **Training.** `FusedLinear` is the step of a frozen nn.Linear with a single adapter. Its backward adds dh A into the
 base's own dx = dy W0, where autograd would hold both and their sum. It saves x, h (rank wide), A and B, and of dropout
