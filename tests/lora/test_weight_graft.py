@@ -88,9 +88,20 @@ def test_adapted_experts_equal_merged_experts(build, implementation):
     assert state(li.eject(model)) == before
 
 
-@both_models
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("build", "implementation", "dtype"),
+    [
+        (mixtral, "grouped_mm", torch.float32),
+        (gpt_oss, "batched_mm", torch.float32),
+        pytest.param(mixtral, "batched_mm", torch.float32, marks=pytest.mark.long),
+        pytest.param(gpt_oss, "grouped_mm", torch.float32, marks=pytest.mark.long),
+        *(
+            pytest.param(build, implementation, torch.bfloat16, marks=pytest.mark.long)
+            for build in (mixtral, gpt_oss)
+            for implementation in ("batched_mm", "grouped_mm")
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # in transformers
 def test_experts_compile_as_one_graph(build, implementation, dtype):
