@@ -32,7 +32,7 @@ from .merging.report import MergedSite, MergeReport
 from .plan import Plan, Site
 from .probe import Reach, probe
 from .spec import LoraSpec, Override
-from .surgery import activate, disabled, eject, inject, parameters, rows
+from .surgery import activate, disabled, eject, inject, parameters, rows, using
 from .targets.resolve import find
 
 __version__ = "0.1.0"
@@ -80,5 +80,6 @@ __all__ = [
     "save",
     "unmerge",
     "unmerge_in_place",
+    "using",
     "write",
 ]

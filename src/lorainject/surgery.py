@@ -10,6 +10,7 @@ The base is frozen while it carries adapters. Each module remembers which of its
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraftError, StateError
-from .lora.active import ROOTS, AdapterState
+from .lora.active import ROOTS, AdapterState, Choice, choosing
 from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import AdapterDict, adapters_of
 from .lora.dora import DoraAdapter
@@ -32,6 +33,7 @@ from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
 from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
 from .plan import Plan, Site
+from .plan import site_name as name_of_site
 from .spec import LoraSpec, Override, Target, spec_from_arguments
 from .targets.resolve import resolve
 
@@ -104,7 +106,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
             module = modules[s.path]
             siblings = adapters_of(module, s.parameter, s.label)
             if siblings is None:
-                siblings = AdapterDict(states[0], KINDS[s.kind], s.parameter, s.label, named=s.named)
+                siblings = AdapterDict(states[0], KINDS[s.kind], s.parameter, s.label, site=s.name, named=s.named)
             mount((s.path, *s.aliases), module, siblings, [(path, modules[path]) for path in s.readers])
             vars(adapter)["training"] = module.training  # train() takes 5 us per module
             siblings[name] = adapter
@@ -112,11 +114,13 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
             module = modules[new.paths[0]]
             siblings = adapters_of(module, new.parameter)
             if siblings is None:
-                siblings = AdapterDict(states[0], kind_of(module, new.parameter) or WHOLE, new.parameter)
+                site = name_of_site(new.paths[0], new.parameter, "")
+                siblings = AdapterDict(states[0], kind_of(module, new.parameter) or WHOLE, new.parameter, site=site)
             mount(new.paths, module, siblings, [*new.readers, (new.paths[0], module)])
             siblings[name] = new.adapter
         for state in states:
-            state.before[name], state.active = state.active, (name,)
+            state.before[name] = state.default.active
+            state.set_default((name,))
         _freeze(modules.values())
     except BaseException:
         _remove(ModelIndex(index.model), [name])
@@ -146,9 +150,16 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     If an error is raised, the model is unchanged.
     """
     index = ModelIndex(model)
+    if name is None and index.lost:
+        warnings.warn(
+            f"these weights were injected, but their modules were replaced or removed since: {', '.join(index.lost)}",
+            stacklevel=2,
+        )
+        for state in index.states:
+            state.members = {n: member for n, member in state.members.items() if n not in index.lost}
     if _restore_untouched(index) and not index.sites:
         return model
-    index.require_adapters("eject", *([] if name is None else [name]), merged=True)
+    index.require_adapters("eject", *([] if name is None else [name]), merged=True, lost=name is None)
     problems = graft_obstacles(index)
     problems += [
         f"{site_name}: its A and B are sharded"
@@ -178,8 +189,8 @@ def activate(model: nn.Module, *names: str) -> None:
     """Make exactly these adapters the active ones. Their deltas add up; without names the model computes what its base
     computes.
 
-    Switching takes microseconds, however many adapters and layers there are. Do not switch between a forward with
-    gradient checkpointing and its backward, which runs the forward again.
+    This is the model's default, which holds for every thread; `using` makes a choice for the caller alone. Exactly the
+    parameters of these adapters require a gradient afterwards, except those that were frozen by hand.
 
     Args:
         model: A model with adapters.
@@ -189,32 +200,46 @@ def activate(model: nn.Module, *names: str) -> None:
         StateError: The model has no such adapter, adapters are merged, or an adapter with magnitudes (DoRA) or whole
             tensors shares a weight with another of these adapters.
     """
-    if len(names) == 1 and isinstance(names[0], list | tuple):
-        names = tuple(names[0])
-    if len(names) > 1:
-        index = ModelIndex(model)
-        index.require_adapters("activate", *names)
-        if conflicts := _conflicts(index.sites, names):
-            raise StateError(
-                "magnitudes (DoRA) and whole tensors cannot be active with another adapter on the same weight:",
-                conflicts,
-                "activate one of them at a time",
-            )
+    names = _required_names(model, names, "activate")
     for state in states_to_switch(model, "activate", *names):
-        state.active = tuple(dict.fromkeys(names))
+        state.set_default(tuple(dict.fromkeys(names)))
+
+
+@contextmanager
+def using(model: nn.Module, *names: str) -> Iterator[None]:
+    """Let the caller's forwards use exactly these adapters within this context, whatever `activate` says.
+
+    The choice belongs to the thread or the asyncio task that makes it; other threads and tasks do not see it. A task or
+    a thread that is started with a copy of the caller's contextvars inherits it. In a generator, the context holds
+    while the generator runs, and not for its consumer between two items.
+
+    A backward uses the adapters of its forward, gradient checkpointing included, wherever it runs.
+
+    Args:
+        model: A model with adapters.
+        names: Adapter names, or one list of them. Without names, the model computes what its base computes.
+
+    Raises:
+        StateError: As for `activate`.
+    """
+    names = _required_names(model, names, "use adapters", nested=True)
+    states = states_to_switch(model, "use adapters", *names, nested=True)
+    _warn_if_frozen(model, states, names, "using")
+    with choosing(states, Choice(names), "using"):
+        yield
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Let the model compute what its base computes within this context, in every thread.
+    """Let the caller's forwards compute what the base model computes within this context.
 
-    Run a backward within the context too.
+    The choice belongs to the caller, as for `using`.
 
     Raises:
         StateError: The model has no adapters, or adapters are merged.
     """
     states = states_to_switch(model, "disable the adapters", nested=True)
-    with _changed(states, active=(), rows=None, context="disabled"):
+    with choosing(states, Choice(), "disabled"):
         yield
 
 
@@ -223,7 +248,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Let row i of the batch use the adapter names[i] within this context.
 
     Every module with adapters must see the batch on axis 0 of its input, followed by at least one more axis (the
-    sequence). Run a backward within the context too. For short rows A and B are copied once per row, or once for
+    sequence). The choice belongs to the caller, as for `using`. Only adapters that are active by default train: to
+    train several in one batch, activate all of them first. For short rows A and B are copied once per row, or once for
     several rows with the same adapter, as long as the copies are no larger than the weight; they are freed with the
     context.
 
@@ -240,23 +266,46 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             f"rows takes a list with one adapter name per row, not {names!r}",
             way_out='write rows(model, ["fr", None, "de"]) for a batch of three rows',
         )
-    states = states_to_switch(model, "route rows", *(n for n in names if n is not None), nested=True)
-    with _changed(states, rows=RowAssignment(names), context="rows"):
+    used = tuple(dict.fromkeys(n for n in names if n is not None))
+    states = states_to_switch(model, "route rows", *used, nested=True)
+    _warn_if_frozen(model, states, used, "rows")
+    with choosing(states, Choice(rows=RowAssignment(names)), "rows"):
         yield
 
 
-def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Return an iterator over the trainable parameters of the active adapters, for an optimizer.
+def parameters(model: nn.Module, name: str | Sequence[str] | None = None) -> Iterator[nn.Parameter]:
+    """Return an iterator over the trainable parameters of adapters, for an optimizer.
+
+    Exactly the adapters that are active by default train: `inject` and `load` activate the new adapter and freeze the
+    others, and `activate` freezes and thaws. A model with several adapters therefore asks for a name, or warns which
+    adapters the optimizer will not train.
+
+    Args:
+        model: A model with adapters, or a part of one.
+        name: The adapter or adapters whose parameters are returned. None means those of the active adapters.
 
     Raises:
-        StateError: Adapters are merged, or none is active: nothing would train.
+        StateError: The model has no such adapter, adapters are merged, or an adapter has nothing that trains.
     """
+    names = None if name is None else (name,) if isinstance(name, str) else tuple(name)
     index = ModelIndex(model)
-    index.require_adapters("train", nested=True, part=True)
-    adapters = [adapter for site in index.sites.values() for adapter in site.adapters.active]
-    if not adapters:
+    index.require_adapters("train", *names or (), nested=True, part=True)
+    chosen = index.default if names is None else names
+    if not chosen:
         raise StateError("no adapter is active", way_out="call activate(model, name) first")
-    return iter(dict.fromkeys(p for adapter in adapters for p in adapter.parameters() if p.requires_grad))
+    trained = {n: [p for p in index.parameters_of(n) if p.requires_grad] for n in chosen}
+    if frozen := [n for n, tensors in trained.items() if not tensors]:
+        raise StateError(
+            f"nothing of {', '.join(map(repr, frozen))} requires a gradient, so that it would not train",
+            way_out=f"call activate(model, {', '.join(map(repr, chosen))}) first, which lets exactly these train",
+        )
+    if names is None and (others := [n for n in index.adapter_names if n not in chosen]):
+        warnings.warn(
+            f"these are the parameters of {', '.join(map(repr, chosen))} alone; {', '.join(map(repr, others))} is not"
+            f" active and does not train. Say whose parameters you want: parameters(model, {chosen[0]!r})",
+            stacklevel=2,
+        )
+    return iter(dict.fromkeys(p for tensors in trained.values() for p in tensors))
 
 
 def _new_adapter(module: nn.Module, site: Site, loaded: LoadedFactors | None) -> LoraAdapter:
@@ -280,6 +329,34 @@ def _new_adapter(module: nn.Module, site: Site, loaded: LoadedFactors | None) ->
     if loaded is None:
         adapter.reset_parameters()
     return adapter
+
+
+def _required_names(model: nn.Module, names: tuple[str, ...], verb: str, nested: bool = False) -> tuple[str, ...]:
+    """Return the names that activate or using was given, each once; raise StateError if they cannot be active
+    together."""
+    if len(names) == 1 and isinstance(names[0], list | tuple):
+        names = tuple(names[0])
+    if len(names) > 1:
+        index = ModelIndex(model)
+        index.require_adapters(verb, *names, nested=nested)
+        if conflicts := _conflicts(index.sites, names):
+            raise StateError(
+                "magnitudes (DoRA) and whole tensors cannot be active with another adapter on the same weight:",
+                conflicts,
+                "activate one of them at a time",
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _warn_if_frozen(model: nn.Module, states: Sequence[AdapterState], names: Sequence[str], verb: str) -> None:
+    """Warn of adapters that a training forward would use without training them."""
+    frozen = [n for n in names if not any(n in state.default.active for state in states)]
+    if frozen and model.training and torch.is_grad_enabled():
+        warnings.warn(
+            f"{', '.join(map(repr, frozen))} is not active by default, so that it does not train within {verb}(...):"
+            f" call activate(model, {', '.join(map(repr, names))}) first to train it, or use torch.no_grad()",
+            stacklevel=5,
+        )
 
 
 def _conflicts(sites: Mapping[str, AdaptedSite], names: Sequence[str]) -> list[str]:
@@ -317,8 +394,8 @@ def _remove(index: ModelIndex, names: Sequence[str]) -> None:
         for state in index.states:
             previous = state.before.pop(name, ())
             state.before = {n: previous if was == (name,) else was for n, was in state.before.items()}
-            active = previous if state.active == (name,) else state.active
-            state.active = tuple(n for n in active if n in state.before)
+            active = previous if state.default.active == (name,) else state.default.active
+            state.set_default(tuple(n for n in active if n in state.before))
         for site in index.sites.values():
             if name in site.adapters:
                 del site.adapters[name]
@@ -340,16 +417,3 @@ def _restore_untouched(index: ModelIndex) -> bool:
                 p.requires_grad_(True)
         del module.__dict__[FROZEN]
     return bool(empty or frozen)
-
-
-@contextmanager
-def _changed(states: Sequence[AdapterState], **changes: object) -> Iterator[None]:
-    """Change these attributes of the states within the context."""
-    saved = [(state, {key: getattr(state, key) for key in changes}) for state in states]
-    try:
-        for state, _ in saved:
-            vars(state).update(changes)
-        yield
-    finally:
-        for state, before in saved:
-            vars(state).update(before)

@@ -361,7 +361,6 @@ def test_when_a_step_is_fused():
     li.inject(model, ["0"], r=2, name="other")
     li.activate(model, "default", "other")
     assert not is_fused(model(x))
-    li.activate(model, "default")
     with li.rows(model, ["default", "other"]):
         assert not is_fused(model(torch.randn(2, 3, I, requires_grad=True)))
 

@@ -15,7 +15,7 @@ from lorainject.lora.kernels import per_row
 def randomize(model: nn.Module) -> None:
     """Fill A and B of the active adapters with random numbers."""
     with torch.no_grad():
-        for p in li.parameters(model):
+        for p in (p for p in model.parameters() if p.requires_grad):
             p.normal_(std=0.3)
 
 
@@ -23,8 +23,8 @@ def row_by_row(model: nn.Module, names: list[str | None], x: Tensor) -> Tensor:
     """Return the outputs of the rows, each computed alone, with its adapter active."""
     outputs = []
     for name, row in zip(names, x, strict=True):
-        li.activate(model, *([name] if name else []))
-        outputs.append(model(row[None])[0])
+        with li.using(model, *([name] if name else [])):
+            outputs.append(model(row[None])[0])
     return torch.stack(outputs)
 
 
@@ -47,6 +47,7 @@ def test_every_row_is_computed_as_by_its_adapter_alone(dtype, grad, data):
     for i, name in enumerate("abc"):
         li.inject(model, [data.draw(st.sampled_from(["0", "0[0:7]"]))] if i else ["0"], r=i + 1, alpha=i + 2, name=name)
         randomize(model)
+    li.activate(model, *"abc")
     names = data.draw(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=6))
     tokens = data.draw(st.sampled_from([1, 7, 30]))
     x = torch.randn(len(names), tokens, 64, dtype=dtype)

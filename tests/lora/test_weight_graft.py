@@ -480,10 +480,11 @@ def test_rows_choose_adapters_of_experts(build, implementation):
     for seed, name in enumerate("ab"):
         li.inject(model, ["experts", "attention"], r=4, name=name)
         randomize(model, name, seed=seed)
+    li.activate(model, "a", "b")
 
     def alone(row: int, name: str | None) -> torch.Tensor:
-        li.activate(model, *([name] if name else []))
-        return model(input_ids=x[row : row + 1], use_cache=False).last_hidden_state[0]
+        with li.using(model, *([name] if name else [])):
+            return model(input_ids=x[row : row + 1], use_cache=False).last_hidden_state[0]
 
     names = ["b", None, "a"]
     expected = torch.stack([alone(i, name) for i, name in enumerate(names)])

@@ -88,6 +88,7 @@ def test_rows_choose_an_adapter_per_row(two):
 def test_rows_give_gradients_to_their_adapters(two):
     """Within rows an adapter gets the gradient of the rows that use it, and of no other row."""
     model, _ = two
+    li.activate(model, "fr", "de")
     with li.rows(model, ["fr", "fr", None]):
         run(model, X)[2].sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -160,7 +161,7 @@ def test_eject_activates_the_previous_adapter(two):
 def test_parameters_are_those_of_active_adapters(two):
     """parameters returns A and B of the active adapters, each once, and no weight of the base."""
     model, _ = two
-    assert len(list(li.parameters(model))) == 8
+    assert len(list(li.parameters(model, "de"))) == 8
     li.activate(model, "fr", "de")
     assert len(set(li.parameters(model))) == 16
     assert not any(p.requires_grad for k, p in model.named_parameters() if ".lora." not in k)
@@ -329,7 +330,7 @@ def test_a_part_of_the_whole_is_refused(two, verb):
         verb(model.model)
     assert state(model) == before
     assert torch.allclose(run(model, X), expected["de"], atol=1e-6)
-    assert len(list(li.parameters(model.model.layers[0]))) == 4
+    assert len(list(li.parameters(model.model.layers[0], "de"))) == 4
 
 
 def test_a_copy_of_a_part_is_a_whole(two):

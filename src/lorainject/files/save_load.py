@@ -69,7 +69,13 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         way_out = "leave format out, or write other formats with read and write, or convert"
         raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out=way_out)
     index = ModelIndex(model)
-    index.require_adapters("save", name, merged=True, nested=True, part=True)
+    index.require_adapters("save", name, merged=True, nested=True, part=True, lost=True)
+    if index.lost:
+        warnings.warn(
+            f"these weights were injected, but their modules were replaced or removed since, so that their A and B are"
+            f" not saved: {', '.join(index.lost)}",
+            stacklevel=2,
+        )
     sites = {key: site for key, site in index.sites.items() if name in site.adapters}
     reasons = {key: _why_unsavable(site, site.adapters[name]) for key, site in sites.items()}
     if problems := [f"{key}: {reason}" for key, reason in reasons.items() if reason is not None]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import StateError
 from ..numerics.delta import Factors, scale
 
 Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
@@ -94,6 +96,23 @@ class LoraAdapter(nn.Module):
         """Return function(self, *args)."""
         return function(self, *args)
 
+    frozen: tuple[str, ...] = ()
+    """The parameters that `set_trainable(False)` froze."""
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Freeze the parameters that require a gradient, or let those that were frozen by this method require one
+        again."""
+        frozen = []
+        for name, p in self._parameters.items():
+            if p is not None and trainable and name in self.frozen:
+                p.requires_grad_(True)
+            elif p is not None and not trainable and p.requires_grad:
+                if not any(type(hook) is _LostGradient for hook in (p._backward_hooks or {}).values()):
+                    p.register_hook(_LostGradient(p))
+                p.requires_grad_(False)
+                frozen.append(name)
+        vars(self)["frozen"] = tuple(frozen)  # nn.Module's own way to set an attribute takes 2 us
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A, and set B to zero.
@@ -137,6 +156,32 @@ class LoraAdapter(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}"
         return f"{sizes}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class _LostGradient:
+    """A hook on a parameter that raises StateError if a gradient would be lost.
+
+    A forward may have used the parameter before it was frozen. torch then drops its gradient in silence.
+    """
+
+    def __init__(self, p: nn.Parameter) -> None:
+        self.parameter = weakref.ref(p)
+
+    __torch_unserializable__ = True  # torch would warn of a hook that a pickle leaves out
+
+    def __call__(self, grad: Tensor) -> None:
+        p = self.parameter()
+        if p is not None and not p.requires_grad:
+            raise lost_gradient()
+
+
+def lost_gradient() -> StateError:
+    """Return the error of a backward that comes after its adapter was deactivated."""
+    return StateError(
+        "an adapter was deactivated between a forward and its backward, so that its gradient would be lost",
+        way_out="run the backward first; or activate every adapter that trains, and choose among them by"
+        " using(model, name), which freezes nothing",
+    )
 
 
 def _runs(slices: tuple[range, ...]) -> Parts | None:

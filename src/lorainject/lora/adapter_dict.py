@@ -7,6 +7,7 @@ is not decided here: all modules of a model share one `AdapterState` (active.py)
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -27,14 +28,16 @@ class AdapterDict(nn.Module):
         kind: The kind of the weight.
         parameter: The name of the weight in its module.
         label: The slice of a fused weight ("q", "0:768"). Empty for the whole weight.
+        site: The name of the site in the model (plan.site_name).
         named: True if the weight itself was named as a target, so that all modules that contain it count as readers.
     """
 
     def __init__(
-        self, state: AdapterState, kind: Kind, parameter: str = "weight", label: str = "", *, named: bool = False
-    ) -> None:
+        self, state: AdapterState, kind: Kind, parameter: str = "weight", label: str = "", *, site: str,
+        named: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.state, self.kind = state, kind
+        self.state, self.kind, self.site = state, kind, site
         self.parameter, self.label, self.named = parameter, label, named
         self.is_read, self.merge_record = False, None
         self.fallbacks = Counter()
@@ -45,6 +48,8 @@ class AdapterDict(nn.Module):
     """What merge leaves on the weight, for unmerge (merging/adapted_weight.py); None while nothing is merged."""
     parameter: str
     label: str
+    site: str
+    """The name under which the weight was injected."""
     named: bool
     is_read: bool
     """True if other code reads the weight (weight graft), False if it is applied by calling its module (forward
@@ -71,7 +76,7 @@ class AdapterDict(nn.Module):
     @property
     def active(self) -> list[LoraAdapter]:
         """The active adapters that this weight has."""
-        return [self[name] for name in self.state.active if name in self._modules]
+        return [self[name] for name in self.state.choice.active if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, y_is_ours: bool = False) -> Tensor:
         """Return y plus the low-rank terms of the active adapters.
@@ -83,17 +88,27 @@ class AdapterDict(nn.Module):
         """
         assert self.kind.form is not None
         term = TERMS[self.kind.form]
-        if self.state.rows is not None:
+        choice = self.state.choice
+        if choice.rows is not None:
             adapters = cast("dict[str | None, LoraAdapter]", self._modules)
-            return self.state.rows.add_terms(adapters, term, y, x, y_is_ours)
-        for adapter in self.active:
-            y, y_is_ours = adapter(term, y, x, y_is_ours), True
+            return choice.rows.add_terms(adapters, term, y, x, y_is_ours)
+        for name in choice.active:
+            if name in self._modules:
+                y, y_is_ours = self[name](term, y, x, y_is_ours), True
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.state.members[self.site] = weakref.ref(self)
         for adapter in self._modules.values():
             self._tag_parameters(cast(LoraAdapter, adapter))  # a copied Parameter loses its attributes
+
+    def _replicate_for_data_parallel(self) -> AdapterDict:
+        """Return the replica for another GPU, which DataParallel runs in a thread that has none of the caller's
+        contexts."""
+        replica = cast(AdapterDict, super()._replicate_for_data_parallel())
+        replica.state = AdapterState(default=self.state.choice, merged=self.state.merged)
+        return replica
 
     def _tag_parameters(self, adapter: LoraAdapter) -> None:
         """Let an optimizer's step, which sees parameters alone, find out whether they are merged (merging/merge.py)."""

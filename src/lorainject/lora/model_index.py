@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError, TargetError
 from ..plan import site_name
-from .active import ROOTS, AdapterState
+from .active import ROOTS, AdapterState, ModuleStructure, open_context
 from .adapter import LoraAdapter
 from .adapter_dict import AdapterDict
 from .replacement import ReplacementTensor
@@ -125,22 +125,52 @@ class ModelIndex:
     @property
     def active(self) -> tuple[str, ...]:
         """The names of the active adapters."""
-        return tuple(dict.fromkeys(name for state in self.states for name in state.active))
+        return tuple(dict.fromkeys(name for state in self.states for name in state.choice.active))
+
+    @property
+    def default(self) -> tuple[str, ...]:
+        """The names of the adapters that are active where a caller has not chosen otherwise."""
+        return tuple(dict.fromkeys(name for state in self.states for name in state.default.active))
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of an adapter, on all sites that have it."""
+        for site in self.sites.values():
+            if name in site.adapters:
+                yield from site.adapters[name].parameters()
 
     @property
     def merged(self) -> list[str]:
         """The names of the adapters that are merged into the weights, sorted."""
         return sorted({name for state in self.states for name in state.merged})
 
-    def require_ready(self, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False) -> None:
+    @cached_property
+    def lost(self) -> list[str]:
+        """The names of the sites that were injected and are not in the model any more, because a module was replaced or
+        removed since."""
+        found = {id(site.adapters) for site in self.sites.values()}
+        injected = [state for root, state in ROOTS.items() if id(root) in self.first_paths]
+        roots = [state for state in {*self.states, *injected} if state.root and id(state.root()) in self.first_paths]
+        return [name for state in roots for name, member in state.members.items() if id(member()) not in found]
+
+    def require_ready(
+        self, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False, lost: bool = False
+    ) -> None:
         """Raise StateError if `verb` must not act on the model now.
 
         Args:
             verb: What is about to be done, as the message says it ("cannot <verb> ...").
             merged: Allow adapters to be merged. Most verbs would otherwise act on W0 + s B A instead of W0.
-            nested: Allow a `disabled` or `rows` context to be open.
+            nested: Allow the caller to have a `using`, `disabled` or `rows` context open.
             part: Allow the model to be a part of a larger model that was injected as a whole.
+            lost: Allow sites that were injected to be missing.
         """
+        if self.lost and not lost:
+            raise StateError(
+                f"cannot {verb}: weights that were injected are not in the model any more, because their modules were"
+                " replaced or removed since:",
+                self.lost,
+                "put these modules back; or save what is left, eject(model), and load or inject again",
+            )
         for state in self.states:
             root = state.root and state.root()
             if root is not None and not part and root is not self.model and id(root) not in self.first_paths:
@@ -148,8 +178,8 @@ class ModelIndex:
                     f"cannot {verb}: this is a part of a model that was injected as a whole",
                     way_out=f"call it on the whole {type(root).__name__}",
                 )
-            if state.context and not nested:
-                raise StateError(f"cannot {verb} inside {state.context}(...)", way_out="leave the context first")
+            if not nested and (context := open_context(state)) is not None:
+                raise StateError(f"cannot {verb} inside {context.verb}(...)", way_out="leave the context first")
         if not merged and self.merged:
             raise StateError(
                 f"cannot {verb} while {', '.join(map(repr, self.merged))} is merged",
@@ -205,14 +235,18 @@ def states_to_switch(model: nn.Module, verb: str, *names: str, nested: bool = Fa
     """Return the adapter states by which the adapters `names` are switched.
 
     A model that was injected as a whole is remembered in ROOTS, so that switching takes no walk however many layers it
-    has. Otherwise the model is indexed, and StateError is raised as by `ModelIndex.require_adapters`.
+    has, as long as its modules are the same. Otherwise the model is indexed, and StateError is raised as by
+    `ModelIndex.require_adapters`.
     """
     state = ROOTS.get(model)
-    can_switch = state is not None and not state.merged and (nested or not state.context)
-    if state is not None and can_switch and state.before and state.before.keys() >= set(names):
-        return [state]
+    if state is not None and not state.merged and (nested or open_context(state) is None):
+        has_names = state.before and state.before.keys() >= set(names)
+        if has_names and state.structure is not None and state.structure.is_current():
+            return [state]
     index = ModelIndex(model)
     index.require_adapters(verb, *names, nested=nested)
+    if index.states == [state]:
+        state.structure = ModuleStructure({id(module): module for _, module in index.walked}.values())
     return index.states
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..numerics.delta import Factors, total_gain
-from .active import AdapterState
+from .active import AdapterState, Choice, choosing
 from .adapter import LoraAdapter, delta_factors
 from .adapter_dict import AdapterDict, child_name
 from .dora import DoraAdapter
@@ -61,7 +62,7 @@ class LoraReader(Graft):
 def _state_with_rows(reader: nn.Module) -> AdapterState | None:
     """Return the adapter state if the reader is a stack of experts and `rows` is open with adapters that it carries."""
     dicts = [a for path, name in reader.__dict__[READS] for a in _adapters_on(_owner(reader, path), name)]
-    if not dicts or (rows := dicts[0].state.rows) is None or not all(a.kind.stacked for a in dicts):
+    if not dicts or (rows := dicts[0].state.choice.rows) is None or not all(a.kind.stacked for a in dicts):
         return None
     return dicts[0].state if any(name in a for name in rows.names if name is not None for a in dicts) else None
 
@@ -73,7 +74,7 @@ def _forward_by_rows(experts: nn.Module, state: AdapterState, args: tuple[Any, .
     shape (rows * tokens, in), or have the batch on an axis of its own, and if there is an integer input (rows * tokens,
     k) with the experts that each token chose. Without it, tokens may have been sorted or repeated (Llama 4).
     """
-    rows, tensors = state.rows, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    rows, tensors = state.choice.rows, [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     assert rows is not None
     batch, n, axes = len(rows.names), len(tensors[0]), tensors[0].ndim - 1
     has_choices = any(not t.is_floating_point() and t.ndim == 2 for t in tensors)
@@ -89,16 +90,12 @@ def _forward_by_rows(experts: nn.Module, state: AdapterState, args: tuple[Any, .
     def select(value: Any, tokens: slice) -> Any:
         return value[tokens] if isinstance(value, Tensor) else value
 
-    outputs, before = [], state.active
-    try:
-        state.rows = None
-        for name, run in rows.runs:
-            tokens = slice(run.start * n // batch, run.stop * n // batch)
-            state.active = () if name is None else (name,)
-            selected = {key: select(value, tokens) for key, value in kwargs.items()}
+    outputs = []
+    for name, run in rows.runs:
+        tokens = slice(run.start * n // batch, run.stop * n // batch)
+        selected = {key: select(value, tokens) for key, value in kwargs.items()}
+        with choosing([state], Choice(() if name is None else (name,)), "rows"):
             outputs.append(experts.forward(*(select(value, tokens) for value in args), **selected))
-    finally:
-        state.rows, state.active = rows, before
     return torch.cat(outputs)
 
 
@@ -159,9 +156,9 @@ class ShadowedWeight(LazyWeight):
     @property
     def active(self) -> list[LoraAdapter]:
         """The active adapters of the weight."""
-        state = self.adapters[0].state
-        if state.rows is not None:
-            if any(name in a for name in state.rows.names if name is not None for a in self.adapters):
+        choice = self.adapters[0].state.choice
+        if choice.rows is not None:
+            if any(name in a for name in choice.rows.names if name is not None for a in self.adapters):
                 raise StateError(
                     f"rows(...): the weight {self.name!r} of a {base_class(type(self.owner)).__name__} is read by the"
                     " model's own code, which may see the batch in any order",
@@ -197,6 +194,7 @@ def mount(
     if child not in module._modules:
         vars(adapters)["training"] = module.training  # train() takes 5 us per module
         module._modules[child] = adapters
+        adapters.state.members[adapters.site] = weakref.ref(adapters)
     # A module that reads one of its weights reads all of them: its grafted forward is LoraReader's.
     if READS in module.__dict__ or any(reader is module for _, reader in readers):
         readers = list(dict.fromkeys([*readers, (paths[0], module)]))
@@ -241,6 +239,7 @@ def unmount(index: ModelIndex, names: Sequence[str]) -> None:
         site = index.sites.pop(name)
         _remove_stale_shadows(site.module)
         del site.module._modules[child_name(site.adapters.parameter, site.adapters.label)]
+        site.adapters.state.members.pop(site.adapters.site, None)
 
 
 def grafted_modules(index: ModelIndex) -> dict[str, nn.Module]:

@@ -135,7 +135,7 @@ def unmerge_index(index: ModelIndex, names: str | Sequence[str] | None = None) -
                     strategies.append(STRATEGIES[record.strategy](w, deltas))
             _merge_weights(index, weights, strategies, remaining, reversible=True, strict=False)
         for state in index.states:
-            state.active = tuple(name for name in state.active if name not in removed)
+            state.set_default(tuple(name for name in state.default.active if name not in removed))
         return
     # Each step can be repeated, so that an unmerge that is interrupted here is finished by the next one.
     set_grafted(index, True)
@@ -163,7 +163,7 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
     index = ModelIndex(model)
     index.require_adapters("form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
     for w in adapted_weights(index.sites):
-        chosen = w.sites[0].adapters.state.active if name is None else (name,)
+        chosen = w.sites[0].adapters.state.choice.active if name is None else (name,)
         record = w.record
         if record is None or not have_extras(record.deltas):
             parts = w.deltas(chosen)

@@ -48,8 +48,8 @@ def single_plain_adapter(layer: nn.Module) -> LoraAdapter | None:
     (adapters,) = layer._modules.values()
     if type(adapters) is not AdapterDict:
         return None
-    state = adapters.state
-    if state.rows is not None or len(state.active) != 1:
+    choice = adapters.state.choice
+    if choice.rows is not None or len(choice.active) != 1:
         return None
-    adapter = adapters._modules.get(state.active[0])
+    adapter = adapters._modules.get(choice.active[0])
     return adapter if type(adapter) is LoraAdapter and not is_hooked(adapters, adapter) else None
