@@ -32,7 +32,7 @@ from .merging.report import MergedSite, MergeReport
 from .plan import Plan, Site
 from .probe import Reach, probe
 from .spec import LoraSpec, Override
-from .surgery import activate, disabled, eject, inject, parameters, rows, using
+from .surgery import activate, disabled, eject, inject, parameters, rescale, reset, rows, using
 from .targets.resolve import find
 
 __version__ = "0.1.0"
@@ -76,6 +76,8 @@ __all__ = [
     "parameters",
     "probe",
     "read",
+    "rescale",
+    "reset",
     "rows",
     "save",
     "unmerge",

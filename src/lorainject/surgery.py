@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import GraftError, StateError
+from .errors import GraftError, SpecError, StateError
 from .lora.active import ROOTS, AdapterState, Choice, choosing
 from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import AdapterDict, adapters_of
@@ -32,9 +32,11 @@ from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
 from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
+from .numerics.delta import alpha_of
+from .numerics.modes import in_default_modes
 from .plan import Plan, Site
 from .plan import site_name as name_of_site
-from .spec import LoraSpec, Override, Target, spec_from_arguments
+from .spec import LoraSpec, Override, Target, is_alpha, spec_from_arguments
 from .targets.resolve import resolve
 
 FROZEN = "_lora_frozen"
@@ -55,6 +57,7 @@ class PlannedReplacement(NamedTuple):
     adapter: ReplacementTensor
 
 
+@in_default_modes
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *,
            alpha: float | None = None, dropout: float = 0.0, exclude: Target | Sequence[Target] = (),
            layers: Sequence[int] | None = None, scaling: str = "standard", init: str = "kaiming",
@@ -131,6 +134,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     return index.model
 
 
+@in_default_modes
 def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter, or all of them, off a model, and return the same model.
 
@@ -153,13 +157,14 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     if name is None and index.lost:
         warnings.warn(
             f"these weights were injected, but their modules were replaced or removed since: {', '.join(index.lost)}",
-            stacklevel=2,
+            stacklevel=3,
         )
-        for state in index.states:
+        for state in index.whole_states:
             state.members = {n: member for n, member in state.members.items() if n not in index.lost}
     if _restore_untouched(index) and not index.sites:
         return model
-    index.require_adapters("eject", *([] if name is None else [name]), merged=True, lost=name is None)
+    names = () if name is None else (name,)
+    index.require_adapters("eject", *names, merged=True, lost=name is None, computed=not index.merged)
     problems = graft_obstacles(index)
     problems += [
         f"{site_name}: its A and B are sharded"
@@ -289,11 +294,11 @@ def parameters(model: nn.Module, name: str | Sequence[str] | None = None) -> Ite
     """
     names = None if name is None else (name,) if isinstance(name, str) else tuple(name)
     index = ModelIndex(model)
-    index.require_adapters("train", *names or (), nested=True, part=True)
+    index.require_adapters("train", *names or (), nested=True, part=True, computed=True)
     chosen = index.default if names is None else names
     if not chosen:
         raise StateError("no adapter is active", way_out="call activate(model, name) first")
-    trained = {n: [p for p in index.parameters_of(n) if p.requires_grad] for n in chosen}
+    trained = {n: [p for a in index.adapters_named(n) for p in a.parameters() if p.requires_grad] for n in chosen}
     if frozen := [n for n, tensors in trained.items() if not tensors]:
         raise StateError(
             f"nothing of {', '.join(map(repr, frozen))} requires a gradient, so that it would not train",
@@ -331,6 +336,62 @@ def _new_adapter(module: nn.Module, site: Site, loaded: LoadedFactors | None) ->
     return adapter
 
 
+def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = None, scale: float | None = None) -> None:
+    """Change the scale s of an adapter on all of its weights, for the forward, merge, save and everything else.
+
+    Compiled code is not compiled again. An adapter of several ranks or alphas gets the same alpha, or the same scale,
+    on all of its weights.
+
+    Args:
+        model: A model with the adapter.
+        name: The adapter's name.
+        alpha: The new numerator: s = alpha / r, or alpha / sqrt(r) where the adapter is rank-stabilized.
+        scale: The new s itself. Give either of the two.
+
+    Raises:
+        SpecError: Not exactly one of the two is given, or it is not a finite number above 0.
+        StateError: The model has no such adapter, adapters are merged, or a context is open.
+    """
+    given = [value for value in (alpha, scale) if value is not None]
+    if len(given) != 1 or not is_alpha(given[0]):
+        raise SpecError(
+            f"rescale takes either alpha or scale, a finite number above 0, not alpha={alpha!r}, scale={scale!r}",
+            way_out="write rescale(model, name, alpha=16) or rescale(model, name, scale=2)",
+        )
+    index = ModelIndex(model)
+    index.require_adapters("rescale", name)
+    for adapter in index.adapters_named(name):
+        new = given[0] if scale is None else alpha_of(scale, adapter.r, adapter.scaling)
+        adapter.rescale(new, adapter.scaling)
+
+
+def reset(model: nn.Module, name: str | None = None) -> None:
+    """Draw A anew and set B to zero, so that the adapter is as `inject` makes it and the output is the base model's.
+
+    This is also what gives A and B values after a model that was built on the meta device has got its memory by
+    `to_empty`.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter's name. None resets all adapters.
+
+    Raises:
+        StateError: The model has no such adapter, adapters are merged, a context is open, or an adapter has values that
+            come from a file alone (magnitudes of DoRA, whole tensors).
+    """
+    index = ModelIndex(model)
+    index.require_adapters("reset", *([] if name is None else [name]))
+    names = index.adapter_names if name is None else (name,)
+    adapters = [adapter for n in names for adapter in index.adapters_named(n)]
+    if any(type(adapter) is not LoraAdapter for adapter in adapters):
+        raise StateError(
+            "cannot reset an adapter with magnitudes (DoRA) or whole tensors, which come from its file",
+            way_out="eject it and load the file again, or name the adapters to reset",
+        )
+    for adapter in adapters:
+        adapter.reset_parameters()
+
+
 def _required_names(model: nn.Module, names: tuple[str, ...], verb: str, nested: bool = False) -> tuple[str, ...]:
     """Return the names that activate or using was given, each once; raise StateError if they cannot be active
     together."""
@@ -338,7 +399,7 @@ def _required_names(model: nn.Module, names: tuple[str, ...], verb: str, nested:
         names = tuple(names[0])
     if len(names) > 1:
         index = ModelIndex(model)
-        index.require_adapters(verb, *names, nested=nested)
+        index.require_adapters(verb, *names, nested=nested, computed=True)
         if conflicts := _conflicts(index.sites, names):
             raise StateError(
                 "magnitudes (DoRA) and whole tensors cannot be active with another adapter on the same weight:",
@@ -381,11 +442,14 @@ def _is_exclusive(adapter: LoraAdapter) -> bool:
 def _freeze(modules: Iterable[nn.Module]) -> None:
     """Freeze the base, and add what was frozen to each module's list: an earlier inject may have frozen other
     parameters."""
+    training: dict[int, nn.Parameter] = {}
     for module in modules:
-        if training := {n: p for n, p in module._parameters.items() if p is not None and p.requires_grad}:
-            module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *training)
-            for p in training.values():
-                p.requires_grad_(False)
+        training |= {id(p): p for p in module._parameters.values() if p is not None and p.requires_grad}
+        # Each module that has a tied parameter notes it: load_state_dict(assign=True) ends the tie.
+        if names := [n for n, p in module._parameters.items() if id(p) in training]:
+            module.__dict__[FROZEN] = tuple(dict.fromkeys((*module.__dict__.get(FROZEN, ()), *names)))
+    for p in training.values():
+        p.requires_grad_(False)
 
 
 def _remove(index: ModelIndex, names: Sequence[str]) -> None:
@@ -413,7 +477,9 @@ def _restore_untouched(index: ModelIndex) -> bool:
     frozen = {} if index.sites else {id(m): m for _, m in index.walked if FROZEN in m.__dict__}
     for module in frozen.values():
         for name in module.__dict__[FROZEN]:
-            if (p := module._parameters.get(name)) is not None:
-                p.requires_grad_(True)
+            # prune and spectral_norm keep the parameter under another name, and compute `weight` from it.
+            for p in (module._parameters.get(name), module._parameters.get(f"{name}_orig")):
+                if p is not None:
+                    p.requires_grad_(True)
         del module.__dict__[FROZEN]
     return bool(empty or frozen)

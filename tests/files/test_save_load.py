@@ -180,7 +180,7 @@ def test_a_name_can_be_loaded_once(base, model, tmp_path):
     ):
         li.load(base, path)
     li.load(base, path, name="again")
-    assert base.model.embed_tokens.lora.state.active == ("again",)
+    assert base.model.embed_tokens.lora.state.choice.active == ("again",)
 
 
 def spoil(path, change):

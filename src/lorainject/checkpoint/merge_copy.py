@@ -15,11 +15,13 @@ from ..errors import FileError
 from ..files.io.atomic_write import new_file, new_folder
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
+from ..numerics.modes import in_default_modes
 from .copying import Meter, Progress, copy_bytes
 from .plan import plan_merge
 from .shards import INDEX, WEIGHT_FILES, Shard, open_unchanged
 
 
+@in_default_modes
 def merge_checkpoint(base_dir: str | Path,
                      adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile],
                      out_dir: str | Path, *, weights: Sequence[float] | None = None, strict: bool = False,
@@ -66,7 +68,7 @@ def merge_checkpoint(base_dir: str | Path,
             with open_unchanged(shard) as shard_file, new_file(folder / shard.path.name) as target:
                 plan.write(shard, shard_file, target, meter)
         report = plan.report()
-        check_survival(report.sites, strict, stacklevel=3)
+        check_survival(report.sites, strict, stacklevel=4)
     return report
 
 
@@ -84,5 +86,5 @@ def _other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
             others.append(path)
     if skipped:
         names = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
-        warnings.warn(f"{names}: not copied, because these weights are not merged", stacklevel=3)
+        warnings.warn(f"{names}: not copied, because these weights are not merged", stacklevel=4)
     return others

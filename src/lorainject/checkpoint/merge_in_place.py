@@ -28,6 +28,7 @@ from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.delta import Factors
 from ..numerics.journal import Journal
+from ..numerics.modes import in_default_modes
 from ..numerics.tile_merge import TileMerger, TileWorkspace
 from ..numerics.tiled_matmul import exact_product
 from .byte_runs import Patch, Runs
@@ -39,6 +40,7 @@ from .shards import INDEX, Shard, open_unchanged
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 2
 
 
+@in_default_modes
 def merge_in_place(model_dir: str | Path,
                    adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], *,
                    weights: Sequence[float] | None = None, strict: bool = False, check_base: bool = True,
@@ -77,7 +79,7 @@ def merge_in_place(model_dir: str | Path,
             for shard in plan.changed_shards:
                 with open_unchanged(shard) as source:
                     plan.write(shard, source, None, Meter())
-            check_survival(plan.report().sites, strict, stacklevel=3)
+            check_survival(plan.report().sites, strict, stacklevel=4)
             plan.reset_statistics()
         shutil.rmtree(folder, ignore_errors=True)  # left by a merge that was killed before it had a manifest
         folder.mkdir()
@@ -95,10 +97,11 @@ def merge_in_place(model_dir: str | Path,
                 shutil.rmtree(folder)
             raise
     report = plan.report()
-    check_survival(report.sites, strict=False, stacklevel=3)
+    check_survival(report.sites, strict=False, stacklevel=4)
     return report
 
 
+@in_default_modes
 def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) -> Path:
     """Restore every shard of a checkpoint to what it was before `merge_in_place`, complete or interrupted, to the byte.
 

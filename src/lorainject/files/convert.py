@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import FileError, SpecError
 from ..lora.model_index import ModelIndex
+from ..numerics.modes import in_default_modes
 from . import engines
 from .fit import describe_changes, fit_record
 from .format import Format
@@ -49,6 +50,7 @@ class Conversion:
     """What the engine must be told when it is started."""
 
 
+@in_default_modes
 def read(
     path: str | Path, *, format: str | None = None, allow_pickle: bool = False, hints: Hints | None = None
 ) -> AdapterFile:
@@ -102,6 +104,7 @@ def read_source(
     return file if hints.model is None else rename_for_model(file, index or ModelIndex(hints.model))
 
 
+@in_default_modes
 def write(
     file: AdapterFile,
     path: str | Path,
@@ -162,6 +165,7 @@ def write(
                       changed=tuple(changed), asks=served.asks(fit) if served else None)  # fmt: skip
 
 
+@in_default_modes
 def convert(
     source: str | Path,
     path: str | Path,

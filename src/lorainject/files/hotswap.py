@@ -18,6 +18,7 @@ from torch import nn
 from ..lora.adapter import LoraAdapter
 from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import is_sharded
+from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
 from ..targets.model_weights import model_weights
 from . import transforms
@@ -27,6 +28,7 @@ from .match_model import match_sites, require_base, weight_of
 from .record import StoredSite
 
 
+@in_default_modes
 def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_base: bool = True,
             allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
     """Give an adapter on the model the values of a file, in place and without a recompilation.

@@ -29,6 +29,7 @@ from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_sharded
 from ..numerics.delta import is_finite
+from ..numerics.modes import in_default_modes
 from ..plan import Plan
 from ..surgery import attach
 from ..targets.model_weights import ModelWeight, model_weights
@@ -42,6 +43,7 @@ from .match_model import base_print, match_sites, require_base, weight_of
 from .record import AdapterFile, StoredSite
 
 
+@in_default_modes
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
     """Write the A and B of one adapter, and nothing of the base. The adapter may be merged.
 
@@ -74,7 +76,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         warnings.warn(
             f"these weights were injected, but their modules were replaced or removed since, so that their A and B are"
             f" not saved: {', '.join(index.lost)}",
-            stacklevel=2,
+            stacklevel=3,
         )
     sites = {key: site for key, site in index.sites.items() if name in site.adapters}
     reasons = {key: _why_unsavable(site, site.adapters[name]) for key, site in sites.items()}
@@ -97,6 +99,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     return path
 
 
+@in_default_modes
 def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None,
          check_base: bool = True, allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
     """Put a saved adapter onto a base model, in place, and activate it.
@@ -125,7 +128,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     index.require_ready("load an adapter")
     file = read_source(open_source(path, allow_pickle), hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
-        warnings.warn(f"{file.path}: {note}", stacklevel=2)
+        warnings.warn(f"{file.path}: {note}", stacklevel=3)
     name = file.name if name is None else name
     if problems := name_problems(index, name) + wrapper_problems(index):
         raise StateError("nothing was loaded:", problems, "if the name is in use, pass another one: name=...")
@@ -143,6 +146,8 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
 def _why_unsavable(site: AdaptedSite, adapter: LoraAdapter) -> str | None:
     if not site.fits(adapter):
         return f"its weight now has shape {site.shape}, for which A and B were not made (was it resized after inject?)"
+    if adapter.is_undrawn:
+        return "A and B hold whatever was in memory, because to_empty() gave them no values: call reset(model)"
     for p in adapter._parameters.values():
         if p is None:
             continue
@@ -159,7 +164,7 @@ def _warn_of_trained_parameters(index: ModelIndex) -> None:
     parameters = ((f"{path}.{key}", p) for path, m in index.walked for key, p in m._parameters.items())
     if names := [key for key, p in parameters if p is not None and p.requires_grad]:
         shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-        warnings.warn(f"{shown} train too, but save writes A and B alone: save them yourself", stacklevel=3)
+        warnings.warn(f"{shown} train too, but save writes A and B alone: save them yourself", stacklevel=4)
 
 
 def _stored_sites(

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
@@ -36,9 +36,6 @@ from torch.compiler import is_compiling
 from .adapter import lost_gradient
 from .checkpoint_region import choices_in, region_being_run, region_being_run_again, regions_being_run
 from .kernels.per_row import RowAssignment
-
-if TYPE_CHECKING:
-    from .adapter_dict import AdapterDict
 
 
 @dataclass(frozen=True)
@@ -108,14 +105,21 @@ class AdapterState:
     """For every adapter on the model, which adapters were active when it was added. `eject` activates them again."""
     root: weakref.ref[nn.Module] | None = None
     """The model that was injected. None in a copy, which may be a copy of a part."""
-    members: dict[str, weakref.ref[AdapterDict]] = field(default_factory=dict)
-    """The adapters of every weight that was injected, by the name of the site. A module that was replaced since is
+    members: dict[str, weakref.ref[Any]] = field(default_factory=dict)
+    """The AdapterDict of every weight that was injected, by the name of the site. A module that was replaced since is
     missing in the model, and missed by its name."""
     loading: StateDictLoad | None = None
     """The latest call of load_state_dict."""
 
     structure: ModuleStructure | None = None
     """The modules of the model when it was last found to be complete."""
+
+    def __post_init__(self) -> None:
+        STATES.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        STATES.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # The copies of the members register themselves (AdapterDict.__setstate__).
@@ -139,11 +143,10 @@ class AdapterState:
         """
         before, self.default = self.default.active, Choice(tuple(names))
         changed = [(name, name in names) for name in {*before} ^ {*names}]
-        for member in self.members.values():
-            adapters = member()
-            for name, trainable in changed if adapters is not None else ():
-                if (adapter := adapters._modules.get(name)) is not None:  # type: ignore[union-attr]
-                    adapter.set_trainable(trainable)
+        for adapters in filter(None, (member() for member in self.members.values())):
+            for name, trainable in changed:
+                if name in adapters._modules:
+                    adapters[name].set_trainable(trainable)
 
     @property
     def choice(self) -> Choice:
@@ -262,6 +265,8 @@ class ModuleStructure:
         return True
 
 
+STATES: weakref.WeakSet[AdapterState] = weakref.WeakSet()
+"""The states of all models in the process, copies included."""
 ROOTS: weakref.WeakKeyDictionary[nn.Module, AdapterState] = weakref.WeakKeyDictionary()
 """The state of every model that was injected as a whole."""
 

@@ -54,7 +54,8 @@ class LoraAdapter(nn.Module):
 
     The scale is a 0-d buffer, not a Python float, because torch.compile recompiles whenever a float changes. It follows
     from alpha, r and scaling, so that neither `.to(bfloat16)` nor `.to_empty()` can change it: it is float64 beside a
-    float64 A, and float32 otherwise. So does the buffer `rows` follow from `slices`.
+    float64 A, and float32 otherwise. So does the buffer `rows` follow from `slices`. A state dict holds the scale, and
+    does not load into an adapter with another one: A and B alone would mean another update there.
 
     A and B are used by calling the module with a function, `adapter(function, *args)`, which returns function(adapter,
     *args). A call runs the hooks that move weights to the right device (accelerate) or gather them (FSDP), for A and B
@@ -70,7 +71,7 @@ class LoraAdapter(nn.Module):
         self.dropout, self.init, self.padding_idx = dropout, init, padding_idx
         self.out = B.shape[-2] if out is None else out
         self.slices, self.parts = slices, _runs(slices or ())
-        self.register_buffer("s", None, persistent=False)
+        self.register_buffer("s", None)
         self.register_buffer("rows", None, persistent=False)
         self._rebuild()
 
@@ -92,9 +93,21 @@ class LoraAdapter(nn.Module):
     parts: Parts | None
     """`rows` as contiguous runs. None if the slice has a step (interleaved layouts)."""
 
+    is_undrawn = False
+    """True if A and B hold whatever was in memory, after `to_empty`."""
+
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(self, *args)."""
         return function(self, *args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to set what the scale depends on: the buffers, and a compiled or merged model, hold the scale too."""
+        if name in ("alpha", "scale", "scaling", "r") and name in vars(self):
+            raise StateError(
+                f"{name} of an adapter cannot be set",
+                way_out="call rescale(model, name, alpha=...) or rescale(model, name, scale=...)",
+            )
+        super().__setattr__(name, value)
 
     frozen: tuple[str, ...] = ()
     """The parameters that `set_trainable(False)` froze."""
@@ -127,35 +140,87 @@ class LoraAdapter(nn.Module):
         if self.padding_idx is not None:  # its column of A gets no gradient, so the padding token keeps its vector
             self.A[:, self.padding_idx] = 0
         nn.init.zeros_(self.B)
+        self._set_undrawn(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraAdapter:
         super()._apply(fn, recurse)
         self._rebuild()
+        if ".to_empty." in getattr(fn, "__qualname__", "") and not any(p.is_meta for p in self.parameters()):
+            self._set_undrawn(True)
         return self
+
+    def _set_undrawn(self, undrawn: bool) -> None:
+        """Let every use of A and B raise StateError, or not any more, without a check in the forward."""
+        if undrawn and not self.is_undrawn:
+            vars(self)["versions"] = [p._version for p in self.parameters()]
+            self.register_forward_pre_hook(_require_drawn)
+        elif self.is_undrawn and not undrawn:
+            hooks = self._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _require_drawn]:
+                del hooks[key]
+        vars(self)["is_undrawn"] = undrawn
+
+    def require_drawn(self) -> None:
+        """Raise StateError if A and B hold whatever was in memory."""
+        if self.is_undrawn:
+            _require_drawn(self)
 
     @torch.no_grad()
     def rescale(self, alpha: float, scaling: str) -> None:
         """Change the scale in place: compiled code reads it from where it is."""
-        self.alpha, self.scaling, self.scale = alpha, scaling, scale(alpha, self.r, scaling)
+        vars(self).update(alpha=alpha, scaling=scaling, scale=scale(alpha, self.r, scaling))
         self.s.copy_(torch.tensor(self.scale, dtype=torch.float64))  # fill_ refuses what float32 does not hold
 
     def _rebuild(self) -> None:
         """Compute the buffers from the settings, on the device of A."""
-        self.scale = scale(self.alpha, self.r, self.scaling)
+        vars(self)["scale"] = scale(self.alpha, self.r, self.scaling)
         dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32  # float8 has no promotion
         self.s = torch.tensor(self.scale, dtype=dtype, device=self.A.device)
         if self.slices is not None:
             self.rows = torch.tensor([i for part in self.slices for i in part], device=self.A.device)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         # A checkpoint of the base alone has none of these keys. AdapterDict decides whether that is an error.
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self._rebuild()  # assign=True may have moved A to another device
+        if not any(key.startswith(prefix) for key in state_dict):
+            return
+        s = state_dict.get(f"{prefix}s")
+        if s is not None and not s.is_meta and float(s) != float(self.s):
+            errors.append(
+                f"{prefix[:-1]}: the state dict has the scale {float(s):g}, and the model {float(self.s):g}, so that A"
+                " and B would mean another update: inject with the alpha, r and scaling of the state dict, or call"
+                f" rescale(model, name, scale={float(s):g}) first"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if s is None and f"{prefix}s" in missing:  # written before the scale was in the state dict
+            missing.remove(f"{prefix}s")
+        self._rebuild()  # assign=True may have moved A to another device
+        if all(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters()):
+            self._set_undrawn(False)
 
     def extra_repr(self) -> str:
         sizes = f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}"
         return f"{sizes}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def _require_drawn(adapter: nn.Module, *_: Any) -> None:
+    """Raise StateError unless A and B were written since `to_empty`."""
+    assert isinstance(adapter, LoraAdapter)
+    if any(p._version == before for p, before in zip(adapter.parameters(), vars(adapter)["versions"], strict=True)):
+        raise StateError(
+            "A and B hold whatever was in memory, because to_empty() gave them memory without values",
+            way_out="call reset(model), which draws A and sets B to zero, or load a state dict that has them",
+        )
+    adapter._set_undrawn(False)
 
 
 class _LostGradient:

@@ -62,7 +62,6 @@ class AdapterDict(nn.Module):
 
     def __setitem__(self, name: str, adapter: LoraAdapter) -> None:
         self._modules[name] = adapter  # add_module refuses names such as "train" and "half"
-        self._tag_parameters(adapter)
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
@@ -100,8 +99,6 @@ class AdapterDict(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.state.members[self.site] = weakref.ref(self)
-        for adapter in self._modules.values():
-            self._tag_parameters(cast(LoraAdapter, adapter))  # a copied Parameter loses its attributes
 
     def _replicate_for_data_parallel(self) -> AdapterDict:
         """Return the replica for another GPU, which DataParallel runs in a thread that has none of the caller's
@@ -109,12 +106,6 @@ class AdapterDict(nn.Module):
         replica = cast(AdapterDict, super()._replicate_for_data_parallel())
         replica.state = AdapterState(default=self.state.choice, merged=self.state.merged)
         return replica
-
-    def _tag_parameters(self, adapter: LoraAdapter) -> None:
-        """Let an optimizer's step, which sees parameters alone, find out whether they are merged (merging/merge.py)."""
-        for p in adapter._parameters.values():
-            if p is not None:
-                p._lora_state = self.state  # type: ignore[attr-defined]
 
     def _load_from_state_dict(
         self,
@@ -132,6 +123,14 @@ class AdapterDict(nn.Module):
         if self.state.loading is None or self.state.loading.missing_keys is not missing:
             self.state.loading = StateDictLoad(missing)
         loading = self.state.loading
+        found = {key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)}
+        if strict:
+            unexpected += [k for k in state_dict if k.startswith(prefix) and k[len(prefix) :].split(".")[0] not in self]
+        if found and found.isdisjoint(self):
+            errors.append(
+                f"{prefix[:-1]}: the state dict has the adapter {', '.join(map(repr, sorted(found)))}, and the model"
+                f" {', '.join(map(repr, self))}: inject with the name of the state dict"
+            )
         for name in self:
             keys = [f"{prefix}{name}.{parameter}" for parameter, _ in self[name].named_parameters()]
             if any(key in state_dict for key in keys):

@@ -132,11 +132,9 @@ class ModelIndex:
         """The names of the adapters that are active where a caller has not chosen otherwise."""
         return tuple(dict.fromkeys(name for state in self.states for name in state.default.active))
 
-    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of an adapter, on all sites that have it."""
-        for site in self.sites.values():
-            if name in site.adapters:
-                yield from site.adapters[name].parameters()
+    def adapters_named(self, name: str) -> list[LoraAdapter]:
+        """Return the adapters of this name on all sites."""
+        return [site.adapters[name] for site in self.sites.values() if name in site.adapters]
 
     @property
     def merged(self) -> list[str]:
@@ -144,16 +142,35 @@ class ModelIndex:
         return sorted({name for state in self.states for name in state.merged})
 
     @cached_property
+    def whole_states(self) -> list[AdapterState]:
+        """The states of models that were injected as a whole and are in this model, or are this model."""
+        injected = [state for root, state in ROOTS.items() if id(root) in self.first_paths]
+        states = dict.fromkeys((*self.states, *injected))
+        return [state for state in states if state.root and id(state.root()) in self.first_paths]
+
+    @cached_property
     def lost(self) -> list[str]:
         """The names of the sites that were injected and are not in the model any more, because a module was replaced or
         removed since."""
         found = {id(site.adapters) for site in self.sites.values()}
-        injected = [state for root, state in ROOTS.items() if id(root) in self.first_paths]
-        roots = [state for state in {*self.states, *injected} if state.root and id(state.root()) in self.first_paths]
-        return [name for state in roots for name, member in state.members.items() if id(member()) not in found]
+        members = [member for state in self.whole_states for member in state.members.items()]
+        return [name for name, member in members if id(member()) not in found]
+
+    @cached_property
+    def computed(self) -> list[str]:
+        """The names of the sites whose weight is computed from other parameters since inject: prune, spectral_norm and
+        weight_norm take the parameter out of the module."""
+        return [name for name, site in self.sites.items() if site.adapters.parameter not in site.module._parameters]
 
     def require_ready(
-        self, verb: str, *, merged: bool = False, nested: bool = False, part: bool = False, lost: bool = False
+        self,
+        verb: str,
+        *,
+        merged: bool = False,
+        nested: bool = False,
+        part: bool = False,
+        lost: bool = False,
+        computed: bool = False,
     ) -> None:
         """Raise StateError if `verb` must not act on the model now.
 
@@ -163,7 +180,15 @@ class ModelIndex:
             nested: Allow the caller to have a `using`, `disabled` or `rows` context open.
             part: Allow the model to be a part of a larger model that was injected as a whole.
             lost: Allow sites that were injected to be missing.
+            computed: Allow weights that are computed from other parameters.
         """
+        if self.computed and not computed:
+            raise StateError(
+                f"cannot {verb}: these weights are computed from other parameters since inject (by pruning,"
+                " spectral_norm or weight_norm):",
+                self.computed,
+                'undo that first, as by torch.nn.utils.prune.remove(module, "weight")',
+            )
         if self.lost and not lost:
             raise StateError(
                 f"cannot {verb}: weights that were injected are not in the model any more, because their modules were"
@@ -244,8 +269,8 @@ def states_to_switch(model: nn.Module, verb: str, *names: str, nested: bool = Fa
         if has_names and state.structure is not None and state.structure.is_current():
             return [state]
     index = ModelIndex(model)
-    index.require_adapters(verb, *names, nested=nested)
-    if index.states == [state]:
+    index.require_adapters(verb, *names, nested=nested, computed=True)
+    if state is not None and index.states == [state]:
         state.structure = ModuleStructure({id(module): module for _, module in index.walked}.values())
     return index.states
 

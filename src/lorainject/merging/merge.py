@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import MergeError, StateError
+from ..lora.active import STATES
 from ..lora.model_index import ModelIndex
 from ..lora.weight_graft import graft_obstacles, set_grafted
+from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
 from ..numerics.tile_merge import TileWorkspace, sum_dtype
 from .adapted_weight import AdaptedWeight, adapted_weights, have_extras, threads_for, total_delta
@@ -33,6 +35,7 @@ from .revert import ADVICE, remerge_on_error, set_merged, unmerge_weights
 from .strategies import STRATEGIES, MergeStrategy, choose_strategy, gain_and_start
 
 
+@in_default_modes
 @torch.no_grad()
 def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True,
           strict: bool | None = None, untie: bool = False, dequantise: bool = False) -> MergeReport:  # fmt: skip
@@ -88,6 +91,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         return _merge_weights(index, weights, strategies, (*merged, *chosen), reversible, strict)
 
 
+@in_default_modes
 @torch.no_grad()
 def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
     """Take merged adapters out of the weights again, and return the same model.
@@ -221,7 +225,7 @@ def _merge_weights(index: ModelIndex, weights: Sequence[AdaptedWeight], strategi
             "the merge stopped halfway: some weights are merged, and reversible=False kept nothing to restore them",
             way_out="load the base model again",
         ) from e
-    check_survival(report.sites, strict, stacklevel=5)
+    check_survival(report.sites, strict, stacklevel=6)
     return report
 
 
@@ -242,7 +246,7 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
                 for s in strategies
             ]
             if undoable:
-                check_survival(sites, strict, stacklevel=6)
+                check_survival(sites, strict, stacklevel=7)
         records = [s.record(reversible) for s in strategies]
         for strategy, record in zip(strategies, records, strict=True):
             strategy.adapted.record = record
@@ -263,8 +267,9 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
 
 def _refuse_to_train(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     """Raise StateError if an optimizer steps over merged A and B: it would silently train nothing."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(p._lora_state.merged for p in parameters if hasattr(p, "_lora_state")):
+    members = [member() for state in list(STATES) if state.merged for member in state.members.values()]
+    merged = {id(p) for adapters in members if adapters is not None for p in adapters.parameters()}
+    if merged and any(id(p) in merged for group in optimizer.param_groups for p in group["params"]):
         raise StateError(
             "cannot train while merged: A and B are in the weights, and out of the graph",
             way_out="call unmerge(model) first",

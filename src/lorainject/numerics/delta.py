@@ -54,6 +54,13 @@ def scale(alpha: float, r: int, scaling: str) -> float:
     return alpha / math.sqrt(r) if scaling == "rslora" else alpha / r
 
 
+def alpha_of(s: float, r: int, scaling: str) -> float:
+    """Return the alpha with which `scale` returns s, or, where rounding leaves no such number, the nearest one."""
+    alpha = s * math.sqrt(r) if scaling == "rslora" else s * r
+    candidates = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    return min(candidates, key=lambda a: abs(scale(a, r, scaling) - s))
+
+
 def delta(P: Tensor, Q: Tensor, s: Tensor | float) -> Tensor:
     """Return s P Q, shape (*stack, rows, width), with the axes of `rest` flattened to `width`."""
     return (P * s) @ Q.flatten(P.ndim - 1)

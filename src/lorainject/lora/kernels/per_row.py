@@ -149,11 +149,11 @@ class PerRowTerms:
     """
 
     def __init__(self, adapters: Sequence[LoraAdapter], numbers: Sequence[int | None], y: Tensor) -> None:
-        self.copied = [(adapter.A, adapter.B, _versions(adapter)) for adapter in adapters]
+        self.copied = [(adapter.A, adapter.B, adapter.scale, _versions(adapter)) for adapter in adapters]
         self.device = y.device
         dtype, r = compute_dtype(y, 1), max(adapter.r for adapter in adapters)
-        A: list[Tensor] = [A for A, _, _ in self.copied]
-        B: list[Tensor] = [B.t() for _, B, _ in self.copied]
+        A: list[Tensor] = [A for A, *_ in self.copied]
+        B: list[Tensor] = [B.t() for _, B, *_ in self.copied]
         if any(adapter.r < r for adapter in adapters):
             A, B = ([pad(t, (0, 0, 0, r - len(t))) for t in factors] for factors in (A, B))
         # Few calls for all rows, since a batch may be used once: with one per adapter this takes twice the time.
@@ -175,15 +175,16 @@ class PerRowTerms:
         )
 
     def is_current(self, adapters: Sequence[LoraAdapter]) -> bool:
-        """True if the copies are still those of these adapters: no A or B was replaced, moved or written to, and no
-        adapter has got a hook, or dropout."""
+        """True if the copies are still those of these adapters: no A or B was replaced, moved or written to, no
+        scale was changed, and no adapter has got a hook, or dropout."""
         return len(adapters) == len(self.copied) and all(
             adapter.A is A
             and adapter.B is B
+            and adapter.scale == scale
             and _versions(adapter) == versions
             and has_plain_factors(adapter, self.device)
             and not active_dropout(adapter)
-            for adapter, (A, B, versions) in zip(adapters, self.copied, strict=True)
+            for adapter, (A, B, scale, versions) in zip(adapters, self.copied, strict=True)
         )
 
     def add_terms(self, y: Tensor, x: Tensor) -> None:
