@@ -46,6 +46,12 @@ def copy_bytes(source: int, target: int | None, start: int, stop: int, meter: Me
         meter.add(n)
 
 
+def copy_mode(source: int, target: int) -> None:
+    """Give a file the permissions of another one: a copy of a private file stays private."""
+    if hasattr(os, "fchmod"):  # Windows has no such permissions
+        os.fchmod(target, os.fstat(source).st_mode & 0o777)
+
+
 def start_writeback(file: int, start: int, n: int) -> None:
     """Begin to write these bytes to disk, so that fsync has little left to wait for."""
     if hasattr(os, "posix_fadvise"):  # it starts to write dirty pages, and may drop the others from the page cache

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..files.io.atomic_write import new_file, new_folder
+from ..files.io.regular_file import as_path, open_regular
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.modes import in_default_modes
-from .copying import Meter, Progress, copy_bytes
+from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
 from .shards import INDEX, WEIGHT_FILES, Shard, open_unchanged
 
@@ -49,7 +50,7 @@ def merge_checkpoint(base_dir: str | Path,
         FileError: A file cannot be read or written, or something does not fit; everything wrong is listed.
         MergeError: A sum is not finite, or, if strict, too little of a delta survives.
     """
-    base, out = Path(base_dir), Path(out_dir)
+    base, out = as_path(base_dir), as_path(out_dir)
     plan = plan_merge(base, adapters, weights, check_base)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out} already exists and is not an empty directory", way_out="give a new or empty directory")
@@ -62,11 +63,13 @@ def merge_checkpoint(base_dir: str | Path,
         for path in others:
             copy_path = folder / path.relative_to(base)
             copy_path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source, new_file(copy_path) as target:
+            with open_regular(path) as source, new_file(copy_path) as target:
                 copy_bytes(source.fileno(), target, 0, os.fstat(source.fileno()).st_size, meter)
+                copy_mode(source.fileno(), target)
         for shard in plan.shards:
             with open_unchanged(shard) as shard_file, new_file(folder / shard.path.name) as target:
                 plan.write(shard, shard_file, target, meter)
+                copy_mode(shard_file, target)
         report = plan.report()
         check_survival(report.sites, strict, stacklevel=4)
     return report

@@ -23,7 +23,8 @@ import torch
 from ..errors import FileError, MergeError, StateError, system_errors
 from ..files.io import atomic_write, safetensors_file
 from ..files.io.atomic_write import SPACE, UNFINISHED, lock, new_file, sync_folder
-from ..files.io.safetensors_file import TensorEntry
+from ..files.io.regular_file import as_path, is_plain_name, open_regular, read_regular
+from ..files.io.safetensors_file import MAX_HEADER, TensorEntry
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.delta import Factors
@@ -32,7 +33,7 @@ from ..numerics.modes import in_default_modes
 from ..numerics.tile_merge import TileMerger, TileWorkspace
 from ..numerics.tiled_matmul import exact_product
 from .byte_runs import Patch, Runs
-from .copying import Meter, Progress, copy_bytes
+from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
 from .shard_writer import MergePlan
 from .shards import INDEX, Shard, open_unchanged
@@ -62,7 +63,7 @@ def merge_in_place(model_dir: str | Path,
         StateError: An adapter is merged there already.
         SpecError, FileError, MergeError: See `merge_checkpoint`. FileError is also raised if a shard is a symlink.
     """
-    base = Path(model_dir)
+    base = as_path(model_dir)
     folder = base / FOLDER
     _check_not_merged(base)
     plan = plan_merge(base, adapters, weights, check_base)
@@ -119,7 +120,7 @@ def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) ->
         FileError: The manifest cannot be read, or a file cannot be read or written.
         MergeError: A shard was changed after the merge, or would not come out as it was; nothing was changed.
     """
-    base = Path(model_dir)
+    base = as_path(model_dir)
     if not (base / FOLDER / MANIFEST).exists():
         raise StateError(
             f"nothing is merged in place in {base}",
@@ -157,7 +158,7 @@ def _merge_shard(base: Path, shard: Shard, plan: MergePlan, manifest: dict[str, 
     temporary.unlink(missing_ok=True)
     with open_unchanged(shard) as source, new_file(temporary) as target:
         plan.write(shard, source, target, meter, keep_journal)
-        os.fchmod(target, os.fstat(source).st_mode & 0o777)
+        copy_mode(source, target)
     entries = {record["key"]: shard.tensors[record["key"]] for record in records}
     manifest["shards"][shard.path.name] = {
         "before": sha256(shard.path),
@@ -185,8 +186,8 @@ def _restore(base: Path, meter: Meter) -> None:
         temporary.unlink(missing_ok=True)
         with new_file(temporary) as target:
             _unmerge_shard(base, name, shard, target, meter)
-            os.fchmod(target, (base / name).stat().st_mode & 0o777)
         if sha256(temporary) != shard["before"]:  # the trial excludes this
+            temporary.unlink()
             raise MergeError(f"{base / name} does not come out as it was", way_out="download this shard again")
         os.replace(temporary, base / name)
         sync_folder(base)
@@ -199,9 +200,21 @@ def _restore(base: Path, meter: Meter) -> None:
 
 
 def _unmerge_shard(base: Path, name: str, shard: dict[str, Any], target: int | None, meter: Meter) -> str | None:
-    """Write a shard with W0 into `target`, or only try to; return what is wrong, or None."""
+    """Write a shard with W0 into `target`, or only try to; return what is wrong, or None.
+
+    Raises:
+        FileError: The manifest or the journal describes something else than this shard.
+    """
+    try:
+        return _unmerge_tiles(base, name, shard, target, meter)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, MemoryError, OverflowError) as e:
+        raise _bad_manifest(base / FOLDER / MANIFEST) from e
+
+
+def _unmerge_tiles(base: Path, name: str, shard: dict[str, Any], target: int | None, meter: Meter) -> str | None:
+    """Do what `_unmerge_shard` does, for a manifest and a journal that describe the shard."""
     workspace = TileWorkspace()
-    with (base / name).open("rb") as f:
+    with open_regular(base / name) as f:
         source = f.fileno()
         size = os.fstat(source).st_size
         copy_bytes(source, target, 0, size, Meter())
@@ -222,6 +235,8 @@ def _unmerge_shard(base: Path, name: str, shard: dict[str, Any], target: int | N
                     return f"{name}: {record['key']} would not come out as it was (on another machine or BLAS library)"
                 if target is not None:
                     runs.write_tile(target, entry, rows, w0)
+        if target is not None:
+            copy_mode(source, target)
         meter.add(size)
     return None
 
@@ -229,7 +244,7 @@ def _unmerge_shard(base: Path, name: str, shard: dict[str, Any], target: int | N
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as f:
+    with open_regular(path) as f:
         while n := f.readinto(buffer):
             digest.update(buffer[:n])
     return digest.hexdigest()
@@ -250,12 +265,17 @@ def _save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def _load_manifest(base: Path) -> dict[str, Any]:
     path = base / FOLDER / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["version"] == VERSION and all(Path(name).name == name for name in manifest["shards"]):
+        manifest = json.loads(read_regular(path, MAX_HEADER))
+        files = [record["file"] for shard in manifest["shards"].values() for record in shard["patches"]]
+        if manifest["version"] == VERSION and all(map(is_plain_name, (*manifest["shards"], *files))):
             return manifest
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise FileError(
+    raise _bad_manifest(path)
+
+
+def _bad_manifest(path: Path) -> FileError:
+    return FileError(
         f"{path} is not a manifest that this version of lorainject can read",
         way_out="unmerge with the version that merged, or download the model again",
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import FileError, SpecError
 from ..files.convert import read_source
 from ..files.io.open_adapter import Hints, open_source
+from ..files.io.regular_file import open_regular
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..files.match_model import match_sites
 from ..files.record import AdapterFile, BasePrint, StoredSite
@@ -107,7 +108,7 @@ class _Checkpoint:
         start, size, shape = entry.start, entry.stop - entry.start, entry.shape
         if element is not None:
             start, size, shape = start + dtype.itemsize * element, dtype.itemsize, (1,)
-        with self.shard_of[key].path.open("rb") as f:
+        with open_regular(self.shard_of[key].path) as f:
             f.seek(start)
             return torch.frombuffer(bytearray(f.read(size)), dtype=dtype).view(shape)
 

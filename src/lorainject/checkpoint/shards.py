@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, system_errors
-from ..files.io.safetensors_file import TensorEntry, read_header
+from ..files.io.regular_file import is_plain_name, open_regular, read_regular
+from ..files.io.safetensors_file import MAX_HEADER, TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,7 +52,7 @@ def open_unchanged(shard: Shard) -> Iterator[int]:
                 way_out="merge again when no other program writes to the checkpoint",
             )
 
-    with shard.path.open("rb") as f:
+    with open_regular(shard.path) as f:
         check()
         yield f.fileno()
         check()
@@ -72,7 +73,7 @@ def read_shards(folder: Path) -> list[Shard]:
             names = [SINGLE]
         if not names or (len(names) > 1 and not shard_of):
             raise _no_checkpoint(folder, names)
-        problems = [f"{name}: is not a plain file name" for name in names if Path(name).name != name]
+        problems = [f"{name}: is not a plain file name" for name in names if not is_plain_name(name)]
         if not problems:
             absent = [name for name in names if not (folder / name).is_file()]
             problems = [f"{name}: is in the index, but not in the directory" for name in absent]
@@ -85,7 +86,7 @@ def read_shards(folder: Path) -> list[Shard]:
 
 
 def _read_shard(path: Path) -> Shard:
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         stat = os.fstat(f.fileno())
         header = read_header(f, path)
     return Shard(path, header.tensors, header.size, _identity(stat))
@@ -93,7 +94,7 @@ def _read_shard(path: Path) -> Shard:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        shard_of = json.loads(index.read_bytes())["weight_map"]
+        shard_of = json.loads(read_regular(index, MAX_HEADER))["weight_map"]
         if isinstance(shard_of, dict) and shard_of and all(isinstance(x, str) for x in shard_of.values()):
             return shard_of
     except (ValueError, KeyError, TypeError):

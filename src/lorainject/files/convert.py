@@ -24,6 +24,7 @@ from .formats import adapterhub, diffusers, gguf, kohya, litgpt, loralib, mlx, n
 from .formats.pairs import other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
+from .io.regular_file import as_path
 from .record import AdapterFile, payload_problems
 from .rename import rename_for_model, select_component
 
@@ -141,7 +142,7 @@ def write(
         )
     served = None if engine is None else engines.engine(engine)
     form = served.form if served else _format(format or "lorainject")
-    path, hints = Path(path), hints or Hints()
+    path, hints = as_path(path), hints or Hints()
     if not file.sites:
         raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
     fit, lost = fit_record(file, form, lossy)

@@ -39,6 +39,7 @@ from .convert import FORMATS, read_source
 from .formats import peft_layout
 from .io import atomic_write
 from .io.open_adapter import Hints, open_source
+from .io.regular_file import as_path
 from .match_model import base_print, match_sites, require_base, weight_of
 from .record import AdapterFile, StoredSite
 
@@ -66,7 +67,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         FileError: If A and B are not finite, not in this process or no longer fit their weights, if `format="peft"`
             cannot hold them, or if the file cannot be written. What was at the path before is then unchanged.
     """
-    path = Path(path)
+    path = as_path(path)
     if format not in ("lorainject", "peft"):
         way_out = "leave format out, or write other formats with read and write, or convert"
         raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out=way_out)

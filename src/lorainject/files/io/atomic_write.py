@@ -28,10 +28,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...errors import FileError, system_errors
+from .regular_file import is_plain_name, read_regular
 
 JOURNAL = ".lorainject-save.json"
 UNFINISHED = ".{}.lorainject-unfinished"
 """The temporary name of a folder, or of a large file of which a killed process may leave only one."""
+MARK = ".lorainject-temporary"
+"""The file in a temporary folder that says that all of it may be deleted."""
 MAX_JOURNAL = 2**16  # bytes
 MAX_PIECES, MAX_BYTES = 1024, 2**30  # that every system takes in one call: an adapter's tensors are many and small
 LOCK_SECONDS = 60.0  # that a writer waits for another
@@ -132,16 +135,32 @@ def new_file(path: Path) -> Iterator[int]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` at the end, and deleted on an error.
 
-    What a killed process has left in a temporary folder of this name is deleted first.
+    What a killed process has left in a temporary folder of this name is deleted first, if the mark in it says that it
+    is a temporary folder.
+
+    Raises:
+        FileError: A file, a link or somebody's folder has the name of the temporary folder, or the system refuses.
     """
     folder = path.with_name(UNFINISHED.format(path.name))
+    mark = folder / MARK
     with system_errors(f"{path} cannot be written", ["nothing is left of it"], SPACE):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        is_ours = not folder.is_symlink() and folder.is_dir() and (mark.is_file() or not any(folder.iterdir()))
+        if not is_ours:
+            way_out = "move it away, or choose another directory to write"
+            raise FileError(
+                f"{folder} is not a temporary folder of lorainject, so nothing in it is deleted", way_out=way_out
+            )
         with lock(folder, required=True):
+            mark.touch()
             try:
                 for stale in folder.iterdir():
-                    shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+                    if stale != mark:
+                        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
                 yield folder
+                mark.unlink()
                 for inner in folder.rglob("*"):
                     if inner.is_dir():
                         sync_folder(inner)
@@ -170,7 +189,7 @@ def lock(folder: Path, seconds: float = 0, *, required: bool = False) -> Iterato
     except ImportError:  # Windows
         yield
         return
-    fd, start = os.open(folder, os.O_RDONLY), time.monotonic()
+    fd, start = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)), time.monotonic()
     try:
         while True:
             try:
@@ -236,15 +255,15 @@ def _journal(folder: Path) -> dict[str, str | None]:
     """Return the journal's entries, or none if there is no journal. Refuse foreign names, since they become paths."""
     path = folder / JOURNAL
     try:
-        with path.open("rb") as f:
-            entries = json.loads(f.read(MAX_JOURNAL))
+        entries = json.loads(read_regular(path, MAX_JOURNAL))
         for name, temporary in entries.items():
-            plain = Path(name).name == name
-            if not plain or not (temporary is None or re.fullmatch(_temporary_pattern([name]), temporary)):
+            if not is_plain_name(name) or not (
+                temporary is None or re.fullmatch(_temporary_pattern([name]), temporary)
+            ):
                 raise ValueError(f"{name!r}: {temporary!r}")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
+    except (FileError, OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         way_out = f"delete {JOURNAL}, then check that the other files of the directory are complete"
         raise FileError(f"{path} is not the journal of a save: {e}", way_out=way_out) from e
     return dict(entries)

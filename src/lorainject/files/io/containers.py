@@ -20,11 +20,13 @@ from torch import Tensor
 
 from ...errors import FileError, system_errors
 from . import safetensors_file
+from .regular_file import open_regular, read_regular, require_dense
 from .safetensors_file import CHECK_PATH, COPY_AGAIN
 
 Contents = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and the header's metadata."""
 MIN_UNPACKED, MAX_RATIO = 2**28, 100  # an archive may unpack to so many bytes, or to so many times its own size
+MAX_SHARED = 4  # times the bytes of their memory that the tensors of a pickle may have together (tied weights)
 PICKLES = {b"P": "a zip, perhaps a torch pickle", b"\x80": "a pickle (torch.save)"}
 REFUSED = {
     b"ggla": ("a LoRA of old llama.cpp, which later versions no longer read", "convert the original adapter again"),
@@ -65,11 +67,13 @@ def detect(path: Path) -> str:
 def first_bytes(path: Path) -> bytes:
     """Return the first 512 bytes of a file. Raise FileError if there is no such file, or if it is empty."""
     with system_errors(f"{path} cannot be read", way_out=CHECK_PATH):
-        if path.stat().st_size == 0:
+        with open_regular(path) as f:
+            start = f.read(512)
+        if not start:
             way_out = "it was cut off while it was written or copied: copy or download it again, or save it again"
             raise FileError(f"{path} is empty", way_out=way_out)
-        with path.open("rb") as f:
-            return f.read(512)
+        require_dense(path)
+        return start
 
 
 def _zip_container(path: Path) -> str:
@@ -89,7 +93,7 @@ def _read_pickle(path: Path) -> Contents:
     try:
         # From memory: torch would choose a loader by the path's ending, and a forged pickle would ask the file for more
         # bytes than there are.
-        value = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        value = torch.load(io.BytesIO(read_regular(path, path.stat().st_size)), map_location="cpu", weights_only=True)
     except Exception as e:  # a forged file can make the unpickler raise anything
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         way_out = "no other way of opening it is safe: ask for the adapter as safetensors"
@@ -115,6 +119,12 @@ def _read_pickle(path: Path) -> Contents:
         raise FileError(
             f"{path} describes larger tensors than it holds:", problems, "ask for the adapter as safetensors"
         )
+    stored = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in value.values()}.values())
+    if (size := sum(t.numel() * t.itemsize for t in value.values())) > MAX_SHARED * stored:
+        raise FileError(
+            f"{path} describes {size:,} bytes of tensors, which share {stored:,} bytes",
+            way_out="no adapter shares that much, so the file may be an attack: ask for the adapter as safetensors",
+        )
     return {key: t.detach().contiguous() for key, t in value.items()}, {}
 
 
@@ -129,7 +139,7 @@ def _read_npz(path: Path) -> Contents:
 
 
 def _read_gguf(path: Path) -> Contents:
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         try:
             _check_gguf(f, path.stat().st_size)
         except (ValueError, struct.error) as e:
@@ -191,11 +201,13 @@ def _check_gguf(f: BinaryIO, size: int) -> None:
     for _ in range(keys):
         skip(number("<Q"))
         skip_value(number("<I"))
+    elements = 0  # of at least a byte each, in the types that adapters have
     for _ in range(tensors):
         skip(number("<Q"))
         axes = number("<I")
-        if axes > 4 or math.prod(number("<Q") for _ in range(axes)) > 8 * size:
-            raise ValueError("a tensor is larger than the file")
+        elements += math.prod(number("<Q") for _ in range(axes)) if axes <= 4 else size + 1
+        if elements > size:
+            raise ValueError("its tensors are larger than the file")
         skip(12)
 
 

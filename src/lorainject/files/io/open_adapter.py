@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ...errors import FileError, system_errors
 from . import atomic_write, containers, safetensors_file
+from .config_yaml import parse_yaml
+from .regular_file import as_path, read_regular
 from .safetensors_file import COPY_AGAIN
 
 TENSORS = "adapter_model.safetensors"
@@ -33,6 +35,7 @@ CONFIGS = (CONFIG, "hyperparameters.yaml", "model_config.yaml")
 NEMO = ("model_config.yaml", "model_weights.ckpt")
 MAX_NAME = 1024  # characters of a tensor's name
 MAX_TEXT = 2**24  # bytes of a config, or of JSON in a header
+MAX_YAML = 2**18  # bytes of a config in YAML, whose parser takes a second for a megabyte
 MAX_MEMBERS = 10_000
 UNPACK = "unpack it yourself and give the adapter in it"
 EXPORT_NEMO = "export it to Hugging Face's format with NeMo, and give that"
@@ -98,7 +101,7 @@ def open_source(path: str | Path, allow_pickle: bool = False, spool: bool = Fals
     Raises:
         FileError: If there is no adapter at the path, or one that is damaged or not safe to open.
     """
-    path = Path(path)
+    path = as_path(path)
     opened = functools.partial(_open, path, allow_pickle=allow_pickle, spool=spool)
     if path.is_dir():
         names = (*FILES, *CONFIGS)
@@ -166,22 +169,8 @@ def _no_adapter(folder: Path) -> FileError:
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
     with system_errors(f"{path} cannot be read", way_out="check its permissions"):
-        if path.stat().st_size > MAX_TEXT:
-            way_out = "no config is that long: replace it by the config that was saved with the adapter"
-            raise FileError(f"{path} has {path.stat().st_size:,} bytes", way_out=way_out)
-        text = path.read_bytes()
-    if name.endswith(".json"):
-        return parse_json(str(path), text)
-    try:
-        import yaml
-
-        value = yaml.safe_load(text)
-    except ModuleNotFoundError:
-        raise FileError(f"{path} is YAML", way_out='pip install "lorainject[formats]"') from None
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        way_out = "if it was edited, correct it; else copy or download the adapter again"
-        raise FileError(f"{path} cannot be read as YAML: {e}", way_out=way_out) from e
-    return value if isinstance(value, dict) else {}
+        text = read_regular(path, MAX_TEXT if name.endswith(".json") else MAX_YAML)
+    return parse_json(str(path), text) if name.endswith(".json") else parse_yaml(path, text)
 
 
 def _open_archive(path: Path) -> Source:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError
+from .regular_file import open_regular
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
                torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}  # fmt: skip
@@ -167,11 +168,11 @@ def spool(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     try:
-        with path.open("rb") as f:
+        with open_regular(path) as f:
             yield f
     except FileError:
         raise
-    except (OSError, ValueError, RuntimeError) as e:  # torch raises RuntimeError when there is no memory
+    except (OSError, ValueError, RuntimeError, MemoryError) as e:  # RuntimeError: torch has no memory
         reason = getattr(e, "strerror", None) or e
         raise FileError(f"{path} cannot be read: {reason}", way_out=CHECK_PATH) from e
 

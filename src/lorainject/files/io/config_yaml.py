@@ -1,0 +1,42 @@
+"""Configs in YAML, as litgpt and NeMo write them, read without what makes YAML expensive.
+
+An alias repeats a node, so that a few lines can describe more than any memory holds, and a number such as 1:30 is in
+base 60, whose conversion takes quadratic time. No config needs either.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...errors import FileError
+
+
+def parse_yaml(path: Path, text: bytes) -> dict[str, Any]:
+    """Return the mapping in a YAML text, or an empty one if it holds something else.
+
+    Raises:
+        FileError: The text is not YAML, has aliases or numbers in base 60, or the package pyyaml is missing.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise FileError(f"{path} is YAML", way_out='pip install "lorainject[formats]"') from None
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has aliases, which no config needs")
+            return super().compose_node(parent, index)
+
+        def construct_scalar(self, node: Any) -> Any:
+            if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in str(node.value):
+                raise ValueError("it has a number in base 60, which no config needs")
+            return super().construct_scalar(node)
+
+    try:
+        value = yaml.load(text, Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as e:
+        way_out = "if it was edited, correct it; else copy or download the adapter again"
+        raise FileError(f"{path} cannot be read as YAML: {e}", way_out=way_out) from e
+    return value if isinstance(value, dict) else {}
