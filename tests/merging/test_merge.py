@@ -345,18 +345,18 @@ def test_a_delta_with_other_bits_is_refused_unless_the_tile_was_kept(model, monk
     before = state(model)
     li.merge(model)
     merged = state(model)
-    strips = TileWorkspace._strips
+    blocks = TileWorkspace._blocks
 
     def falsify_by(share: float) -> None:
         monkeypatch.setattr(
-            TileWorkspace, "_strips", lambda *args: ((d * (1 + share), parts) for d, parts in strips(*args))
+            TileWorkspace, "_blocks", lambda *args: ((d * (1 + share), parts) for d, parts in blocks(*args))
         )
 
     falsify_by(1e-5)
     with pytest.raises(li.MergeError, match=r"s B A has other bits here \(another machine or BLAS library\)"):
         li.unmerge(model)
     assert state(model) == merged
-    monkeypatch.setattr(TileWorkspace, "_strips", strips)
+    monkeypatch.setattr(TileWorkspace, "_blocks", blocks)
     assert state(li.unmerge(model)) == before
     large = one_linear(torch.bfloat16, std=5)
     before = state(large)
