@@ -1,7 +1,7 @@
 """The report of a merge, and what happens when too little of a delta survives the rounding to the stored dtype.
 
-The survival of a delta d is <W - W0, d> / <d, d> for the stored weight W, measured on every element. bfloat16 has 8 bits
-of precision, so most of a delta of 0.1 % of the weight is rounded away, whoever merges it.
+The survival of a delta d is <W - W0, d> / <d, d> for the stored weight W, measured on every element. bfloat16 has
+8 bits of precision, so most of a delta of 0.1 % of the weight is rounded away, whoever merges it.
 """
 
 from __future__ import annotations
