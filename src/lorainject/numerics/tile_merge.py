@@ -29,7 +29,7 @@ from .checksum import checksum, differing_positions
 from .journal import TileJournal
 from .tiled_matmul import LowRankProduct
 
-BLOCK = 3 << 15  # elements of a strip that are added and measured at a time on a CPU: half of the largest strip
+BLOCK = 3 << 15  # elements that are cast, added and measured at a time on a CPU: half of the largest strip
 ROW_SUM = 1 << 10  # elements whose products are summed in float32
 SMALL = 1e-20  # a smaller mean square is measured in float64, lest squares vanish in float32
 CPU = torch.device("cpu")
@@ -104,7 +104,10 @@ class TileWorkspace(threading.local):
         return m, stats, TileJournal.record(w0, m, differing_positions(w0, guess))
 
     def merge_into(self, w0: Tensor, delta: LowRankProduct, out: Tensor) -> DeltaStats:
-        """Write M into `out`, which may be W0 itself, and return what became of the delta; raise as `merge` does."""
+        """Write M into `out`, and return what became of the delta; raise as `merge` does.
+
+        `out` may be W0 itself if every element of W0 and of M is known to be finite.
+        """
         return self._merge_blocks(w0, delta, out)
 
     def unmerge(self, m: Tensor, delta: LowRankProduct, journal: TileJournal) -> Tensor | None:
@@ -143,8 +146,10 @@ class TileWorkspace(threading.local):
         dtype = sum_dtype(tiles[0].dtype)
         for strip, parts in delta.strips(*tiles):
             product = strip.product(allocate)
-            rows = max(1, BLOCK // product.shape[1]) if product.is_cpu else len(product)
-            for d, *block in zip(*(t.split(rows) for t in (product, *parts)), strict=True):
+            rows = max(1, BLOCK // product.shape[1])
+            is_whole = product.dtype == tiles[0].dtype or not product.is_cpu or len(product) <= rows
+            whole = product, *parts
+            for d, *block in [whole] if is_whole else zip(*(t.split(rows) for t in whole), strict=True):
                 if d.dtype != dtype:
                     d = self.buffer("d", d.shape, dtype, d.device).copy_(d)
                 yield d.to(block[0].device), block
@@ -161,18 +166,17 @@ class TileWorkspace(threading.local):
     def _merge_block(self, d: Tensor, s: float, w0: Tensor, m: Tensor, guess: Tensor | None = None) -> DeltaStats:
         """Merge s d into a block, whose sum is formed in the dtype of d; return what became of s d."""
         after, error = m, self.buffer("error", d.shape, d.dtype, d.device)
-        if w0.dtype != d.dtype or m.data_ptr() == w0.data_ptr():
-            after = self.buffer("after", d.shape, d.dtype, d.device)
         if w0.dtype == d.dtype:
-            torch.sub(torch.add(w0, d, alpha=s, out=after), w0, out=error)
+            if m.data_ptr() == w0.data_ptr():
+                w0 = error.copy_(w0)
+            torch.sub(torch.add(w0, d, alpha=s, out=m), w0, out=error)
         else:
+            after = self.buffer("after", d.shape, d.dtype, d.device)
             m.copy_(torch.add(error.copy_(w0), d, alpha=s, out=after))
             torch.sub(after.copy_(m), error, out=error)
         stats = DeltaStats.measure(d, error.sub_(d, alpha=s), s)
         if not math.isfinite(stats.lost):
             stats = _measure_where_finite(w0, after, d, s)
-        if m.dtype == d.dtype and after is not m:
-            m.copy_(after)
         if guess is not None:
             self._add_block(after, d, -s, guess)
         return stats
@@ -250,9 +254,11 @@ def _sums(d: Tensor, e: Tensor) -> tuple[float, float, float]:
         left, right = (_sums(d[:, cut], e[:, cut]) for cut in (slice(whole), slice(whole, None)))
         return left[0] + right[0], left[1] + right[1], left[2] + right[2]
     x, y = (t.numpy().reshape(len(t), -1, min(width, ROW_SUM)) for t in (d, e))
+    sums = np.empty((3, *x.shape[:2], 1, 1), x.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        sums = [np.matmul(u[..., None, :], v[..., None]) for u, v in ((x, x), (y, y), (y, x))]
-    asked, lost, dot = (float(t.sum(dtype=np.float64)) for t in sums)
+        for u, v, out in ((x, x, sums[0]), (y, y, sums[1]), (y, x, sums[2])):
+            np.matmul(u[..., None, :], v[..., None], out=out)
+    asked, lost, dot = sums.reshape(3, -1).sum(1, dtype=np.float64).tolist()
     return asked, lost, dot
 
 
