@@ -35,9 +35,8 @@ from . import peft_layout
 KEY = "lorainject"
 VERSIONS = (1, 2, 3, 4)
 """1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there
-are
-such. 3: magnitudes, biases, whole tensors, token rows; names of another library. 4: any of these, and fingerprints of
-SAMPLES elements."""
+are such. 3: magnitudes, biases, whole tensors, token rows; names of another library. 4: any of these, and fingerprints
+of SAMPLES elements."""
 UNREAD = torch.empty(0)  # in place of A and B until their keys are known, which depend on all sites together
 
 
