@@ -188,9 +188,10 @@ ROWS = (
         bound="W is read twice, once to see that no sum can overflow (dot, or aminmax: what is not finite would have"
         " to be undone) and once for the sum, and written once; PEFT also writes and reads a delta as large as W. The"
         " column *at best* says how much of PEFT's time the floor of one reading and one writing (copy) takes. The"
-        " rest is the product (mm), the calls for each strip of it, and in bfloat16 the casts (copy_). The peak is"
-        " one strip of the delta, in bfloat16 one of the sum too, a sample of a tile, and for the norm one of A and B"
-        " in float64: it grows with r, not with the weight.",
+        " rest is the product (mm), the calls for each strip of it, in bfloat16 the casts (copy_), and more than half"
+        " of the time what is measured on every element: the rounding error (sub, sub_) and three sums (matmul). The"
+        " peak is one strip of the delta, one of the rounding error, in bfloat16 one of the sum too, and for the norm"
+        " one of A and B in float64: it grows with r, not with the weight.",
         cuda=True,
     ),
     Row(

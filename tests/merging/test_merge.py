@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
+import pickle
 import subprocess
 import sys
 
@@ -325,14 +328,19 @@ def test_an_adapter_that_was_unmerged_alone_is_inactive(model):
     assert torch.equal(run(model, X), only)
 
 
-def test_a_fresh_process_can_unmerge(model, tmp_path):
-    """The journal is pickled with the model."""
+@pytest.mark.parametrize("plain", [False, True], ids=["torch.save", "pickle"])
+def test_a_fresh_process_can_unmerge(plain, model, tmp_path):
+    """The journal is pickled with the model, by torch.save and by pickle."""
     before = {k: bits(v) for k, v in model.state_dict().items() if "lora" not in k}
     li.merge(model)
-    torch.save(model, tmp_path / "model.pt")
+    if plain:
+        (tmp_path / "model.pt").write_bytes(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+    load = "pickle.load(open(sys.argv[1], 'rb'))" if plain else "torch.load(sys.argv[1], weights_only=False)"
     script = (
-        "import sys, torch, lorainject as li\n"
-        "model = li.unmerge(torch.load(sys.argv[1], weights_only=False))\n"
+        "import pickle, sys, torch, lorainject as li\n"
+        f"model = li.unmerge({load})\n"
         "torch.save({k: v for k, v in model.state_dict().items() if 'lora' not in k}, sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt", tmp_path / "back.pt"], check=True)
@@ -345,18 +353,18 @@ def test_a_delta_with_other_bits_is_refused_unless_the_tile_was_kept(model, monk
     before = state(model)
     li.merge(model)
     merged = state(model)
-    strips = TileWorkspace._strips
+    blocks = TileWorkspace._blocks
 
     def falsify_by(share: float) -> None:
         monkeypatch.setattr(
-            TileWorkspace, "_strips", lambda *args: ((d * (1 + share), parts) for d, parts in strips(*args))
+            TileWorkspace, "_blocks", lambda *args: ((d * (1 + share), parts) for d, parts in blocks(*args))
         )
 
     falsify_by(1e-5)
     with pytest.raises(li.MergeError, match=r"s B A has other bits here \(another machine or BLAS library\)"):
         li.unmerge(model)
     assert state(model) == merged
-    monkeypatch.setattr(TileWorkspace, "_strips", strips)
+    monkeypatch.setattr(TileWorkspace, "_blocks", blocks)
     assert state(li.unmerge(model)) == before
     large = one_linear(torch.bfloat16, std=5)
     before = state(large)
@@ -721,3 +729,102 @@ def test_on_cuda(dtype):
     assert torch.allclose(run(model, X).float(), y.float(), atol=torch.finfo(dtype).eps * 30)
     li.unmerge(model.cpu())
     assert state(model) == before
+
+
+EDITS = {
+    "negated": lambda w: w.neg_(),
+    "odd columns negated": lambda w: w[:, 1::2].neg_(),
+    "every fourth column negated": lambda w: w[:, 3::4].neg_(),
+    "odd rows negated": lambda w: w[1::2].neg_(),
+    "two signs": lambda w: w.view(-1)[1:4:2].neg_(),
+    "last bit": lambda w: w.view(torch.uint8).view(-1)[-1:].bitwise_xor_(1),
+    "transposed": lambda w: w.copy_(w.T.clone()),
+}
+
+
+@pytest.mark.parametrize("std", [1e-3, 1.0, 1e3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.filterwarnings("ignore::lorainject.SurvivalWarning")
+def test_no_edit_is_undone_as_if_it_were_the_merge(edit, dtype, std):
+    """Signs, columns, rows and single bits that were changed since the merge are noticed, and unmerge changes nothing,
+    whether the weight was overwritten or replaced."""
+    for untie in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64, bias=False)).to(dtype)
+        if untie:
+            model[1].weight = model[0].weight
+        adapter = li.inject(model, ["1"], r=2)[1].lora["default"]
+        nn.init.normal_(adapter.B, std=min(std, 100.0) if dtype == torch.float16 else std)
+        li.merge(model, untie=untie)
+        with torch.no_grad():
+            EDITS[edit](model[1].weight)
+        edited = state(model)
+        with pytest.raises(li.MergeError, match="was changed since it was merged"):
+            li.unmerge(model)
+        assert state(model) == edited
+
+
+def test_rows_beside_an_adapted_slice_are_guarded():
+    """An edit of rows that have no delta is noticed, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.c_attn = nn.Linear(64, 192).double()
+    li.inject(model, ["c_attn[0:64]"], r=2)
+    randomize(model)
+    li.merge(model)
+    with torch.no_grad():
+        model.c_attn.weight[64:128].neg_()
+    with pytest.raises(li.MergeError, match="was changed since it was merged"):
+        li.unmerge(model)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("copied", ["pickle", "torch.save", "deepcopy"])
+def test_a_merged_model_can_be_copied(copied, merged, model):
+    """pickle, torch.save and deepcopy give a model that is merged as well, and that is unmerged to the bit."""
+    before = state(model)
+    if merged:
+        li.merge(model)
+    if copied == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    elif copied == "torch.save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    else:
+        twin = copy.deepcopy(model)
+    assert state(twin) == state(model)
+    for m in (twin, model) if merged else ():
+        assert state(li.unmerge(m)) == before
+
+
+def test_a_merged_model_with_new_parameters_can_be_pickled():
+    """The original of an untied weight comes back from a pickle, tied as it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(99, 32), nn.Linear(32, 99, bias=False))
+    model[1].weight = model[0].weight
+    randomize(li.inject(model, ["1"], r=2))
+    before = state(model)
+    li.merge(model, untie=True)
+    twin = li.unmerge(pickle.loads(pickle.dumps(model)))
+    assert state(twin) == before
+    assert twin[0].weight is twin[1].weight
+
+
+def test_adapters_merged_one_by_one_are_added_in_the_order_of_the_model():
+    """In float64, where the order of the terms changes bits, every order of merges gives those of one merge."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 300)).double()
+    for i, name in enumerate("abc"):
+        li.inject(model, ["0"], r=5, name=name)
+        randomize(model, name, seed=i)
+    results = set()
+    for order in itertools.permutations("abc"):
+        li.activate(model, order[0])
+        for name in order:
+            li.merge(model, name)
+        results.add(bits(model[0].weight))
+        li.unmerge(model)
+    assert len(results) == 1

@@ -38,7 +38,7 @@ from .plan import plan_merge
 from .shard_writer import MergePlan
 from .shards import INDEX, Shard, open_unchanged
 
-FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 2
+FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 3  # 3: other checksums in the journals
 
 
 @in_default_modes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,16 +102,26 @@ class _Checkpoint:
         """Return where the weight is stored; () if it cannot be located."""
         return self._pieces.get(_full_name(weight), ())
 
-    def read(self, key: str, element: int | None = None) -> Tensor:
-        """Read a tensor, or one element of it, shape (1,)."""
+    def read(self, key: str) -> Tensor:
+        """Read a tensor."""
         entry = self.tensors[key]
-        dtype = TORCH_DTYPES[entry.dtype]
-        start, size, shape = entry.start, entry.stop - entry.start, entry.shape
-        if element is not None:
-            start, size, shape = start + dtype.itemsize * element, dtype.itemsize, (1,)
         with open_regular(self.shard_of[key].path) as f:
-            f.seek(start)
-            return torch.frombuffer(bytearray(f.read(size)), dtype=dtype).view(shape)
+            f.seek(entry.start)
+            raw = bytearray(f.read(entry.stop - entry.start))
+        return torch.frombuffer(raw, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def read_elements(self, elements: Sequence[tuple[str, int]]) -> Tensor:
+        """Read elements, each a key and a position in the flattened tensor of this key, in float32."""
+        values = []
+        with ExitStack() as stack:
+            files = {
+                key: stack.enter_context(open_regular(self.shard_of[key].path)) for key in {k for k, _ in elements}
+            }
+            for key, position in elements:
+                dtype = TORCH_DTYPES[self.tensors[key].dtype]
+                files[key].seek(self.tensors[key].start + dtype.itemsize * position)
+                values.append(torch.frombuffer(bytearray(files[key].read(dtype.itemsize)), dtype=dtype).float())
+        return torch.cat(values)
 
     def fit(self, file: AdapterFile) -> Iterable[tuple[StoredSite, Site]]:
         """Return the file's sites, each with its site in the model. Raise FileError with all that does not fit."""
@@ -155,10 +166,10 @@ class _Checkpoint:
     def has_base(self, weight: ModelWeight, base: BasePrint, name: str) -> bool:
         """True if the weight agrees with the fingerprint that the adapter has of its base under this site name."""
         numel = math.prod(weight_shape(weight.module, weight.parameter))
-        elements = [locate_element(self.pieces(weight), i) for i in sample_positions(numel)]
-        sample = torch.cat([self.read(key, i).float() for key, i in elements])
+        positions = sample_positions(numel, len(base.sample[name]))
+        elements = [locate_element(self.pieces(weight), i) for i in positions]
         dtype = TORCH_DTYPES[self.tensors[elements[0][0]].dtype]
-        return samples_agree(sample, base.sample[name], dtype, base.dtype[name])
+        return samples_agree(self.read_elements(elements), base.sample[name], dtype, base.dtype[name])
 
     def update(self, weight: ModelWeight, name: str) -> WeightUpdate:
         """Return the update of a weight, still without deltas."""

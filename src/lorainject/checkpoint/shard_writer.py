@@ -44,8 +44,6 @@ class WeightUpdate:
     deltas: tuple[Factors, ...]
     """Empty once all pieces are written: A and B may be large."""
     stats: DeltaStats = NO_STATS
-    norm: float = 0.0
-    """The Frobenius norm of the sum of the deltas, once all pieces are written."""
     written: set[str] = field(default_factory=set)
     """Keys on disk."""
 
@@ -64,7 +62,7 @@ class WeightUpdate:
         """Note that a tensor on disk is written; free A and B after the last one."""
         self.written.add(key)
         if self.written == self.keys:
-            self.norm, self.deltas = exact_product(self.deltas).norm, ()
+            self.deltas = ()
 
 
 @dataclass
@@ -135,10 +133,8 @@ class MergePlan:
 
     def report(self) -> MergeReport:
         """Return what became of the deltas."""
-        sites = []
-        for u in self.updates:
-            norm = exact_product(u.deltas).norm if u.deltas else u.norm
-            sites.append(merged_site(u.name, norm, u.stats, math.prod(u.shape) * TORCH_DTYPES[u.dtype].itemsize))
+        sizes = [math.prod(u.shape) * TORCH_DTYPES[u.dtype].itemsize for u in self.updates]
+        sites = [merged_site(u.name, u.stats, size) for u, size in zip(self.updates, sizes, strict=True)]
         return MergeReport(names=self.names, sites=tuple(sites))
 
 

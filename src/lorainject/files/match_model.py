@@ -20,7 +20,7 @@ from ..lora.adapter_dict import AdapterDict
 from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.weight_kinds import is_quantized, weight_shape
 from ..merging.adapted_weight import merge_record
-from ..numerics.fingerprint import sample_values, samples_agree
+from ..numerics.fingerprint import SAMPLES, sample_values, samples_agree
 from ..plan import Site, site_name
 from ..targets.matcher import WeightMatch
 from ..targets.model_weights import ModelWeight
@@ -139,7 +139,8 @@ def base_print(sites: Mapping[str, AdaptedSite]) -> BasePrint | None:
     """Return the fingerprint of the weights under these sites, or None if some of them cannot be sampled."""
     samples = {name: _sample(site.module, site.adapters.parameter) for name, site in sites.items()}
     known = {name: sample.cpu() for name, sample in samples.items() if sample is not None}
-    dtypes = {name: site.weight.dtype for name, site in sites.items()}
+    records = {name: merge_record(site.adapters) for name, site in sites.items()}
+    dtypes = {name: record.dtype if (record := records[name]) else site.weight.dtype for name, site in sites.items()}
     return BasePrint(dtype=dtypes, sample=known) if known.keys() == sites.keys() else None
 
 
@@ -156,16 +157,17 @@ def require_base(file: AdapterFile, weights: Weights, sites: Sequence[Site]) -> 
 
 def _is_base(weight: ModelWeight, name: str, base: BasePrint) -> bool:
     """True if the fingerprint is that of this weight, or if the weight cannot be sampled."""
-    sample, stored = _sample(weight.module, weight.parameter), weight.module._parameters[weight.parameter]
+    stored, expected = weight.module._parameters[weight.parameter], base.sample[name]
+    sample = _sample(weight.module, weight.parameter, len(expected))
     if sample is None or stored is None:
         return True
-    return samples_agree(sample.cpu(), base.sample[name], stored.dtype, base.dtype[name])
+    return samples_agree(sample.cpu(), expected, stored.dtype, base.dtype[name])
 
 
-def _sample(module: nn.Module, parameter: str) -> Tensor | None:
-    """Return a few elements of W0, which merge keeps while the weight is W0 + s B A; None if W0 cannot be read."""
+def _sample(module: nn.Module, parameter: str, count: int = SAMPLES) -> Tensor | None:
+    """Return a few elements of W0; None if W0 cannot be read. While the weight is W0 + s B A, merge keeps SAMPLES."""
     for child in module._modules.values():
         if isinstance(child, AdapterDict) and child.parameter == parameter and (record := merge_record(child)):
             return record.sample
     weight = module._parameters[parameter]
-    return None if weight is None or is_quantized(module) else sample_values(weight)
+    return None if weight is None or is_quantized(module) else sample_values(weight, count)

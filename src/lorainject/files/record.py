@@ -102,7 +102,7 @@ class BasePrint:
     dtype: dict[str, torch.dtype]
     """The base weight's dtype by site name."""
     sample: dict[str, Tensor]
-    """Elements of the base weight by site name: float32, shape (SAMPLES,)."""
+    """Elements of the base weight by site name: float32, SAMPLES each, or OLD_SAMPLES from old files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,10 +158,8 @@ class AdaptedWeight:
         """Return a checksum of all values or codes of the weight, and of the bias if asked for."""
         scheme = find_scheme(self.module)
         values = self.weight.detach() if scheme is None else scheme.codes(self.weight)
-        parts = [*values.reshape(-1).split(TILE)]
-        if with_bias and self.bias is not None:
-            parts.append(self.bias.detach())
-        return sum((2 * i + 1) * checksum(part) for i, part in enumerate(parts))
+        bias = [self.bias] if with_bias and self.bias is not None else []
+        return checksum(*values.reshape(-1).split(TILE), *bias)
 
 
 def adapted_weights(sites: Mapping[str, AdaptedSite]) -> list[AdaptedWeight]:

@@ -242,7 +242,7 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
                 advice = "lower alpha, or merge a copy of the model in a wider dtype"
                 raise MergeError("nothing was merged:", problems, advice)
             sites = [
-                merged_site(s.adapted.name, s.norm, s.merger.total, s.adapted.weight.nbytes, s.codes_changed)
+                merged_site(s.adapted.name, s.merger.total, s.adapted.weight.nbytes, s.codes_changed)
                 for s in strategies
             ]
             if undoable:

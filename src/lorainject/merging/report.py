@@ -1,7 +1,7 @@
 """The report of a merge, and what happens when too little of a delta survives the rounding to the stored dtype.
 
-The survival of a delta d is <W - W0, d> / <d, d> for the stored weight W: bfloat16 has 8 bits of precision, so most of
-a delta of 0.1 % of the weight is rounded away, whoever merges it.
+The survival of a delta d is <W - W0, d> / <d, d> for the stored weight W, measured on every element. bfloat16 has
+8 bits of precision, so most of a delta of 0.1 % of the weight is rounded away, whoever merges it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ MIN_SURVIVAL = 0.9  # a smaller share of a delta is worth a warning, or is refus
 
 @dataclass(frozen=True, kw_only=True)
 class MergedSite:
-    """What became of one weight's delta d = s B A when W0 + d was rounded to the stored dtype."""
+    """What became of one weight's delta d = s B A when W0 + d was rounded to the stored dtype, measured on all elements
+    in which W0 is finite."""
 
     path: str
     norm: float
@@ -68,16 +69,13 @@ class MergeReport:
         )
 
 
-def merged_site(
-    path: str, norm: float, stats: DeltaStats, weight_bytes: int, codes_changed: float | None = None
-) -> MergedSite:
-    """Return the report of one weight for which nothing is kept yet; `norm` is that of its delta."""
-    error = stats.lost**0.5 / norm if norm else 0.0
+def merged_site(path: str, stats: DeltaStats, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
+    """Return the report of one weight for which nothing is kept yet."""
     return MergedSite(
         path=path,
-        norm=norm,
+        norm=stats.asked**0.5,
         survival=stats.survival,
-        error=error,
+        error=(stats.lost / stats.asked) ** 0.5 if stats.asked else 0.0,
         weight_bytes=weight_bytes,
         journal_bytes=0,
         codes_changed=codes_changed,

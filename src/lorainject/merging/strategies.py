@@ -33,7 +33,7 @@ from ..numerics.fingerprint import sample_values
 from ..numerics.journal import Journal
 from ..numerics.threads import ForEach
 from ..numerics.tile_merge import DeltaStats, TileMerger, TileWorkspace, max_abs_bound, sum_dtype
-from ..numerics.tiled_matmul import LowRankProduct, fast_product
+from ..numerics.tiled_matmul import TILE, LowRankProduct, fast_product
 from .adapted_weight import AdaptedWeight, AdapterDeltas, MergeRecord, as_matrix, have_extras, total_delta
 from .quantization import Scheme, find_scheme
 
@@ -48,8 +48,6 @@ class MergeStrategy:
 
     codes_changed: float | None = None
     """The share of a quantized weight's codes that changed; None for other weights."""
-    norm = 0.0
-    """The Frobenius norm of the delta, once `merge` has measured it."""
 
     def __init__(self, weight: AdaptedWeight, deltas: AdapterDeltas) -> None:
         self.adapted, self.deltas = weight, deltas
@@ -81,8 +79,7 @@ class MergeStrategy:
             What is wrong with the sum, or None.
         """
         delta = total_delta(self.deltas) if undoable else self.fast_delta
-        self.norm = delta.norm
-        if not self.norm < torch.finfo(sum_dtype(self.original.dtype)).max:
+        if not delta.norm < torch.finfo(sum_dtype(self.original.dtype)).max:
             return f"{self.adapted.name}: s B A is not finite"
         self.merger = TileMerger(workspace)
         try:
@@ -144,10 +141,8 @@ class TiledMerge(MergeStrategy):
         """Merge into `out`, which may be W0 itself, or only measure if it is None."""
         adapted, W0, merger = self.adapted, self.original, self.merger
         if out is not None and not undoable:
-            matrices = enumerate(adapted.matrices(W0, delta))
-            for_each(merger.measure, ((i, as_matrix(W), d) for i, (W, d) in matrices))
-            tiles = zip(adapted.tiles(W0, delta), adapted.tiles(out, delta), strict=True)
-            for_each(merger.workspace.merge_into, ((as_matrix(w), d, as_matrix(m)) for (w, d), (m, _) in tiles))
+            tiles = enumerate(zip(adapted.tiles(W0, delta), adapted.tiles(out, delta), strict=True))
+            for_each(merger.merge_into, ((i, as_matrix(w), d, as_matrix(m)) for i, ((w, d), (m, _)) in tiles))
             return
 
         def merge_tile(i: int, w0: Tensor, d: LowRankProduct, target: Tensor | None) -> None:
@@ -209,10 +204,9 @@ class WithExtras(MergeStrategy):
             stored = as_matrix(out)
             if bool((before.isfinite() & ~stored.isfinite()).any()):
                 raise MergeError(f"the sum is not finite in {out.dtype}")
-            change = (exact - before).flatten().nan_to_num()
-            error = (stored.double() - exact).flatten().nan_to_num()
-            self.merger.stats[i] = DeltaStats(float(change @ change), float(error @ error), float(error @ change))
-        self.norm = self.merger.total.asked**0.5
+            finite = before.isfinite()
+            change, error = (t.where(finite, 0.0) for t in (exact - before, stored.double() - exact))
+            self.merger.stats[i] = DeltaStats.measure(change, error)
         if write:
             self.adapted.weight = new
             if self.updates and (bias := self.original_bias) is not None:
@@ -240,8 +234,9 @@ class Requantized(MergeStrategy):
     def _measure(self, W0: Tensor, d: Tensor, M: Tensor) -> None:
         if not bool(M.isfinite().all()):
             raise MergeError("W0 + s B A is not finite as it is stored")
-        error, d = (M - W0 - d).flatten(), d.flatten()
-        self.merger.stats[0] = DeltaStats(float(d @ d), float(error @ error), float(error @ d))
+        tiles = zip(*(t.split(max(1, TILE // d.shape[1])) for t in (W0, d, M)), strict=True)
+        for i, (w0, part, m) in enumerate(tiles):
+            self.merger.stats[i] = DeltaStats.measure(part, m - w0 - part)
 
     def undo(self) -> None:
         if self.adapted.weight is not self.original:

@@ -26,7 +26,7 @@ from torch import Tensor
 from .checksum import BITS, checksum
 
 WHOLE = -1
-GAP, MAX_GAP = torch.uint16, (1 << 16) - 1
+GAP, MAX_GAP = torch.int16, (1 << 16) - 1  # torch cannot unpickle uint16
 
 
 class TileJournal(NamedTuple):
@@ -37,7 +37,8 @@ class TileJournal(NamedTuple):
     after: int
     """Checksum of M."""
     gaps: Tensor | None
-    """uint16 (count,): from each kept position to the next, the first from 0; None if the whole tile is kept."""
+    """From each kept position to the next, the first from 0: unsigned numbers in the bits of int16, shape (count,).
+    None if the whole tile is kept."""
     bits: Tensor
     """The kept elements of W0, shape (count,) or (n,), in W0's dtype."""
 
@@ -51,12 +52,14 @@ class TileJournal(NamedTuple):
         if len(missed) == 0 or gaps.max() > MAX_GAP:
             missed = np.union1d(missed, np.arange(0, w0.numel(), MAX_GAP))
             gaps = np.diff(missed, prepend=0)
-        return cls(before, after, torch.from_numpy(gaps.astype(np.uint16)).to(w0.device), elements_at(w0, missed))
+        unsigned = torch.from_numpy(gaps.astype(np.uint16).view(np.int16))
+        return cls(before, after, unsigned.to(w0.device), elements_at(w0, missed))
 
     def correct(self, guess: Tensor) -> Tensor | None:
         """Write the kept elements into the guess (contiguous); return it, or None if it is not W0 even so."""
         assert self.gaps is not None
-        guess.view(-1)[self.gaps.to(guess.device, torch.int64).cumsum(0)] = self.bits.to(guess.device)
+        positions = (self.gaps.to(guess.device, torch.int64) & MAX_GAP).cumsum(0)
+        guess.view(-1)[positions] = self.bits.to(guess.device)
         return guess if checksum(guess) == self.before else None
 
 
@@ -78,7 +81,7 @@ class Journal:
     counts: Tensor
     """int32, shape (tiles,): how many elements are kept, or WHOLE."""
     gaps: Tensor
-    """uint16: the gaps of all tiles that are not kept whole."""
+    """int16: the gaps of all tiles that are not kept whole, as in TileJournal."""
     bits: Tensor
     """The kept elements of all tiles, in the weight's dtype."""
 

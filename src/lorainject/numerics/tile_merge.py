@@ -7,8 +7,9 @@ A tile has shape (rows, width) and is contiguous. The sum is formed in float32, 
 from d rounded to that dtype, and is rounded once to the weight's dtype. The delta is finite; W0 may hold infinity and
 NaN.
 
-How much of the delta survives the rounding (`DeltaStats`) is measured on a sample of the tile's elements: measuring
-all of them would take as long as the sum.
+How much of the delta survives the rounding (`DeltaStats`) is measured on every element, block by block, while W0, d and
+M are in the cache: a sample is wrong by any amount where a delta is concentrated in a few rows or columns. The products
+of a block's rows are summed in float32, and these sums in float64.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import MergeError
 from .checksum import checksum, differing_positions
-from .journal import TileJournal, elements_at
-from .tiled_matmul import LowRankProduct, add_product_by_rows, row_tiles
+from .journal import TileJournal
+from .tiled_matmul import LowRankProduct
 
-MIN_SAMPLE = 1 << 13  # DeltaStats are measured on about so many elements of a tile, if it has them,
-MAX_SAMPLE_STEP = 1 << 10  # and on at least one of so many,
-COLUMN_STEP = 7  # in every seventh column
-CAST = 3 << 17  # elements that are cast at a time
+BLOCK = 3 << 15  # elements that are cast, added and measured at a time on a CPU: half of the largest strip
+ROW_SUM = 1 << 10  # elements whose products are summed in float32
+SMALL = 1e-20  # a smaller mean square is measured in float64, lest squares vanish in float32
 CPU = torch.device("cpu")
 
 
@@ -40,10 +41,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class DeltaStats(NamedTuple):
-    """What became of a delta d when M = round(W0 + d) was stored: sums over all elements where W0 is finite.
-
-    The sums of a large tile are estimated from a sample of its elements, in proportion to its size.
-    """
+    """What became of a delta d when M = round(W0 + d) was stored: sums over all elements where W0 is finite."""
 
     asked: float
     """<d, d>: the squared norm of the delta that was to be added."""
@@ -51,6 +49,18 @@ class DeltaStats(NamedTuple):
     """<e, e> for the rounding error e = M - W0 - d."""
     dot: float
     """<e, d>."""
+
+    @classmethod
+    def measure(cls, d: Tensor, error: Tensor, s: float = 1.0) -> DeltaStats:
+        """Return the sums for the delta s d with this error: two matrices, in float32 or float64, on one device."""
+        asked, lost, dot = _sums(d, error)
+        if d.dtype == torch.float32 and not (
+            math.isfinite(asked + lost) and min(asked, s * s * asked) >= SMALL * d.numel()
+        ):
+            if not bool(d.any()):
+                return cls(0.0, lost, 0.0)
+            asked, lost, dot = _sums(d.double(), error.double())
+        return cls(s * s * asked, lost, s * dot)
 
     @classmethod
     def total(cls, parts: Iterable[DeltaStats]) -> DeltaStats:
@@ -88,21 +98,17 @@ class TileWorkspace(threading.local):
         """
         m = self._like(w0, "m")
         if not reversible:
-            self._add(w0, delta, delta.s, m)
-            _check_finite(m, w0, m)
-            return m, measure_delta(w0, delta), None
+            return m, self.merge_into(w0, delta, m), None
         guess = self._like(w0, "guess")
-        for d, (w0_strip, m_strip, guess_strip) in self._strips(delta, w0, m, guess):
-            self._add_strip(w0_strip, d, delta.s, m_strip)
-            self._add_strip(m_strip, d, -delta.s, guess_strip)
-        missed = differing_positions(w0, guess)
-        if len(missed):  # the guess misses every element that is no longer finite
-            _check_finite(elements_at(m, missed), w0, m)
-        return m, measure_delta(w0, delta), TileJournal.record(w0, m, missed)
+        stats = self._merge_blocks(w0, delta, m, guess)
+        return m, stats, TileJournal.record(w0, m, differing_positions(w0, guess))
 
-    def merge_into(self, w0: Tensor, delta: LowRankProduct, out: Tensor) -> None:
-        """Write M into `out`, which may be W0 itself; for a sum that is known to be finite."""
-        self._add(w0, delta, delta.s, out)
+    def merge_into(self, w0: Tensor, delta: LowRankProduct, out: Tensor) -> DeltaStats:
+        """Write M into `out`, and return what became of the delta; raise as `merge` does.
+
+        `out` may be W0 itself if every element of W0 and of M is known to be finite.
+        """
+        return self._merge_blocks(w0, delta, out)
 
     def unmerge(self, m: Tensor, delta: LowRankProduct, journal: TileJournal) -> Tensor | None:
         """Return W0; None if M is not what merge wrote, or if what comes out is not W0."""
@@ -130,43 +136,66 @@ class TileWorkspace(threading.local):
     def _like(self, tile: Tensor, name: str) -> Tensor:
         return self.buffer(name, tile.shape, tile.dtype, tile.device)
 
-    def _strips(self, delta: LowRankProduct, *tiles: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        """Yield d / s of each strip, on the tiles' device, with the parts of these tiles that it covers.
+    def _blocks(self, delta: LowRankProduct, *tiles: Tensor) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """Yield d / s of each block, on the tiles' device, with the parts of these tiles that it covers.
 
         The product is formed where the factors lie, so that it has the same bits wherever the weight was moved
         meanwhile.
         """
         allocate = functools.partial(self.buffer, device=delta.P.device)
+        dtype = sum_dtype(tiles[0].dtype)
         for strip, parts in delta.strips(*tiles):
-            yield strip.product(allocate, sum_dtype(tiles[0].dtype)).to(tiles[0].device), parts
+            product = strip.product(allocate)
+            rows = max(1, BLOCK // product.shape[1])
+            is_whole = product.dtype == tiles[0].dtype or not product.is_cpu or len(product) <= rows
+            whole = product, *parts
+            for d, *block in [whole] if is_whole else zip(*(t.split(rows) for t in whole), strict=True):
+                if d.dtype != dtype:
+                    d = self.buffer("d", d.shape, dtype, d.device).copy_(d)
+                yield d.to(block[0].device), block
+
+    def _merge_blocks(self, w0: Tensor, delta: LowRankProduct, m: Tensor, guess: Tensor | None = None) -> DeltaStats:
+        """Write M into `m`, and round(M - d) into `guess`; return what became of the delta."""
+        tiles = (w0, m) if guess is None else (w0, m, guess)
+        stats = DeltaStats.total(self._merge_block(d, delta.s, *block) for d, block in self._blocks(delta, *tiles))
+        if not stats.asked and bool(delta.P.any() and delta.Q.any()):  # d vanishes in float32, and M is W0
+            d = delta._replace(P=delta.P.double(), Q=delta.Q.double()).dense()
+            return DeltaStats.measure(d, -d)
+        return stats
+
+    def _merge_block(self, d: Tensor, s: float, w0: Tensor, m: Tensor, guess: Tensor | None = None) -> DeltaStats:
+        """Merge s d into a block, whose sum is formed in the dtype of d; return what became of s d."""
+        after, error = m, self.buffer("error", d.shape, d.dtype, d.device)
+        if w0.dtype == d.dtype:
+            if m.data_ptr() == w0.data_ptr():
+                w0 = error.copy_(w0)
+            torch.sub(torch.add(w0, d, alpha=s, out=m), w0, out=error)
+        else:
+            after = self.buffer("after", d.shape, d.dtype, d.device)
+            m.copy_(torch.add(error.copy_(w0), d, alpha=s, out=after))
+            torch.sub(after.copy_(m), error, out=error)
+        stats = DeltaStats.measure(d, error.sub_(d, alpha=s), s)
+        if not math.isfinite(stats.lost):
+            stats = _measure_where_finite(w0, after, d, s)
+        if guess is not None:
+            self._add_block(after, d, -s, guess)
+        return stats
 
     def _add(self, a: Tensor, delta: LowRankProduct, s: float, out: Tensor) -> Tensor:
         """Write round(a + s P Q) into `out`, and return it."""
-        if out.is_cpu and delta.can_add_by_rows(s):
-            return self._add_by_rows(a, delta, s, out)
-        for d, (a_strip, out_strip) in self._strips(delta, a, out):
-            self._add_strip(a_strip, d, s, out_strip)
+        for d, (a_block, out_block) in self._blocks(delta, a, out):
+            self._add_block(a_block, d, s, out_block)
         return out
 
-    def _add_by_rows(self, a: Tensor, delta: LowRankProduct, s: float, out: Tensor) -> Tensor:
-        """Do what `_add` does, with product and sum in one call."""
-        in_place = out.dtype == delta.P.dtype and out.is_contiguous()
-        for rows in (slice(None),) if in_place else row_tiles(len(out), out.shape[1], out.device, CAST):
-            part, P = a[rows], delta.P[rows]
-            total = out[rows] if in_place else self.buffer("sum", part.shape, P.dtype)
-            if not total.is_set_to(part):
-                total.copy_(part)
-            add_product_by_rows(P, delta.Q, s, total)
-            if not in_place:
-                out[rows].copy_(total)
-        return out
-
-    def _add_strip(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
+    def _add_block(self, a: Tensor, d: Tensor, s: float, out: Tensor) -> None:
         """Write round(a + s d) into `out`."""
         if out.dtype == d.dtype:
             torch.add(a, d, alpha=s, out=out)
-        else:
-            out.copy_(self.buffer("sum", a.shape, d.dtype, a.device).copy_(a).add_(d, alpha=s))
+            return
+        total = self.buffer("after", a.shape, d.dtype, a.device)
+        if a.dtype != d.dtype:
+            a = total.copy_(a)
+        out.copy_(torch.add(a, d, alpha=s, out=total))
 
 
 class TileMerger:
@@ -194,9 +223,9 @@ class TileMerger:
             self.journals[i] = journal
         return m
 
-    def measure(self, i: int, w0: Tensor, delta: LowRankProduct) -> None:
-        """Collect the statistics of tile number i without merging."""
-        self.stats[i] = measure_delta(w0, delta)
+    def merge_into(self, i: int, w0: Tensor, delta: LowRankProduct, out: Tensor) -> None:
+        """Write M of tile i into `out` (see TileWorkspace.merge_into); collect its statistics."""
+        self.stats[i] = self.workspace.merge_into(w0, delta, out)
 
     @property
     def total(self) -> DeltaStats:
@@ -204,37 +233,33 @@ class TileMerger:
         return DeltaStats.total(self.stats.values())
 
 
-def _check_finite(suspects: Tensor, w0: Tensor, m: Tensor) -> None:
-    """Raise MergeError if W0 is finite and M is not, which happens only where `suspects` holds infinity or NaN."""
-    smallest, largest = torch.aminmax(suspects)
-    if not math.isfinite(float(largest) - float(smallest)) and bool((w0.isfinite() & ~m.isfinite()).any()):
+def _measure_where_finite(w0: Tensor, m: Tensor, d: Tensor, s: float) -> DeltaStats:
+    """Measure what became of s d in the elements where W0 is finite; raise MergeError if M is not finite there."""
+    finite = w0.isfinite()
+    if bool((finite & ~m.isfinite()).any()):
         raise MergeError(f"W0 + s B A is not finite in {w0.dtype}")
+    d = d.double().where(finite, 0.0)
+    return DeltaStats.measure(d, (m.double() - w0.double()).where(finite, 0.0).sub_(d, alpha=s), s)
 
 
-def measure_delta(w0: Tensor, delta: LowRankProduct) -> DeltaStats:
-    """Measure what becomes of the delta when it is added to a matrix W0 (rows, width).
-
-    A large matrix is sampled at a fixed stride, odd so that no pattern of heads or blocks is met again and again.
-    Where the delta vanishes on the sample, all elements are measured, in float64.
-    """
-    step = min(w0.numel() // MIN_SAMPLE, MAX_SAMPLE_STEP)
-    rows, columns = slice(None), slice(None)
-    if step:
-        rows, columns = slice(None, None, step // COLUMN_STEP | 1), slice(None, None, COLUMN_STEP)
-    w, d = w0[rows, columns].flatten(), torch.mm(delta.P[rows], delta.Q[:, columns]).flatten().mul_(delta.s)
-    if not (asked := float(torch.dot(d, d))):
-        if not delta.P.any():
-            return DeltaStats(0.0, 0.0, 0.0)
-        w, d = w0.flatten(), torch.mm(delta.P.double(), delta.Q.double()).flatten().mul_(delta.s)
-        asked = float(torch.dot(d, d))
-    before = w.to(d)
-    error = (before + d).to(w.dtype).to(d.dtype).sub_(before).sub_(d)
-    lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
-    if not math.isfinite(lost + dot):  # elements of W0 that are infinite or NaN do not count
-        error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        lost, dot = float(torch.dot(error, error)), float(torch.dot(error, d))
-    share = w0.numel() / d.numel()
-    return DeltaStats(share * asked, share * lost, share * dot)
+def _sums(d: Tensor, e: Tensor) -> tuple[float, float, float]:
+    """Return <d, d>, <e, e> and <e, d> of two matrices. On CPUs, numpy hands pieces of rows to its BLAS library."""
+    if not d.is_cpu:
+        rows = [torch.linalg.vecdot(x, y) for x, y in ((d, d), (e, e), (e, d))]
+        asked, lost, dot = torch.stack(rows).sum(1, dtype=torch.float64).tolist()
+        return asked, lost, dot
+    width = d.shape[1]
+    if width > ROW_SUM and width % ROW_SUM:
+        whole = width // ROW_SUM * ROW_SUM
+        left, right = (_sums(d[:, cut], e[:, cut]) for cut in (slice(whole), slice(whole, None)))
+        return left[0] + right[0], left[1] + right[1], left[2] + right[2]
+    x, y = (t.numpy().reshape(len(t), -1, min(width, ROW_SUM)) for t in (d, e))
+    sums = np.empty((3, *x.shape[:2], 1, 1), x.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for u, v, out in ((x, x, sums[0]), (y, y, sums[1]), (y, x, sums[2])):
+            np.matmul(u[..., None, :], v[..., None], out=out)
+    asked, lost, dot = sums.reshape(3, -1).sum(1, dtype=np.float64).tolist()
+    return asked, lost, dot
 
 
 def max_abs_bound(w: Tensor) -> float:

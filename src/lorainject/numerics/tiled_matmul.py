@@ -18,12 +18,6 @@ What it costs: one call per strip, and the zeros. When it applies: on CPUs, up t
 libraries cut the sum over k), for factors within float32's range, and only if a trial, run once per process, finds the
 bits of `fma_chain` (`has_fma_chain`). Otherwise, and always on GPUs, `fast_product` is the exact product.
 
-**Product and sum in one call.** For up to ADD_MAX_RANK ranks, `add_product_by_rows` adds s P Q to W0 eight rows at a
-time in one baddbmm. What it buys: 0.6 to 0.75 of the time of a product and a sum. When it applies: in float32 on CPUs,
-for a number of rows that eight divides, if a trial for this rank, width and scale finds the same bits (with MKL it
-does for scales that are powers of two). What it costs: the trial, and from 24 ranks on it would be slower than strips,
-hence the limit.
-
 **Padded rows.** The rows of a product lie `width + ROW_PADDING` elements apart. Rows that are a power of two apart
 compete for the same few places of a cache, and such products took 2.5 times as long. The padding costs 64 bytes per
 row of a strip.
@@ -48,7 +42,6 @@ STRIP_ROWS, STRIP_COLUMNS = 48, (1024, 2048, 4096)  # a strip has a multiple of 
 STRIP_ELEMENTS = STRIP_ROWS * STRIP_COLUMNS[-1]  # the most elements of a strip: it fits into a core's own cache
 ROW_PADDING = 16  # elements between the end of a product's row and the next row
 MAX_CHAIN_RANK = 128  # the most ranks for a product in float32
-ADD_ROWS, ADD_MAX_RANK = 8, 16  # rows per matrix of a baddbmm, and for how many ranks at most one is used
 
 Allocate = Callable[..., Tensor]
 """(name, shape, dtype) -> an uninitialized tensor, which may be overwritten when this name is asked for again."""
@@ -64,12 +57,10 @@ class Strip(NamedTuple):
     edge: tuple[int, int] | None
     """How many rows and columns belong to the matrix; None if all of them do."""
 
-    def product(self, allocate: Allocate, dtype: torch.dtype) -> Tensor:
-        """Return P Q in this dtype, without the appended zeros."""
+    def product(self, allocate: Allocate) -> Tensor:
+        """Return P Q without the appended zeros."""
         d = padded_matmul(self.P, self.Q, allocate)
-        if self.edge is not None:
-            d = d[: self.edge[0], : self.edge[1]]
-        return d if d.dtype == dtype else allocate("d", d.shape, dtype).copy_(d)
+        return d if self.edge is None else d[: self.edge[0], : self.edge[1]]
 
 
 class LowRankProduct(NamedTuple):
@@ -106,17 +97,6 @@ class LowRankProduct(NamedTuple):
     def tiles(self) -> Iterator[slice]:
         """Yield the rows of each tile of the matrix."""
         return row_tiles(len(self.P), self.Q.shape[-1], self.P.device)
-
-    def can_add_by_rows(self, s: float) -> bool:
-        """True if `add_product_by_rows` may add s P Q: it is fast, and its bits are those of a product and a sum."""
-        (rows, r), width = self.P.shape, self.Q.shape[1]
-        return (
-            r <= ADD_MAX_RANK
-            and rows % ADD_ROWS == 0
-            and self.P.dtype == torch.float32
-            and self.P.device.type == "cpu"
-            and _adds_the_same_bits(r, width, s)
-        )
 
     def strips(self, *matrices: Tensor) -> Iterator[tuple[Strip, Sequence[Tensor]]]:
         """Yield the strips of one tile, each with the parts of these matrices (rows, width) that it covers."""
@@ -210,34 +190,6 @@ def _strips_are_fma_chains() -> bool:
     with thread_pool() as for_each:  # one thread of torch's per product, as in a merge
         for_each(compare, (*sizes, (STRIP_ROWS, MAX_CHAIN_RANK, STRIP_COLUMNS[0])))
     return all(equal)
-
-
-def add_product_by_rows(P: Tensor, Q: Tensor, s: float, out: Tensor, group: int = ADD_ROWS, beta: int = 1) -> None:
-    """Compute out = beta out + s P Q in one baddbmm, whose matrices have `group` rows each.
-
-    Args:
-        P: Shape (rows, r), contiguous; `group` divides the number of rows.
-        Q: Shape (r, width).
-        s: The scale.
-        out: Shape (rows, width), contiguous, of the factors' dtype.
-        group: Rows per matrix.
-        beta: 0 to overwrite `out`.
-    """
-    n = len(P) // group
-    out.view(n, group, -1).baddbmm_(P.view(n, group, -1), Q.expand(n, *Q.shape), beta=beta, alpha=s)
-
-
-@functools.cache
-def _adds_the_same_bits(r: int, width: int, s: float) -> bool:
-    """Try whether `add_product_by_rows` has the bits of a product and a sum. A library that scales the factors instead
-    of their product has them only for powers of two."""
-    g = torch.Generator().manual_seed(0)
-    P, Q, out = (torch.rand(shape, generator=g) for shape in ((STRIP_ROWS, r), (r, width), (STRIP_ROWS, width)))
-    expected = out.clone()
-    for strip, (part,) in LowRankProduct(P, Q).strips(expected):
-        part.add_(strip.product(_allocate, out.dtype), alpha=s)
-    add_product_by_rows(P, Q, s, out)
-    return torch.equal(out, expected)
 
 
 def padded_matmul(P: Tensor, Q: Tensor, allocate: Allocate) -> Tensor:

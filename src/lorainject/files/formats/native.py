@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError
-from ...numerics.fingerprint import SAMPLES
+from ...lora.weight_kinds import DTYPES
+from ...numerics.fingerprint import OLD_SAMPLES, SAMPLES
 from ...spec import INITS, SCALINGS
 from ..format import FEATURES, Files, Format
 from ..io import safetensors_file
@@ -32,10 +33,10 @@ from ..record import AdapterFile, BasePrint, StoredSite, TokenRows, checked_site
 from . import peft_layout
 
 KEY = "lorainject"
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 """1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there
-are
-such. 3: magnitudes, biases, whole tensors, token rows; names of another library."""
+are such. 3: magnitudes, biases, whole tensors, token rows; names of another library. 4: any of these, and fingerprints
+of SAMPLES elements."""
 UNREAD = torch.empty(0)  # in place of A and B until their keys are known, which depend on all sites together
 
 
@@ -63,9 +64,9 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
 def _encode(file: AdapterFile, extras: Mapping[str, peft_layout.Extra]) -> dict[str, Any]:
     """Return the record, without its digest."""
     sites, base = file.sites, file.base
-    needs_version_3 = extras or file.namespace != "hf"
+    version = 3 if extras or file.namespace != "hf" else 1 if all(map(_is_plain, sites)) else 2
     body: dict[str, Any] = {
-        "version": 3 if needs_version_3 else 1 if all(map(_is_plain, sites)) else 2,
+        "version": 4 if base and all(len(sample) == SAMPLES for sample in base.sample.values()) else version,
         "name": file.name,
         "init": file.init,
         "sites": {s.name: _encode_site(s) for s in sites},
@@ -210,10 +211,13 @@ def _factors(s: StoredSite, A: Tensor, B: Tensor) -> dict[str, Any]:
 
 
 def _decode_base(body: Mapping[str, Any]) -> BasePrint:
-    samples = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32).split(SAMPLES)
+    samples = torch.frombuffer(bytearray(base64.b64decode(body["base"])), dtype=torch.float32)
     dtypes = [getattr(torch, name) for name in body["base_dtypes"]]
+    if not set(dtypes) <= set(DTYPES):
+        raise ValueError(f"base_dtypes holds other names than {', '.join(map(str, DTYPES))}")
     return BasePrint(
-        dtype=dict(zip(body["sites"], dtypes, strict=True)), sample=dict(zip(body["sites"], samples, strict=True))
+        dtype=dict(zip(body["sites"], dtypes, strict=True)),
+        sample=dict(zip(body["sites"], samples.split(SAMPLES if body["version"] >= 4 else OLD_SAMPLES), strict=True)),
     )
 
 

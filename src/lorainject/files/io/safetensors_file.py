@@ -39,10 +39,10 @@ from ...errors import FileError
 from .regular_file import open_regular
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-               torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}  # fmt: skip
+               torch.int64: "I64", torch.int32: "I32", torch.int16: "I16"}  # fmt: skip
 """The data types that are written, with their names in a header."""
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
-    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U8": torch.uint8,
+    "U16": torch.uint16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 """The data types that are read. Some occur in no adapter: an error can then list them with all other problems."""

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, float32
 
-from ...numerics.tiled_matmul import add_product_by_rows
 from ..adapter import Parts
 
 FEW_TOKENS = 64
@@ -152,7 +151,8 @@ def _is_grouped(y_MO: Tensor, r: int) -> bool:
 def _add_in_groups(y_MO: Tensor, h_RM: Tensor, B_OR: Tensor, s: float) -> None:
     """Add s h^T B^T to y by one batched product, whose matrices have GROUP_ROWS rows each, and one for the rest."""
     grouped = len(y_MO) // GROUP_ROWS * GROUP_ROWS
-    add_product_by_rows(h_RM.t()[:grouped], B_OR.t(), s, y_MO[:grouped], GROUP_ROWS)
+    h_NGR, y_NGO = (t.view(-1, GROUP_ROWS, t.shape[1]) for t in (h_RM.t()[:grouped], y_MO[:grouped]))
+    y_NGO.baddbmm_(h_NGR, B_OR.t().expand(len(h_NGR), *B_OR.t().shape), alpha=s)
     y_MO[grouped:].addmm_(h_RM.t()[grouped:], B_OR.t(), alpha=s)
 
 
