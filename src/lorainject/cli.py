@@ -135,8 +135,7 @@ def inspect(
 ) -> None:
     """Show the format, base, ranks, scales and norms of ADAPTER, and what is unusual about it.
 
-    The exit status is 1 if the file cannot be read, or if it holds more than A and B (magnitudes, biases, trained
-    heads).
+    The exit status is 1 if the file cannot be read.
     """
     hints = _hints(alpha, heads, group, component, None, base)
     description = describe(li.read(adapter, allow_pickle=allow_pickle, hints=hints))
@@ -144,8 +143,6 @@ def inspect(
         print(json.dumps(description))
     else:
         _print_description(description)
-    if not description["loads"]:
-        raise typer.Exit(1)
 
 
 def _print_description(description: dict[str, Any]) -> None:
@@ -162,8 +159,6 @@ def _print_description(description: dict[str, Any]) -> None:
     console.print(heading, highlight=False, markup=False)
     for line in description["beside"]:
         console.print(f"[yellow]besides A and B:[/] {escape(line)}", highlight=False)
-    if not description["loads"]:
-        console.print("[yellow]exit status 1:[/] the file holds more than A and B; convert keeps all of it")
     for line in description["unusual"]:
         console.print(f"[yellow]note:[/] {escape(_in_shell_spelling(line))}", highlight=False)
 

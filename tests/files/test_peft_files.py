@@ -196,7 +196,8 @@ def test_adapters_of_transformers_4_go_onto_stacked_experts(name, tmp_path):
         experts = dense.model.layers[layer].mlp.experts
         weight = experts.down_proj if leaf == down else experts.gate_up_proj
         weight.data[expert, slice(12 if leaf == up else 0, None if leaf == up else out)] += 6 / r * B @ A
-    save_peft(tmp_path, factors, {"r": 2, "lora_alpha": 6, "target_modules": "never"})
+    ranks = {path: len(A) for path, (A, _) in factors.items() if len(A) != 2}
+    save_peft(tmp_path, factors, {"r": 2, "lora_alpha": 6, "target_modules": "never", "rank_pattern": ranks})
     with torch.no_grad():
         before, expected = model(ids()).logits, dense(ids()).logits
         after = li.load(model, tmp_path)(ids()).logits
@@ -355,3 +356,59 @@ def test_peft_reads_what_we_write(variant, tmp_path):
     ours = load_peft_weights(str(tmp_path / "back"), device="cpu")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(t, ours[key]) for key, t in theirs.items())
+
+
+# A file says one thing once
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """Write tensors under these names, with a config of PEFT's."""
+    folder.mkdir()
+    save_file({key: t.clone() for key, t in tensors.items()}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["l"]} | config
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+A, B = torch.ones(2, 4), torch.ones(4, 2)
+PLAIN = {"base_model.model.l.lora_A.weight": A, "base_model.model.l.lora_B.weight": B}
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"l.lora_A.weight": 2 * A},
+        {"base_model.model._orig_mod.l.lora_B.weight": 2 * B},
+        {"module.base_model.model.l.lora_A.weight": 2 * A},
+        {"base_model.model.l.lora_embedding_A": 2 * A},
+        {"base_model.model.lm_head.weight": A, "base_model.model.lm_head.base_layer.weight": 2 * A},
+        {"base_model.model.h.weight": A, "h.modules_to_save.default.weight": 2 * A},
+    ],
+)
+def test_two_keys_for_one_tensor_are_refused(tmp_path, again):
+    """A prefix, a wrapper's name or another spelling makes no second tensor: which of the two counts is not known."""
+    folder = write_tensors(tmp_path / "a", PLAIN | again, modules_to_save=["h"])
+    with pytest.raises(li.FileError, match="is the same tensor as") as error:
+        li.read(folder)
+    assert list(again)[-1] in str(error.value)
+
+
+def test_a_rank_that_the_config_contradicts_is_refused(tmp_path):
+    """r and rank_pattern must be those of the tensors, since PEFT's scale is alpha / r."""
+    with pytest.raises(li.FileError, match="l: A has the rank 2, but the config says 8"):
+        li.read(write_tensors(tmp_path / "a", PLAIN, r=8))
+    with pytest.raises(li.FileError, match="l: A has the rank 2, but the config says 4"):
+        li.read(write_tensors(tmp_path / "b", PLAIN, rank_pattern={"l": 4}))
+    assert li.read(write_tensors(tmp_path / "c", PLAIN, r=8, rank_pattern={"l": 2})).sites[0].r == 2
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_of_a_model_without_biases(tmp_path, bias):
+    """PEFT writes no bias for a model that has none, whatever `bias` says; where there are biases, they are missed."""
+    folder = write_tensors(tmp_path / "a", PLAIN, bias=bias)
+    (note,) = (note for note in li.read(folder).notes if "no bias" in note)
+    assert note == f"bias is {bias!r}, but the file has no bias, which is right for a model without biases"
+    model = nn.ModuleDict({"l": nn.Linear(4, 4, bias=False)})
+    li.load(model, folder)
+    with pytest.raises(li.FileError, match=r"and the model has l\.bias, but the file has no bias"):
+        li.load(nn.ModuleDict({"l": nn.Linear(4, 4)}), folder)

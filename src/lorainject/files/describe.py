@@ -22,8 +22,8 @@ def describe(file: AdapterFile) -> dict[str, Any]:
     """Return what can be said of a file, as values that JSON can hold.
 
     The keys are "format", "name", "base", "sites" (one row per site, "norm" is the Frobenius norm of s B A),
-    "parameters" (elements of A and B), "beside" (what the file holds besides A and B), "loads" (false if there is
-    something in "beside" that is not a tensor in the base's place) and "unusual" (one line for each oddity).
+    "parameters" (elements of A and B), "beside" (what the file holds besides A and B, which `load` puts onto the model
+    too) and "unusual" (one line for each oddity).
     """
     rows = [
         {
@@ -33,11 +33,9 @@ def describe(file: AdapterFile) -> dict[str, Any]:
         for s in file.sites
     ]  # fmt: skip
     replaced = [f"{name}: a whole tensor {tuple(t.shape)} in place of the base's" for name, t in file.replaced.items()]
-    embeddings = {s.path for s in file.sites if s.embedding}
     return {
         "format": file.format, "name": file.name, "base": _base_name(file.config), "sites": rows,
         "parameters": file.parameters, "beside": [*file.beside, *replaced],
-        "loads": not file.beside and file.replaced.keys() <= embeddings,
         "unusual": [*file.notes, *_oddities(file, rows)],
     }  # fmt: skip
 

@@ -63,7 +63,7 @@ def read_pairs(
         endings: The role of a key by its ending; the first ending that fits counts. The roles "A" and "B" are needed
             at each site, all others are optional. A format with several spellings lists as many endings for A as for
             B, in the same order.
-        problems: Receives one line per missing half and per unexpected key.
+        problems: Receives one line per missing half, per unexpected key, and per tensor that is there twice.
         translate: Returns the path of a site for the part of a key in front of its ending, or None if the format has
             no such module.
         rest: If given, receives the tensors that belong to no site, instead of one line each in `problems`.
@@ -76,7 +76,10 @@ def read_pairs(
         ending = _ending(key, endings)
         path = translate(key.removesuffix(ending)) if ending else None
         if path is not None:
-            keys.setdefault(path, {})[endings[ending]] = key
+            roles, role = keys.setdefault(path, {}), endings[ending]
+            if role in roles:
+                problems.append(twice(roles[role], key))
+            roles[role] = key
         elif rest is not None:
             rest[key] = tensors[key]
         else:
@@ -98,6 +101,11 @@ def unexpected(key: str, endings: Mapping[str, str]) -> str:
     if _ending(key, endings):
         return f"{key}: unexpected, this format has no module of that name"
     return f"{key}: unexpected, neither A nor B: the names in this format end in {', '.join(endings)}"
+
+
+def twice(first: str, second: str) -> str:
+    """Return the line that reports two keys for one tensor: readers would differ in which of them they take."""
+    return f"{second}: is the same tensor as {first}, under another name"
 
 
 def _ending(key: str, endings: Mapping[str, str]) -> str:

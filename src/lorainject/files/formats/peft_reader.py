@@ -21,7 +21,7 @@ from ..format import Format
 from ..io.open_adapter import Hints, Source
 from ..record import AdapterFile, StoredSite, TokenRows
 from . import peft_layout
-from .pairs import Pair, as_matrices, read_pairs
+from .pairs import Pair, as_matrices, read_pairs, twice
 from .peft_stacks import Reading, candidate_parameters, read_parameter
 
 FACTOR = re.compile(
@@ -81,9 +81,17 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     tokens: dict[str, TokenRows] = {}
     replaced: dict[str, Tensor] = {}
     adapters = set()
+    names: dict[tuple[str, str | None], str] = {}
     for key, t in source.tensors.items():
         name = _without_wrappers(key)
-        if m := FACTOR.fullmatch(name):
+        m = FACTOR.fullmatch(name)
+        whole = WHOLE.fullmatch(name)
+        identity = (f"{m['path']}{_ending(m)}", m["adapter"]) if m else (name, None)
+        if whole and not m:
+            identity = site_name(whole["path"].replace(".base_layer", ""), whole["leaf"]), None
+        if ".original_module." not in key and names.setdefault(identity, key) != key:
+            problems.append(twice(names[identity], key))
+        if m:
             factors[f"{peft_layout.PREFIX}{m['path']}{_ending(m)}"] = t
             adapters.add(m["adapter"])
         elif m := TOKENS.fullmatch(name):
@@ -98,6 +106,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     if len(adapters) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}")
     problems += _config_problems(config, pairs, replaced)
+    _check_biases(config, pairs, replaced, reading)
     sites = [s for path, pair in pairs.items() for s in _read_sites(path, pair, factors, pairs, reading)]
     return AdapterFile(path=source.path, format="peft", sites=tuple(sites), replaced=replaced, tokens=tokens,
                        config=dict(config), notes=tuple(dict.fromkeys(reading.notes)))  # fmt: skip
@@ -123,9 +132,24 @@ def _config_problems(config: Mapping[str, Any], pairs: Mapping[str, Pair], repla
         problems.append("use_dora is set, which is not plain LoRA, but there is no magnitude")
     if config.get("modules_to_save") and not replaced:
         problems.append("modules_to_save is set, but the file has no tensor of these modules")
-    if config.get("bias", "none") != "none" and not any(name.endswith("bias") for name in replaced):
-        problems.append(f"bias is {config['bias']!r}, but the file has no bias")
     return problems
+
+
+def _check_biases(
+    config: Mapping[str, Any], pairs: Mapping[str, Pair], replaced: Mapping[str, Tensor], reading: Reading
+) -> None:
+    """Check a file without biases whose config says that biases were trained: right for a model that has none."""
+    mode, model = config.get("bias", "none"), reading.hints.model
+    if mode == "none" or any(name.endswith("bias") for name in replaced):
+        return
+    if model is None:
+        reading.notes.append(f"bias is {mode!r}, but the file has no bias, which is right for a model without biases")
+        return
+    biases = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if mode != "all":
+        biases = [name for name in biases if name.removesuffix(".bias") in pairs]
+    if biases:
+        reading.problems.append(f"bias is {mode!r}, and the model has {biases[0]}, but the file has no bias")
 
 
 def _is_saved(key: str, match: re.Match[str], config: Mapping[str, Any]) -> bool:

@@ -63,6 +63,10 @@ class Reading:
         alpha = alpha * factor if factor != 1 and isinstance(alpha, int | float) else alpha
         scaling = "rslora" if config.get("use_rslora") else "standard" if config else hints.scaling
         dropout = config.get("lora_dropout", 0.0)
+        r = peft_layout.match_pattern(config.get("rank_pattern"), s.name if name is None else name, config.get("r"))
+        if isinstance(r, int) and r != s.A.shape[-2]:
+            self.problems.append(f"{s.name}: A has the rank {s.A.shape[-2]}, but the config says {r}")
+            return []
         return checked_sites([replace(s, alpha=alpha, scaling=scaling, dropout=dropout)], self.problems)
 
     @property
