@@ -135,8 +135,15 @@ def _count_layers(module: nn.Module) -> int:
     return sum(kind_of(m) is not None for m in module.modules())
 
 
-def _head_parts(module: nn.Module, paths: Mapping[int, str], is_root: bool = True) -> Iterator[Output]:
-    """Yield the layers, small blocks and bare parameters that make up the head of a module."""
+def _head_parts(module: nn.Module, paths: Mapping[int, str], is_root: bool = True) -> set[Output]:
+    """Return the layers, small blocks and bare parameters that make up the head of a module.
+
+    Args:
+        module: The module.
+        paths: The path of each module of the model, by the module's id.
+        is_root: True for a model, whose base model has no head as long as there is one next to it; False for a network
+            at the end of a model.
+    """
     base = _base_model(module)
     if base is not None and _is_pretrained(base) and _is_for_task(base):
         base = None
@@ -148,19 +155,21 @@ def _head_parts(module: nn.Module, paths: Mapping[int, str], is_root: bool = Tru
 
     flow = output_flow(module)
     parts = set(filter(may_be_head, flow.leaving))
-    yield from parts
     for output in flow.leaving - parts:
         if output.module not in (module, base) and _is_network(output):
-            yield from _head_parts(output.module, paths, is_root=False)
+            parts |= _head_parts(output.module, paths, is_root=False)
     if not is_root:
-        return
-    # Next to a base model, what leads to the head alone belongs to it: a dense layer before the classifier is as new.
-    before = set(filter(may_be_head, flow.consumers)) if base is not None else set()
-    while others := {output for output in before if not flow.consumers[output] <= before | parts}:
-        before -= others
-    yield from before
+        return parts
+    if base is not None:  # what leads to the head alone belongs to it: a dense layer before the classifier is as new
+        before = set(filter(may_be_head, flow.consumers))
+        while others := {output for output in before if not flow.consumers[output] <= before | parts}:
+            before -= others
+        parts |= before
     called = {output.module for output in flow.computed}
-    for child in module.children():  # beside the base, and not called by the forward, as far as its source tells
+    for child in module.children():  # next to the base, and not called by the forward, as far as its source tells
         is_named_head = type(child).__name__.endswith(("Head", "Heads")) or (not called and kind_of(child) is not None)
         if is_named_head and may_be_head(Output(child)) and called.isdisjoint(child.modules()):
-            yield Output(child)
+            parts.add(Output(child))
+    if not parts and base is not None and Output(base) in flow.leaving:
+        return _head_parts(base, paths, is_root=False)
+    return parts
