@@ -3,6 +3,7 @@
     python tools/architectures.py llama --json         one type, as JSON
     python tools/architectures.py --all                every type, each in its own process; writes docs/architectures.md
     python tools/architectures.py --all --resume FILE  continues an interrupted run, whose rows are in FILE
+    python tools/architectures.py --heads              counts the heads of all classes for tasks, and writes them there
 
 The models are those of tests/support/zoo.py: tiny, with random weights. What is right is decided by a dense oracle
 (dense_oracle.py), which shares nothing with the library. The report is made by architecture_report.py.
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 import lorainject as li
 
 import zoo
-from architecture_report import report
+from architecture_report import report, with_heads
 from dense_oracle import (
     CLOSE,
     EXACT,
@@ -432,6 +433,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per type")
     parser.add_argument("--all", action="store_true", help="every type, and write the report")
     parser.add_argument("--only", default="", help="with --all: these types alone, separated by commas")
+    parser.add_argument("--heads", action="store_true", help="write anew which heads are left out: a few minutes")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--seconds", type=float, default=180, help="time limit for one type")
     parser.add_argument(
@@ -441,6 +443,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet()
+    if args.heads:
+        heads = {cls: left_out for name in zoo.types() for cls, left_out in task_heads(name).items()}
+        args.out.write_text(with_heads(args.out.read_text(), heads))
+        return
     if not args.all and not args.types:
         parser.error("name model types, or --all")
     if not args.all:
