@@ -71,6 +71,7 @@ def report(rows: list[dict[str, Any]], command: str) -> str:
         f"| ... and 99.9 % of the matmul weights are adapted | {holds('ours', 0.999)} | {holds('peft', 0.999)} |",
         f"| unmerge exact in float32, where merge was possible | {exact(ours)} | {exact(theirs)} |", "",
     ]  # fmt: skip
+    lines += heads_section({cls: left_out for r in built for cls, left_out in r.get("heads", {}).items()})
     for title, columns in (("Reasons, lorainject", ours), ("Reasons, PEFT", theirs)):
         reasons = collections.Counter(_general(c.get("reason") or c.get("refused") or "") for c in columns)
         reasons.pop("", None)
@@ -85,6 +86,46 @@ def report(rows: list[dict[str, Any]], command: str) -> str:
     lines += ["", "## Not built or not run", "", "| type | reason |", "|---|---|"]
     lines += [f"| {r['type']} | {_cell(r.get('reason', ''))} |" for r in rows if "ours" not in r]
     return "\n".join(lines) + "\n"
+
+
+def heads_section(heads: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return the section on heads: what all-linear leaves out in the classes for tasks, counted by reason and name.
+
+    Args:
+        heads: For each class, what is left out with the reasons.
+    """
+    reasons: dict[str, collections.Counter[str]] = {}
+    for left_out in heads.values():
+        for name, reason in {_last_names(name): reason for name, reason in left_out.items()}.items():
+            reasons.setdefault(reason, collections.Counter())[name] += 1
+    lines = [
+        "## Heads",
+        "",
+        f"What `all-linear` leaves out in {len(heads)} classes for tasks; {sum(map(bool, heads.values()))} of them have"
+        " something that it leaves out."
+        " A name stands for all layers that end with it, and its number for the classes that have them.",
+        "",
+        "| reason | classes | names |",
+        "|---|---|---|",
+    ]
+    for reason, names in sorted(reasons.items(), key=lambda item: -item[1].total()):
+        classes = sum(reason in left_out.values() for left_out in heads.values())
+        shown = ", ".join(f"{name} {count}" for name, count in names.most_common(40))
+        lines.append(f"| {reason} | {classes} | {shown}{', ...' if len(names) > 40 else ''} |")
+    return [*lines, ""]
+
+
+def with_heads(page: str, heads: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the page with another section on heads."""
+    before, _, rest = page.partition("## Heads\n")
+    before, rest = (before, "## " + rest.partition("\n## ")[2]) if rest else page.split("## Reasons, lorainject", 1)
+    rest = rest if rest.startswith("## ") else "## Reasons, lorainject" + rest
+    return before + "\n".join(heads_section(heads)) + "\n" + rest
+
+
+def _last_names(name: str) -> str:
+    """Return the last two parts of a name, with * for numbers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split(".")[-2:])
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
     python tools/architectures.py llama --json         one type, as JSON
     python tools/architectures.py --all                every type, each in its own process; writes docs/architectures.md
     python tools/architectures.py --all --resume FILE  continues an interrupted run, whose rows are in FILE
+    python tools/architectures.py --heads              counts the heads of all classes for tasks, and writes them there
 
 The models are those of tests/support/zoo.py: tiny, with random weights. What is right is decided by a dense oracle
 (dense_oracle.py), which shares nothing with the library. The report is made by architecture_report.py.
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 import lorainject as li
 
 import zoo
-from architecture_report import report
+from architecture_report import report, with_heads
 from dense_oracle import (
     CLOSE,
     EXACT,
@@ -72,7 +73,7 @@ def inject(model: nn.Module, without: list[str] | None = None) -> dict[str, Any]
         try:
             plan = li.find(model, columns["targets"], r=4, init="gaussian", exclude=columns["excluded"])
             li.inject(model, columns["targets"], r=4, init="gaussian", exclude=columns["excluded"])
-            return columns | {"left_out": list(plan.left_out)}
+            return columns | {"left_out": dict(plan.left_out)}
         except li.LoraError as e:
             if columns["targets"] == "all-linear" and any(
                 "matches nothing" in p or "leaves nothing" in p for p in e.problems
@@ -184,7 +185,7 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
 
     Tied weights, whose merge is refused, are left out.
     """
-    want, deltas = outputs(model, inputs), [(s.path, s.parameter, s.delta().detach()) for s in adapted_sites(model)]
+    want, deltas = outputs(model, inputs), [(s.paths, s.parameter, s.delta().detach()) for s in adapted_sites(model)]
     first = {n: t.clone() for n, t in flat(model).items()}
     close = max(CLOSE, 3 * noise)
     try:
@@ -202,7 +203,7 @@ def check_merge(base: nn.Module, model: nn.Module, inputs: Inputs, noise: float,
     d = min(apart(got, want), apart(got, outputs(dense, inputs)))
     if d > close and not _merges_in_float64(model, inputs):
         raise Wrong(f"merged output differs by {d:.1g}")
-    for path, parameter, _ in deltas:
+    for (path, *_), parameter, _ in deltas:
         W, D = (m.get_submodule(path)._parameters[parameter].detach() for m in (model, dense))
         if (d := apart([W], [D])) > EXACT:
             raise Wrong(f"merged weight {path} differs from W0 + s B A by {d:.1g}")
@@ -287,7 +288,9 @@ def check_peft(base: nn.Module, inputs: Inputs, noise: float, left_out: set[str]
                 std = float(base.get_submodule(path)._parameters[parameter].float().std())
                 for factor, size in ((layer.lora_A, 0.5), (layer.lora_B, 0.2 * std or 0.02)):
                     factor["default"].weight.copy_(torch.randn(factor["default"].weight.shape, generator=g) * size)
-        dense, weights = oracle(base, [(*place, layer.get_delta_weight("default")) for place, layer in layers.items()])
+        dense, weights = oracle(
+            base, [((path,), name, layer.get_delta_weight("default")) for (path, name), layer in layers.items()]
+        )
         expected, by_weight = gradients(dense, inputs, weights)
         got, by_B = gradients(model, inputs, [layer.lora_B["default"].weight for layer in layers.values()])
         unreached = [
@@ -319,6 +322,27 @@ def check_peft(base: nn.Module, inputs: Inputs, noise: float, left_out: set[str]
     return row
 
 
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def task_heads(model_type: str) -> dict[str, dict[str, str]]:
+    """Return what all-linear leaves out in each class for a task that a type has; the models are built on meta."""
+    heads = {}
+    for cls in zoo.task_classes(model_type) if ":" not in model_type else ():
+        for _, _, config in zoo.configs(f"{model_type}:{cls.__name__}"):
+            try:
+                with torch.device("meta"):
+                    model = cls(copy.deepcopy(config))
+                model.tie_weights()
+                heads[cls.__name__] = dict(li.find(model, "all-linear").left_out)
+                break
+            except li.LoraError:  # all that multiplies is the head
+                break
+            except Exception:  # the next config may be one that this class takes
+                continue
+    return heads
+
+
 # --- one type ---------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +365,7 @@ def examine(model_type: str, peft: bool = True) -> dict[str, Any]:
     first = outputs(base, inputs)
     row["noise"] = noise = apart(outputs(base, inputs), first)
     row["ours"] = check_ours(base, inputs, noise)
+    row["heads"] = task_heads(model_type)
     if peft:
         row["peft"] = check_peft(base, inputs, noise, set(row["ours"].get("left_out", ())))
     return row | {"verdict": row["ours"]["verdict"], "seconds": round(time.monotonic() - start, 1)}
@@ -408,6 +433,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per type")
     parser.add_argument("--all", action="store_true", help="every type, and write the report")
     parser.add_argument("--only", default="", help="with --all: these types alone, separated by commas")
+    parser.add_argument("--heads", action="store_true", help="write anew which heads are left out: a few minutes")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--seconds", type=float, default=180, help="time limit for one type")
     parser.add_argument(
@@ -417,6 +443,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet()
+    if args.heads:
+        heads = {cls: left_out for name in zoo.types() for cls, left_out in task_heads(name).items()}
+        args.out.write_text(with_heads(args.out.read_text(), heads))
+        return
     if not args.all and not args.types:
         parser.error("name model types, or --all")
     if not args.all:

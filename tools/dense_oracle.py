@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,11 +175,16 @@ class Site:
     """One adapted weight: its module and name in the base, A and B, and the delta in the weight's shape as a function
     of them."""
 
-    path: str
+    paths: tuple[str, ...]
+    """The paths of all modules that hold the adapter: one, or those that share the weight."""
     parameter: str
     A: Tensor
     B: Tensor
     delta: Callable[[], Tensor]
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
 
     @property
     def name(self) -> str:
@@ -191,17 +196,18 @@ def adapted_sites(model: nn.Module, name: str = "default") -> list[Site]:
 
     s B A is formed here. Only the layout is taken from the library's own deltas.
     """
-    containers = []
+    containers: dict[int, tuple[list[str], str, nn.Module]] = {}
     for path, module in model.named_modules():
         for key, child in module._modules.items():
             if key.split("[")[0].startswith("lora") and type(child).__name__ == "AdapterDict" and name in child:
-                containers.append((path, getattr(child, "parameter", "weight"), child[name]))
+                paths, *_ = containers.setdefault(id(child), ([], getattr(child, "parameter", "weight"), child[name]))
+                paths.append(path)
     deltas = [delta for *_, delta in li.deltas(model)]
     if len(deltas) != len(containers):
         raise Wrong(f"li.deltas yields {len(deltas)} sites, but {len(containers)} modules carry adapters")
     return [
-        Site(path, parameter, adapter.A, adapter.B, _delta(adapter, delta))
-        for (path, parameter, adapter), delta in zip(containers, deltas, strict=True)
+        Site(tuple(paths), parameter, adapter.A, adapter.B, _delta(adapter, delta))
+        for (paths, parameter, adapter), delta in zip(containers.values(), deltas, strict=True)
     ]
 
 
@@ -220,14 +226,18 @@ def _delta(adapter: nn.Module, library_delta: Tensor) -> Callable[[], Tensor]:
     raise Wrong(f"li.deltas is not s B A: {tuple(library_delta.shape)} from {shapes}")
 
 
-def oracle(base: nn.Module, deltas: list[tuple[str, str, Tensor]]) -> tuple[nn.Module, list[nn.Parameter]]:
-    """Return a copy of the base with dense weights W0 + delta, and these weights, none of which is tied to another."""
+def oracle(base: nn.Module, deltas: list[tuple[Sequence[str], str, Tensor]]) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Return a copy of the base with dense weights W0 + delta, and these weights, none of which is tied to another.
+
+    Each delta comes with the paths of the modules that use it: those that share a weight share the sum.
+    """
     dense = clone(base).requires_grad_(False)
     weights = []
-    for path, parameter, delta in deltas:
-        module = dense.get_submodule(path)
-        W0 = module._parameters[parameter].detach()
-        module._parameters[parameter] = W = nn.Parameter(W0 + delta.detach().to(W0.dtype))
+    for paths, parameter, delta in deltas:
+        W0 = dense.get_submodule(paths[0])._parameters[parameter].detach()
+        W = nn.Parameter(W0 + delta.detach().to(W0.dtype))
+        for path in paths:
+            dense.get_submodule(path)._parameters[parameter] = W
         weights.append(W)
     return dense, weights
 
@@ -287,7 +297,7 @@ def against_oracle(
 def _against_oracle(
     base: nn.Module, model: nn.Module, sites: list[Site], inputs: Inputs, close: float, gradient_close: float
 ) -> dict[str, Any]:
-    dense, weights = oracle(base, [(s.path, s.parameter, s.delta()) for s in sites])
+    dense, weights = oracle(base, [(s.paths, s.parameter, s.delta()) for s in sites])
     want, by_weight = gradients(dense, inputs, weights)
     got, by_factor = gradients(model, inputs, [t for s in sites for t in (s.A, s.B)])
     largest = max((float(g.nan_to_num(0, 0, 0).abs().max()) for g in by_weight if g is not None), default=0.0)

@@ -4,13 +4,15 @@ table."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from .numerics.delta import scale
 
+BY_DESIGN = ("output head", "router")
+"""How the reasons begin for which "all-linear" leaves a weight out that could carry an adapter."""
 HEADER = ("module", "kind", "weight", "r", "alpha", "scale", "sites", "trainable")
 
 
@@ -21,7 +23,8 @@ class Site:
     path: str
     """Path of the weight's module, as in model.named_modules()."""
     aliases: tuple[str, ...] = ()
-    """Further paths of the same module object. It is adapted under all of them and saved once."""
+    """Further paths of the same module object, and paths of modules that share the weight and use it in the same way.
+    It is adapted under all of them and saved once."""
     parameter: str = "weight"
     """Name of the weight in its module."""
     label: str = ""
@@ -79,8 +82,9 @@ class Plan:
     """The sites, in the order of the model."""
     total: int
     """Number of parameters of the base model."""
-    left_out: tuple[str, ...] = ()
-    """Names of the weights that "all-linear" leaves out: output heads and routers. Empty without "all-linear"."""
+    left_out: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What "all-linear" leaves out, with the reason, by name: output heads, routers, and layers that multiply by a
+    weight that cannot carry an adapter. Empty without "all-linear"."""
     towers: tuple[str, ...] = ()
     """Paths of the models that the model is composed of (vision_tower, language_model). Empty unless it has several."""
 
@@ -93,6 +97,11 @@ class Plan:
     def bytes(self) -> int:
         """Memory of all A and B, in bytes. The size of an adapter file is this plus a header."""
         return sum(site.trainable * site.dtype.itemsize for site in self.sites)
+
+    @property
+    def unsupported(self) -> dict[str, str]:
+        """The part of `left_out` that is not left out by design: layers whose weight cannot carry an adapter."""
+        return {name: reason for name, reason in self.left_out.items() if not reason.startswith(BY_DESIGN)}
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -110,8 +119,9 @@ class Plan:
             counts = {t: sum(site.name.startswith(f"{t}.") for site in self.sites) for t in self.towers}
             adapted = ", ".join(f"{count} in {tower}" for tower, count in counts.items() if count)
             lines.append(f"of these {adapted}" + "".join(f"; none in {t}" for t, count in counts.items() if not count))
-        if self.left_out:
-            lines.append(f"left out (head, routers): {', '.join(dict.fromkeys(map(_starred, self.left_out)))}")
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = dict.fromkeys(_starred(name) for name, why in self.left_out.items() if why == reason)
+            lines.append(f"left out: {', '.join(names)} ({reason})")
         return "\n".join(line.rstrip() for line in lines)
 
 

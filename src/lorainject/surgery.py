@@ -28,7 +28,7 @@ from .lora.dora import DoraAdapter
 from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, execution_device, states_to_switch
 from .lora.replacement import ReplacementTensor
-from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
+from .lora.weight_graft import graft_obstacles, mount, mount_all, set_grafted, unmount
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
 from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
@@ -87,7 +87,15 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     index.require_ready("inject")
     spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers,
                        scaling=scaling, init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
-    return attach(index, resolve(index, spec, name), name)
+    plan = resolve(index, spec, name)
+    attach(index, plan, name)
+    if plan.unsupported:
+        left_out = ", ".join(f"{path} ({reason})" for path, reason in list(plan.unsupported.items())[:5])
+        warnings.warn(
+            f"{len(plan.unsupported)} layers were left out, and will not train: {left_out}"
+            + ", ..." * (len(plan.unsupported) > 5), stacklevel=2,
+        )  # fmt: skip
+    return model
 
 
 def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, LoadedFactors] | None = None,
@@ -110,7 +118,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
             siblings = adapters_of(module, s.parameter, s.label)
             if siblings is None:
                 siblings = AdapterDict(states[0], KINDS[s.kind], s.parameter, s.label, site=s.name, named=s.named)
-            mount((s.path, *s.aliases), module, siblings, [(path, modules[path]) for path in s.readers])
+            mount_all(modules, (s.path, *s.aliases), siblings, s.readers)
             vars(adapter)["training"] = module.training  # train() takes 5 us per module
             siblings[name] = adapter
         for new in replacements:

@@ -1,7 +1,8 @@
 """A tiny model, and inputs that it accepts, for every model type of the installed transformers.
 
     types()           names, such as "llama"
-    build(type)       a module with random weights, in eval mode; the same one each time
+    build(type)       a module with random weights, in eval mode; the same one each time. "bert:BertForMaskedLM" names
+                      a class for a task, instead of the base model
     inputs(model)     keyword arguments for its forward
 
 Nothing is downloaded, and feed.py finds the inputs. The default config of a type is shrunk by rules that go by the
@@ -249,7 +250,10 @@ def types() -> list[str]:
 def model_class(model_type: str) -> type[nn.Module]:
     """Return the class of the base model; for a type that has none, a model for a task, or a part of a model, with its
     config."""
+    model_type, _, name = model_type.partition(":")
     config = CONFIG_MAPPING[model_type]
+    if name:
+        return next(cls for cls in task_classes(model_type) if cls.__name__ == name)
     if model_type in CLASSES:
         return getattr(transformers, CLASSES[model_type])
     tasks = sorted(m for m in vars(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING_NAMES"))
@@ -279,6 +283,22 @@ def model_class(model_type: str) -> type[nn.Module]:
     return min(matching, key=rank)
 
 
+def task_classes(model_type: str) -> list[type[nn.Module]]:
+    """Return the classes of a type that were made for a task, with a head each."""
+    config = CONFIG_MAPPING[model_type.partition(":")[0]]
+    try:
+        classes = _module_classes(importlib.import_module(config.__module__.rpartition(".")[0]))
+        return [
+            c
+            for c in classes
+            if issubclass(c, transformers.PreTrainedModel)
+            and c.config_class is config
+            and re.search("For[A-Z]|Head", c.__name__)
+        ]
+    except ImportError:
+        return []
+
+
 def _module_classes(package: ModuleType) -> Iterator[type[nn.Module]]:
     """Yield the module classes that are defined in the modeling files of a package."""
     for path in sorted(os.listdir(os.path.dirname(str(package.__file__)))):
@@ -305,7 +325,9 @@ def configs(model_type: str) -> Iterator[tuple[str, type[nn.Module], Any]]:
         entry = tiny_configs()[model_type]
         cls = getattr(importlib.import_module(entry["module"]), entry["class"])
         yield "from the file", cls, cls.config_class(**{k: v for k, v in entry["config"].items() if k != "model_type"})
-    cls, config = model_class(model_type), CONFIG_MAPPING[model_type]
+    cls = model_class(model_type)
+    model_type = model_type.partition(":")[0]
+    config = CONFIG_MAPPING[model_type]
     for name, shrink in strengths("mrope_section" in inspect.getsource(sys.modules[cls.__module__])):
         try:
             values = config(**COMPOSITES.get(model_type, dict)()).to_dict()
@@ -476,6 +498,8 @@ def _message(e: Exception) -> str:
 
 def within_another(model_type: str) -> Recipe:
     """Cut a part out of a model that has it, with the inputs that it gets there. Raise NoModel if none has it."""
+    if ":" in model_type:
+        raise NoModel("a class for a task is no part of another model")
     config, package = CONFIG_MAPPING[model_type], model_type_to_module_name(model_type)
     name = config.__name__.removesuffix("Config")
     for other in types():

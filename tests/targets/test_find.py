@@ -393,7 +393,7 @@ def test_readers_of_a_weight_are_found():
 
 def test_the_plan_shows_the_heads_that_all_linear_leaves_out(model):
     """The plan lists what "all-linear" leaves out; a decoder next to the base model is not left out."""
-    assert str(li.find(model, "all-linear")).endswith("left out (head, routers): lm_head")
+    assert str(li.find(model, "all-linear")).endswith("left out: lm_head (output head: the model's output embeddings)")
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     mae = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,

@@ -20,11 +20,10 @@ from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import is_sharded
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
-from ..targets.model_weights import model_weights
 from . import transforms
 from .convert import read_source
 from .io.open_adapter import Hints, open_source
-from .match_model import match_sites, require_base, weight_of
+from .match_model import match_sites, require_base, weight_of, weights_for
 from .record import StoredSite
 
 
@@ -60,7 +59,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
             place = (*site.key, site.adapters.label)
             names[place], adapters[place] = key, site.adapters[name]
     file = read_source(open_source(path, allow_pickle), hints=replace(hints or Hints(), model=model), index=index)
-    weights = {key: weight for weight in model_weights(index) for key in weight.names}
+    weights = weights_for(file, index)
     problems = [f"{key}: the file replaces this tensor, but only A and B can be swapped" for key in file.replaced]
     problems += [f"{key}: the file has rows of tokens, but only A and B can be swapped" for key in file.tokens]
     values: dict[tuple[int, str, str], StoredSite] = {}

@@ -9,6 +9,7 @@ tells models of equal shapes apart, such as a model and its instruction-tuned ve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from ..merging.adapted_weight import merge_record
 from ..numerics.fingerprint import SAMPLES, sample_values, samples_agree
 from ..plan import Site, site_name
 from ..targets.matcher import WeightMatch
-from ..targets.model_weights import ModelWeight
+from ..targets.model_weights import ModelWeight, model_weights, separate_weights
 from ..targets.resolve import make_site, why_unsuitable
 from .formats import peft_layout
 from .record import AdapterFile, BasePrint, StoredSite
@@ -35,6 +36,23 @@ Weights = Mapping[str, ModelWeight]
 def weight_of(stored: StoredSite, weights: Weights) -> ModelWeight | None:
     """Return the model's weight that a site of a file is for, or None if the model has no such weight."""
     return weights.get(site_name(stored.path, stored.parameter))
+
+
+def weights_for(file: AdapterFile, index: ModelIndex) -> dict[str, ModelWeight]:
+    """Return the weights of a model by each of their names, as the sites of a file need them.
+
+    A tied weight is one weight, unless the file has an adapter for each of several modules that share it, as PEFT's
+    files do.
+    """
+    weights = {name: weight for weight in model_weights(index) for name in weight.names}
+    sites = Counter(
+        w.key for stored in file.sites if not stored.label and (w := weight_of(stored, weights)) is not None
+    )
+    if any(count > 1 for count in sites.values()):
+        for alone in separate_weights(index):
+            if sites[weights[alone.names[0]].key] > 1:
+                weights |= dict.fromkeys(alone.names, alone)
+    return weights
 
 
 def match_sites(
@@ -87,7 +105,7 @@ def _site(
 ) -> Site:
     if stored.path != weight.paths[0] or stored.named:
         paths = (stored.path, *(path for path in weight.paths if path != stored.path))
-        readers = weight.owners if stored.named else weight.readers
+        readers = weight.surroundings if stored.named else weight.readers
         weight = replace(weight, paths=paths, readers=readers, named=stored.named)
     return make_site(
         WeightMatch(weight, stored.label, stored.rows), index.first_paths, r=stored.r, alpha=stored.alpha,

@@ -40,7 +40,7 @@ from .formats import peft_layout
 from .io import atomic_write
 from .io.open_adapter import Hints, open_source
 from .io.regular_file import as_path
-from .match_model import base_print, match_sites, require_base, weight_of
+from .match_model import base_print, match_sites, require_base, weight_of, weights_for
 from .record import AdapterFile, StoredSite
 
 
@@ -133,7 +133,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     name = file.name if name is None else name
     if problems := name_problems(index, name) + wrapper_problems(index):
         raise StateError("nothing was loaded:", problems, "if the name is in use, pass another one: name=...")
-    weights = {key: weight for weight in model_weights(index) for key in weight.names}
+    weights = weights_for(file, index)
     checked = {s.name: extras.why_extras_unsupported(s, weight_of(s, weights), dtype) for s in file.sites}
     problems = [f"{key}: {reason}" for key, reason in checked.items() if reason is not None]
     replacements = extras.plan_replacements(index, file, weights, problems)

@@ -37,6 +37,13 @@ class AdaptedSite(NamedTuple):
     module: nn.Module
     """The module that owns the weight."""
     adapters: AdapterDict
+    tied: tuple[nn.Module, ...] = ()
+    """Further modules that own the weight, and hold the same adapters."""
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that own the weight."""
+        return (self.module, *self.tied)
 
     @property
     def weight(self) -> Tensor:
@@ -93,7 +100,9 @@ class ModelIndex:
             for child in module._modules.values():
                 if isinstance(child, AdapterDict):
                     name = site_name(path, child.parameter, child.label)
-                    sites.setdefault(id(child), (name, AdaptedSite(module, child)))
+                    name, site = sites.setdefault(id(child), (name, AdaptedSite(module, child)))
+                    if module not in site.modules:
+                        sites[id(child)] = name, site._replace(tied=(*site.tied, module))
         self.sites = dict(sites.values())
 
     walked: list[tuple[str, nn.Module]]

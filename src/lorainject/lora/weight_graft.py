@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,6 +214,26 @@ def mount(
         _set_class(module, True)
 
 
+def mount_all(
+    modules: Mapping[str, nn.Module], paths: Sequence[str], adapters: AdapterDict, readers: Sequence[str]
+) -> None:
+    """Call `mount` for each module that owns a weight: one, or several that are tied.
+
+    Args:
+        modules: The modules of the model by path.
+        paths: The paths of all modules that own the weight.
+        adapters: The adapters of the weight.
+        readers: The paths of the modules whose code reads the weight.
+    """
+    owners = list(dict.fromkeys(modules[path] for path in paths))
+    if len(owners) > 1 and any(READS in owner.__dict__ for owner in owners):
+        readers = [*readers, *paths]
+    for owner in owners:
+        own = [path for path in paths if modules[path] is owner]
+        around = [r for r in readers if any(r in ("", path) or path.startswith(f"{r}.") for path in own)]
+        mount(own, owner, adapters, [(path, modules[path]) for path in around])
+
+
 def unmount(index: ModelIndex, names: Sequence[str]) -> None:
     """Take the AdapterDicts of these sites off the model, and the grafts of modules that have nothing left to do.
 
@@ -237,14 +257,15 @@ def unmount(index: ModelIndex, names: Sequence[str]) -> None:
             change_class(module, base_class(type(module)))
     for name in names:
         site = index.sites.pop(name)
-        _remove_stale_shadows(site.module)
-        del site.module._modules[child_name(site.adapters.parameter, site.adapters.label)]
+        for module in site.modules:
+            _remove_stale_shadows(module)
+            del module._modules[child_name(site.adapters.parameter, site.adapters.label)]
         site.adapters.state.members.pop(site.adapters.site, None)
 
 
 def grafted_modules(index: ModelIndex) -> dict[str, nn.Module]:
     """Return every module that is grafted, or was before a merge, by its first path."""
-    called = {id(site.module) for site in index.sites.values() if not site.adapters.is_read}
+    called = {id(m) for site in index.sites.values() if not site.adapters.is_read for m in site.modules}
     grafted: dict[int, tuple[str, nn.Module]] = {}
     for path, module in index.walked:
         if READS in module.__dict__ or id(module) in called:
@@ -261,7 +282,8 @@ def graft_obstacles(index: ModelIndex) -> list[str]:
 def set_grafted(index: ModelIndex, on: bool) -> None:
     """Give every grafted module the grafted class, or, if not `on`, the class that it had before."""
     for site in index.sites.values():
-        _remove_stale_shadows(site.module)
+        for module in site.modules:
+            _remove_stale_shadows(module)
     for module in grafted_modules(index).values():
         _set_class(module, on)
 

@@ -131,12 +131,20 @@ def why_unsupported(module: nn.Module, parameter: str = "weight") -> str | None:
         return "its weight is already sharded (DTensor): inject first, shard after"
     if weight.numel() == 0:
         return f"its weight is empty: {tuple(weight.shape)}"
-    if weight.dtype not in DTYPES and not is_quantized(module):
-        supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        return f"its weight is {weight.dtype}: only {supported} are supported"
+    if (reason := why_not_numbers(module, parameter)) is not None:
+        return reason
     if vars(module).get("max_norm") is not None:
         return "max_norm rewrites the base weight in every forward: set it to None first"
     return None
+
+
+def why_not_numbers(module: nn.Module, parameter: str = "weight") -> str | None:
+    """Return why the elements of a weight are not numbers that a delta can be added to; None if they are."""
+    weight = module._parameters.get(parameter)
+    if weight is None or weight.dtype in DTYPES or is_quantized(module):
+        return None
+    supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    return f"its weight is {weight.dtype}: only {supported} are supported"
 
 
 def is_sharded(tensor: Tensor) -> bool:

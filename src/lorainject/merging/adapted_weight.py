@@ -100,7 +100,8 @@ class AdaptedWeight:
 
     @weight.setter
     def weight(self, value: nn.Parameter) -> None:
-        self.module._parameters[self.sites[0].adapters.parameter] = value
+        for module in self.sites[0].modules:
+            module._parameters[self.sites[0].adapters.parameter] = value
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -109,7 +110,10 @@ class AdaptedWeight:
 
     @bias.setter
     def bias(self, value: nn.Parameter | None) -> None:
-        self.module._parameters["bias"] = value
+        before = self.bias
+        for module in self.sites[0].modules:
+            if module._parameters.get("bias") is before:
+                module._parameters["bias"] = value
 
     @property
     def record(self) -> MergeRecord | None:

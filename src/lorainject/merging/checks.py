@@ -59,6 +59,8 @@ def _why_not_mergeable(
         )
     if weight.is_meta or any(p.is_meta for adapter in adapters for p in adapter.parameters()):
         return "is on the meta device (offloaded, or never loaded): bring it back first"
+    if (reason := _why_not_one(w)) is not None:
+        return reason
     if w.key in ties:
         return (
             f"its weight is tied to {', '.join(ties[w.key])}, which the merge would change as well"
@@ -84,6 +86,8 @@ def _why_not_reversible(w: AdaptedWeight) -> str | None:
         return None
     if not record.is_reversible:
         return "was merged with reversible=False, which keeps nothing to restore it from"
+    if (reason := _why_not_one(w)) is not None:
+        return reason
     dtype, shape = w.weight.dtype, tuple(w.weight.shape)
     if (dtype, shape) != (record.dtype, record.shape):
         return f"is {dtype} {shape} now, but was {record.dtype} {record.shape} when it was merged"
@@ -99,8 +103,23 @@ def _why_not_reversible(w: AdaptedWeight) -> str | None:
     return None
 
 
+def _why_not_one(w: AdaptedWeight) -> str | None:
+    """Return why a weight that several modules shared at inject cannot be written for all of them."""
+    site, parameter = w.sites[0], w.key[1]
+    if any(module._parameters.get(parameter) is not w.weight for module in site.tied):
+        return "is no longer tied to the modules that it was tied to at inject: tie them again (model.tie_weights())"
+    has_update = any(isinstance(a, DoraAdapter) and a.b is not None for s in w.sites for a in s.adapters.children())
+    if has_update and any(module._parameters.get("bias") is not w.bias for module in site.tied):
+        return "is tied to a module with another bias, and its adapter has an update of the bias: keep it unmerged"
+    return None
+
+
 def tied_weights(index: ModelIndex) -> dict[WeightKey, list[str]]:
-    """Return, for every weight that shares memory with other tensors of the model, in whole or in part, their paths."""
+    """Return, for every weight that shares memory with other tensors of the model, in whole or in part, their paths.
+
+    Modules that share a parameter and its adapters have one weight, which is not tied by that.
+    """
+    first = {(id(m), s.adapters.parameter): s.key for s in index.sites.values() for m in s.tied}
     spans: dict[int, list[tuple[int, int, WeightKey, str]]] = {}
     for path, module in index.walked:
         for name, t in (module._parameters | module._buffers).items():
@@ -109,7 +128,8 @@ def tied_weights(index: ModelIndex) -> dict[WeightKey, list[str]]:
                     t.data_ptr(),
                     sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1,
                 )
-                span = start, start + size * t.itemsize, (id(module), name), f"{path}.{name}"
+                key = first.get((id(module), name), (id(module), name))
+                span = start, start + size * t.itemsize, key, f"{path}.{name}"
                 spans.setdefault(t.untyped_storage().data_ptr(), []).append(span)
     ties: dict[WeightKey, list[str]] = {}
     for sharing in spans.values():

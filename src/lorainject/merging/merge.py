@@ -52,9 +52,12 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         strict: What to do where less than 0.9 of a delta survives the rounding to the weight's dtype. True refuses
             before anything is written, False warns (SurvivalWarning), None refuses quantized weights and warns of
             others.
-        untie: Give a weight that is tied to another module's weight memory of its own until unmerge. Before such a
+        untie: Give a weight that is tied to a weight of another use (embedding and output head) memory of its own until
+            unmerge. Modules that use one weight in the same way have one adapter, and need no untying. Before an untied
             model is exported, set its config's `tie_word_embeddings=False`: transformers 5 sees that the weights
-            differ, but other readers go by the config.
+            differ, but other readers go by the config. This unties everything that the class ties: a model with
+            further ties (blocks that share their layers, as Zamba's) must not be exported so, since what it stores once
+            is drawn anew in the other places. Inject it without embedding and head instead.
         dequantise: Turn quantized layers into nn.Linear, in the dtype of the bias, or in bfloat16 without one. By
             default, they are dequantized, summed and quantized again by the same scheme.
 

@@ -19,11 +19,15 @@ import regex
 from torch import nn
 
 from ..errors import SpecError
+from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex
+from ..lora.weight_kinds import kind_of, why_not_numbers
 from ..plan import site_name
 from ..spec import KEYWORDS, Target
-from .model_weights import ModelWeight, WeightKey, head_modules, model_weights
+from .heads import ROUTER, find_heads
+from .model_weights import ModelWeight, WeightKey, model_weights
 from .roles import PART_ROLES, ROLES, role_names
+from .source_analysis import weight_use
 
 REGEX_SECONDS = 1.0  # for all patterns and names together: patterns also come from files that strangers made
 
@@ -58,21 +62,36 @@ class Matcher:
         self._deadline = time.monotonic() + REGEX_SECONDS
 
     @cached_property
+    def heads(self) -> dict[WeightKey, str]:
+        """The weights of the output head, with the reason for each."""
+        return find_heads(self.index)
+
+    @cached_property
     def roles(self) -> dict[WeightKey, frozenset[str]]:
         """The roles of each weight that multiplies activations."""
-        heads = head_modules(self.index)
         roles = {}
         for w in self.weights:
             if w.multiplies:
                 owners, leaf = w.location
                 names = role_names(w.paths[0], owners, leaf) if owners else frozenset()
-                roles[w.key] = names | {"head"} if id(w.module) in heads else names
+                roles[w.key] = names | {"head"} if any(key in self.heads for key in w.keys) else names
         return roles
 
-    @property
-    def heads_and_routers(self) -> list[ModelWeight]:
-        """The weights that "all-linear" leaves out."""
-        return [w for w in self.weights if self.roles.get(w.key, frozenset()) & {"head", "router"}]
+    def why_left_out(self, w: ModelWeight) -> str | None:
+        """Return why "all-linear" leaves a weight out that multiplies activations; None if it takes it."""
+        if "head" in self.roles[w.key]:
+            return next(self.heads[key] for key in w.keys if key in self.heads)
+        return ROUTER if "router" in self.roles[w.key] else why_not_numbers(w.module, w.parameter)
+
+    def left_out(self, scope: str = "") -> dict[str, str]:
+        """Return what "all-linear" leaves out in a part of the model, with the reasons: weights that multiply
+        activations, and linear layers whose weight is no parameter that can carry an adapter."""
+        reasons = {w.names[0]: self.why_left_out(w) for w in self.weights if w.multiplies}
+        known = {id(m) for w in self.weights if w.multiplies for m in w.modules}
+        for path, module in self.index.walked:
+            if id(module) not in known and _acts_as_linear(module):
+                reasons[path] = f"a {type(module).__name__} keeps its weight in a form that cannot carry an adapter"
+        return {n: reason for n, reason in reasons.items() if reason and (not scope or _is_within(n, scope))}
 
     def match(self, entry: Target) -> list[WeightMatch]:
         """Return the weights and slices that an entry matches; add slices that do not exist to `problems`."""
@@ -102,7 +121,9 @@ class Matcher:
             return f"matches nothing{self.nearest(entry)}"
         scope, _, word = entry.rpartition(".")
         if word in KEYWORDS:
-            return f"matches nothing: {scope or 'this model'} has no such weight"
+            left_out = self.left_out(scope) if word == "all-linear" else {}
+            all_that = "; all that multiplies is left out: " + ", ".join(f"{n} ({r})" for n, r in left_out.items())
+            return f"matches nothing: {scope or 'this model'} has no such weight" + all_that * bool(left_out)
         parts = {part for w in self.weights if w.multiplies for part in w.parts}
         roles = frozenset(PART_ROLES[part] for part in parts & PART_ROLES.keys()).union(*self.roles.values())
         existing = ", ".join(sorted(roles)) or "none"
@@ -142,7 +163,7 @@ class Matcher:
         # A layer's weight by its own name: every module around it counts as a reader.
         layer = name.removesuffix(".weight")
         layers = [w for w in weights if w.parameter == "weight" and any(_is_end(n, layer) for n in w.names)]
-        return [replace(w, readers=w.owners, named=True) for w in layers]
+        return [replace(w, readers=w.surroundings, named=True) for w in layers]
 
     def _match_role(self, entry: str) -> list[WeightMatch]:
         scope, _, word = entry.rpartition(".")
@@ -151,7 +172,7 @@ class Matcher:
             return [WeightMatch(w) for w in weights if w.kind.name.startswith("conv")]
         weights = [w for w in weights if w.multiplies]
         if word == "all-linear":
-            return [WeightMatch(w) for w in weights if not self.roles[w.key] & {"head", "router"}]
+            return [WeightMatch(w) for w in weights if self.why_left_out(w) is None]
         matches = [WeightMatch(w) for w in weights if word in self.roles[w.key]]
         for part in (part for part, role in PART_ROLES.items() if role == word):
             fused = (w for w in weights if word not in self.roles[w.key] and part in w.parts)
@@ -203,6 +224,17 @@ class Matcher:
             what = f"re:{pattern} took more than {REGEX_SECONDS:g} s on the names of this model"
             way_out = "simplify it (nested repetition, such as (a+)+, takes exponential time); nothing was changed"
             raise SpecError(what, way_out=way_out) from None
+
+
+def _acts_as_linear(module: nn.Module) -> bool:
+    """True if a module that is no known layer has the sizes of a linear layer, or multiplies by a buffer `weight`."""
+    if kind_of(module) is not None or module._modules:
+        return False
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    buffers = [name for name, buffer in module._buffers.items() if buffer is not None and "weight" in name]
+    if all(isinstance(size, int) for size in sizes):
+        return True
+    return bool(buffers) and not weight_use(base_class(type(module))).products.keys().isdisjoint(buffers)
 
 
 def split_slices(entry: str) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The weights of a model that could carry an adapter, the modules that read each, and the output head.
+"""The weights of a model that could carry an adapter, and the modules that read each.
 
 Most weights are applied by calling their module. A weight that another module's code reads instead
 (`self.q_proj.weight` in an attention block) is found in the source of the classes (source_analysis.py). A class without
@@ -7,17 +7,17 @@ source, or one that reaches a weight in a way that its source does not show, is 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
+from ..lora.adapter_dict import AdapterDict
 from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex
-from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, kind_of, weight_shape
+from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, is_quantized, kind_of, weight_shape
 from ..plan import site_name
 from .fused_layouts import Parts, fused_parts
 from .source_analysis import weight_use
@@ -42,12 +42,16 @@ class ModelWeight:
     """True if the weight multiplies activations, so that "all-linear" and roles include it."""
     readers: tuple[nn.Module, ...] = ()
     """The modules whose own code reads the weight; empty if it is applied by calling its module (the forward graft)."""
+    written_by: str = ""
+    """The class whose forward writes to the weight; empty if none does."""
     bypassed: bool = False
     """True if a reader never calls the module, so that an adapter on its forward alone, as PEFT's, does nothing."""
     named: bool = False
     """True if a target named the weight itself ("q_proj.weight"), so that all of `owners` count as readers."""
     owners: tuple[nn.Module, ...] = field(default=(), repr=False)
     """The modules on the way to the weight: the model first, the weight's own module last."""
+    tied: tuple[ModelWeight, ...] = field(default=(), repr=False)
+    """The same parameter in further modules, which use it in the same way. `paths` and `readers` include theirs."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -58,6 +62,21 @@ class ModelWeight:
     def key(self) -> WeightKey:
         """The identity of the weight."""
         return id(self.module), self.parameter
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that have the parameter and use it in the same way."""
+        return (self.module, *(w.module for w in self.tied))
+
+    @property
+    def keys(self) -> tuple[WeightKey, ...]:
+        """The identities of the weight in each of these modules."""
+        return tuple((id(module), self.parameter) for module in self.modules)
+
+    @property
+    def surroundings(self) -> tuple[nn.Module, ...]:
+        """The modules on all ways to the weight."""
+        return tuple(dict.fromkeys([*self.owners, *(owner for w in self.tied for owner in w.owners)]))
 
     @cached_property
     def location(self) -> tuple[tuple[nn.Module, ...], str]:
@@ -83,8 +102,14 @@ class ModelWeight:
 def model_weights(index: ModelIndex) -> list[ModelWeight]:
     """Return every weight that could carry an adapter, once, in the model's order.
 
-    These are the weights of layers, and bare parameters with two axes or more.
+    These are the weights of layers, and bare parameters with two axes or more. A parameter that several modules use in
+    the same way is one weight.
     """
+    return _join_tied(separate_weights(index))
+
+
+def separate_weights(index: ModelIndex) -> list[ModelWeight]:
+    """Return what `model_weights` returns, with a weight for each module that has a shared parameter."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     owners_by_path: dict[str, tuple[nn.Module, ...]] = {}
@@ -114,31 +139,43 @@ def model_weights(index: ModelIndex) -> list[ModelWeight]:
                 multiplies = kind.form == "linear" or (kind.form == "embedding" and in_product and not standard)
             else:
                 multiplies = in_product or "expert" in type(module).__name__.lower()
-            bypassed, readers = (key, name) in reads.bypassed, list(dict.fromkeys(readers))
-            weights.append(
-                ModelWeight(tuple(paths[key]), module, name, kind, multiplies, tuple(readers), bypassed, owners=owners)
-            )
+            weights.append(ModelWeight(
+                tuple(paths[key]), module, name, kind, multiplies, tuple(dict.fromkeys(readers)),
+                written_by=reads.writers.get((key, name), ""), bypassed=(key, name) in reads.bypassed, owners=owners,
+            ))  # fmt: skip
     return weights
 
 
-def head_modules(index: ModelIndex) -> set[int]:
-    """Return the ids of the modules of the output head.
+def _join_tied(weights: Sequence[ModelWeight]) -> list[ModelWeight]:
+    """Join the weights that are one parameter, used in one way: by modules of one class, as weights of one kind.
 
-    The head is what transformers calls output embeddings, and every layer or ...Head next to a base model (classifier,
-    score, qa_outputs), at any depth of the tree.
+    An embedding and the output embeddings that are tied to it stay two weights. So do modules that carry different
+    adapters already, from a file that has one for each.
     """
-    heads: list[nn.Module | None] = []
-    for _, module in index.walked:
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        get_output_embeddings = getattr(module, "get_output_embeddings", None)
-        if callable(get_output_embeddings):
-            with contextlib.suppress(NotImplementedError, AttributeError):  # raised by the DETR family, which has none
-                heads.append(get_output_embeddings())
-        base = module._modules.get(getattr(module, "base_model_prefix", None) or "")
-        if base is not None:
-            heads += (child for child in module.children() if child is not base and _is_head(child))
-    return {id(module) for head in heads if head is not None for module in head.modules()}
+    same: dict[tuple[object, ...], list[ModelWeight]] = {}
+    for w in weights:
+        children = w.module._modules.values()
+        adapters = tuple(id(c) for c in children if isinstance(c, AdapterDict) and c.parameter == w.parameter)
+        use = base_class(type(w.module)), w.parameter, w.kind, vars(w.module).get("padding_idx"), adapters
+        stored = None if is_quantized(w.module) else w.module._parameters.get(w.parameter)
+        same.setdefault((w.key if stored is None else id(stored), *use), []).append(w)
+    return [_as_one(users) for users in same.values()]
+
+
+def _as_one(users: Sequence[ModelWeight]) -> ModelWeight:
+    first, *others = users
+    if not others:
+        return first
+    # A module that reads a weight reads it through a shadow, so that all of them do.
+    own = [w.module for w in users] if any(w.readers for w in users) else []
+    return replace(
+        first,
+        paths=tuple(path for w in users for path in w.paths),
+        multiplies=any(w.multiplies for w in users),
+        readers=tuple(dict.fromkeys([*(reader for w in users for reader in w.readers), *own])),
+        bypassed=any(w.bypassed for w in users),
+        tied=tuple(others),
+    )
 
 
 def towers(index: ModelIndex) -> tuple[str, ...]:
@@ -147,15 +184,6 @@ def towers(index: ModelIndex) -> tuple[str, ...]:
     paths = [p for p, m in index.walked if p and hasattr(type(m), "base_model_prefix") and hasattr(m, "config")]
     innermost = [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
     return tuple(dict.fromkeys(innermost)) if len(innermost) > 1 else ()
-
-
-def _is_head(module: nn.Module) -> bool:
-    """True if the module is a layer, or a ...Head without attention and recurrent cells (SLANet's has both)."""
-    if kind_of(module) is not None:
-        return True
-    return type(module).__name__.endswith("Head") and not any(
-        isinstance(m, nn.RNNBase | nn.RNNCellBase) or "Attention" in type(m).__name__ for m in module.modules()
-    )
 
 
 def _parameter_kinds(module: nn.Module) -> Iterator[tuple[str, Kind]]:
@@ -191,6 +219,8 @@ class _Reads:
         """The weights that are operands of products."""
         self.bypassed: set[WeightKey] = set()
         """The weights whose reader never calls their module."""
+        self.writers: dict[WeightKey, str] = {}
+        """For each weight that a forward writes to, the name of the class with that forward."""
         for reader in modules:
             self._add(reader)
         self.reading_others = {id(reader) for readers in self.readers.values() for reader in readers}
@@ -206,6 +236,9 @@ class _Reads:
                         self.bypassed.add(key)
                 if name in use.products:
                     self.multiplied.add(key)
+        for name in use.writes:
+            for owner, parameter in _named_weights(reader, name.split(".")):
+                self.writers[id(owner), parameter] = base_class(type(reader)).__name__
         if isinstance(reader, nn.RNNBase):
             self.multiplied |= {(id(reader), name) for name in reader._parameters}
 

@@ -79,10 +79,10 @@ def resolve(index: ModelIndex, spec: LoraSpec, name: str) -> Plan:
         make_site(m, index.first_paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init,
         dtype=s.dtype) for m, s in zip(matches, settings, strict=True)
     )  # fmt: skip
-    left_out: tuple[str, ...] = ()
+    left_out: dict[str, str] = {}
     if any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets):
-        chosen = {m.weight.key for m in matches}
-        left_out = tuple(w.names[0] for w in matcher.heads_and_routers if w.key not in chosen)
+        chosen = {m.weight.names[0] for m in matches}
+        left_out = {name: reason for name, reason in matcher.left_out().items() if name not in chosen}
     return Plan(sites=sites, total=count_parameters(index), left_out=left_out, towers=towers(index))
 
 
@@ -112,11 +112,16 @@ def make_site(match: WeightMatch, paths: Mapping[int, str], *, r: int, alpha: fl
 
 def why_unsuitable(weight: ModelWeight, label: str = "") -> str | None:
     """Return why a weight (or the slice `label` of it) cannot carry an adapter; None if it can."""
+    for other in weight.tied:
+        if (reason := why_unsuitable(other, label)) is not None:
+            return f"{reason} ({other.names[0]})"
     module, child = weight.module, child_name(weight.parameter, label)
     if adapters_of(module, weight.parameter, label) is None and hasattr(module, child):
         return f"the module already has an attribute `{child}`, not from lorainject (another library's adapter?)"
     if (reason := why_unsupported(module, weight.parameter)) is not None:
         return reason
+    if weight.written_by:
+        return f"the forward of {weight.written_by} writes to it, which would undo a merge or scale the adapter wrongly"
     for reader in weight.readers:
         cls = base_class(type(reader))
         if inspect.isgeneratorfunction(cls.forward) or inspect.iscoroutinefunction(cls.forward):
@@ -173,7 +178,9 @@ def _match_excluded(spec: LoraSpec, matcher: Matcher) -> set[WeightKey]:
             matcher.problems.append(f"exclude {entry!r}: {why}")
             continue
         inside = {id(inner) for module in matcher.modules(entry) for inner in module.modules()}
-        keys = {w.key for w in matcher.weights if id(w.module) in inside} | {m.weight.key for m in matcher.match(entry)}
+        keys = {w.key for w in matcher.weights if any(id(m) in inside for m in w.modules)} | {
+            m.weight.key for m in matcher.match(entry)
+        }
         excluded |= keys
         if not keys and not inside:
             matcher.problems.append(f"exclude {_show(entry)} matches nothing{matcher.nearest(entry)}")
@@ -202,7 +209,7 @@ def _named_modules_without_weight(entry: str, matcher: Matcher, *, matched: bool
 
     Where the name also matches weights, a container of the same name (BERT's `output`) is no mistake, but a layer is.
     """
-    adaptable = {id(w.module) for w in matcher.weights}
+    adaptable = {id(m) for w in matcher.weights for m in w.modules}
     problems = []
     for module in dict.fromkeys(matcher.modules(entry)):
         is_layer = next(module.parameters(recurse=False), None) is not None

@@ -21,7 +21,7 @@ from ..lora.graft import base_class
 from .fused_layouts import is_fused
 
 ROLES = ("attention", "mlp", "experts", "query", "key", "value", "output", "router", "head")
-"""All roles. `role_names` does not give "head", which takes a look at the whole model (see model_weights.heads)."""
+"""All roles. `role_names` does not give "head", which takes a look at the whole model (heads.py)."""
 
 PART_ROLES = {"q": "query", "k": "key", "v": "value"}
 """The roles of the parts of a fused weight. Other parts have none."""

@@ -29,6 +29,8 @@ PRODUCTS = frozenset({
 """Functions and methods that multiply their operands."""
 NOT_FORWARD = ("init", "reset", "tie", "get_", "set_", "load", "resize", "prune", "convert")
 """First words of the names of methods that are no part of a forward."""
+NO_WRITES = frozenset({"requires_grad_", "detach_", "share_memory_"})
+"""Methods of a tensor whose names end like those that write to it."""
 METADATA = frozenset({
     "dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "itemsize",
 })  # fmt: skip
@@ -51,6 +53,8 @@ class WeightUse:
     """For each name that is an operand of products, the functions that multiply it: "linear", "einsum", "@"."""
     calls: frozenset[str] = frozenset()
     """The names that are called: "q_proj"."""
+    writes: frozenset[str] = frozenset()
+    """The names that `forward`, or a method that it calls, writes to: "blocks.*.attention.output.weight"."""
 
     @functools.cached_property
     def split_reads(self) -> tuple[tuple[str, list[str]], ...]:
@@ -85,14 +89,19 @@ def _analyze(cls: type[nn.Module]) -> WeightUse:
         for method in _forward_methods(base):
             visitor.visit_method(method)
     products = {name: frozenset(functions) for name, functions in visitor.products.items()}
-    return WeightUse(frozenset(visitor.reads), products, frozenset(visitor.calls))
+    return WeightUse(frozenset(visitor.reads), products, frozenset(visitor.calls), frozenset(visitor.forward_writes()))
+
+
+def _forward_methods(cls: type) -> list[ast.FunctionDef]:
+    """Return the methods of a class that can be part of a forward."""
+    return [f for f in class_methods(cls) if not f.name.strip("_").startswith(NOT_FORWARD)]
 
 
 @functools.cache
-def _forward_methods(cls: type) -> list[ast.FunctionDef]:
-    """Return the methods of a class that can be part of a forward."""
+def class_methods(cls: type) -> list[ast.FunctionDef]:
+    """Return the methods that a class defines itself; empty if there is no source."""
     body = _class_bodies(cls.__module__).get(cls.__qualname__) or _methods_one_by_one(cls)
-    return [f for f in body if isinstance(f, ast.FunctionDef) and not f.name.strip("_").startswith(NOT_FORWARD)]
+    return [f for f in body if isinstance(f, ast.FunctionDef)]
 
 
 @functools.cache
@@ -137,12 +146,23 @@ class _MethodVisitor(ast.NodeVisitor):
         self.reads: set[str] = set()
         self.products: dict[str, set[str]] = {}
         self.calls: set[str] = set()
+        self.by_method: dict[str, tuple[set[str], set[str]]] = {}  # what each method calls, and what it writes to
         self.local_names: dict[str, str] = {}  # local variable -> dotted name from `self`
+
+    def forward_writes(self) -> set[str]:
+        """Return what is written to by `forward` and the methods that it calls."""
+        reached, waiting = set(), ["forward"]
+        while waiting:
+            if (name := waiting.pop()) in self.by_method and name not in reached:
+                reached.add(name)
+                waiting += self.by_method[name][0]
+        return {name for method in reached for name in self.by_method[method][1]}
 
     def visit_method(self, method: ast.FunctionDef) -> None:
         """Read one method, whose first argument is the module."""
         arguments = [*method.args.posonlyargs, *method.args.args]
         self.local_names = {arguments[0].arg: ""} if arguments else {}
+        self.method_calls, self.writes = self.by_method.setdefault(method.name, (set(), set()))
         for statement in method.body:
             self.visit(statement)
 
@@ -162,9 +182,18 @@ class _MethodVisitor(ast.NodeVisitor):
             return self.dotted_name(node.func.value) or None  # self.weight.to(...), .view(...), .transpose(...)
         return None
 
+    def add_write(self, target: ast.expr) -> None:
+        if not isinstance(target, ast.Name) and (name := self.dotted_name(target)):
+            self.writes.add(name.removesuffix(".*"))
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.generic_visit(node)
+        self.add_write(node.target)
+
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)
         for target in node.targets:
+            self.add_write(target)
             if isinstance(target, ast.Name):
                 self.local_names.pop(target.id, None)
                 if name := self.dotted_name(node.value):
@@ -211,6 +240,9 @@ class _MethodVisitor(ast.NodeVisitor):
         function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name := self.dotted_name(node.func):
             self.calls.add(name)
+            self.method_calls.add(name)
+        if isinstance(node.func, ast.Attribute) and function.endswith("_") and function not in NO_WRITES:
+            self.add_write(node.func.value)
         if function == "isinstance":  # it reads no value
             return
         if function in PRODUCTS:
