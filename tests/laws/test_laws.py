@@ -152,7 +152,7 @@ def test_error_changes_nothing(case, data):
 
 
 CALLS = {
-    li.inject: ["surgery.mount", "surgery._freeze", "surgery._new_adapter"],
+    li.inject: ["surgery.mount_all", "surgery._freeze", "surgery._new_adapter"],
     li.eject: ["surgery._restore_untouched", "surgery.unmount", "lora.weight_graft.change_class"],
     li.merge: [
         "merging.merge.set_grafted",

@@ -683,6 +683,7 @@ def test_the_rows_of_a_slice_leave_meta_with_the_factors():
         model = nn.Sequential(nn.Linear(4, 6))
     li.inject(model, ["0[1:3]"], r=2)
     model.to_empty(device="cpu")
+    li.reset(model)
     assert adapted_sites(model)["0[1:3]"].adapters["default"].rows.tolist() == [1, 2]
     with torch.device("meta"):
         other = nn.Sequential(nn.Linear(4, 6))

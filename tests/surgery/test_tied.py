@@ -134,7 +134,7 @@ def test_a_file_with_an_adapter_for_each_module_keeps_them_apart(tmp_path: Path)
     with pytest.raises(li.MergeError, match=r"twins\.0: its weight is tied to twins\.1"):
         li.merge(model)
     li.inject(model, "all-linear", r=2, name="other")
-    assert len(list(li.parameters(model))) == 8
+    assert len(list(li.parameters(model, "other"))) == 8
 
 
 def test_a_tie_that_was_lost_is_refused_at_merge():

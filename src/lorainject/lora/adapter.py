@@ -193,9 +193,9 @@ class LoraAdapter(nn.Module):
         if not any(key.startswith(prefix) for key in state_dict):
             return
         s = state_dict.get(f"{prefix}s")
-        if s is not None and not s.is_meta and float(s) != float(self.s):
+        if s is not None and not s.is_meta and s.cpu() != torch.tensor(self.scale, dtype=s.dtype):
             errors.append(
-                f"{prefix[:-1]}: the state dict has the scale {float(s):g}, and the model {float(self.s):g}, so that A"
+                f"{prefix[:-1]}: the state dict has the scale {float(s):g}, and the model {self.scale:g}, so that A"
                 " and B would mean another update: inject with the alpha, r and scaling of the state dict, or call"
                 f" rescale(model, name, scale={float(s):g}) first"
             )
