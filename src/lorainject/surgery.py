@@ -27,6 +27,7 @@ from .lora.adapter_dict import AdapterDict, adapters_of
 from .lora.dora import DoraAdapter
 from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, execution_device, states_to_switch
+from .lora.ranks import share_factors
 from .lora.replacement import ReplacementTensor
 from .lora.weight_graft import graft_obstacles, mount, set_grafted, unmount
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
@@ -66,6 +67,10 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     The base model is frozen, and only A and B train. B starts at zero, so the output does not change. The new adapter
     becomes the active one; use `activate` to switch. Source: Hu et al. 2021, arXiv 2106.09685, equation 3.
 
+    In a distributed job (torch.distributed with several processes), every process must call inject, and gets the A that
+    rank 0 drew, so that all train the same adapter. Processes that inject weights of different shapes, such as the
+    stages of a pipeline, keep what each of them drew. Wrap the model (DistributedDataParallel) afterwards.
+
     Args:
         model: The model to change.
         name: The name of the new adapter: 1 to 64 letters, digits, "_" or "-".
@@ -100,6 +105,8 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     """
     modules = index.modules
     adapters = [(s, _new_adapter(modules[s.path], s, factors[s.name] if factors else None)) for s in plan]
+    if factors is None:
+        share_factors([adapter.A for _, adapter in adapters])  # B is zero
     states = index.states or [AdapterState()]
     try:
         for s, adapter in adapters:
