@@ -36,6 +36,7 @@ from .merging.merge import unmerge_index
 from .plan import Plan, Site
 from .plan import site_name as name_of_site
 from .spec import LoraSpec, Override, Target, spec_from_arguments
+from .targets.model_weights import head_modules
 from .targets.resolve import resolve
 
 FROZEN = "_lora_frozen"
@@ -108,12 +109,14 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     if factors is None:
         share_factors([adapter.A for _, adapter in adapters])  # B is zero
     states = index.states or [AdapterState()]
+    heads = head_modules(index)
     try:
         for s, adapter in adapters:
             module = modules[s.path]
             siblings = adapters_of(module, s.parameter, s.label)
             if siblings is None:
                 siblings = AdapterDict(states[0], KINDS[s.kind], s.parameter, s.label, site=s.name, named=s.named)
+                siblings.is_head = s.parameter == "weight" and id(module) in heads
             mount((s.path, *s.aliases), module, siblings, [(path, modules[path]) for path in s.readers])
             vars(adapter)["training"] = module.training  # train() takes 5 us per module
             siblings[name] = adapter
