@@ -25,6 +25,7 @@ from .lora.active import ROOTS, AdapterState, Choice, choosing
 from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import AdapterDict, adapters_of
 from .lora.dora import DoraAdapter
+from .lora.gradients import warn_of_cut_graphs
 from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, execution_device, states_to_switch
 from .lora.ranks import share_factors
@@ -138,6 +139,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     states[0].root = weakref.ref(getattr(index.model, "_orig_mod", index.model))
     if len(states) == 1:
         ROOTS[index.model] = states[0]
+    warn_of_cut_graphs(index)
     return index.model
 
 

@@ -82,7 +82,7 @@ def test_a_head_whose_own_forward_is_patched_uses_the_adapter():
 
 
 def test_the_parameter_is_read_outside_of_forwards():
-    """Outside of a forward, the head's weight is the parameter, by any way of access; copies, pickles and eject work."""
+    """Outside of a forward, the head's weight is the parameter, however it is read; copies, pickles and eject work."""
     model = llama()
     before = state(model)
     li.inject(model, ["lm_head"], r=2)

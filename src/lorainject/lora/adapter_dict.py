@@ -63,6 +63,7 @@ class AdapterDict(nn.Module):
         return cast(LoraAdapter, self._modules[name])
 
     def __setitem__(self, name: str, adapter: LoraAdapter) -> None:
+        vars(adapter)["site"] = self.site
         self._modules[name] = adapter  # add_module refuses names such as "train" and "half"
         self._tag_parameters(adapter)
 
