@@ -55,6 +55,20 @@ def test_factors_are_never_cast_to_float8():
     assert bits(next(li.parameters(model))) == A
 
 
+def test_factors_are_drawn_when_they_leave_the_meta_device():
+    """A model that is built and injected on the meta device gets its A and B when to_empty gives it memory: the same as
+    one that was injected there, and a checkpoint of the base then gives the output of the base."""
+    with torch.device("meta"):
+        model = li.inject(small(), ["0", "2"], r=2)
+    torch.manual_seed(1)
+    model.to_empty(device="cpu").load_state_dict(small().state_dict())
+    base = small()
+    torch.manual_seed(1)
+    expected = li.inject(base, ["0", "2"], r=2)
+    assert all(torch.equal(p, q) for p, q in zip(li.parameters(model), li.parameters(expected), strict=True))
+    assert bits(model(torch.ones(1, 64))) == bits(small()(torch.ones(1, 64)))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantized_layers_without_gradient_are_named():
     """torchao's dynamic activations pass no gradient on: inject and load name the layers, and a training forward in

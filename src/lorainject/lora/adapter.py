@@ -157,8 +157,11 @@ class LoraAdapter(nn.Module):
                 self.keeps_dtype = True
             return t.to(moved.device) if self.keeps_dtype else moved
 
+        was_meta = any(p.is_meta for p in self.parameters())
         super()._apply(move, recurse)
         self._rebuild()
+        if was_meta and not any(p.is_meta for p in self.parameters()):  # to_empty: the memory holds anything
+            self.reset_parameters()
         return self
 
     @torch.no_grad()
