@@ -43,6 +43,9 @@ def test_layerwise_casting_leaves_the_adapters_alone():
         assert model[0].weight.dtype == torch.float8_e4m3fn
         assert {p.dtype for p in li.parameters(model)} == {torch.float32}
         torch.testing.assert_close(gradients(model, x), expected)
+    hooks.apply_layerwise_casting(cast := small(), torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=["none"])
+    with pytest.raises(li.TargetError, match="0: diffusers has hooks on it .* inject first, then enable them"):
+        li.inject(cast, ["0"])
 
 
 def test_factors_are_never_cast_to_float8():
