@@ -105,6 +105,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
         factors: The factors of every site by its name. If None, A is drawn and B is zero.
         replacements: Tensors of the base that the adapter replaces.
     """
+    warn_of_cut_graphs(index)  # before anything is changed: a warning may be an error
     modules = index.modules
     adapters = [(s, _new_adapter(modules[s.path], s, factors[s.name] if factors else None)) for s in plan]
     if factors is None:
@@ -139,7 +140,6 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     states[0].root = weakref.ref(getattr(index.model, "_orig_mod", index.model))
     if len(states) == 1:
         ROOTS[index.model] = states[0]
-    warn_of_cut_graphs(index)
     return index.model
 
 

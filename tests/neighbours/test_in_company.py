@@ -44,7 +44,7 @@ def test_layerwise_casting_leaves_the_adapters_alone():
         assert {p.dtype for p in li.parameters(model)} == {torch.float32}
         torch.testing.assert_close(gradients(model, x), expected)
     hooks.apply_layerwise_casting(cast := small(), torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=["none"])
-    with pytest.raises(li.TargetError, match="0: diffusers has hooks on it .* inject first, then enable them"):
+    with pytest.raises(li.TargetError, match=r"0: diffusers has hooks on it .* inject first, then enable them"):
         li.inject(cast, ["0"])
 
 

@@ -30,7 +30,9 @@ def graph_cutters(index: ModelIndex) -> list[str]:
     paths = []
     for path, module in index.walked:
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) and type(weight).__module__.startswith("torchao.") and not weight.is_meta:  # type: ignore[union-attr]
+        if weight is None or weight.is_meta or not isinstance(module, nn.Linear):
+            continue
+        if type(weight).__module__.startswith("torchao."):
             settings = {key: value for key, value in vars(weight).items() if not isinstance(value, Tensor)}
             scheme = (base_class(type(module)), type(weight), repr(settings))
             if scheme not in cuts:

@@ -26,11 +26,6 @@ WRAPPERS = {
 """Classes that train a module in several processes, with their short names, by the module that defines them."""
 
 
-def is_distributed() -> bool:
-    """True if this process belongs to a group of several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 @torch.no_grad()
 def share_factors(tensors: Sequence[Tensor]) -> None:
     """Overwrite these tensors with those of rank 0, in a distributed process. All processes must call it.
@@ -38,7 +33,7 @@ def share_factors(tensors: Sequence[Tensor]) -> None:
     Nothing is overwritten if the processes have tensors of different shapes, dtypes or kinds of devices: each then
     holds another part of the model, as the stages of a pipeline do.
     """
-    if not is_distributed():
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     described = repr([(tuple(t.shape), t.dtype, t.device.type) for t in tensors])
     digests: list[int | None] = [None] * dist.get_world_size()

@@ -13,11 +13,13 @@ side in threads. The entry stays until the last of them has returned.
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
 import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from .adapter_dict import AdapterDict, child_name
 from .dora import DoraAdapter
 from .forward_graft import LoraForward
 from .graft import Graft, base_class, change_class, graft_obstacle, grafted_class
-from .lazy_weight import LazyWeight
+from .lazy_weight import METADATA, LazyWeight
 from .lazy_weight_ops import teach_dynamo
 from .model_index import ModelIndex
 from .replacement import ReplacementTensor
@@ -125,11 +127,13 @@ class ReadFromOutside(Graft):
 def _reading_forward(head: nn.Module) -> str | None:
     """Return the name of the function that reads a parameter of the head right now, if the sum must be read.
 
-    That is: a module is being called, which is not the head running its base's forward, and the reader is none of the
-    libraries that move parameters.
+    That is: a module is being called, which is not the head running its base's forward; the reader is none of the
+    libraries that move parameters; and it does not just ask for the dtype or device.
     """
     reader = sys._getframe(2)
     if str(reader.f_globals.get("__name__")).startswith(("torch.", "accelerate.")):
+        return None
+    if _next_attribute(reader.f_code, reader.f_lasti) in ("dtype", "device", "shape", "ndim", *METADATA):
         return None
     frame: FrameType | None = reader
     while frame is not None:
@@ -139,6 +143,14 @@ def _reading_forward(head: nn.Module) -> str | None:
             return reader.f_code.co_name
         frame = frame.f_back
     return None
+
+
+@functools.cache
+def _next_attribute(code: CodeType, offset: int) -> str | None:
+    """Return the attribute that code looks up on the result of the instruction at this offset, as `dtype` in
+    head.weight.dtype; None if it does something else with the result."""
+    after = next((i for i in dis.get_instructions(code) if i.offset > offset and i.opname != "EXTENDED_ARG"), None)
+    return str(after.argval) if after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
 
 
 class LoraHead(ReadFromOutside, LoraForward):
