@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import StateError, UnreachedAdapter
+from .lora.checkpoint_region import region_being_run
 from .lora.graft import base_class
 from .lora.model_index import AdaptedSite, ModelIndex
+from .lora.weight_kinds import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,9 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
 
     Raises:
         UnreachedAdapter: At least one adapter does nothing. The message names each of them, with the reason.
-        StateError: No adapter is active, adapters are merged, a weight is on the meta device, or the forward does not
-            take
-            these arguments. Errors of the forward itself are passed on.
+        StateError: No adapter is active, adapters are merged, a weight is sharded or on the meta device, a region is
+            checkpointed with use_reentrant=True, or the forward does not take these arguments. Errors of the forward
+            itself are passed on.
     """
     index = ModelIndex(model)
     index.require_adapters("probe")
@@ -88,8 +90,13 @@ def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
 
 
 def _require_gradients(sites: Mapping[str, AdaptedSite]) -> None:
-    """Raise StateError if a weight or an adapter is on the meta device, where nothing gets a gradient."""
+    """Raise StateError if a weight or an adapter is sharded or on the meta device, where no gradient is to be seen."""
     for name, site in sites.items():
+        if any(map(is_sharded, (site.weight, *site.adapters.parameters()))):
+            raise StateError(
+                f"{name} is sharded (fully_shard), so that its gradients are not to be seen here",
+                way_out="call probe before the model is sharded: sharding does not change what a forward reaches",
+            )
         if site.weight.is_meta or any(p.is_meta for p in site.adapters.parameters()):
             raise StateError(
                 f"{name} is on the meta device (offloaded), where it gets no gradient",
@@ -143,7 +150,8 @@ def _gradients(
     factors = {name: [p for a in site.adapters.active for p in a.parameters()] for name, site in sites.items()}
     wanted = {id(t): t for name in sites for t in (*factors[name], *([weights[name]] if name in weights else []))}
     with _undisturbed(index), _requiring_grad(list(wanted.values())), torch.enable_grad():
-        outputs = [t for t in tree_leaves(_plain(index.model(*args, **inputs))) if _has_grad(t)]
+        with _refusing_reentrant_checkpoints(index):
+            outputs = [t for t in tree_leaves(_plain(index.model(*args, **inputs))) if _has_grad(t)]
         generator = torch.Generator().manual_seed(0)
         random = (torch.randn(t.shape, generator=generator).to(t.device) for t in outputs)
         loss = sum(((t.float() * r).sum() for t, r in zip(outputs, random, strict=True)), torch.zeros(()))
@@ -173,6 +181,31 @@ def _plain(output: Any) -> Any:
 
 def _has_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
+
+
+@contextmanager
+def _refusing_reentrant_checkpoints(index: ModelIndex) -> Iterator[None]:
+    """Raise StateError if a module is called within a checkpointed region that runs without a graph.
+
+    Such a region gives no gradient to torch.autograd.grad, and none at all if its input requires none.
+    """
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled() and region_being_run() is not None:
+            raise StateError(
+                f"{index.first_paths[id(module)]} runs in a region of reentrant gradient checkpointing, in which probe"
+                " cannot see gradients",
+                way_out="call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or"
+                " gradient_checkpointing_disable() for the probe; with use_reentrant=True the input of a region must"
+                " require a gradient, or nothing in it trains: enable_input_require_grads()",
+            )
+
+    handles = [module.register_forward_pre_hook(refuse) for module in index.modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -25,8 +25,10 @@ from .lora.active import ROOTS, AdapterState, Choice, choosing
 from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import AdapterDict, adapters_of
 from .lora.dora import DoraAdapter
+from .lora.gradients import warn_of_cut_graphs
 from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, execution_device, states_to_switch
+from .lora.ranks import share_factors
 from .lora.replacement import ReplacementTensor
 from .lora.weight_graft import graft_obstacles, mount, mount_all, set_grafted, unmount
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
@@ -37,6 +39,7 @@ from .numerics.modes import in_default_modes
 from .plan import Plan, Site
 from .plan import site_name as name_of_site
 from .spec import LoraSpec, Override, Target, is_alpha, spec_from_arguments
+from .targets.heads import find_output_embeddings
 from .targets.resolve import resolve
 
 FROZEN = "_lora_frozen"
@@ -68,6 +71,10 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
 
     The base model is frozen, and only A and B train. B starts at zero, so the output does not change. The new adapter
     becomes the active one; use `activate` to switch. Source: Hu et al. 2021, arXiv 2106.09685, equation 3.
+
+    In a distributed job (torch.distributed with several processes), every process must call inject, and gets the A that
+    rank 0 drew, so that all train the same adapter. Processes that inject weights of different shapes, such as the
+    stages of a pipeline, keep what each of them drew. Wrap the model (DistributedDataParallel) afterwards.
 
     Args:
         model: The model to change.
@@ -109,15 +116,20 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
         factors: The factors of every site by its name. If None, A is drawn and B is zero.
         replacements: Tensors of the base that the adapter replaces.
     """
+    warn_of_cut_graphs(index)  # before anything is changed: a warning may be an error
     modules = index.modules
     adapters = [(s, _new_adapter(modules[s.path], s, factors[s.name] if factors else None)) for s in plan]
+    if factors is None:
+        share_factors([adapter.A for _, adapter in adapters])  # B is zero
     states = index.states or [AdapterState()]
+    heads = [m for embeddings in find_output_embeddings(index) for m in embeddings.modules()]
     try:
         for s, adapter in adapters:
             module = modules[s.path]
             siblings = adapters_of(module, s.parameter, s.label)
             if siblings is None:
                 siblings = AdapterDict(states[0], KINDS[s.kind], s.parameter, s.label, site=s.name, named=s.named)
+                siblings.is_head = s.parameter == "weight" and any(module is head for head in heads)
             mount_all(modules, (s.path, *s.aliases), siblings, s.readers)
             vars(adapter)["training"] = module.training  # train() takes 5 us per module
             siblings[name] = adapter

@@ -62,11 +62,28 @@ def test_accelerate_hooks_and_offload_keep_the_adapters(base, expected, how, whe
         model = adapted(offload(base, how, tmp_path))
     else:
         model = offload(adapted(base), how, tmp_path)
-    assert torch.allclose(run(model, X), expected, atol=1e-6)
-    with li.disabled(model):
+    with torch.no_grad():
+        assert torch.allclose(run(model, X), expected, atol=1e-6)
+        with li.disabled(model):
+            assert torch.equal(run(model, X), plain)
+        li.eject(model)
         assert torch.equal(run(model, X), plain)
-    li.eject(model)
-    assert torch.equal(run(model, X), plain)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_training_is_refused_if_the_adapters_are_offloaded(base, how, tmp_path):
+    """accelerate drops the gradients of A and B that it offloads: the first training forward names the site and the way
+    out. Offloading before inject trains."""
+    model = offload(adapted(base), how, tmp_path)
+    with pytest.raises(li.StateError, match=r"embed_tokens: accelerate offloads A and B, and drops their gradients"):
+        run(model, X)
+
+
+def test_offloaded_experts_are_not_trained_either(tmp_path):
+    """The refusal reaches adapters on weights that the model's own code reads."""
+    model = offload(li.inject(mixtral(), ["experts"], r=2), "cpu", tmp_path)
+    with pytest.raises(li.StateError, match=r"experts\.\w+: accelerate offloads A and B"):
+        run(model, X)
 
 
 def test_gradients_are_the_same_with_an_offloaded_base(base, tmp_path):
@@ -105,13 +122,15 @@ def test_merge_under_accelerate_hooks(base, expected):
 def test_merge_and_save_of_offloaded_weights_are_refused(base, tmp_path):
     """Weights that are offloaded cannot be merged or saved: the error names them, and nothing is changed."""
     model = offload(adapted(base), "cpu", tmp_path)
-    before = run(model, X)
+    with torch.no_grad():
+        before = run(model, X)
     with pytest.raises(li.MergeError, match=r"q_proj: is on the meta device"):
         li.merge(model)
     with pytest.raises(li.FileError, match=r"meta device"):
         li.save(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    assert torch.equal(run(model, X), before)
+    with torch.no_grad():
+        assert torch.equal(run(model, X), before)
 
 
 def test_foreign_forward_on_the_instance_is_refused(base):
@@ -509,6 +528,7 @@ def test_offloaded_weights_that_a_parent_reads_are_adapted(target):
     randomize(model)
     expected = model(ids()).last_hidden_state
     cpu_offload(model, execution_device="cpu")
-    assert torch.allclose(model(ids()).last_hidden_state, expected, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).last_hidden_state, expected, atol=1e-5)
     with pytest.raises(li.StateError, match=r"is on the meta device \(offloaded\)"):
         li.probe(model, ids())

@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         The path.
 
     Raises:
-        StateError: If the model has no adapter of this name.
+        StateError: If the model has no adapter of this name, or is a part of a model that was injected as a whole.
         FileError: If A and B are not finite, not in this process or no longer fit their weights, if `format="peft"`
             cannot hold them, or if the file cannot be written. What was at the path before is then unchanged.
     """
@@ -72,7 +72,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         way_out = "leave format out, or write other formats with read and write, or convert"
         raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out=way_out)
     index = ModelIndex(model)
-    index.require_adapters("save", name, merged=True, nested=True, part=True, lost=True)
+    index.require_adapters("save", name, merged=True, nested=True, lost=True)
+    _warn_of_pipeline_stage(index)
     if index.lost:
         warnings.warn(
             f"these weights were injected, but their modules were replaced or removed since, so that their A and B are"
@@ -159,6 +160,16 @@ def _why_unsavable(site: AdaptedSite, adapter: LoraAdapter) -> str | None:
         if not is_finite(p):
             return "A or B (or a tensor that belongs to them) holds NaN or infinity"
     return None
+
+
+def _warn_of_pipeline_stage(index: ModelIndex) -> None:
+    if any(type(module).__name__ == "PipelineIdentityLayer" for _, module in index.walked):
+        warnings.warn(
+            "this model is one stage of a pipeline, and the file holds the adapters of this stage alone. Save every"
+            " stage under a path of its own, and join the files: a, b = map(li.read, paths);"
+            " li.write(dataclasses.replace(a, sites=a.sites + b.sites, base=None), path)",
+            stacklevel=3,
+        )
 
 
 def _warn_of_trained_parameters(index: ModelIndex) -> None:

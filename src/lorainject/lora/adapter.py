@@ -98,6 +98,7 @@ class LoraAdapter(nn.Module):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(self, *args)."""
+        self.require_kept_gradients()
         return function(self, *args)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -108,6 +109,25 @@ class LoraAdapter(nn.Module):
                 way_out="call rescale(model, name, alpha=...) or rescale(model, name, scale=...)",
             )
         super().__setattr__(name, value)
+
+    site: str = ""
+    """The name of the site in the model."""
+    keeps_dtype: bool = False
+    """True once the factors were to be cast to float8: from then on they keep their dtype, whatever the layer is cast
+    to. diffusers' layerwise casting casts each layer to float8 and back in every forward."""
+
+    def require_kept_gradients(self) -> None:
+        """Raise StateError in a training forward while accelerate offloads the factors, since it drops their
+        gradients."""
+        hook = None if torch.compiler.is_compiling() else self.__dict__.get("_hf_hook")
+        if hook is None or not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters()):
+            return
+        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,))):
+            raise StateError(
+                f"{self.site}: accelerate offloads A and B, and drops their gradients with them after every forward",
+                way_out="offload the base first (cpu_offload, disk_offload, dispatch_model), and inject or load"
+                " afterwards: A and B then stay where they are used. For inference, use torch.no_grad()",
+            )
 
     frozen: tuple[str, ...] = ()
     """The parameters that `set_trainable(False)` froze."""
@@ -143,7 +163,15 @@ class LoraAdapter(nn.Module):
         self._set_undrawn(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraAdapter:
-        super()._apply(fn, recurse)
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if moved.dtype == t.dtype or not t.is_floating_point():
+                return moved
+            if moved.dtype.itemsize == 1:
+                self.keeps_dtype = True
+            return t.to(moved.device) if self.keeps_dtype else moved
+
+        super()._apply(move, recurse)
         self._rebuild()
         if ".to_empty." in getattr(fn, "__qualname__", "") and not any(p.is_meta for p in self.parameters()):
             self._set_undrawn(True)

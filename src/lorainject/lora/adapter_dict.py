@@ -54,6 +54,8 @@ class AdapterDict(nn.Module):
     is_read: bool
     """True if other code reads the weight (weight graft), False if it is applied by calling its module (forward
     graft)."""
+    is_head: bool = False
+    """True if the weight is that of an output head, which fused losses read (weight_graft.ReadFromOutside)."""
     fallbacks: Counter[str]
     """How often the dense sum had to be formed, by the torch function that needed it (lazy_weight.py)."""
 
@@ -61,6 +63,7 @@ class AdapterDict(nn.Module):
         return cast(LoraAdapter, self._modules[name])
 
     def __setitem__(self, name: str, adapter: LoraAdapter) -> None:
+        vars(adapter)["site"] = self.site
         self._modules[name] = adapter  # add_module refuses names such as "train" and "half"
 
     def __delitem__(self, name: str) -> None:

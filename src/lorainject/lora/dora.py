@@ -62,6 +62,7 @@ class DoraAdapter(LoraAdapter):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what `function`, which is `delta_factors` or a Term, returns for A and B, with m and b included."""
+        self.require_kept_gradients()
         if function is delta_factors:
             return self._factors(*args)
         y, x, y_is_ours = args

@@ -31,6 +31,10 @@ WeightKey = tuple[int, str]
 """The id of a module and the name of a parameter in it."""
 
 
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel")
+"""Classes of torch that hold a model as `module`, and do what it does."""
+
+
 class AdaptedSite(NamedTuple):
     """A weight of the base model, or a slice of one, that carries adapters."""
 
@@ -245,11 +249,9 @@ class ModelIndex:
 def iter_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every path with its module, adapters left out; a shared module is yielded under each of its paths.
 
-    The parts that torch.compile (`_orig_mod`) and, on top, DistributedDataParallel (`module`) add to the paths are left
-    out.
+    The parts that torch.compile (`_orig_mod`) and, on top, `WRAPPERS` (`module`) add to the paths are left out.
     """
-    is_parallel = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
-    hidden = ("module", "_orig_mod") if is_parallel else ("_orig_mod",)
+    hidden = ("module", "_orig_mod") if type(model).__name__ in WRAPPERS else ("_orig_mod",)
     stack = [("", model)]
     while stack:
         path, module = stack.pop()

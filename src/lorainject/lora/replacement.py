@@ -41,6 +41,7 @@ class ReplacementTensor(LoraAdapter):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return the factors with the replacement in them, or function(self, *args)."""
+        self.require_kept_gradients()
         return self._factors(*args) if function is delta_factors else function(self, *args)
 
     def replace(self, W0: Tensor) -> Tensor:

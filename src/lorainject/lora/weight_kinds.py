@@ -118,6 +118,8 @@ def weight_shape(module: nn.Module, parameter: str) -> tuple[int, ...]:
 def why_unsupported(module: nn.Module, parameter: str = "weight") -> str | None:
     """Return the reason why a weight of a known kind cannot carry an adapter; None if it can."""
     weight = module._parameters.get(parameter)
+    if "_diffusers_hook" in module.__dict__:
+        return "diffusers has hooks on it (layerwise casting, for instance): inject first, then enable them"
     if (reason := graft_obstacle(module)) is not None:
         return reason
     if "parametrizations" in module._modules or weight is None:

@@ -46,14 +46,20 @@ def find_heads(index: ModelIndex) -> dict[WeightKey, str]:
             keys = _weights_of(output.module) if parameter is None else [(id(output.module), parameter)]
             heads |= dict.fromkeys(keys, LEAVES)
     embeddings = {id(m._parameters.get("weight")) for _, m in modules if isinstance(m, nn.Embedding)} - {id(None)}
-    for _, module in modules:
-        if (output_embeddings := _output_embeddings(module)) is not None:
-            heads |= dict.fromkeys(_weights_of(output_embeddings), OUTPUT_EMBEDDINGS)
+    for output_embeddings in find_output_embeddings(index):
+        heads |= dict.fromkeys(_weights_of(output_embeddings), OUTPUT_EMBEDDINGS)
     for _, module in modules:
         kind = kind_of(module)
         if kind is not None and kind.form == "linear" and id(module._parameters.get("weight")) in embeddings:
             heads.setdefault((id(module), "weight"), TIED)
     return heads
+
+
+def find_output_embeddings(index: ModelIndex) -> list[nn.Module]:
+    """Return the modules that the models of transformers call their output embeddings."""
+    modules = (module for _, module in index.walked if not isinstance(module, torch.jit.ScriptModule))
+    found = [embeddings for module in modules if (embeddings := _output_embeddings(module)) is not None]
+    return list(dict.fromkeys(found))
 
 
 def _outermost_models(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[nn.Module]:

@@ -19,6 +19,7 @@ from ..errors import TargetError
 from ..lora.adapter_dict import adapters_of, child_name
 from ..lora.graft import base_class, graft_obstacle
 from ..lora.model_index import ModelIndex
+from ..lora.ranks import data_parallel_wrapper
 from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
 from ..plan import Plan, Site
 from ..spec import LoraSpec, Override, Target, spec_from_arguments
@@ -26,6 +27,10 @@ from .matcher import Matcher, WeightMatch, is_pattern, split_slices
 from .model_weights import ModelWeight, WeightKey, towers
 
 WRAPPERS = {"DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard"}
+UNSYNCHRONIZED = (
+    "which does not synchronize parameters that are added later: inject or load first, then wrap"
+    " (accelerator.prepare wraps, too)"
+)
 
 
 def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
@@ -139,13 +144,14 @@ def wrapper_problems(index: ModelIndex) -> list[str]:
     """Return what is wrong if the model carries adapters of PEFT or is already wrapped for data-parallel training."""
     classes = {type(module) for _, module in index.walked}
     wrappers = {cls: WRAPPERS[c.__name__] for cls in classes for c in cls.__mro__ if c.__name__ in WRAPPERS}
-    problems = []
+    problems: list[str] = []
     if any(cls.__module__.startswith("peft.") for cls in classes):
         problems.append("the model carries adapters of PEFT, and a second LoRA would come on top: unload() them first")
     for path, module in index.walked:
         if (wrapper := wrappers.get(type(module))) is not None:
-            why = "which does not synchronize parameters that are added later: inject first, then wrap"
-            problems.append(f"{path or 'the model'} is already wrapped by {wrapper}, {why}")
+            problems.append(f"{path or 'the model'} is already wrapped by {wrapper}, {UNSYNCHRONIZED}")
+    if not problems and (wrapper := data_parallel_wrapper([module for _, module in index.walked])) is not None:
+        problems.append(f"the model is inside a module that is already wrapped by {wrapper}, {UNSYNCHRONIZED}")
     return problems
 
 

@@ -149,7 +149,8 @@ class FusedLinear(Function):
         if y._is_view():  # as torch returns it with a bias; no one could write to a view afterwards
             y = y.detach()
         add_up_projection(y.view(-1, y.shape[-1]), h_RM, B.to(dtype), s, parts)
-        ctx.save_for_backward(x, h_RM, A, B, W0 if ctx.needs_input_grad[0] else None)
+        # An alias keeps the memory of W0 where hooks give the parameter other data afterwards (diffusers' casts).
+        ctx.save_for_backward(x, h_RM, A, B, W0.detach() if ctx.needs_input_grad[0] else None)
         ctx.settings = s, dropout, seed, parts
         return y
 

@@ -1,0 +1,98 @@
+"""Whether A and B get gradients: what is noticed when an adapter goes onto a model, and when an optimizer steps.
+
+A low-rank term is only as trainable as the graph around it. Quantized layers exist whose output has no graph
+(`graph_cutters`): adapters before them get no gradient. Code exists that goes around an adapted layer after inject.
+Whatever the reason, such an adapter has no gradient when the optimizer takes its first step, and a warning names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .active import STATES, AdapterState
+from .graft import base_class
+from .model_index import ModelIndex
+
+
+def graph_cutters(index: ModelIndex) -> list[str]:
+    """Return the paths of quantized layers through which no gradient flows.
+
+    Of all layers that are quantized alike, one is run on a row of zeros.
+    """
+    cuts: dict[Any, bool] = {}
+    paths = []
+    for path, module in index.walked:
+        weight = module._parameters.get("weight")
+        if weight is None or weight.is_meta or not isinstance(module, nn.Linear):
+            continue
+        if type(weight).__module__.startswith("torchao."):
+            settings = {key: value for key, value in vars(weight).items() if not isinstance(value, Tensor)}
+            scheme = (base_class(type(module)), type(weight), repr(settings))
+            if scheme not in cuts:
+                cuts[scheme] = _cuts_graph(module)
+            if cuts[scheme]:
+                paths.append(path)
+    return paths
+
+
+def warn_of_cut_graphs(index: ModelIndex) -> None:
+    """Warn of layers through which no gradient flows."""
+    if cutters := graph_cutters(index):
+        shown = ", ".join(cutters[:5]) + f", and {len(cutters) - 5} more" * (len(cutters) > 5)
+        warnings.warn(
+            f"no gradient flows through these quantized layers (dynamic activations): {shown}. Adapters before them"
+            " cannot be trained; quantize the weights only (Int8WeightOnlyConfig) to train. Inference is right",
+            stacklevel=4,
+        )
+
+
+@torch.enable_grad()
+def _cuts_graph(layer: nn.Linear) -> bool:
+    """True if the layer's output does not depend on its input, as far as autograd knows."""
+    x = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device, requires_grad=True)
+    with contextlib.suppress(RuntimeError, NotImplementedError, AssertionError, ValueError):  # it needs other inputs
+        y = base_class(type(layer)).forward(layer, x)
+        return not y.requires_grad or torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is None
+    return False
+
+
+_CHECKED: weakref.WeakKeyDictionary[AdapterState, tuple[str, ...]] = weakref.WeakKeyDictionary()
+"""The adapters that were active when the gradients of a model were last checked."""
+
+
+def _warn_of_missing_gradients(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Warn at the first step with gradients of the active adapters that have none.
+
+    Experts are left out: one that got no token has no gradient.
+    """
+    stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for state in list(STATES):
+        if _CHECKED.get(state) == state.default.active:
+            continue
+        missing, has_gradients = [], False
+        for site, member in state.members.items():
+            adapters = member()
+            trained = [] if adapters is None else [p for p in adapters.parameters() if id(p) in stepping]
+            if any(p.grad is not None for p in trained):
+                has_gradients = True
+            elif any(p.requires_grad for p in trained) and "experts" not in site.split("."):
+                missing.append(site)
+        if has_gradients:
+            _CHECKED[state] = state.default.active
+            if missing:
+                warnings.warn(
+                    "these adapters got no gradient in the first step, and do not train: "
+                    + ", ".join(missing[:20])
+                    + ". The forward does not use their layers, or other code reads their weights; probe says which",
+                    stacklevel=3,
+                )
+
+
+register_optimizer_step_pre_hook(_warn_of_missing_gradients)
