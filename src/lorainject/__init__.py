@@ -32,7 +32,8 @@ from .merging.report import MergedSite, MergeReport
 from .plan import Plan, Site
 from .probe import Reach, probe
 from .spec import LoraSpec, Override
-from .surgery import activate, disabled, eject, inject, parameters, rescale, reset, rows, using
+from .surgery import eject, inject
+from .switching import activate, disabled, parameters, rescale, reset, rows, using
 from .targets.resolve import find
 
 __version__ = "0.1.0"

@@ -153,19 +153,19 @@ def test_error_changes_nothing(case, data):
 
 CALLS = {
     li.inject: ["surgery.mount_all", "surgery._freeze", "surgery._new_adapter"],
-    li.eject: ["surgery._restore_untouched", "surgery.unmount", "lora.weight_graft.change_class"],
+    li.eject: ["surgery._restore_untouched", "surgery.unmount", "lora.mounting.change_class"],
     li.merge: [
         "merging.merge.set_grafted",
         "merging.strategies.as_matrix",
         "numerics.journal.checksum",
-        "lora.weight_graft.change_class",
+        "lora.mounting.change_class",
     ],
     li.unmerge: [
         "merging.merge.set_grafted",
         "merging.revert.as_matrix",
         "numerics.tile_merge.checksum",
         "numerics.journal.checksum",
-        "lora.weight_graft.change_class",
+        "lora.mounting.change_class",
     ],
 }
 """Functions that each verb calls, and in which the tests below interrupt it."""

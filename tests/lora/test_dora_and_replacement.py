@@ -455,7 +455,7 @@ INTERRUPTED = (
     "merging.revert.checksum",
     "merging.merge.set_grafted",
     "merging.revert._install",
-    "lora.weight_graft.change_class",
+    "lora.mounting.change_class",
 )
 
 

@@ -660,7 +660,7 @@ def test_an_interrupted_unmerge_is_finished_by_the_next(model, monkeypatch):
     """Law 4 for unmerge: the second call restores every bit."""
     before = state(model)
     li.merge(model)
-    module, calls = sys.modules["lorainject.lora.weight_graft"], iter(range(100))
+    module, calls = sys.modules["lorainject.lora.mounting"], iter(range(100))
     original = module.change_class
 
     def interrupt(*args):

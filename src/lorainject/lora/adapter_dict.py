@@ -55,7 +55,7 @@ class AdapterDict(nn.Module):
     """True if other code reads the weight (weight graft), False if it is applied by calling its module (forward
     graft)."""
     is_head: bool = False
-    """True if the weight is that of an output head, which fused losses read (weight_graft.ReadFromOutside)."""
+    """True if the weight is that of an output head, which fused losses read (head_graft.ReadFromOutside)."""
     fallbacks: Counter[str]
     """How often the dense sum had to be formed, by the torch function that needed it (lazy_weight.py)."""
 

@@ -7,7 +7,7 @@ A walk over a large model takes longer than most verbs, so each verb builds one 
     for name, site in index.sites.items(): ...
 
 The index is a snapshot. Changing a module's class or its parameters does not invalidate it; a verb that removes
-adapters keeps `sites` up to date (weight_graft.unmount). Adapters that a verb adds are not in its index.
+adapters keeps `sites` up to date (mounting.unmount). Adapters that a verb adds are not in its index.
 """
 
 from __future__ import annotations

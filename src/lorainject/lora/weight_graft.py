@@ -13,13 +13,7 @@ side in threads. The entry stays until the last of them has returned.
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
-import sys
 import threading
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -29,13 +23,10 @@ from ..errors import StateError
 from ..numerics.delta import Factors, total_gain
 from .active import AdapterState, Choice, choosing
 from .adapter import LoraAdapter, delta_factors
-from .adapter_dict import AdapterDict, child_name
+from .adapter_dict import AdapterDict
 from .dora import DoraAdapter
-from .forward_graft import LoraForward
-from .graft import Graft, base_class, change_class, graft_obstacle, grafted_class
-from .lazy_weight import METADATA, LazyWeight
-from .lazy_weight_ops import teach_dynamo
-from .model_index import ModelIndex
+from .graft import Graft, base_class
+from .lazy_weight import LazyWeight
 from .replacement import ReplacementTensor
 
 READS = "_lora_reads"
@@ -53,7 +44,7 @@ class LoraReader(Graft):
         shadowed: list[tuple[nn.Module, str, Any]] = []
         try:
             for path, name in self.__dict__[READS]:
-                owner, user = _owner(self, path), None if torch.compiler.is_compiling() else object()
+                owner, user = owner_of(self, path), None if torch.compiler.is_compiling() else object()
                 shadowed.append((owner, name, user))  # before _shadow, so that an interrupt within it is undone
                 _shadow(owner, name, user)
             return type(self)._lora_base.forward(self, *args, **kwargs)
@@ -65,7 +56,7 @@ class LoraReader(Graft):
 
 def _state_with_rows(reader: nn.Module) -> AdapterState | None:
     """Return the adapter state if the reader is a stack of experts and `rows` is open with adapters that it carries."""
-    dicts = [a for path, name in reader.__dict__[READS] for a in _adapters_on(_owner(reader, path), name)]
+    dicts = [a for path, name in reader.__dict__[READS] for a in adapters_on(owner_of(reader, path), name)]
     if not dicts or (rows := dicts[0].state.choice.rows) is None or not all(a.kind.stacked for a in dicts):
         return None
     return dicts[0].state if any(name in a for name in rows.names if name is not None for a in dicts) else None
@@ -103,68 +94,6 @@ def _forward_by_rows(experts: nn.Module, state: AdapterState, args: tuple[Any, .
     return torch.cat(outputs)
 
 
-class ReadFromOutside(Graft):
-    """Mixin of an output head's graft: what other code reads as its weight is the sum W0 + s B A.
-
-    Fused losses (TRL, liger-kernel, cut-cross-entropy) multiply by the head's weight instead of calling the head. Their
-    code is often a forward that is stored on the model after inject, and a kernel that takes plain tensors only. A read
-    of the weight or bias therefore returns the dense sum if it happens while some module is called, and is not the
-    head's own: in a training forward as a node of the graph, so that A and B get their gradients. It takes memory of
-    the weight's size. All other reads return the parameter, as those of FSDP, accelerate and state dicts must.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the parameter, or what a forward that reads it must multiply by."""
-        value = super().__getattr__(name)
-        if name not in ("weight", "bias") or type(value) is not nn.Parameter or value.is_meta:  # quantized, sharded
-            return value
-        if torch.compiler.is_compiling() or (reader := _reading_forward(self)) is None:
-            return value
-        shadow = ShadowedWeight(self, "weight")
-        return shadow.dense(reader) if name == "weight" else shadow.updated_bias(value)
-
-
-def _reading_forward(head: nn.Module) -> str | None:
-    """Return the name of the function that reads a parameter of the head right now, if the sum must be read.
-
-    That is: a module is being called, which is not the head running its base's forward; the reader is none of the
-    libraries that move parameters; and it does not just ask for the dtype or device.
-    """
-    reader = sys._getframe(2)
-    if str(reader.f_globals.get("__name__")).startswith(("torch.", "accelerate.")):
-        return None
-    if _next_attribute(reader.f_code, reader.f_lasti) in ("dtype", "device", "shape", "ndim", *METADATA):
-        return None
-    frame: FrameType | None = reader
-    while frame is not None:
-        if frame.f_code in _GRAFTED_FORWARDS and frame.f_locals.get("self") is head:
-            return None
-        if frame.f_code is _MODULE_CALL:
-            return reader.f_code.co_name
-        frame = frame.f_back
-    return None
-
-
-@functools.cache
-def _next_attribute(code: CodeType, offset: int) -> str | None:
-    """Return the attribute that code looks up on the result of the instruction at this offset, as `dtype` in
-    head.weight.dtype; None if it does something else with the result."""
-    after = next((i for i in dis.get_instructions(code) if i.offset > offset and i.opname != "EXTENDED_ARG"), None)
-    return str(after.argval) if after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
-
-
-class LoraHead(ReadFromOutside, LoraForward):
-    """The forward graft of an output head."""
-
-
-class LoraHeadReader(ReadFromOutside, LoraReader):
-    """The weight graft of an output head, for one whose weight was named as the target."""
-
-
-_GRAFTED_FORWARDS = (LoraForward.forward.__code__, LoraReader.forward.__code__)
-_MODULE_CALL = nn.Module._call_impl.__code__
-
-
 class ShadowedWeight(LazyWeight):
     """The lazy weight that shadows a parameter: W0 + s B A of the adapters that are active when the weight is used.
 
@@ -175,7 +104,7 @@ class ShadowedWeight(LazyWeight):
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         self.owner, self.name = owner, name
-        self.adapters = _adapters_on(owner, name)
+        self.adapters = adapters_on(owner, name)
         self.kind, self.fallbacks = self.adapters[0].kind, self.adapters[0].fallbacks
         self.stack = int(self.kind.stacked)
         self.previous = owner.__dict__.get(name)
@@ -241,135 +170,12 @@ class ShadowedWeight(LazyWeight):
         return tuple(adapter(delta_factors, self.kind.transposed, rest) for adapter in adapters)
 
 
-def mount(
-    paths: Sequence[str], module: nn.Module, adapters: AdapterDict, readers: Sequence[tuple[str, nn.Module]]
-) -> None:
-    """Attach the adapters of a weight to the module that owns it, and graft the module, or the readers of the weight.
-
-    Args:
-        paths: All paths of the module.
-        module: The module that owns the weight.
-        adapters: The adapters. They may be attached already, in which case only the readers are new.
-        readers: The modules whose code reads the weight, with their paths. Empty for a weight that is applied by
-            calling
-            its module.
-    """
-    if adapters.kind.stacked:
-        teach_dynamo()
-    child = child_name(adapters.parameter, adapters.label)
-    if child not in module._modules:
-        vars(adapters)["training"] = module.training  # train() takes 5 us per module
-        module._modules[child] = adapters
-        adapters.state.members[adapters.site] = weakref.ref(adapters)
-    # A module that reads one of its weights reads all of them: its grafted forward is LoraReader's.
-    if READS in module.__dict__ or any(reader is module for _, reader in readers):
-        readers = list(dict.fromkeys([*readers, (paths[0], module)]))
-        adapters.is_read = True
-        for other in module._modules.values():
-            if isinstance(other, AdapterDict) and not other.is_read and other is not adapters:
-                mount(paths, module, other, [(paths[0], module)])
-    adapters.is_read = adapters.is_read or bool(readers)
-    for reader_path, reader in readers:
-        reads = reader.__dict__.setdefault(READS, [])
-        owner_path = next(p for p in paths if reader_path in ("", p) or p.startswith(f"{reader_path}."))
-        entry = (tuple(filter(None, owner_path.removeprefix(reader_path).split("."))), adapters.parameter)
-        if entry not in reads:
-            reads.append(entry)
-        _set_class(reader, True)
-    if not readers:
-        _set_class(module, True)
-
-
-def mount_all(
-    modules: Mapping[str, nn.Module], paths: Sequence[str], adapters: AdapterDict, readers: Sequence[str]
-) -> None:
-    """Call `mount` for each module that owns a weight: one, or several that are tied.
-
-    Args:
-        modules: The modules of the model by path.
-        paths: The paths of all modules that own the weight.
-        adapters: The adapters of the weight.
-        readers: The paths of the modules whose code reads the weight.
-    """
-    owners = list(dict.fromkeys(modules[path] for path in paths))
-    if len(owners) > 1 and any(READS in owner.__dict__ for owner in owners):
-        readers = [*readers, *paths]
-    for owner in owners:
-        own = [path for path in paths if modules[path] is owner]
-        around = [r for r in readers if any(r in ("", path) or path.startswith(f"{r}.") for path in own)]
-        mount(own, owner, adapters, [(path, modules[path]) for path in around])
-
-
-def unmount(index: ModelIndex, names: Sequence[str]) -> None:
-    """Take the AdapterDicts of these sites off the model, and the grafts of modules that have nothing left to do.
-
-    The AdapterDicts go last: where an interrupt leaves one, the next eject finds it and finishes.
-    """
-    leaving = {id(index.sites[name].adapters) for name in names}
-
-    def any_stays(adapters: Iterable[AdapterDict]) -> bool:
-        return any(id(a) not in leaving for a in adapters)
-
-    for module in grafted_modules(index).values():
-        if READS in module.__dict__:
-            reads = module.__dict__[READS]
-            remaining = [(path, name) for path, name in reads if any_stays(_adapters_on(_owner(module, path), name))]
-            if remaining:
-                module.__dict__[READS] = remaining
-            else:
-                change_class(module, base_class(type(module)))
-                del module.__dict__[READS]
-        elif not any_stays(child for child in module._modules.values() if isinstance(child, AdapterDict)):
-            change_class(module, base_class(type(module)))
-    for name in names:
-        site = index.sites.pop(name)
-        for module in site.modules:
-            _remove_stale_shadows(module)
-            del module._modules[child_name(site.adapters.parameter, site.adapters.label)]
-        site.adapters.state.members.pop(site.adapters.site, None)
-
-
-def grafted_modules(index: ModelIndex) -> dict[str, nn.Module]:
-    """Return every module that is grafted, or was before a merge, by its first path."""
-    called = {id(m) for site in index.sites.values() if not site.adapters.is_read for m in site.modules}
-    grafted: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in index.walked:
-        if READS in module.__dict__ or id(module) in called:
-            grafted.setdefault(id(module), (path, module))
-    return dict(grafted.values())
-
-
-def graft_obstacles(index: ModelIndex) -> list[str]:
-    """Return one line for every grafted module whose class cannot be changed, with the reason."""
-    reasons = {path: graft_obstacle(module) for path, module in grafted_modules(index).items()}
-    return [f"{path}: {reason}" for path, reason in reasons.items() if reason is not None]
-
-
-def set_grafted(index: ModelIndex, on: bool) -> None:
-    """Give every grafted module the grafted class, or, if not `on`, the class that it had before."""
-    for site in index.sites.values():
-        for module in site.modules:
-            _remove_stale_shadows(module)
-    for module in grafted_modules(index).values():
-        _set_class(module, on)
-
-
-def _set_class(module: nn.Module, grafted: bool) -> None:
-    cls = base_class(type(module))
-    is_head = any(isinstance(child, AdapterDict) and child.is_head for child in module._modules.values())
-    if READS in module.__dict__:
-        mixin: type[Graft] = LoraHeadReader if is_head else LoraReader
-    else:
-        mixin = LoraHead if is_head else LoraForward
-    change_class(module, grafted_class(mixin, cls) if grafted else cls)
-
-
-def _adapters_on(owner: nn.Module, name: str) -> list[AdapterDict]:
+def adapters_on(owner: nn.Module, name: str) -> list[AdapterDict]:
     """Return the adapters of one weight: those on the whole weight, or those on each of its slices."""
     return [child for child in owner._modules.values() if isinstance(child, AdapterDict) and child.parameter == name]
 
 
-def _owner(reader: nn.Module, path: tuple[str, ...]) -> nn.Module:
+def owner_of(reader: nn.Module, path: tuple[str, ...]) -> nn.Module:
     """Return the module at a path below the reader. Parts of the path may be compiled."""
     module: Any = reader
     for part in path:
@@ -384,7 +190,7 @@ def _lock() -> contextlib.AbstractContextManager[Any]:
 
 def _shadow(owner: nn.Module, name: str, user: Any) -> None:
     """Shadow a parameter for one user; None stands for a user under torch.compile."""
-    if not _adapters_on(owner, name):
+    if not adapters_on(owner, name):
         return
     with _lock():
         shadow = owner.__dict__.get(name)
@@ -425,7 +231,7 @@ def _update_flat_weights(owner: nn.Module) -> None:
         owner.__dict__["_flat_weights"] = weights
 
 
-def _remove_stale_shadows(owner: nn.Module) -> None:
+def remove_stale_shadows(owner: nn.Module) -> None:
     """Remove shadows that a forward has left because it was interrupted while it removed them."""
     for name, shadow in list(owner.__dict__.items()):
         if isinstance(shadow, ShadowedWeight):

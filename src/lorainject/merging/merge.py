@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import MergeError, StateError
 from ..lora.active import STATES
 from ..lora.model_index import ModelIndex
-from ..lora.weight_graft import graft_obstacles, set_grafted
+from ..lora.mounting import graft_obstacles, set_grafted
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
 from ..numerics.tile_merge import TileWorkspace, sum_dtype

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import MergeError
 from ..lora.graft import change_class
 from ..lora.model_index import ModelIndex
-from ..lora.weight_graft import set_grafted
+from ..lora.mounting import set_grafted
 from ..numerics.checksum import checksum, same_bits
 from ..numerics.journal import TileJournal
 from ..numerics.tile_merge import TileWorkspace
