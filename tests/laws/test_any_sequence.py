@@ -118,21 +118,30 @@ class AnySequence(RuleBasedStateMachine):
         self.loop.close()
         self.folder.cleanup()
 
-    @initialize(dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]), seed=st.integers(0, 99))
-    def start(self, dtype: torch.dtype, seed: int) -> None:
+    @initialize(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]),
+                seed=st.integers(0, 99))  # fmt: skip
+    def start(self, data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
+        """Begin with two adapters, and with one caller of each kind."""
         torch.manual_seed(seed)
         kind = ARCHITECTURES[self.architecture]
         self.kind = kind
         self.model = kind.build().to(dtype).train(seed % 2 == 0)
         self.tolerance = kind.tolerance if dtype == torch.float64 else 3e-4
         for name, p in self.model.named_parameters():
-            p.requires_grad_(hash((seed, len(name))) % 3 > 0)
+            p.requires_grad_(len(name) * seed % 3 > 0)
         self.flags = {name: t.requires_grad for name, t in base_tensors(self.model).items()}
         self.twin = DenseTwin(self.model, kind.slots)
         self.keys = list(self.model.state_dict())
         self.base = self.bits_of_base()
+        for name in NAMES[:2]:
+            self.inject_drawn(data, name)
+        self.callers += [Thread(self.main), Task(self.main, self.loop), Generator(self.main)]
 
     # What is drawn
+
+    def name(self, data: st.DataObject) -> str:
+        """Draw a name, more often that of an adapter."""
+        return data.draw(st.sampled_from([*self.twin.adapters, *self.twin.adapters, *NAMES]), label="name")
 
     def slots_of(self, data: st.DataObject, slots: Sequence[Slot]) -> list[Slot]:
         chosen: list[Slot] = []
@@ -152,7 +161,8 @@ class AnySequence(RuleBasedStateMachine):
         return None
 
     def caller(self, data: st.DataObject) -> Caller:
-        return self.callers[data.draw(st.integers(0, len(self.callers) - 1), label="caller")]
+        weighted = [self.main, *self.callers[1:], *self.callers[1:]]
+        return weighted[data.draw(st.integers(0, len(weighted) - 1), label="caller")]
 
     # What the state allows
 
@@ -207,13 +217,13 @@ class AnySequence(RuleBasedStateMachine):
                 run(verb)
         except KeyboardInterrupt:
             if finish:
-                with contextlib.suppress(li.StateError):  # raised if the interrupt came after the last step
-                    run(verb)
-                return True
+                self.attempt(verb, refused or None, caller=caller)  # refused if the interrupt came after the last step
+                return not refused
             assert state(self.model) == before
             return False
-        except li.LoraError as e:
-            assert refused is not False, str(e)
+        except li.LoraError:
+            if refused is False:
+                raise
             assert state(self.model) == before
             return False
         assert not refused, "the verb was not refused"
@@ -232,31 +242,31 @@ class AnySequence(RuleBasedStateMachine):
 
     # Verbs
 
-    @rule(data=st.data(), name=st.sampled_from(NAMES), r=st.integers(1, 3), scaling=st.sampled_from(["standard", "rslora"]),
-          alpha=st.none() | SCALES)  # fmt: skip
-    def inject(self, data: st.DataObject, name: str, r: int, scaling: str, alpha: float | None) -> None:
+    @rule(data=st.data())
+    def inject(self, data: st.DataObject) -> None:
+        free = [name for name in NAMES if name not in self.twin.adapters]
+        self.inject_drawn(data, data.draw(st.sampled_from([*free, *free, *NAMES])), self.interrupt(data, li.inject))
+
+    def inject_drawn(self, data: st.DataObject, name: str, interrupt: tuple[str, int] | None = None) -> None:
         slots = self.slots_of(data, self.twin.slots)
-        other = data.draw(st.integers(1, 4), label="r of the first")
-        arguments = {
-            "alpha": alpha,
-            "scaling": scaling,
-            "overrides": {slots[0].name: {"r": other}} if not slots[0].label else {},
-        }
-        ranks = {slot: other if slot is slots[0] and not slot.label else r for slot in slots}
+        r, other = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4)), label="ranks")
+        alpha, scaling = data.draw(st.tuples(st.none() | SCALES, st.sampled_from(["standard", "rslora"])))
+        overrides = {} if slots[0].label else {slots[0].target: {"r": other}}
+        ranks = {slot: other if slot is slots[0] and overrides else r for slot in slots}
         scales = {s: (k if alpha is None else alpha) / (k**0.5 if scaling == "rslora" else k) for s, k in ranks.items()}
-        refused = self.cannot(none=True) or name in self.twin.adapters
 
         def verb() -> None:
-            li.inject(self.model, [slot.target for slot in slots], r, name=name, **arguments)
+            targets = [slot.target for slot in slots]
+            li.inject(self.model, targets, r, name=name, alpha=alpha, scaling=scaling, overrides=overrides)
 
-        if self.attempt(verb, refused, self.interrupt(data, li.inject)):
+        if self.attempt(verb, self.cannot(none=True) or name in self.twin.adapters, interrupt):
             y, before = call(self.model), self.twin.output(lambda group: ((),) * ROWS)
             assert self.is_close(y, before), "a fresh adapter changes the output"
             self.twin.add(name, self.drawn(name, slots, scales))
 
-    @rule(data=st.data(), all_of_them=st.booleans())
+    @rule(data=st.data(), all_of_them=st.sampled_from([False, False, True]))
     def eject(self, data: st.DataObject, all_of_them: bool) -> None:
-        name = None if all_of_them else data.draw(st.sampled_from(NAMES))
+        name = None if all_of_them else self.name(data)
         if name is None:
             refused = self.cannot(merged=True, lost=True) and not (self.twin.lost and not self.groups)
         else:
@@ -287,7 +297,7 @@ class AnySequence(RuleBasedStateMachine):
     @rule(data=st.data(), untie=st.booleans(), reversible=st.sampled_from([True, True, True, False]))
     def merge(self, data: st.DataObject, untie: bool, reversible: bool) -> None:
         twin = self.twin
-        names = data.draw(st.none() | st.lists(st.sampled_from(NAMES), unique=True, min_size=1), label="names")
+        names = None if data.draw(st.booleans()) else self.some_names(data, 1)
         chosen = set(twin.default if names is None else names)
         refused: bool | None = (
             self.cannot(*names or (), merged=True)
@@ -299,14 +309,15 @@ class AnySequence(RuleBasedStateMachine):
         tied = twin.tied()
         if not refused and not untie and any(slot.weight in tied for slot, name, _ in twin.sites() if name in chosen):
             refused = None if twin.merged else True
-        interrupt = self.interrupt(data, li.merge)
+        # With reversible=False an interrupt waits for the end of the merge.
+        interrupt = self.interrupt(data, li.merge) if reversible else None
         if self.attempt(lambda: li.merge(self.model, names, untie=untie, reversible=reversible), refused, interrupt):
             twin.merged += tuple(chosen)
             self.reversible = reversible
 
     @rule(data=st.data(), all_of_them=st.booleans())
     def unmerge(self, data: st.DataObject, all_of_them: bool) -> None:
-        names = None if all_of_them else data.draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=1))
+        names = None if all_of_them else self.some_names(data, 1)
         twin = self.twin
         removed = set(twin.merged if names is None else names)
         refused = self.cannot(merged=True) or not twin.merged or not removed <= {*twin.merged} or not self.reversible
@@ -316,8 +327,9 @@ class AnySequence(RuleBasedStateMachine):
             if twin.merged:
                 twin.default = tuple(name for name in twin.default if name not in removed)
 
-    @rule(name=st.sampled_from(NAMES), is_file=st.booleans())
-    def save(self, name: str, is_file: bool) -> None:
+    @rule(data=st.data(), is_file=st.booleans())
+    def save(self, data: st.DataObject, is_file: bool) -> None:
+        name = self.name(data)
         path = Path(self.folder.name) / f"{len(self.files)}{'.safetensors' * is_file}"
         refused = self.cannot(name, merged=True, nested=True, lost=True)
         if self.attempt(lambda: li.save(self.model, path, name), refused):
@@ -342,8 +354,7 @@ class AnySequence(RuleBasedStateMachine):
         file = data.draw(st.sampled_from(self.files), label="file")
         name = data.draw(st.sampled_from(sorted(self.twin.adapters)))
         own = {slot: f for slot, other, f in self.twin.sites() if other == name}
-        has_room = all(slot in own and len(f.A.mT[0]) <= len(own[slot].A.mT[0]) if f.A.ndim == 2 else
-                       slot in own and f.A.shape[-2] <= own[slot].A.shape[-2] for slot, f in file.factors.items())  # fmt: skip
+        has_room = all(s in own and f.A.shape[-2] <= own[s].A.shape[-2] for s, f in file.factors.items())
         same_base = all(self.base[weight] == old for weight, old in file.base.items())
         refused = self.cannot(name) or not has_room
         if self.attempt(lambda: li.hotswap(self.model, file.path, name, check_base=same_base), refused):
@@ -356,14 +367,16 @@ class AnySequence(RuleBasedStateMachine):
                     A = nn.functional.pad(new.A, (0, 0, 0, missing))
                     self.twin.adapters[name][slot] = Factors(A, nn.functional.pad(new.B, (0, missing)), new.s).copied()
 
-    @rule(name=st.sampled_from(NAMES), s=SCALES)
-    def rescale(self, name: str, s: float) -> None:
+    @rule(data=st.data(), s=SCALES)
+    def rescale(self, data: st.DataObject, s: float) -> None:
+        name = self.name(data)
         if self.attempt(lambda: li.rescale(self.model, name, scale=s), self.cannot(name)):
             for f in self.twin.adapters[name].values():
                 f.s = s
 
-    @rule(name=st.sampled_from(NAMES))
-    def reset(self, name: str) -> None:
+    @rule(data=st.data())
+    def reset(self, data: st.DataObject) -> None:
+        name = self.name(data)
         if self.attempt(lambda: li.reset(self.model, name), self.cannot(name)):
             scales = {slot: f.s for slot, f in self.twin.adapters[name].items()}
             self.twin.adapters[name] = self.drawn(name, list(scales), scales)
@@ -526,8 +539,10 @@ class AnySequence(RuleBasedStateMachine):
     def replace(self, data: st.DataObject) -> None:
         """Replace an adapted linear layer by a new one."""
         slots = {slot.name: slot for slot, _, _ in self.twin.sites()}
-        linear = [path for path, slot in sorted(slots.items()) if slot.weight.endswith(".weight")
-                  and type(self.twin.plain.get_submodule(path)) is nn.Linear and len(self.twin.paths(slot)) == 1]  # fmt: skip
+        modules = dict(self.twin.plain.named_modules())
+        linear = [
+            p for p, s in sorted(slots.items()) if type(modules.get(p)) is nn.Linear and len(self.twin.paths(s)) == 1
+        ]
         if linear:
             path = data.draw(st.sampled_from(linear))
             old = self.model.get_submodule(path)
