@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Slot:
     @property
     def target(self) -> str:
         """A target that matches this slot and no other."""
-        return f"{self.name}[{self.label}]" if self.label else f"re:{re.escape(self.name)}"
+        return f"{self.name}[{self.label}]" if self.label else self.name
 
     @property
     def child(self) -> str:
@@ -219,7 +219,7 @@ IDS = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().m
 
 def call(model: Callable[..., object]) -> Tensor:
     """Return the model's output for IDS, shape (ROWS, LENGTH, width)."""
-    out = model(IDS)
+    out = model((IDS,)) if isinstance(model, partial) else model(IDS)
     if isinstance(out, Tensor):
         return out
     return out.logits if hasattr(out, "logits") else out.last_hidden_state  # type: ignore[attr-defined]
@@ -264,6 +264,8 @@ class DenseTwin:
         self.groups: dict[str, int] = {}
         """By the path of the adapters: the layers that a context acts on. A copy of a layer is a group of its own."""
         self.numbers = itertools.count()
+        self.outputs: dict[tuple[object, ...], Tensor] = {}
+        """Outputs by the adapters of each group. Whoever changes the books clears them."""
 
     def sites(self) -> Iterator[tuple[Slot, str, Factors]]:
         """Yield every adapter that is in the model, with its slot and its name."""
@@ -328,14 +330,14 @@ class DenseTwin:
         Args:
             choice: The adapters of each row in a group of layers.
         """
-        outputs: dict[tuple[object, ...], Tensor] = {}
         picked = []
         for row in range(ROWS):
-            key = tuple(choice(group)[row] for group in sorted({*self.groups.values()}))
-            if key not in outputs:
-                weights = self.weights(lambda group, row=row: choice(group)[row])  # type: ignore[misc]
-                outputs[key] = call(lambda ids, w=weights: functional_call(self.plain, w, ids, tie_weights=False))  # type: ignore[misc]
-            picked.append(outputs[key][row])
+            names = {group: choice(group)[row] for group in sorted({*self.groups.values()})}
+            key = tuple(names.values())
+            if key not in self.outputs:
+                weights = self.weights(names.__getitem__)
+                self.outputs[key] = call(partial(functional_call, self.plain, weights, tie_weights=False))
+            picked.append(self.outputs[key][row])
         return torch.stack(picked)
 
     def gradients(self, output: Tensor) -> dict[str, Tensor]:
