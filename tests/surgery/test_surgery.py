@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import lorainject as li
 from lorainject.lora.adapter import LoraAdapter
 
+from interrupts import interrupted
 from models import bits, ids, llama, randomize, run, state
 
 X = {"input_ids": ids(rows=3)}
