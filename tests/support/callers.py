@@ -80,9 +80,9 @@ class Generator(Caller):
 
     def __init__(self, starter: Caller) -> None:
         super().__init__()
-        self.contexts, self.generator = starter.contexts, self
+        self.starter, self.contexts, self.generator = starter, starter.contexts, self
         self.frame = self._serve()
-        next(self.frame)
+        starter.run(lambda: next(self.frame))
 
     @staticmethod
     def _serve() -> Iterator[Any]:
@@ -95,10 +95,10 @@ class Generator(Caller):
                 result = False, e
 
     def run(self, function: Function) -> Any:
-        succeeded, result = self.frame.send(function)  # type: ignore[attr-defined]
+        succeeded, result = self.starter.run(lambda: self.frame.send(function))  # type: ignore[attr-defined]
         if not succeeded:
             raise result
         return result
 
     def close(self) -> None:
-        self.frame.close()  # type: ignore[attr-defined]
+        self.starter.run(self.frame.close)  # type: ignore[attr-defined]
