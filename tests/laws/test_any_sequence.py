@@ -520,11 +520,26 @@ class AnySequence(RuleBasedStateMachine):
     @rule(data=st.data())
     def backward(self, data: st.DataObject) -> None:
         """Run the backward of an earlier forward, in any caller and within any contexts."""
+        self.backward_in(self.caller(data))
+
+    @rule(data=st.data(), kind=st.sampled_from(["plain", "reentrant", "not reentrant"]),
+          verb=st.sampled_from(["using", "disabled", "rows"]))  # fmt: skip
+    def backward_within_a_context(self, data: st.DataObject, kind: str, verb: str) -> None:
+        """Run a forward, and its backward within a context that is opened in between."""
+        self.forward(data, kind)
+        before = len(self.open_contexts)
+        self.open(data, verb)
+        for context in self.open_contexts[before:]:
+            if self.pending is not None:
+                self.backward_in(context.opener)
+            self.close_context(context, context.opener)
+
+    def backward_in(self, caller: Caller) -> None:
         pending, self.pending = self.pending, None
         assert pending is not None
         self.model.zero_grad()
         try:
-            self.caller(data).run(pending.loss.backward)
+            caller.run(pending.loss.backward)
         except li.StateError:
             assert not pending.trained <= {*self.twin.default}, "no gradient would have been lost"
         else:
@@ -719,7 +734,7 @@ class AnySequence(RuleBasedStateMachine):
             if ".lora" in name:
                 assert p.requires_grad == (name.split(".")[-2] in self.twin.default), name
             else:
-                assert p.requires_grad == (not self.groups and self.flags[name]), name
+                assert p.requires_grad == (not self.twin.adapters and self.flags[name]), name
 
 
 @pytest.mark.filterwarnings("ignore")
