@@ -301,7 +301,9 @@ class AnySequence(RuleBasedStateMachine):
     def activate(self, data: st.DataObject) -> None:
         names, pending = self.some_names(data), self.pending
         if self.attempt(lambda: li.activate(self.model, *names), self.cannot(*names)):
-            self.twin.default, self.pending = names, pending
+            if {*names} <= {*self.twin.default}:  # a checkpointed region would also train what was thawed since
+                self.pending = pending
+            self.twin.default = names
 
     @rule(data=st.data(), untie=st.booleans(), reversible=st.sampled_from([True, True, True, False]))
     def merge(self, data: st.DataObject, untie: bool, reversible: bool) -> None:
