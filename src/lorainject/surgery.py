@@ -178,7 +178,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         )
         for state in index.whole_states:
             state.members = {n: member for n, member in state.members.items() if n not in index.lost}
-    if _restore_untouched(index) and not index.sites:
+    if _restore_untouched(index) and (not index.sites or name not in (None, *index.adapter_names)):
         return model
     names = () if name is None else (name,)
     index.require_adapters("eject", *names, merged=True, lost=name is None, computed=not index.merged)

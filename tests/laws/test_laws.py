@@ -19,7 +19,7 @@ from lorainject.lora.graft import Graft
 from lorainject.lora.model_index import adapted_sites
 
 from example_count import examples
-from interrupts import interrupted
+from interrupts import CALLS, interrupted
 from models import TINY, bits, randomize, run, state, weight_at
 from strategies import DTYPES, Case, cases
 
@@ -149,26 +149,6 @@ def test_error_changes_nothing(case, data):
     with tempfile.TemporaryDirectory() as folder, pytest.raises(li.FileError):
         li.save(case.model, folder)
     assert state(case.model) == before
-
-
-CALLS = {
-    li.inject: ["surgery.mount_all", "surgery._freeze", "surgery._new_adapter"],
-    li.eject: ["surgery._restore_untouched", "surgery.unmount", "lora.mounting.change_class"],
-    li.merge: [
-        "merging.merge.set_grafted",
-        "merging.strategies.as_matrix",
-        "numerics.journal.checksum",
-        "lora.mounting.change_class",
-    ],
-    li.unmerge: [
-        "merging.merge.set_grafted",
-        "merging.revert.as_matrix",
-        "numerics.tile_merge.checksum",
-        "numerics.journal.checksum",
-        "lora.mounting.change_class",
-    ],
-}
-"""Functions that each verb calls, and in which the tests below interrupt it."""
 
 
 def calls_of(verb: Callable[..., object]) -> st.SearchStrategy[str]:

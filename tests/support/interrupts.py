@@ -9,6 +9,27 @@ from contextlib import contextmanager
 
 import pytest
 
+import lorainject as li
+
+CALLS = {
+    li.inject: ["surgery.mount_all", "surgery._freeze", "surgery._new_adapter"],
+    li.eject: ["surgery._restore_untouched", "surgery.unmount", "lora.mounting.change_class"],
+    li.merge: [
+        "merging.merge.set_grafted",
+        "merging.strategies.as_matrix",
+        "numerics.journal.checksum",
+        "lora.mounting.change_class",
+    ],
+    li.unmerge: [
+        "merging.merge.set_grafted",
+        "merging.revert.as_matrix",
+        "numerics.tile_merge.checksum",
+        "numerics.journal.checksum",
+        "lora.mounting.change_class",
+    ],
+}
+"""Functions that each verb calls, and in which the tests interrupt it."""
+
 
 @contextmanager
 def interrupted(function: str, calls: int) -> Iterator[None]:

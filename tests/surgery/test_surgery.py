@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import lorainject as li
 from lorainject.lora.adapter import LoraAdapter
 
+from interrupts import interrupted
 from models import bits, ids, llama, randomize, run, state
 
 X = {"input_ids": ids(rows=3)}
@@ -457,3 +459,17 @@ def test_eject_thaws_what_every_inject_froze():
     assert {n: p.requires_grad for n, p in model.named_parameters() if not n.endswith("extra")} == before | {
         "lm_head.weight": False
     }
+
+
+@pytest.mark.parametrize("calls", range(3))
+def test_the_next_eject_of_one_adapter_finishes_an_interrupted_one(calls):
+    """Whatever the interrupted eject of one adapter of two has done already, the next one raises nothing."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    li.inject(model, ["0"], name="fr")
+    before = state(model)
+    li.inject(model, ["1"], name="de")
+    with contextlib.suppress(KeyboardInterrupt), interrupted("surgery._restore_untouched", calls):
+        li.eject(model, "de")
+    if calls < 2:
+        li.eject(model, "de")
+    assert state(model) == before
