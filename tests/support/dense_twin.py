@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,6 +33,8 @@ class Slot:
     transposed: bool = False
     read: bool = False
     """True if the model's own code reads the weight, so that `rows` refuses it."""
+    twins: tuple[str, ...] = ()
+    """The same weight in other modules of its class, which have the same adapters."""
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Slot:
 
     def moved(self, old: str, new: str) -> Slot:
         """Return the slot with another path."""
-        return Slot(self.weight.replace(old, new, 1), self.label, self.rows, self.transposed, self.read)
+        return replace(self, weight=self.weight.replace(old, new, 1))
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _slices(weight: str, labels: str, transposed: bool = False, read: bool = Fal
 EMB, OUT = Slot("emb.weight", transposed=True), Slot("out.weight")
 GPT2_BLOCK, MIXTRAL_BLOCK = "transformer.h.0", "layers.0"
 ARCHITECTURES = {
-    "twins": Architecture(Twins, (EMB, *(Slot(f"{name}.weight") for name in ("a", "b", "c", "head")))),
+    "twins": Architecture(Twins, (EMB, Slot("a.weight", twins=("b.weight",)), Slot("c.weight"), Slot("head.weight"))),
     "layers": Architecture(Layers, (EMB, Slot("layers.0.0.weight"), Slot("layers.1.0.weight")), layers="layers"),
     "attention": Architecture(
         Attention, (*_slices("mha.in_proj_weight", "qkv", read=True), Slot("mha.out_proj.weight", read=True), EMB, OUT)
@@ -273,21 +275,22 @@ class DenseTwin:
             yield from ((slot, name, f) for slot, f in factors.items() if slot not in self.lost)
 
     def tied(self) -> dict[str, list[str]]:
-        """Return, for every name of a parameter that several modules have, all of its names."""
+        """Return, for every name of a parameter that modules of several classes have, all of its names."""
+        twins = [{slot.weight, *slot.twins} for slot in self.slots]
         owners: dict[int, dict[tuple[int, str], list[str]]] = {}
         for path, module in self.plain.named_modules(remove_duplicate=False):
             for name, p in module._parameters.items():
                 if p is not None:
                     owners.setdefault(id(p), {}).setdefault((id(module), name), []).append(f"{path}.{name}")
         shared = [[name for names in by.values() for name in names] for by in owners.values() if len(by) > 1]
-        return {name: names for names in shared for name in names}
+        return {name: names for names in shared if {*names} not in twins for name in names}
 
     def paths(self, slot: Slot) -> list[str]:
         """Return the paths of the adapters of a slot: a module may stand at several paths."""
-        path, _, child = slot.child.rpartition(".")
+        child = slot.child.rpartition(".")[2]
         modules = list(self.plain.named_modules(remove_duplicate=False))
-        owner = dict(modules)[path]
-        return [f"{other}.{child}" for other, module in modules if module is owner]
+        owners = [dict(modules)[name.rpartition(".")[0]] for name in (slot.weight, *slot.twins)]
+        return [f"{path}.{child}" for path, module in modules if any(module is owner for owner in owners)]
 
     def add(self, name: str, factors: Mapping[Slot, Factors]) -> None:
         """Add an adapter, and make it the active one."""
@@ -321,7 +324,8 @@ class DenseTwin:
                 if slot.rows is not None:
                     rows = W0.shape[-1] if slot.transposed else W0.shape[-2]
                     delta = delta.new_zeros(rows, delta.shape[-1]).index_put((torch.tensor(slot.rows),), delta)
-                weights[slot.weight] = W0 + (delta.mT if slot.transposed else delta)
+                W = W0 + (delta.mT if slot.transposed else delta)
+                weights |= dict.fromkeys((slot.weight, *slot.twins), W)
         return weights
 
     def output(self, choice: Callable[[int], RowNames]) -> Tensor:
