@@ -295,7 +295,6 @@ PEFT_LIKE = {
     "IA3": (lambda t, c: c.update(peft_type="IA3"), r"peft_type is 'IA3': only LORA"),
     "DoRA": (lambda t, c: c.update(use_dora=True), r"use_dora is set, which is not plain LoRA"),
     "modules_to_save": (lambda t, c: c.update(modules_to_save=["lm_head"]), r"modules_to_save is set"),
-    "bias": (lambda t, c: c.update(bias="all"), r"bias is 'all'"),
     "pissa": (lambda t, c: c.update(init_lora_weights="pissa_niter_4"), r"belongs to an altered base"),
     "an evil pattern": (
         lambda t, c: c.update(alpha_pattern={"(.|.|..)+p": 2}),

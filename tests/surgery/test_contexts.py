@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import lorainject as li
+from lorainject.lora.active import GENERATOR_CONTEXTS
 from lorainject.lora.model_index import ModelIndex
 
 import moe_models
@@ -183,6 +184,24 @@ def test_a_suspended_generator_switches_nothing(model):
         items.close()
     assert same(run(model), want["fr"])
     li.eject(model)  # no context is left open
+
+
+def test_a_generator_keeps_its_choice_whoever_advances_it(model):
+    """A web server advances a generator in a pool of threads, each time in a fresh copy of its contextvars."""
+    want = expected(model)
+    streams = {choice: stream(model, choice) for choice in CHOICES}
+    for _ in range(3):
+        for choice, items in streams.items():
+            seen: list[Tensor] = []
+            advance = contextvars.copy_context().run
+            thread = threading.Thread(target=lambda i=items, s=seen, run=advance: s.append(run(next, i)))
+            thread.start()
+            thread.join()
+            assert same(seen[0], want[choice])
+            assert same(run(model), want["fr"])
+    for items in streams.values():
+        items.close()
+    assert not GENERATOR_CONTEXTS
 
 
 def test_generators_end_in_any_order(model):

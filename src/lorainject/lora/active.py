@@ -7,9 +7,10 @@ adapters are active asks `AdapterState.choice`.
 
 Three cases need more than a context variable:
 
-**Generators** run in the context of whoever advances them. A context that a generator opens would therefore stay open
-for its caller between two items. Such a context counts only while the generator runs. A generator that serves as a
-context manager (contextlib) hands its contexts to the with statement.
+**Generators** run in the contextvars context of whoever advances them, and of another caller for each item if need be
+(web servers advance them in a pool of threads). A context that a generator opens would therefore stay open for its
+caller between two items, or be lost at the second one. Such a context counts while the generator runs, and for nobody
+else. A generator that serves as a context manager (contextlib) hands its contexts to the with statement.
 
 **Gradient checkpointing** runs a forward again during the backward, when the caller may have chosen otherwise, or in a
 thread that has no context. The second run takes the choice of the first one (checkpoint_region.py).
@@ -21,6 +22,7 @@ and guards its value. `Contexts.callers` is such a property, so that compiled co
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,6 +68,8 @@ class OpenContext:
     """The frame of the generator that opened the context; None if none did."""
     regions: tuple[object, ...]
     """The checkpointed regions in which the context was opened."""
+    number: int = field(default_factory=itertools.count().__next__)
+    """Contexts are counted in the order in which they were opened."""
     has_ended: bool = False
     """True if the context has ended in another thread or task than it began in."""
 
@@ -87,6 +91,24 @@ class Contexts(tuple[OpenContext, ...]):
 
 
 NO_CONTEXTS = Contexts()
+
+
+GENERATOR_CONTEXTS: dict[OpenContext, FrameType] = {}
+"""The open contexts of all generators in the process, with the frames of the generators."""
+
+
+def open_contexts() -> tuple[OpenContext, ...]:
+    """Return the open contexts of the caller, the newest last: its own, and those of the generators on its stack."""
+    contexts = CONTEXTS.get(NO_CONTEXTS)
+    if not GENERATOR_CONTEXTS or not (others := GENERATOR_CONTEXTS.keys() - {*contexts}):
+        return contexts
+    frame: FrameType | None = sys._getframe(1)
+    stack = set()
+    while frame is not None:
+        stack.add(frame)
+        frame = frame.f_back
+    others = {context for context in others if context.generator in stack}
+    return tuple(sorted((*contexts, *others), key=lambda context: context.number)) if others else contexts
 
 
 @dataclass(eq=False)
@@ -154,7 +176,7 @@ class AdapterState:
         if is_compiling():
             contexts: tuple[OpenContext, ...] = NO_CONTEXTS.callers
             return self.default if contexts is NO_CONTEXTS else self._newest(contexts)
-        contexts = CONTEXTS.get(NO_CONTEXTS)
+        contexts = open_contexts()
         again, run = region_being_run_again(), region_being_run()
         if again is None and run is None:
             return self._newest(contexts) if contexts else self.default
@@ -216,9 +238,12 @@ def choosing(states: Sequence[AdapterState], choice: Choice, verb: str) -> Itera
     regions = () if again is None and region_being_run() is None else (again, *regions_being_run())
     context = OpenContext(tuple(states), choice, verb, _generator_frame(), regions)
     token = CONTEXTS.set((*CONTEXTS.get(NO_CONTEXTS), context))
+    if context.generator is not None:
+        GENERATOR_CONTEXTS[context] = context.generator
     try:
         yield
     finally:
+        GENERATOR_CONTEXTS.pop(context, None)
         contexts = CONTEXTS.get(NO_CONTEXTS)
         try:
             CONTEXTS.reset(token)
@@ -229,7 +254,7 @@ def choosing(states: Sequence[AdapterState], choice: Choice, verb: str) -> Itera
 
 def open_context(state: AdapterState) -> OpenContext | None:
     """Return the newest context that the caller has open for this state; None if there is none."""
-    return state.newest(CONTEXTS.get(NO_CONTEXTS))
+    return state.newest(open_contexts())
 
 
 def _generator_frame() -> FrameType | None:

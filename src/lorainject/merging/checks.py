@@ -37,7 +37,10 @@ def _why_not_mergeable(
     module, adapters = w.module, w.adapters(names)
     weight = module._parameters.get(w.key[1])
     if weight is None:
-        return "its weight is computed (a parametrization was registered since inject)"
+        return (
+            "its weight is computed from other parameters since inject (by pruning, spectral_norm, weight_norm or a"
+            " parametrization): undo that first"
+        )
     quantized = is_quantized(module)
     if quantized and dequantize and not can_be_linear(module):
         return (

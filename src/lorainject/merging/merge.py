@@ -192,7 +192,7 @@ def _adapters_to_merge(index: ModelIndex, names: str | Sequence[str] | None) -> 
     named = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
     if again := [name for name in merged if names is None or name in named]:
         raise StateError(f"{_quoted(again)} is already merged", way_out="call unmerge(model) first")
-    index.require_adapters("merge", *named, merged=True)
+    index.require_adapters("merge", *named, merged=True, computed=True)  # _why_not_mergeable names them
     chosen = active if names is None else named
     if not chosen:
         raise StateError(

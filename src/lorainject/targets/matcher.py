@@ -29,7 +29,7 @@ from .model_weights import ModelWeight, WeightKey, model_weights
 from .roles import PART_ROLES, ROLES, role_names
 from .source_analysis import weight_use
 
-REGEX_SECONDS = 1.0  # for all patterns and names together: patterns also come from files that strangers made
+REGEX_SECONDS = 10.0  # for all patterns and names together: patterns also come from files that strangers made
 
 
 class WeightMatch(NamedTuple):
@@ -59,7 +59,7 @@ class Matcher:
         self.weights = model_weights(index)
         self.problems: list[str] = []
         """What is wrong with the entries so far, one line each. `resolve` adds to it."""
-        self._deadline = time.monotonic() + REGEX_SECONDS
+        self._regex_seconds = REGEX_SECONDS
 
     @cached_property
     def heads(self) -> dict[WeightKey, str]:
@@ -212,11 +212,11 @@ class Matcher:
         return _matches_glob(path, name) if _is_glob(name) else _is_end(path, name)
 
     def _matches_regex(self, path: str, pattern: str) -> bool:
+        start = time.monotonic()
         try:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
+            if self._regex_seconds <= 0:
                 raise TimeoutError
-            return regex.fullmatch(pattern, path, timeout=left) is not None
+            return regex.fullmatch(pattern, path, timeout=self._regex_seconds) is not None
         except regex.error as e:
             what = f"re:{pattern} is not a regular expression: {e}"
             raise SpecError(what, way_out="correct the pattern; nothing was changed") from None
@@ -224,6 +224,8 @@ class Matcher:
             what = f"re:{pattern} took more than {REGEX_SECONDS:g} s on the names of this model"
             way_out = "simplify it (nested repetition, such as (a+)+, takes exponential time); nothing was changed"
             raise SpecError(what, way_out=way_out) from None
+        finally:
+            self._regex_seconds -= time.monotonic() - start
 
 
 def _acts_as_linear(module: nn.Module) -> bool:

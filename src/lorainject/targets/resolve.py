@@ -125,7 +125,7 @@ def why_unsuitable(weight: ModelWeight, label: str = "") -> str | None:
         return f"the module already has an attribute `{child}`, not from lorainject (another library's adapter?)"
     if (reason := why_unsupported(module, weight.parameter)) is not None:
         return reason
-    if weight.written_by:
+    if weight.written_by and not is_quantized(module):  # bitsandbytes moves the codes, which merging/ knows
         return f"the forward of {weight.written_by} writes to it, which would undo a merge or scale the adapter wrongly"
     for reader in weight.readers:
         cls = base_class(type(reader))

@@ -64,7 +64,8 @@ class Reading:
         scaling = "rslora" if config.get("use_rslora") else "standard" if config else hints.scaling
         dropout = config.get("lora_dropout", 0.0)
         r = peft_layout.match_pattern(config.get("rank_pattern"), s.name if name is None else name, config.get("r"))
-        if isinstance(r, int) and r != s.A.shape[-2]:
+        is_pair = s.A.ndim > 1 and s.B.ndim > 1 and s.A.shape[-2] == s.B.shape[-1]
+        if isinstance(r, int) and is_pair and r != s.A.shape[-2]:
             self.problems.append(f"{s.name}: A has the rank {s.A.shape[-2]}, but the config says {r}")
             return []
         return checked_sites([replace(s, alpha=alpha, scaling=scaling, dropout=dropout)], self.problems)
