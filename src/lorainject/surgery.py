@@ -88,7 +88,7 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     If an error is raised, the model is unchanged. `find` takes the same arguments and shows what would be done.
     """
     index = ModelIndex(model)
-    index.require_ready("inject")
+    index.require_ready("inject", computed=True)
     spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers,
                        scaling=scaling, init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
     plan = resolve(index, spec, name)

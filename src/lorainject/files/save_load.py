@@ -127,7 +127,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
             the base. The model is then unchanged.
     """
     index = ModelIndex(model)
-    index.require_ready("load an adapter")
+    index.require_ready("load an adapter", computed=True)
     file = read_source(open_source(path, allow_pickle), hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
         warnings.warn(f"{file.path}: {note}", stacklevel=3)
