@@ -722,7 +722,7 @@ class AnySequence(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("count", "steps"), [(16, 25), pytest.param(90, 40, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("count", "steps"), [(8, 25), pytest.param(90, 40, marks=pytest.mark.long)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_any_sequence_of_verbs_agrees_with_a_dense_twin(architecture, count, steps):
     """Laws 1 to 12: output, gradients, bits, keys and flags are the twin's after every rule of any sequence."""

@@ -33,7 +33,17 @@ def check(model_type: str) -> None:
     assert row["ours"]["share"] is None or row["ours"]["share"] > 0.99, row
 
 
-@pytest.mark.parametrize("model_type", [name for names in SAMPLE.values() for name in names])
+SLOW = ("funnel", "mobilebert", "swinv2", "mask2former")  # seconds each
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in SLOW else [])
+        for names in SAMPLE.values()
+        for name in names
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_sample(model_type):
     """Models of every sort agree with the dense oracle."""

@@ -448,7 +448,7 @@ def test_a_context_within_a_checkpointed_region_is_opened_again(reentrant):
 # torch.compile
 
 
-@pytest.mark.parametrize("compiled", ["model", "layers"])
+@pytest.mark.parametrize("compiled", [pytest.param("model", marks=pytest.mark.long), "layers"])
 def test_compiled_code_makes_the_choice_of_its_caller(model, compiled):
     """A compiled forward sees contexts of threads, tasks and generators, without a break in its graph."""
     want = expected(model)
