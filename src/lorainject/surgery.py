@@ -182,6 +182,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
         return model
     names = () if name is None else (name,)
     index.require_adapters("eject", *names, merged=True, lost=name is None, computed=not index.merged)
+    index.require_idle("eject", names or index.adapter_names)
     problems = graft_obstacles(index)
     problems += [
         f"{site_name}: its A and B are sharded"

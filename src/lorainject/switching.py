@@ -199,8 +199,11 @@ def reset(model: nn.Module, name: str | None = None) -> None:
             "cannot reset an adapter with magnitudes (DoRA) or whole tensors, which come from its file",
             way_out="eject it and load the file again, or name the adapters to reset",
         )
-    for adapter in adapters:
-        adapter.reset_parameters()
+    for site in index.sites.values():
+        for adapter in (site.adapters[n] for n in names if n in site.adapters):
+            if adapter.A.is_meta and not site.weight.is_meta:
+                adapter.to_empty(device=site.weight.device)
+            adapter.reset_parameters()
 
 
 def _required_names(model: nn.Module, names: tuple[str, ...], verb: str, nested: bool = False) -> tuple[str, ...]:

@@ -680,7 +680,7 @@ def test_loading_a_state_dict_while_merged_is_an_error(model):
     checkpoint = copy.deepcopy(model.state_dict())
     before = state(model)
     li.merge(model)
-    with pytest.raises(RuntimeError, match=r"cannot load while merged; call unmerge\(model\) first"):
+    with pytest.raises(RuntimeError, match=r"cannot load while merged: call unmerge\(model\) before"):
         model.load_state_dict(checkpoint)
     li.unmerge(model)
     assert state(model) == before

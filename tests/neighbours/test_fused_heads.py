@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorainject as li
 
@@ -113,3 +114,31 @@ def test_the_forward_of_the_head_reads_the_parameter():
     hidden = model.model(X).last_hidden_state
     expected = F.linear(hidden, model.lm_head._parameters["weight"] + deltas)
     torch.testing.assert_close(model(X).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_loss_reads_the_same_weight_again(reentrant):
+    """A loss that reads the head's weight within a checkpointed region gets the sum in the second run as well."""
+    torch.manual_seed(0)
+    model = li.inject(llama(), ["lm_head", "q_proj"], r=2)
+    randomize(model)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def part(self, hidden: torch.Tensor) -> torch.Tensor:
+            return (hidden @ self.model.lm_head.weight.T).square().mean()
+
+        def forward(self, checkpointed: bool) -> torch.Tensor:
+            hidden = self.model.model(input_ids=X, use_cache=False).last_hidden_state
+            return checkpoint(self.part, hidden, use_reentrant=reentrant) if checkpointed else self.part(hidden)
+
+    def grads(checkpointed: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        Loss()(checkpointed).backward()
+        return [p.grad.clone() for p in li.parameters(model)]
+
+    for a, b in zip(grads(True), grads(False), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)

@@ -441,3 +441,43 @@ def test_reset_draws_anew(model):
     assert state(fresh) == state(model)
     with pytest.raises(li.StateError, match="no adapter named 'x'"):
         li.reset(model, "x")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("grad", [True, False])
+def test_factors_on_the_meta_device_are_not_used(tokens, grad):
+    """load_state_dict(assign=True) of a base gives the weights values, but not A and B; reset gives them theirs."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = on_meta()
+    model.load_state_dict(base.state_dict(), assign=True)
+    x = torch.randn(tokens, 4)
+    with torch.set_grad_enabled(grad), pytest.raises(li.StateError, match="0: A and B are on the meta device"):
+        model(x)
+    li.reset(model)
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_no_values_either(duplicate):
+    """Copies of A and B that hold whatever was in memory are refused as well."""
+    model = duplicate(injected().to_empty(device="cpu"))
+    with pytest.raises(li.StateError, match="hold whatever was in memory"):
+        model(torch.randn(2, 4))
+
+
+def test_a_shallow_copy_takes_no_ones_place():
+    """copy.copy of the adapters of a layer leaves the layer's own accounted for."""
+    model = injected()
+    twin = copy.copy(model[0].lora)
+    del twin
+    li.merge(model)
+
+
+def test_factors_that_were_frozen_can_be_swapped():
+    """torch swaps no tensor that has a weak reference; the guard of lost gradients holds none."""
+    model = injected("a")
+    li.inject(model, ["0"], r=2, name="b")
+    li.activate(model, "a")
+    li.activate(model, "b")
+    swap_tensors(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}

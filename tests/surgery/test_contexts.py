@@ -591,3 +591,28 @@ def test_using_takes_the_arguments_of_activate(model):
     li.merge(model)
     with pytest.raises(li.StateError, match="cannot use adapters while"), li.using(model, "fr"):
         pass
+
+
+@pytest.mark.parametrize("verb", [li.merge, lambda m: li.eject(m, "fr"), li.eject])
+def test_nobody_changes_the_weights_under_an_open_context(model, verb):
+    """merge, and an eject of its adapter, are refused while a generator or a thread is within a context."""
+    want = expected(model)
+    items = stream(model, "fr")
+    next(items)
+    with pytest.raises(li.StateError, match=r"while another thread, task or generator is inside using\(\.\.\.\)"):
+        verb(model)
+    assert same(next(items), want["fr"])
+    li.inject(model, ["o_proj"], name="es")  # a new adapter changes nothing for others
+    assert same(next(items), want["fr"])
+    items.close()
+    verb(model)
+
+
+def test_an_optimizer_of_an_inactive_adapter_is_named(model):
+    """Its steps would train nothing, in silence."""
+    model.train()
+    optimizer = torch.optim.SGD(li.parameters(model, "fr"), lr=0.1)
+    li.activate(model, "de")
+    model(input_ids=X, labels=X, use_cache=False).loss.backward()
+    with pytest.warns(UserWarning, match="the optimizer has parameters of 'fr', which is not active"):
+        optimizer.step()

@@ -93,8 +93,10 @@ class Contexts(tuple[OpenContext, ...]):
 NO_CONTEXTS = Contexts()
 
 
+ALL_CONTEXTS: dict[OpenContext, None] = {}
+"""The open contexts of everybody in the process."""
 GENERATOR_CONTEXTS: dict[OpenContext, FrameType] = {}
-"""The open contexts of all generators in the process, with the frames of the generators."""
+"""Those of generators, with the frames of the generators."""
 
 
 def open_contexts() -> tuple[OpenContext, ...]:
@@ -238,11 +240,13 @@ def choosing(states: Sequence[AdapterState], choice: Choice, verb: str) -> Itera
     regions = () if again is None and region_being_run() is None else (again, *regions_being_run())
     context = OpenContext(tuple(states), choice, verb, _generator_frame(), regions)
     token = CONTEXTS.set((*CONTEXTS.get(NO_CONTEXTS), context))
+    ALL_CONTEXTS[context] = None
     if context.generator is not None:
         GENERATOR_CONTEXTS[context] = context.generator
     try:
         yield
     finally:
+        ALL_CONTEXTS.pop(context, None)
         GENERATOR_CONTEXTS.pop(context, None)
         contexts = CONTEXTS.get(NO_CONTEXTS)
         try:

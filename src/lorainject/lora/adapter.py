@@ -99,6 +99,12 @@ class LoraAdapter(nn.Module):
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(self, *args)."""
         self.require_kept_gradients()
+        A = self._parameters.get("A")
+        if A is not None and A.is_meta and any(isinstance(t, Tensor) and not t.is_meta for t in args):
+            raise StateError(
+                f"{self.site}: A and B are on the meta device, where they have no values",
+                way_out="call reset(model), which draws A and sets B to zero on the device of the weight, or hotswap",
+            )
         return function(self, *args)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -141,7 +147,7 @@ class LoraAdapter(nn.Module):
                 p.requires_grad_(True)
             elif p is not None and not trainable and p.requires_grad:
                 if not any(type(hook) is _LostGradient for hook in (p._backward_hooks or {}).values()):
-                    p.register_hook(_LostGradient(p))
+                    p.register_hook(_LostGradient(self, name))
                 p.requires_grad_(False)
                 frozen.append(name)
         vars(self)["frozen"] = tuple(frozen)  # nn.Module's own way to set an attribute takes 2 us
@@ -176,6 +182,11 @@ class LoraAdapter(nn.Module):
         if ".to_empty." in getattr(fn, "__qualname__", "") and not any(p.is_meta for p in self.parameters()):
             self._set_undrawn(True)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.is_undrawn:  # copied parameters count their writes anew
+            vars(self)["versions"] = [p._version for p in self.parameters()]
 
     def _set_undrawn(self, undrawn: bool) -> None:
         """Let every use of A and B raise StateError, or not any more, without a check in the forward."""
@@ -257,13 +268,14 @@ class _LostGradient:
     A forward may have used the parameter before it was frozen. torch then drops its gradient in silence.
     """
 
-    def __init__(self, p: nn.Parameter) -> None:
-        self.parameter = weakref.ref(p)
+    def __init__(self, adapter: LoraAdapter, name: str) -> None:
+        self.adapter, self.name = weakref.ref(adapter), name  # torch swaps no tensor that has a weak reference
 
     __torch_unserializable__ = True  # torch would warn of a hook that a pickle leaves out
 
     def __call__(self, grad: Tensor) -> None:
-        p = self.parameter()
+        adapter = self.adapter()
+        p = None if adapter is None else adapter._parameters[self.name]
         if p is not None and not p.requires_grad:
             raise lost_gradient()
 

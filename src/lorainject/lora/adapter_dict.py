@@ -101,7 +101,9 @@ class AdapterDict(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.state.members[self.site] = weakref.ref(self)
+        original = self.state.members.get(self.site, lambda: None)()
+        if original is None or original.state is not self.state:  # a shallow copy has the state of its original
+            self.state.members[self.site] = weakref.ref(self)
 
     def _replicate_for_data_parallel(self) -> AdapterDict:
         """Return the replica for another GPU, which DataParallel runs in a thread that has none of the caller's
@@ -122,7 +124,10 @@ class AdapterDict(nn.Module):
     ) -> None:
         """Accept a checkpoint of the base, which has no adapter keys; report missing keys of one that has some."""
         if self.state.merged:
-            errors.append(f"{prefix}: cannot load while merged; call unmerge(model) first")
+            errors.append(
+                f"{prefix[:-1]}: cannot load while merged: call unmerge(model) before load_state_dict. torch has"
+                " written the weights all the same, so load the base model again"
+            )
         if self.state.loading is None or self.state.loading.missing_keys is not missing:
             self.state.loading = StateDictLoad(missing)
         loading = self.state.loading

@@ -76,14 +76,24 @@ def _warn_of_missing_gradients(optimizer: torch.optim.Optimizer, args: object, k
     for state in list(STATES):
         if _CHECKED.get(state) == state.default.active:
             continue
-        missing, has_gradients = [], False
+        missing, has_gradients, idle = [], False, set()
         for site, member in state.members.items():
             adapters = member()
+            for name in () if adapters is None else adapters:
+                if any(id(p) in stepping and not p.requires_grad for p in adapters[name].parameters()):  # type: ignore[index]
+                    idle.add(name)
             trained = [] if adapters is None else [p for p in adapters.parameters() if id(p) in stepping]
             if any(p.grad is not None for p in trained):
                 has_gradients = True
             elif any(p.requires_grad for p in trained) and "experts" not in site.split("."):
                 missing.append(site)
+        if idle - {*state.default.active}:
+            _CHECKED[state] = state.default.active
+            warnings.warn(
+                f"the optimizer has parameters of {', '.join(map(repr, sorted(idle)))}, which is not active and does"
+                f" not train; active is {', '.join(map(repr, state.default.active)) or 'no adapter'}",
+                stacklevel=3,
+            )
         if has_gradients:
             _CHECKED[state] = state.default.active
             if missing:

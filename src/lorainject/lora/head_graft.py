@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint_region import region_being_run_again
 from .forward_graft import LoraForward
 from .graft import Graft
 from .lazy_weight import METADATA
@@ -46,8 +47,9 @@ class ReadFromOutside(Graft):
 def _reading_forward(head: nn.Module) -> str | None:
     """Return the name of the function that reads a parameter of the head right now, if the sum must be read.
 
-    That is: a module is being called, which is not the head running its base's forward; the reader is none of the
-    libraries that move parameters; and it does not just ask for the dtype or device.
+    That is: a module is being called, which is not the head running its base's forward, or a checkpointed region is
+    being run again; the reader is none of the libraries that move parameters; and it does not just ask for the dtype or
+    device.
     """
     reader = sys._getframe(2)
     if str(reader.f_globals.get("__name__")).startswith(("torch.", "accelerate.")):
@@ -61,7 +63,7 @@ def _reading_forward(head: nn.Module) -> str | None:
         if frame.f_code is _MODULE_CALL:
             return reader.f_code.co_name
         frame = frame.f_back
-    return None
+    return None if region_being_run_again() is None else reader.f_code.co_name
 
 
 @functools.cache

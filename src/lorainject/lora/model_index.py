@@ -12,7 +12,7 @@ adapters keeps `sites` up to date (mounting.unmount). Adapters that a verb adds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError, TargetError
 from ..plan import site_name
-from .active import ROOTS, AdapterState, ModuleStructure, open_context
+from .active import ALL_CONTEXTS, ROOTS, AdapterState, ModuleStructure, open_context
 from .adapter import LoraAdapter
 from .adapter_dict import AdapterDict
 from .replacement import ReplacementTensor
@@ -223,6 +223,21 @@ class ModelIndex:
                 f"cannot {verb} while {', '.join(map(repr, self.merged))} is merged",
                 way_out="call unmerge(model) first",
             )
+
+    def require_idle(self, verb: str, names: Collection[str] | None = None) -> None:
+        """Raise StateError if anybody has a context open that `verb` would make wrong.
+
+        Args:
+            verb: What is about to be done, as the message says it.
+            names: The adapters that the verb takes off. None if it changes what every forward computes.
+        """
+        for context in list(ALL_CONTEXTS):
+            is_open = not context.has_ended and any(state in context.states for state in self.states)
+            if is_open and (names is None or not set(names).isdisjoint(context.choice.names)):
+                raise StateError(
+                    f"cannot {verb} while another thread, task or generator is inside {context.verb}(...)",
+                    way_out="wait until it has left the context, or close the generator",
+                )
 
     def require_adapters(self, verb: str, *names: str, **allowed: bool) -> None:
         """Raise StateError if `verb` must not act on the model now, or if the model has no adapters, or not these

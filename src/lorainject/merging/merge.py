@@ -115,6 +115,7 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
     """
     index = ModelIndex(model)
     index.require_adapters("unmerge", merged=True)
+    index.require_idle("unmerge")
     if not index.merged:
         raise StateError("nothing is merged", way_out="merge(model) comes first")
     unmerge_index(index, names)
@@ -193,6 +194,7 @@ def _adapters_to_merge(index: ModelIndex, names: str | Sequence[str] | None) -> 
     if again := [name for name in merged if names is None or name in named]:
         raise StateError(f"{_quoted(again)} is already merged", way_out="call unmerge(model) first")
     index.require_adapters("merge", *named, merged=True, computed=True)  # _why_not_mergeable names them
+    index.require_idle("merge")
     chosen = active if names is None else named
     if not chosen:
         raise StateError(

@@ -48,8 +48,14 @@ def add_linear_term(adapter: LoraAdapter, y: Tensor, x: Tensor, y_is_ours: bool)
 
 def is_plain_inference(adapter: LoraAdapter, tensor: Tensor) -> bool:
     """True if `add_in_place` may add the term of, or to, this tensor. Must not be called while torch.compile traces."""
+    A = adapter._parameters["A"]
     return not (
-        torch.is_grad_enabled() or active_dropout(adapter) or adapter.parts is None or needs_plain_operators(tensor)
+        torch.is_grad_enabled()
+        or active_dropout(adapter)
+        or adapter.parts is None
+        or A is None
+        or A.device != tensor.device
+        or needs_plain_operators(tensor)
     )
 
 

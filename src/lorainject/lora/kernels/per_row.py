@@ -131,7 +131,7 @@ class RowAssignment:
         batch, axes = len(self.names), y.shape[:-1]
         if len(axes) < 2 or axes[0] != batch or axes[1] == batch > 1:
             raise StateError(
-                f"rows(...) names {batch} rows, but a module with the adapters {', '.join(map(repr, adapters))} got an"
+                f"rows(...) names {batch} rows, but {next(iter(adapters.values())).site or 'a module'} got an"
                 f" input of shape {tuple(x.shape)}, whose first axis is not certain to be these rows",
                 way_out="give one name per row of the batch; pad a batch whose sequences are as long as it has rows;"
                 " exclude modules that see the batch in another layout (pooled, flattened, transposed); with beam"
