@@ -33,7 +33,7 @@ def check(model_type: str) -> None:
     assert row["ours"]["share"] is None or row["ours"]["share"] > 0.99, row
 
 
-SLOW = ("funnel", "mobilebert", "swinv2", "mask2former")  # seconds each
+SLOW = ("encodec", "funnel", "mask2former", "mobilebert", "swin", "swinv2", "zamba")  # seconds each
 
 
 @pytest.mark.parametrize(
