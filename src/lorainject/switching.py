@@ -163,8 +163,8 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
         SpecError: Not exactly one of the two is given, or it is not a finite number above 0.
         StateError: The model has no such adapter, adapters are merged, or a context is open.
     """
-    given = [value for value in (alpha, scale) if value is not None]
-    if len(given) != 1 or not is_alpha(given[0]):
+    values = [value for value in (alpha, scale) if value is not None]
+    if len(values) != 1 or not is_alpha(values[0]):
         raise SpecError(
             f"rescale takes either alpha or scale, a finite number above 0, not alpha={alpha!r}, scale={scale!r}",
             way_out="write rescale(model, name, alpha=16) or rescale(model, name, scale=2)",
@@ -172,7 +172,7 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
     index = ModelIndex(model)
     index.require_adapters("rescale", name)
     for adapter in index.adapters_named(name):
-        new = given[0] if scale is None else alpha_of(scale, adapter.r, adapter.scaling)
+        new = values[0] if scale is None else alpha_of(scale, adapter.r, adapter.scaling)
         adapter.rescale(new, adapter.scaling)
 
 

@@ -96,7 +96,7 @@ NO_CONTEXTS = Contexts()
 ALL_CONTEXTS: dict[OpenContext, None] = {}
 """The open contexts of everybody in the process."""
 GENERATOR_CONTEXTS: dict[OpenContext, FrameType] = {}
-"""Those of generators, with the frames of the generators."""
+"""The open contexts of all generators in the process, with the frames of the generators."""
 
 
 def open_contexts() -> tuple[OpenContext, ...]:

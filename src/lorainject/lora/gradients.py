@@ -72,17 +72,17 @@ def _warn_of_missing_gradients(optimizer: torch.optim.Optimizer, args: object, k
 
     Experts are left out: one that got no token has no gradient.
     """
-    stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for state in list(STATES):
-        if _CHECKED.get(state) == state.default.active:
-            continue
+    unchecked = [state for state in list(STATES) if _CHECKED.get(state) != state.default.active]
+    stepping = {id(p) for group in optimizer.param_groups for p in group["params"]} if unchecked else set()
+    for state in unchecked:
         missing, has_gradients, idle = [], False, set()
-        for site, member in state.members.items():
-            adapters = member()
-            for name in () if adapters is None else adapters:
-                if any(id(p) in stepping and not p.requires_grad for p in adapters[name].parameters()):  # type: ignore[index]
-                    idle.add(name)
-            trained = [] if adapters is None else [p for p in adapters.parameters() if id(p) in stepping]
+        for site, adapters in ((site, adapters) for site, member in state.members.items() if (adapters := member())):
+            idle |= {
+                name
+                for name in adapters
+                if any(id(p) in stepping and not p.requires_grad for p in adapters[name].parameters())
+            }
+            trained = [p for p in adapters.parameters() if id(p) in stepping]
             if any(p.grad is not None for p in trained):
                 has_gradients = True
             elif any(p.requires_grad for p in trained) and "experts" not in site.split("."):

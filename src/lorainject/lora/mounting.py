@@ -74,9 +74,9 @@ def mount_all(
     if len(owners) > 1 and any(READS in owner.__dict__ for owner in owners):
         readers = [*readers, *paths]
     for owner in owners:
-        own = [path for path in paths if modules[path] is owner]
-        around = [r for r in readers if any(r in ("", path) or path.startswith(f"{r}.") for path in own)]
-        mount(own, owner, adapters, [(path, modules[path]) for path in around])
+        owner_paths = [path for path in paths if modules[path] is owner]
+        around = [r for r in readers if any(r in ("", path) or path.startswith(f"{r}.") for path in owner_paths)]
+        mount(owner_paths, owner, adapters, [(path, modules[path]) for path in around])
 
 
 def unmount(index: ModelIndex, names: Sequence[str]) -> None:

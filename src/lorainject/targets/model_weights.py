@@ -167,12 +167,12 @@ def _as_one(users: Sequence[ModelWeight]) -> ModelWeight:
     if not others:
         return first
     # A module that reads a weight reads it through a shadow, so that all of them do.
-    own = [w.module for w in users] if any(w.readers for w in users) else []
+    readers_themselves = [w.module for w in users] if any(w.readers for w in users) else []
     return replace(
         first,
         paths=tuple(path for w in users for path in w.paths),
         multiplies=any(w.multiplies for w in users),
-        readers=tuple(dict.fromkeys([*(reader for w in users for reader in w.readers), *own])),
+        readers=tuple(dict.fromkeys([*(reader for w in users for reader in w.readers), *readers_themselves])),
         bypassed=any(w.bypassed for w in users),
         tied=tuple(others),
     )
