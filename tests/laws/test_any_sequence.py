@@ -204,6 +204,12 @@ class AnySequence(RuleBasedStateMachine):
             or set(names) - {name for _, name, _ in self.twin.sites()}
         )  # fmt: skip
 
+    def in_use(self, *names: str) -> bool:
+        """True if a verb is refused because any caller has a context open in this model: one that uses any of these
+        adapters, or, without names, any context at all."""
+        here = (c for c in self.open_contexts if c.model is self.model and c.groups & self.groups)
+        return any(not names or any(name in row for row in c.rows for name in names) for c in here)
+
     # How a verb is called
 
     def attempt(self, verb: Callable[[], object], refused: bool | None, interrupt: tuple[str, int] | None = None,
@@ -280,12 +286,14 @@ class AnySequence(RuleBasedStateMachine):
             refused = self.cannot(merged=True, lost=True) and not (self.twin.lost and not self.groups)
         else:
             refused = self.cannot(name, merged=True) or (bool(self.twin.merged) and not self.reversible)
+        gone = [name] if name is not None else list(self.twin.adapters)
+        refused = refused or (bool(gone) and self.in_use(*gone))
         if self.attempt(lambda: li.eject(self.model, name), refused, self.interrupt(data, li.eject), finish=True):
             if self.twin.merged and not self.reversible:
                 self.keep_merge()
             self.twin.merged, self.reversible = (), True
-            for gone in [name] if name is not None else list(self.twin.adapters):
-                self.twin.remove(gone)
+            for adapter in gone:
+                self.twin.remove(adapter)
             if name is None:
                 self.twin.lost = set()
 
@@ -311,6 +319,7 @@ class AnySequence(RuleBasedStateMachine):
         chosen = set(twin.default if names is None else names)
         refused: bool | None = (
             self.cannot(*names or (), merged=True)
+            or self.in_use()
             or not chosen
             or bool(set(twin.merged) & chosen)
             or (bool(twin.merged) and (names is None or not self.reversible))
@@ -330,7 +339,8 @@ class AnySequence(RuleBasedStateMachine):
         names = None if all_of_them else self.some_names(data, 1)
         twin = self.twin
         removed = set(twin.merged if names is None else names)
-        refused = self.cannot(merged=True) or not twin.merged or not removed <= {*twin.merged} or not self.reversible
+        refused = self.cannot(merged=True) or self.in_use() or not twin.merged
+        refused = refused or not removed <= {*twin.merged} or not self.reversible
         interrupt = self.interrupt(data, li.unmerge)
         if self.attempt(lambda: li.unmerge(self.model, names), refused, interrupt, finish=True):
             twin.merged = tuple(name for name in twin.merged if name not in removed)
