@@ -85,8 +85,13 @@ def test_a_model_that_is_cast_while_merged_saves_the_dtype_of_its_base(tmp_path)
     randomize(li.inject(model, ["0", "1", "2"], r=2))
     li.merge(model)
     path = li.save(model.to(torch.bfloat16), tmp_path / "a.safetensors")
-    li.load(net(), path)
-    li.load(net(torch.bfloat16), path)
+    for base in (net(), net(torch.bfloat16)):
+        assert len(list(li.parameters(li.load(base, path)))) == 6
+    other = net()
+    with torch.no_grad():
+        other.get_submodule("0").weight *= 1.1
+    with pytest.raises(li.FileError, match=r"- 0: differs from the base weight"):
+        li.load(other, path)
 
 
 @pytest.mark.parametrize("name", ["0", "1", "2"])

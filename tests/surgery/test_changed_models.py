@@ -412,7 +412,7 @@ def test_a_and_b_without_values_are_not_used(tmp_path, use, start):
     assert all(p.any() for name, p in model.named_parameters() if name.endswith(".A"))
 
 
-def test_a_state_dict_or_a_loop_gives_values_too():
+def test_a_state_dict_or_a_loop_gives_values_too(tmp_path):
     """A state dict with A and B, and code that writes both, end the refusal; one of the two does not."""
     values = injected().state_dict()
     model = on_meta().to_empty(device="cpu")
@@ -428,6 +428,7 @@ def test_a_state_dict_or_a_loop_gives_values_too():
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
+    li.save(model, tmp_path / "a")
     assert isinstance(model(torch.randn(2, 4)), Tensor)
 
 

@@ -35,8 +35,8 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
-from .adapter import lost_gradient
 from .checkpoint_region import choices_in, region_being_run, region_being_run_again, regions_being_run
+from .guards import lost_gradient
 from .kernels.per_row import RowAssignment
 
 
@@ -93,16 +93,16 @@ class Contexts(tuple[OpenContext, ...]):
 NO_CONTEXTS = Contexts()
 
 
-ALL_CONTEXTS: dict[OpenContext, None] = {}
+ALL_CONTEXTS: set[OpenContext] = set()
 """The open contexts of everybody in the process."""
-GENERATOR_CONTEXTS: dict[OpenContext, FrameType] = {}
-"""The open contexts of all generators in the process, with the frames of the generators."""
+GENERATOR_CONTEXTS: set[OpenContext] = set()
+"""The open contexts of all generators in the process. Forwards ask for these, and there are mostly none."""
 
 
 def open_contexts() -> tuple[OpenContext, ...]:
     """Return the open contexts of the caller, the newest last: its own, and those of the generators on its stack."""
     contexts = CONTEXTS.get(NO_CONTEXTS)
-    if not GENERATOR_CONTEXTS or not (others := GENERATOR_CONTEXTS.keys() - {*contexts}):
+    if not GENERATOR_CONTEXTS or not (others := GENERATOR_CONTEXTS - {*contexts}):
         return contexts
     frame: FrameType | None = sys._getframe(1)
     stack = set()
@@ -128,7 +128,7 @@ class AdapterState:
     before: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """For every adapter on the model, which adapters were active when it was added. `eject` activates them again."""
     root: weakref.ref[nn.Module] | None = None
-    """The model that was injected. None in a copy, which may be a copy of a part."""
+    """The model that was injected. None in a pickle, and in a copy of a part."""
     members: dict[str, weakref.ref[Any]] = field(default_factory=dict)
     """The AdapterDict of every weight that was injected, by the name of the site. A module that was replaced since is
     missing in the model, and missed by its name."""
@@ -177,14 +177,14 @@ class AdapterState:
         """The choice that holds for the caller: that of the newest open context, or else the default."""
         if is_compiling():
             contexts: tuple[OpenContext, ...] = NO_CONTEXTS.callers
-            return self.default if contexts is NO_CONTEXTS else self._newest(contexts)
+            return self.default if contexts is NO_CONTEXTS else self._choice_among(contexts)
         contexts = open_contexts()
         again, run = region_being_run_again(), region_being_run()
         if again is None and run is None:
-            return self._newest(contexts) if contexts else self.default
+            return self._choice_among(contexts) if contexts else self.default
         return self._choice_in_regions(contexts, again, run)
 
-    def _newest(self, contexts: Sequence[OpenContext]) -> Choice:
+    def _choice_among(self, contexts: Sequence[OpenContext]) -> Choice:
         """Return the choice of the newest of these contexts that counts for this state, or else the default."""
         context = self.newest(contexts)
         return self.default if context is None else context.choice
@@ -240,14 +240,14 @@ def choosing(states: Sequence[AdapterState], choice: Choice, verb: str) -> Itera
     regions = () if again is None and region_being_run() is None else (again, *regions_being_run())
     context = OpenContext(tuple(states), choice, verb, _generator_frame(), regions)
     token = CONTEXTS.set((*CONTEXTS.get(NO_CONTEXTS), context))
-    ALL_CONTEXTS[context] = None
+    ALL_CONTEXTS.add(context)
     if context.generator is not None:
-        GENERATOR_CONTEXTS[context] = context.generator
+        GENERATOR_CONTEXTS.add(context)
     try:
         yield
     finally:
-        ALL_CONTEXTS.pop(context, None)
-        GENERATOR_CONTEXTS.pop(context, None)
+        ALL_CONTEXTS.discard(context)
+        GENERATOR_CONTEXTS.discard(context)
         contexts = CONTEXTS.get(NO_CONTEXTS)
         try:
             CONTEXTS.reset(token)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..numerics.delta import Factors, scale
+from .guards import LostGradient, RequireWritten, remove_requirement, require_usable
 
 Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
 """(adapter, y, x, y_is_ours) -> y plus the low-rank term of x. The term may be added in place if `y_is_ours`."""
@@ -93,18 +93,9 @@ class LoraAdapter(nn.Module):
     parts: Parts | None
     """`rows` as contiguous runs. None if the slice has a step (interleaved layouts)."""
 
-    is_undrawn = False
-    """True if A and B hold whatever was in memory, after `to_empty`."""
-
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(self, *args)."""
-        self.require_kept_gradients()
-        A = self._parameters.get("A")
-        if A is not None and A.is_meta and any(isinstance(t, Tensor) and not t.is_meta for t in args):
-            raise StateError(
-                f"{self.site}: A and B are on the meta device, where they have no values",
-                way_out="call reset(model), which draws A and sets B to zero on the device of the weight, or hotswap",
-            )
+        require_usable(self, self.site, args)
         return function(self, *args)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,18 +113,11 @@ class LoraAdapter(nn.Module):
     """True once the factors were to be cast to float8: from then on they keep their dtype, whatever the layer is cast
     to. diffusers' layerwise casting casts each layer to float8 and back in every forward."""
 
-    def require_kept_gradients(self) -> None:
-        """Raise StateError in a training forward while accelerate offloads the factors, since it drops their
-        gradients."""
-        hook = None if torch.compiler.is_compiling() else self.__dict__.get("_hf_hook")
-        if hook is None or not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters()):
-            return
-        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,))):
-            raise StateError(
-                f"{self.site}: accelerate offloads A and B, and drops their gradients with them after every forward",
-                way_out="offload the base first (cpu_offload, disk_offload, dispatch_model), and inject or load"
-                " afterwards: A and B then stay where they are used. For inference, use torch.no_grad()",
-            )
+    @property
+    def is_undrawn(self) -> bool:
+        """True if A and B hold whatever was in memory, after `to_empty`."""
+        hooks = self._forward_pre_hooks.values()
+        return any(isinstance(hook, RequireWritten) and not hook.is_met(self) for hook in hooks)
 
     frozen: tuple[str, ...] = ()
     """The parameters that `set_trainable(False)` froze."""
@@ -141,13 +125,13 @@ class LoraAdapter(nn.Module):
     def set_trainable(self, trainable: bool) -> None:
         """Freeze the parameters that require a gradient, or let those that were frozen by this method require one
         again."""
-        frozen = []
+        frozen = [] if trainable else [*self.frozen]
         for name, p in self._parameters.items():
             if p is not None and trainable and name in self.frozen:
                 p.requires_grad_(True)
             elif p is not None and not trainable and p.requires_grad:
-                if not any(type(hook) is _LostGradient for hook in (p._backward_hooks or {}).values()):
-                    p.register_hook(_LostGradient(self, name))
+                if not any(type(hook) is LostGradient for hook in (p._backward_hooks or {}).values()):
+                    p.register_hook(LostGradient(self, name))
                 p.requires_grad_(False)
                 frozen.append(name)
         vars(self)["frozen"] = tuple(frozen)  # nn.Module's own way to set an attribute takes 2 us
@@ -166,7 +150,7 @@ class LoraAdapter(nn.Module):
         if self.padding_idx is not None:  # its column of A gets no gradient, so the padding token keeps its vector
             self.A[:, self.padding_idx] = 0
         nn.init.zeros_(self.B)
-        self._set_undrawn(False)
+        remove_requirement(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraAdapter:
         def move(t: Tensor) -> Tensor:
@@ -180,29 +164,14 @@ class LoraAdapter(nn.Module):
         super()._apply(move, recurse)
         self._rebuild()
         if ".to_empty." in getattr(fn, "__qualname__", "") and not any(p.is_meta for p in self.parameters()):
-            self._set_undrawn(True)
+            self.register_forward_pre_hook(RequireWritten(self))
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.is_undrawn:  # copied parameters count their writes anew
-            vars(self)["versions"] = [p._version for p in self.parameters()]
-
-    def _set_undrawn(self, undrawn: bool) -> None:
-        """Let every use of A and B raise StateError, or not any more, without a check in the forward."""
-        if undrawn and not self.is_undrawn:
-            vars(self)["versions"] = [p._version for p in self.parameters()]
-            self.register_forward_pre_hook(_require_drawn)
-        elif self.is_undrawn and not undrawn:
-            hooks = self._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _require_drawn]:
-                del hooks[key]
-        vars(self)["is_undrawn"] = undrawn
-
-    def require_drawn(self) -> None:
-        """Raise StateError if A and B hold whatever was in memory."""
-        if self.is_undrawn:
-            _require_drawn(self)
+        if any(isinstance(hook, RequireWritten) for hook in self._forward_pre_hooks.values()):
+            remove_requirement(self)
+            self.register_forward_pre_hook(RequireWritten(self))  # copied parameters count their writes anew
 
     @torch.no_grad()
     def rescale(self, alpha: float, scaling: str) -> None:
@@ -244,49 +213,11 @@ class LoraAdapter(nn.Module):
             missing.remove(f"{prefix}s")
         self._rebuild()  # assign=True may have moved A to another device
         if all(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters()):
-            self._set_undrawn(False)
+            remove_requirement(self)
 
     def extra_repr(self) -> str:
         sizes = f"in={self.A.shape[-1]}, out={self.B.shape[-2]}, r={self.r}"
         return f"{sizes}, alpha={self.alpha:g}, scale={self.scale:g}, dropout={self.dropout:g}"
-
-
-def _require_drawn(adapter: nn.Module, *_: Any) -> None:
-    """Raise StateError unless A and B were written since `to_empty`."""
-    assert isinstance(adapter, LoraAdapter)
-    if any(p._version == before for p, before in zip(adapter.parameters(), vars(adapter)["versions"], strict=True)):
-        raise StateError(
-            "A and B hold whatever was in memory, because to_empty() gave them memory without values",
-            way_out="call reset(model), which draws A and sets B to zero, or load a state dict that has them",
-        )
-    adapter._set_undrawn(False)
-
-
-class _LostGradient:
-    """A hook on a parameter that raises StateError if a gradient would be lost.
-
-    A forward may have used the parameter before it was frozen. torch then drops its gradient in silence.
-    """
-
-    def __init__(self, adapter: LoraAdapter, name: str) -> None:
-        self.adapter, self.name = weakref.ref(adapter), name  # torch swaps no tensor that has a weak reference
-
-    __torch_unserializable__ = True  # torch would warn of a hook that a pickle leaves out
-
-    def __call__(self, grad: Tensor) -> None:
-        adapter = self.adapter()
-        p = None if adapter is None else adapter._parameters[self.name]
-        if p is not None and not p.requires_grad:
-            raise lost_gradient()
-
-
-def lost_gradient() -> StateError:
-    """Return the error of a backward that comes after its adapter was deactivated."""
-    return StateError(
-        "an adapter was deactivated between a forward and its backward, so that its gradient would be lost",
-        way_out="run the backward first; or activate every adapter that trains, and choose among them by"
-        " using(model, name), which freezes nothing",
-    )
 
 
 def _runs(slices: tuple[range, ...]) -> Parts | None:

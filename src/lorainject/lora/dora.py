@@ -29,6 +29,7 @@ from ..numerics.delta import Factors
 from ..numerics.tile_merge import sum_dtype
 from ..numerics.tiled_matmul import row_tiles
 from .adapter import LoraAdapter, delta_factors
+from .guards import require_usable
 
 CAST_SIZE = 1 << 18
 """Number of elements of a half-precision W0 that are cast to float32 at once."""
@@ -62,7 +63,7 @@ class DoraAdapter(LoraAdapter):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what `function`, which is `delta_factors` or a Term, returns for A and B, with m and b included."""
-        self.require_kept_gradients()
+        require_usable(self, self.site, args)
         if function is delta_factors:
             return self._factors(*args)
         y, x, y_is_ours = args

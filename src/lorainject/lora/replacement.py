@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..numerics.delta import Factors
 from .adapter import LoraAdapter, delta_factors
+from .guards import require_usable
 
 
 class ReplacementTensor(LoraAdapter):
@@ -41,7 +42,7 @@ class ReplacementTensor(LoraAdapter):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return the factors with the replacement in them, or function(self, *args)."""
-        self.require_kept_gradients()
+        require_usable(self, self.site, args)
         return self._factors(*args) if function is delta_factors else function(self, *args)
 
     def replace(self, W0: Tensor) -> Tensor:

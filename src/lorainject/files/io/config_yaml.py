@@ -24,6 +24,8 @@ def parse_yaml(path: Path, text: bytes) -> dict[str, Any]:
         raise FileError(f"{path} is YAML", way_out='pip install "lorainject[formats]"') from None
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """A safe loader that refuses aliases and numbers in base 60."""
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError("it has aliases, which no config needs")
