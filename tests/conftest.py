@@ -10,6 +10,7 @@ Profiles (`scripts/test --hypothesis-profile=NAME`):
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -26,3 +27,13 @@ settings.register_profile("fresh", settings.get_profile("whole"), derandomize=Fa
 def quanto_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let quanto unpack in Python, so that a test needs no compiler."""
     use_python_unpacking(monkeypatch)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -400,15 +400,6 @@ def test_merged_state_dict_is_the_bases(base):
     assert len(model.state_dict()) > len(keys)
 
 
-@pytest.fixture
-def process_group():
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_sharded_and_wrapped_models_are_refused(base, expected):
     """inject refuses a model after fully_shard or DDP; eject and merge refuse modules that were sharded since."""

@@ -553,20 +553,17 @@ def test_a_context_warns_of_adapters_that_do_not_train(model, context):
         pass
 
 
-def test_an_inactive_adapter_does_not_break_ddp(model, tmp_path):
+@pytest.mark.usefixtures("process_group")
+def test_an_inactive_adapter_does_not_break_ddp(model):
     """DistributedDataParallel trains one adapter beside a frozen one, and gives the gradients of a plain step."""
     reference = bits(torch.stack([p.detach().sum() for p in model.parameters()]))
     plain = gradients(model, contextlib.nullcontext, contextlib.nullcontext)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            model.zero_grad()
-            parallel(input_ids=X, labels=X, use_cache=False).loss.backward()
-            assert all(torch.allclose(p.grad, plain[name]) for name, p in model.named_parameters() if name in plain)
-            assert plain.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        model.zero_grad()
+        parallel(input_ids=X, labels=X, use_cache=False).loss.backward()
+        assert all(torch.allclose(p.grad, plain[name]) for name, p in model.named_parameters() if name in plain)
+        assert plain.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
     assert bits(torch.stack([p.detach().sum() for p in model.parameters()])) == reference
 
 
