@@ -12,7 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from .lora.checkpoint_region import region_being_run
 from .lora.graft import base_class
 from .lora.model_index import AdaptedSite, ModelIndex
 from .lora.weight_kinds import is_sharded
+from .numerics.modes import in_default_modes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ class Reach:
     """Names of the sites whose adapters act on the output."""
     idle: tuple[str, ...] = ()
     """Experts that got no token in this forward; other inputs may reach them. An expert of a stack has its number
-    behind
-    the name of the stack: "experts.down_proj, 3"."""
+    behind the name of the stack: "experts.down_proj, 3"."""
     dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Sites for which the sum W0 + s B A had to be formed, with the torch functions that needed it. The result is
     exact, but costs memory of the weight's size and no less time than a merge."""
@@ -47,6 +47,7 @@ class Reach:
         return "\n".join(lines)
 
 
+@in_default_modes
 def probe(model: nn.Module, *args: Any, **inputs: Any) -> Reach:
     """Run one forward and one backward, and return which adapters they reach.
 
@@ -171,11 +172,14 @@ def _gradients(
 
 
 def _plain(output: Any) -> Any:
-    """Return an output with its mappings as dicts, whose tensors torch's pytree finds however they are nested."""
+    """Return an output with its mappings and dataclasses as dicts, whose tensors torch's pytree finds however they are
+    nested."""
     if isinstance(output, Mapping):
         return {key: _plain(value) for key, value in output.items()}
     if isinstance(output, list | tuple):
         return [_plain(value) for value in output]
+    if is_dataclass(output) and not isinstance(output, type):
+        return {f.name: _plain(getattr(output, f.name, None)) for f in fields(output)}
     return output
 
 

@@ -181,7 +181,8 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     if _restore_untouched(index) and (not index.sites or name not in (None, *index.adapter_names)):
         return model
     names = () if name is None else (name,)
-    index.require_adapters("eject", *names, merged=True, lost=name is None, computed=not index.merged)
+    index.require_adapters("eject", *names, merged=True, lost=name is None, computed=not index.merged,
+                           superseded=not index.merged)  # fmt: skip
     index.require_idle("eject", names or index.adapter_names)
     problems = graft_obstacles(index)
     problems += [
@@ -248,6 +249,7 @@ def _remove(index: ModelIndex, names: Sequence[str]) -> None:
     """Take adapters off, wherever they are, and restore what carries no adapter any more."""
     for name in names:
         for state in index.states:
+            state.revision += 1
             previous = state.before.pop(name, ())
             state.before = {n: previous if was == (name,) else was for n, was in state.before.items()}
             active = previous if state.default.active == (name,) else state.default.active

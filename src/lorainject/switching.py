@@ -171,6 +171,7 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
         )
     index = ModelIndex(model)
     index.require_adapters("rescale", name)
+    index.note_change()
     for adapter in index.adapters_named(name):
         new = values[0] if scale is None else alpha_of(scale, adapter.r, adapter.scaling)
         adapter.rescale(new, adapter.scaling)
@@ -199,6 +200,7 @@ def reset(model: nn.Module, name: str | None = None) -> None:
             "cannot reset an adapter with magnitudes (DoRA) or whole tensors, which come from its file",
             way_out="eject it and load the file again, or name the adapters to reset",
         )
+    index.note_change()
     for site in index.sites.values():
         for adapter in (site.adapters[n] for n in names if n in site.adapters):
             if adapter.A.is_meta and not site.weight.is_meta:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lorainject as li
+from lorainject.lora.model_index import adapted_sites
 from lorainject.numerics.journal import TileJournal
 from lorainject.numerics.tile_merge import TileWorkspace
 
@@ -676,14 +677,26 @@ def test_an_interrupted_unmerge_is_finished_by_the_next(model, monkeypatch):
 
 
 def test_loading_a_state_dict_while_merged_is_an_error(model):
-    """torch loads before it raises; the error says what to do, and unmerge restores the state."""
-    checkpoint = copy.deepcopy(model.state_dict())
-    before = state(model)
+    """No merged weight is overwritten, so that unmerge restores the state. A copy refuses as well."""
+    checkpoint = {k: torch.full_like(v, 2) for k, v in model.state_dict().items() if ".lora." not in k}
+    W0 = {name: site.weight.clone() for name, site in adapted_sites(model).items()}
     li.merge(model)
-    with pytest.raises(RuntimeError, match=r"cannot load while merged: call unmerge\(model\) before"):
-        model.load_state_dict(checkpoint)
-    li.unmerge(model)
-    assert state(model) == before
+    twin = pickle.loads(pickle.dumps(model))
+    for merged in (model, copy.deepcopy(model), twin):
+        with pytest.raises(li.StateError, match=r"(?s)while adapters are merged.*call unmerge\(model\) first"):
+            merged.load_state_dict(checkpoint)
+        li.unmerge(merged)
+        assert all(torch.equal(site.weight, W0[name]) for name, site in adapted_sites(merged).items())
+        merged.load_state_dict(checkpoint)
+
+
+def test_a_state_dict_loads_after_a_merge_for_good_and_eject(model):
+    """What refuses to load ends with eject."""
+    li.merge(model, reversible=False)
+    with pytest.raises(li.StateError, match=r"eject\(model\)"):
+        model.load_state_dict(model.state_dict())
+    li.eject(model)
+    model.load_state_dict(model.state_dict())
 
 
 def test_the_optimizer_guard_holds_for_copies_and_ends_with_eject(model):

@@ -84,6 +84,60 @@ def test_what_is_left_can_be_saved_and_ejected(model, tmp_path, change, name):
     li.merge(model)
 
 
+class FusableAttention(nn.Module):
+    """What diffusers 0.42 does at `fuse_qkv_projections` (models/attention.py: AttentionModuleMixin)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(4, 4, bias=False) for _ in range(4))
+        self.fused_projections = False
+
+    def fuse(self) -> None:
+        self.to_qkv = nn.Linear(4, 12, bias=False).requires_grad_(False)
+        with torch.no_grad():
+            self.to_qkv.weight.copy_(torch.cat([m.weight.data for m in (self.to_q, self.to_k, self.to_v)]))
+        self.fused_projections = True
+
+    def unfuse(self) -> None:
+        del self.to_qkv
+        self.fused_projections = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.to_q, self.to_k, self.to_v)
+        q, k, v = self.to_qkv(x).chunk(3, -1) if self.fused_projections else (layer(x) for layer in layers)
+        return self.to_out(torch.softmax(q @ k.mT, -1) @ v)
+
+
+def test_layers_that_were_fused_since_are_named(tmp_path):
+    """Nothing calls to_q after fuse_qkv_projections, so that its adapter would do nothing in silence."""
+    model, x = nn.Sequential(FusableAttention()), torch.randn(2, 3, 4)
+    attention = model[0]
+    li.inject(model, ["to_q", "to_v", "to_out"])
+    randomize(model)
+    y = model(x)
+    attention.fuse()
+    for verb in (li.merge, li.parameters, lambda m: li.activate(m, "default"), lambda m: li.disabled(m).__enter__()):
+        with pytest.raises(li.StateError, match=r"(?s)0\.to_q.*0\.to_v.*unfuse_qkv_projections"):
+            verb(model)
+    li.save(model, tmp_path / "a")
+    attention.unfuse()
+    li.merge(model)
+    attention.fuse()
+    torch.testing.assert_close(model(x), y)
+    for verb in (li.unmerge, li.eject):
+        with pytest.raises(li.StateError, match=r"(?s)0\.to_q.*unfuse_qkv_projections"):
+            verb(model)
+    attention.unfuse()
+    li.eject(model)
+    attention.fuse()
+    with pytest.raises(li.TargetError, match=r"0\.to_q: nothing calls it since fuse_qkv_projections"):
+        li.inject(model, ["to_q"])
+    with pytest.raises(li.LoraError, match="fuse_qkv_projections"):
+        li.load(model, tmp_path / "a")
+    li.inject(model, ["to_out"])
+    li.eject(model)
+
+
 def test_a_model_that_lost_all_adapters_says_so():
     """Without any adapter left in the model, a verb names what was injected all the same."""
     model = li.inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), ["1"], r=1)

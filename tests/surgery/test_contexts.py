@@ -390,6 +390,36 @@ def test_a_gradient_is_not_lost_in_silence(model, checkpointed):
             model(input_ids=X, labels=X, use_cache=False).loss.backward()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [li.merge, lambda m: li.eject(m, "fr"), li.eject, lambda m: li.rescale(m, "fr", alpha=2), li.reset],
+    ids=["merge", "eject one", "eject all", "rescale", "reset"],
+)
+def test_a_checkpointed_backward_refuses_other_adapters(checkpointed, change):
+    """A backward that can no longer compute its forward again raises, and loses or alters no gradient in silence."""
+    checkpointed.train()
+    loss = checkpointed(input_ids=X, labels=X, use_cache=False).loss
+    change(checkpointed)
+    with pytest.raises(li.StateError, match="between a forward with gradient checkpointing and its backward"):
+        loss.backward()
+
+
+def test_a_checkpointed_backward_works_after_unmerge(checkpointed):
+    """The weights are those of the forward again."""
+    checkpointed.train()
+    grads = []
+    for detour in (False, True):
+        loss = checkpointed(input_ids=X, labels=X, use_cache=False).loss
+        if detour:
+            li.merge(checkpointed)
+            li.unmerge(checkpointed)
+        checkpointed.zero_grad()
+        loss.backward()
+        grads.append({n: p.grad.clone() for n, p in checkpointed.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() != set()
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
 def test_a_recomputation_in_another_thread_makes_the_choice_of_its_forward(checkpointed):
     """Autograd runs the backward of CUDA tensors in a thread that has no context."""
 

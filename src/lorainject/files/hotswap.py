@@ -80,6 +80,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     sites = match_sites(index, file, weights, None, problems)
     if check_base:
         require_base(file, weights, sites)
+    index.note_change()
     with torch.no_grad(), defer_interrupt():
         for place, adapter in adapters.items():
             _fill(adapter, values.get(place))

@@ -72,7 +72,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         way_out = "leave format out, or write other formats with read and write, or convert"
         raise FileError(f"format must be 'lorainject' or 'peft', not {format!r}", way_out=way_out)
     index = ModelIndex(model)
-    index.require_adapters("save", name, merged=True, nested=True, lost=True)
+    index.require_adapters("save", name, merged=True, nested=True, lost=True, superseded=True)
     _warn_of_pipeline_stage(index)
     if index.lost:
         warnings.warn(

@@ -29,14 +29,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
 
-from .checkpoint_region import choices_in, region_being_run, region_being_run_again, regions_being_run
-from .guards import lost_gradient
+from .checkpoint_region import (
+    check_before_second_run,
+    choices_in,
+    region_being_run,
+    region_being_run_again,
+    regions_being_run,
+)
+from .guards import changed_forward, lost_gradient
 from .kernels.per_row import RowAssignment
 
 
@@ -125,6 +132,8 @@ class AdapterState:
     """The adapters that are active where the caller has not chosen otherwise."""
     merged: tuple[str, ...] = ()
     """The adapters that are merged into the weights. While there are any, every module has its original class."""
+    revision: int = 0
+    """How often adapters were taken off, rescaled, reset or swapped."""
     before: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """For every adapter on the model, which adapters were active when it was added. `eject` activates them again."""
     root: weakref.ref[nn.Module] | None = None
@@ -225,8 +234,14 @@ class AdapterState:
             for region in regions_being_run():
                 first = newest([context for context in contexts if region not in context.regions])
                 trained = [name for name in first.names if name in self.default.active]
-                choices_in(region).setdefault(self, (first, trained))
+                if choices_in(region).setdefault(self, (first, trained))[1] is trained:
+                    check_before_second_run(region, partial(self._require_revision, self.revision))
         return newest(contexts)
+
+    def _require_revision(self, revision: int) -> None:
+        """Raise StateError if the adapters are merged, or not those of this revision any more."""
+        if self.merged or self.revision != revision:
+            raise changed_forward()
 
 
 @contextmanager

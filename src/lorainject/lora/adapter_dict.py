@@ -123,11 +123,6 @@ class AdapterDict(nn.Module):
         errors: list[str],
     ) -> None:
         """Accept a checkpoint of the base, which has no adapter keys; report missing keys of one that has some."""
-        if self.state.merged:
-            errors.append(
-                f"{prefix[:-1]}: cannot load while merged: call unmerge(model) before load_state_dict. torch has"
-                " written the weights all the same, so load the base model again"
-            )
         if self.state.loading is None or self.state.loading.missing_keys is not missing:
             self.state.loading = StateDictLoad(missing)
         loading = self.state.loading

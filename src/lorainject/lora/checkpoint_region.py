@@ -13,7 +13,7 @@ elsewhere, no region is found, and a test says so (tests/surgery/test_contexts.p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, GeneratorType
 from typing import Any
 
@@ -58,6 +58,19 @@ def region_being_run_again() -> object | None:
     if _current_graph_task_id() == -1:
         return None
     return next(_local_variables(backward="ctx", unpack_hook="frame"), None)
+
+
+def check_before_second_run(region: object, check: Callable[[], None]) -> None:
+    """Call `check` before a region runs for the second time."""
+    attribute = "recompute_fn" if isinstance(region, _CheckpointFrame) else "run_function"
+    run = getattr(region, attribute, None)
+    if run is not None:
+
+        def checked_run(*args: Any) -> Any:
+            check()
+            return run(*args)
+
+        setattr(region, attribute, checked_run)
 
 
 def _local_variables(**names: str) -> Iterator[Any]:

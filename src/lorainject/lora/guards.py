@@ -22,7 +22,8 @@ def require_usable(adapter: nn.Module, site: str, args: Sequence[Any]) -> None:
     if any(p.is_meta for p in parameters) and any(isinstance(t, Tensor) and not t.is_meta for t in args):
         raise StateError(
             f"{site}: A and B are on the meta device, where they have no values",
-            way_out="call reset(model), which draws A and sets B to zero on the device of the weight, or hotswap",
+            way_out="call reset(model), which draws A and sets B to zero on the device of the weight; or"
+            " hotswap(model, path), for the values of a file",
         )
     hook = None if torch.compiler.is_compiling() else adapter.__dict__.get("_hf_hook")
     if hook is None or not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters):
@@ -54,7 +55,8 @@ class RequireWritten:
         if not self.is_met(adapter):
             raise StateError(
                 "A and B hold whatever was in memory, because to_empty() gave them memory without values",
-                way_out="call reset(model), which draws A and sets B to zero, or load a state dict that has them",
+                way_out="call reset(model), which draws A and sets B to zero; or load a state dict that has them; or"
+                " hotswap(model, path), for the values of a file",
             )
         remove_requirement(adapter)
 
@@ -89,10 +91,27 @@ class LostGradient:
             raise lost_gradient()
 
 
+def refuse_to_load(module: nn.Module, *_: Any) -> None:
+    """Raise StateError: the hook of a merged module, which must not be overwritten before it is unmerged."""
+    raise StateError(
+        "cannot load a state dict while adapters are merged: neither unmerge nor the file would give W0 + s B A then",
+        way_out="call unmerge(model) first; after merge(reversible=False), eject(model)",
+    )
+
+
 def lost_gradient() -> StateError:
     """Return the error of a backward that comes after its adapter was deactivated."""
     return StateError(
         "an adapter was deactivated between a forward and its backward, so that its gradient would be lost",
         way_out="run the backward first; or activate every adapter that trains, and choose among them by"
         " using(model, name), which freezes nothing",
+    )
+
+
+def changed_forward() -> StateError:
+    """Return the error of a checkpointed backward that can no longer compute what its forward computed."""
+    return StateError(
+        "adapters were merged, ejected, rescaled or swapped between a forward with gradient checkpointing and its"
+        " backward, which runs that forward again",
+        way_out="run the backward first, or unmerge",
     )

@@ -25,7 +25,7 @@ from .active import ALL_CONTEXTS, ROOTS, AdapterState, ModuleStructure, open_con
 from .adapter import LoraAdapter
 from .adapter_dict import AdapterDict
 from .replacement import ReplacementTensor
-from .weight_kinds import weight_shape
+from .weight_kinds import superseded_layers, weight_shape
 
 WeightKey = tuple[int, str]
 """The id of a module and the name of a parameter in it."""
@@ -175,6 +175,11 @@ class ModelIndex:
         weight_norm take the parameter out of the module."""
         return [name for name, site in self.sites.items() if site.adapters.parameter not in site.module._parameters]
 
+    def note_change(self) -> None:
+        """Note that adapters have other values than the forwards used whose backward may still come."""
+        for state in self.states:
+            state.revision += 1
+
     def require_ready(
         self,
         verb: str,
@@ -184,6 +189,7 @@ class ModelIndex:
         part: bool = False,
         lost: bool = False,
         computed: bool = False,
+        superseded: bool = False,
     ) -> None:
         """Raise StateError if `verb` must not act on the model now.
 
@@ -194,6 +200,7 @@ class ModelIndex:
             part: Allow the model to be a part of a larger model that was injected as a whole.
             lost: Allow sites that were injected to be missing.
             computed: Allow weights that are computed from other parameters.
+            superseded: Allow layers that diffusers has replaced by a fused one.
         """
         if self.computed and not computed:
             raise StateError(
@@ -201,6 +208,14 @@ class ModelIndex:
                 " spectral_norm or weight_norm):",
                 self.computed,
                 'undo that first, as by torch.nn.utils.prune.remove(module, "weight")',
+            )
+        idle = [] if superseded else self._superseded()
+        if idle:
+            raise StateError(
+                f"cannot {verb}: fuse_qkv_projections() has put one layer in the place of these layers, which nothing"
+                " calls any more:",
+                idle,
+                "call unfuse_qkv_projections() first. To fuse a model with its adapters, call merge(model) before",
             )
         if self.lost and not lost:
             raise StateError(
@@ -223,6 +238,11 @@ class ModelIndex:
                 f"cannot {verb} while {', '.join(map(repr, self.merged))} is merged",
                 way_out="call unmerge(model) first",
             )
+
+    def _superseded(self) -> list[str]:
+        """Return the names of the sites on layers that diffusers has replaced by a fused one."""
+        idle = {id(layer) for _, module in self.walked for layer in superseded_layers(module)}
+        return [name for name, site in self.sites.items() if id(site.module) in idle]
 
     def require_idle(self, verb: str, names: Collection[str] | None = None) -> None:
         """Raise StateError if anybody has a context open that `verb` would make wrong.

@@ -14,6 +14,7 @@ from torch import nn
 from .adapter_dict import AdapterDict, child_name
 from .forward_graft import LoraForward
 from .graft import Graft, base_class, change_class, graft_obstacle, grafted_class
+from .guards import refuse_to_load
 from .head_graft import LoraHead, LoraHeadReader
 from .lazy_weight_ops import teach_dynamo
 from .model_index import ModelIndex
@@ -125,10 +126,16 @@ def graft_obstacles(index: ModelIndex) -> list[str]:
 
 
 def set_grafted(index: ModelIndex, on: bool) -> None:
-    """Give every grafted module the grafted class, or, if not `on`, the class that it had before."""
+    """Give every grafted module the grafted class, or, if not `on`, the class that it had before: it is merged then,
+    and loads no state dict."""
     for site in index.sites.values():
         for module in site.modules:
             remove_stale_shadows(module)
+            hooks = module._load_state_dict_pre_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is refuse_to_load]:
+                del hooks[key]
+            if not on:
+                module.register_load_state_dict_pre_hook(refuse_to_load)
     for module in grafted_modules(index).values():
         _set_class(module, on)
 

@@ -68,6 +68,13 @@ MATRIX = Kind(name="matrix")
 WHOLE = Kind(name="whole")
 """A parameter that can be replaced as a whole, but cannot carry A and B: a bias, the weight of a norm."""
 KINDS = {kind.name: kind for kind in (*LAYERS, *STACKS, MATRIX, WHOLE)}
+FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""The layers that `fuse_projections` of diffusers' attention modules puts in the place of others (diffusers 0.42,
+models/attention.py)."""
 
 
 def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:
@@ -147,6 +154,15 @@ def why_not_numbers(module: nn.Module, parameter: str = "weight") -> str | None:
         return None
     supported = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
     return f"its weight is {weight.dtype}: only {supported} are supported"
+
+
+def superseded_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a module that are still in it, but that diffusers' `fuse_qkv_projections` has replaced."""
+    if not vars(module).get("fused_projections"):
+        return []
+    children = module._modules
+    names = [name for fused in FUSED_PROJECTIONS if fused in children for name in FUSED_PROJECTIONS[fused]]
+    return [child for name in names if (child := children.get(name)) is not None]
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from ..lora.adapter_dict import adapters_of, child_name
 from ..lora.graft import base_class, graft_obstacle
 from ..lora.model_index import ModelIndex
 from ..lora.ranks import data_parallel_wrapper
-from ..lora.weight_kinds import is_quantized, weight_shape, why_unsupported
+from ..lora.weight_kinds import is_quantized, superseded_layers, weight_shape, why_unsupported
 from ..plan import Plan, Site
 from ..spec import LoraSpec, Override, Target, spec_from_arguments
 from .matcher import Matcher, WeightMatch, is_pattern, split_slices
@@ -43,14 +43,18 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     Args:
         model: The model to search. It may be on the meta device.
         targets: The weights to adapt: names, patterns, roles or keywords. The grammar is documented at
-        LoraSpec.targets. r: Rank. alpha: Numerator of the scale s = alpha / r. None means alpha = r. dropout:
-        Probability of zeroing an element of an adapter's input in training mode. exclude: Weights to leave out, in the
-        grammar of `targets`. layers: Layer numbers that limit `targets`. None means all layers. scaling: "standard" for
-        s = alpha / r, "rslora" for s = alpha / sqrt(r). init: Initial values of A: "kaiming" or "gaussian". dtype:
-        Dtype of A and B. None means float32, or float64 for a float64 weight. overrides: Another r or alpha for some of
-        the sites, as {"k_proj": {"r": 4}} or a list of Override. name: Name of the adapter, 1 to 64 letters, digits,
-        "_" or "-". No other adapter of the model may have it. spec: All settings but the name as one LoraSpec, instead
-        of the arguments above.
+            LoraSpec.targets.
+        r: Rank.
+        alpha: Numerator of the scale s = alpha / r. None means alpha = r.
+        dropout: Probability of zeroing an element of an adapter's input in training mode.
+        exclude: Weights to leave out, in the grammar of `targets`.
+        layers: Layer numbers that limit `targets`. None means all layers.
+        scaling: "standard" for s = alpha / r, or "rslora" for s = alpha / sqrt(r).
+        init: Initial values of A: "kaiming" or "gaussian".
+        dtype: Dtype of A and B. None means float32, or float64 for a float64 weight.
+        overrides: Another r or alpha for some of the sites, as {"k_proj": {"r": 4}} or a list of Override.
+        name: Name of the adapter, 1 to 64 letters, digits, "_" or "-". No other adapter of the model may have it.
+        spec: All settings but the name as one LoraSpec, instead of the arguments above.
 
     Returns:
         The plan: the sites with their settings. It prints as a table.
@@ -58,8 +62,7 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
     Raises:
         SpecError: A setting is invalid.
         TargetError: An entry matches nothing, or matches a module that cannot carry an adapter; or the model is
-        wrapped, or
-            already has an adapter with this name. The error lists every problem, with the nearest names.
+            wrapped, or already has an adapter with this name. The error lists every problem, with the nearest names.
     """
     spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers,
                                scaling=scaling, init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
@@ -125,6 +128,8 @@ def why_unsuitable(weight: ModelWeight, label: str = "") -> str | None:
         return f"the module already has an attribute `{child}`, not from lorainject (another library's adapter?)"
     if (reason := why_unsupported(module, weight.parameter)) is not None:
         return reason
+    if any(module in superseded_layers(owner) for owner in weight.owners):
+        return "nothing calls it since fuse_qkv_projections() was called: call unfuse_qkv_projections() first"
     if weight.written_by and not is_quantized(module):  # bitsandbytes moves the codes, which merging/ knows
         return f"the forward of {weight.written_by} writes to it, which would undo a merge or scale the adapter wrongly"
     for reader in weight.readers:
