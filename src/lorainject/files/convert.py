@@ -25,6 +25,7 @@ from .formats.pairs import other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
 from .io.regular_file import as_path
+from .read_back import require_same
 from .record import AdapterFile, payload_problems
 from .rename import rename_for_model, select_component
 
@@ -118,7 +119,8 @@ def write(
     """Write a record atomically in a format of `li.FORMATS`, or in the form that an engine of `li.ENGINES` serves
     correctly.
 
-    What has no place in the format is converted where an exact form exists.
+    What has no place in the format is converted where an exact form exists. What was written is read again and compared
+    with the record before it is put in place (read_back.py), which takes the time and the space of a second copy.
 
     Args:
         file: The record.
@@ -132,7 +134,8 @@ def write(
         What was written, rewritten and left out.
 
     Raises:
-        FileError: All that has no place in the format, or that `hints` must tell. Nothing was written.
+        FileError: All that has no place in the format, that its reader would take for something else, or that `hints`
+            must tell. Nothing was written.
         SpecError: There is no such format or engine, or both were given.
     """
     if format is not None and engine is not None:
@@ -156,7 +159,9 @@ def write(
     if not fit.sites:
         raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
     _check_path(path, form)
-    files = form.write(fit, path, hints)
+    written = form.write(fit, path, hints)
+    files = {place: pieces if pieces is None else list(pieces) for place, pieces in written.items()}
+    require_same(file, fit, form, files, path, hints)
     if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
         raise FileError(
             f"{path} holds another adapter, which would be mixed up with this one:", others, "give another directory"

@@ -20,7 +20,8 @@ FEATURES: dict[str, Callable[[StoredSite], bool]] = {
     "slices": lambda s: s.rows is not None,
     "stacks": lambda s: s.A.ndim == 3,
     "embeddings": lambda s: s.embedding,
-    "convolutions": lambda s: s.kind in ("conv", "conv^T"),
+    "convolutions": lambda s: s.kind == "conv",
+    "transposed convolutions": lambda s: s.kind == "conv^T",
     "parameters": lambda s: s.parameter != "weight" and s.A.ndim == 2,
     "magnitudes": lambda s: s.magnitude is not None and s.magnitude_axis == "out",
     "magnitudes by input": lambda s: s.magnitude is not None and s.magnitude_axis == "in",
@@ -57,7 +58,8 @@ class Format:
     instead: str = "choose another format (lorainject holds everything), or lossy=True to leave these out"
     """The next step for what has no place in it."""
     asks: tuple[str, ...] = ()
-    """The hints that reading such a file needs, because it does not hold them."""
+    """The hints that reading such a file needs, because it does not hold them: "alpha", "heads", "groups", and "model"
+    for names and kinds of layers."""
 
     def takes(self, name: str) -> bool:
         """True if a whole tensor of this site name has a place in the format."""

@@ -97,17 +97,20 @@ def slices_to_whole(sites: Sequence[StoredSite]) -> tuple[StoredSite, ...]:
 
 def _join_slices(slices: Sequence[StoredSite]) -> StoredSite:
     first, r = slices[0], sum(s.r for s in slices)
-    stack, out, _ = KINDS[first.kind].sizes(first.shape)
-    B = first.B.new_zeros(checked_shape(first.name, *stack, out, r))
-    start = 0
-    for s in slices:
-        factor = s.scale / first.scale
-        part = s.B if factor == 1 else (s.B.double() * factor).to(s.B.dtype)
-        B[..., _indices(s.rows or (range(out),)), start : start + s.r] = part
-        start += s.r
+    _, out, _ = KINDS[first.kind].sizes(first.shape)
     alpha = first.scale * (math.sqrt(r) if first.scaling == "rslora" else r)
     A = concat(first.path, [s.A for s in slices], -2)
+    B = concat(first.path, [on_rows(with_scale_folded(s, first.scale), out) for s in slices], -1)
     return replace(first, label="", rows=None, A=A, B=B, alpha=alpha)
+
+
+def on_rows(s: StoredSite, out: int) -> Tensor:
+    """Return B (*stack, out, r) of a slice for the whole weight with `out` rows: zero outside of the slice."""
+    if s.rows is None:
+        return s.B
+    B = s.B.new_zeros(checked_shape(s.name, *s.B.shape[:-2], out, s.r))
+    B[..., _indices(s.rows), :] = s.B
+    return B
 
 
 def split_rows(s: StoredSite, rows: Mapping[str, Sequence[range]]) -> list[StoredSite]:

@@ -45,7 +45,8 @@ class ModelWeight:
     written_by: str = ""
     """The class whose forward writes to the weight; empty if none does."""
     bypassed: bool = False
-    """True if a reader never calls the module, so that an adapter on its forward alone, as PEFT's, does nothing."""
+    """True if a reader computes with the weight and never calls the module, so that an adapter on its forward alone,
+    as PEFT's, does nothing."""
     named: bool = False
     """True if a target named the weight itself ("q_proj.weight"), so that all of `owners` count as readers."""
     owners: tuple[nn.Module, ...] = field(default=(), repr=False)
@@ -218,7 +219,7 @@ class _Reads:
         self.multiplied: set[WeightKey] = set()
         """The weights that are operands of products."""
         self.bypassed: set[WeightKey] = set()
-        """The weights whose reader never calls their module."""
+        """The weights whose reader computes with them and never calls their module."""
         self.writers: dict[WeightKey, str] = {}
         """For each weight that a forward writes to, the name of the class with that forward."""
         for reader in modules:
@@ -232,7 +233,8 @@ class _Reads:
                 key = id(owner), parameter
                 if owner is not reader:
                     self.readers.setdefault(key, []).append(reader)
-                    if "@" in use.products.get(name, ()) or name.rpartition(".")[0] not in use.calls:
+                    is_called = name.rpartition(".")[0] in use.calls
+                    if "@" in use.products.get(name, ()) or not (is_called or name in use.maintained):
                         self.bypassed.add(key)
                 if name in use.products:
                     self.multiplied.add(key)

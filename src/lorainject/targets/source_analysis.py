@@ -49,6 +49,9 @@ class WeightUse:
 
     reads: frozenset[str] = frozenset()
     """The names whose value is used: "q_proj.weight", "gate_up_proj", "layers.*.weight"."""
+    maintained: frozenset[str] = frozenset()
+    """Those of `reads` that are only in methods under torch.no_grad that `forward` does not call, and in no product:
+    such methods maintain a module, as diffusers' fuse_projections."""
     products: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """For each name that is an operand of products, the functions that multiply it: "linear", "einsum", "@"."""
     calls: frozenset[str] = frozenset()
@@ -89,7 +92,10 @@ def _analyze(cls: type[nn.Module]) -> WeightUse:
         for method in _forward_methods(base):
             visitor.visit_method(method)
     products = {name: frozenset(functions) for name, functions in visitor.products.items()}
-    return WeightUse(frozenset(visitor.reads), products, frozenset(visitor.calls), frozenset(visitor.forward_writes()))
+    return WeightUse(
+        frozenset(visitor.reads), frozenset(visitor.maintained_reads()), products, frozenset(visitor.calls),
+        frozenset(visitor.forward_writes()),
+    )  # fmt: skip
 
 
 def _forward_methods(cls: type) -> list[ast.FunctionDef]:
@@ -147,22 +153,37 @@ class _MethodVisitor(ast.NodeVisitor):
         self.products: dict[str, set[str]] = {}
         self.calls: set[str] = set()
         self.by_method: dict[str, tuple[set[str], set[str]]] = {}  # what each method calls, and what it writes to
+        self.reads_by_method: dict[str, set[str]] = {}
+        self.without_grad: set[str] = set()  # the methods under torch.no_grad
         self.local_names: dict[str, str] = {}  # local variable -> dotted name from `self`
 
     def forward_writes(self) -> set[str]:
         """Return what is written to by `forward` and the methods that it calls."""
+        return {name for method in self._reached() for name in self.by_method[method][1]}
+
+    def maintained_reads(self) -> set[str]:
+        """Return what only methods under torch.no_grad read that `forward` does not call, and nothing multiplies."""
+        maintenance = self.without_grad - self._reached()
+        elsewhere = (reads for method, reads in self.reads_by_method.items() if method not in maintenance)
+        return self.reads - set().union(self.products, *elsewhere)
+
+    def _reached(self) -> set[str]:
+        """Return `forward` and the methods that it calls."""
         reached, waiting = set(), ["forward"]
         while waiting:
             if (name := waiting.pop()) in self.by_method and name not in reached:
                 reached.add(name)
                 waiting += self.by_method[name][0]
-        return {name for method in reached for name in self.by_method[method][1]}
+        return reached
 
     def visit_method(self, method: ast.FunctionDef) -> None:
         """Read one method, whose first argument is the module."""
         arguments = [*method.args.posonlyargs, *method.args.args]
         self.local_names = {arguments[0].arg: ""} if arguments else {}
         self.method_calls, self.writes = self.by_method.setdefault(method.name, (set(), set()))
+        self.method_reads = self.reads_by_method.setdefault(method.name, set())
+        if any("no_grad" in ast.unparse(decorator) for decorator in method.decorator_list):
+            self.without_grad.add(method.name)
         for statement in method.body:
             self.visit(statement)
 
@@ -227,7 +248,7 @@ class _MethodVisitor(ast.NodeVisitor):
         if node.attr in METADATA:
             return
         if isinstance(node.ctx, ast.Load) and (name := self.dotted_name(node)):
-            self.reads.add(name)
+            self._add_read(name)
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
@@ -255,5 +276,9 @@ class _MethodVisitor(ast.NodeVisitor):
             if not (name := self.dotted_name(operand)):
                 continue
             for read in {name, name.removesuffix(".*")}:  # an index takes a part of a parameter, or a member of a list
-                self.reads.add(read)
+                self._add_read(read)
                 self.products.setdefault(read, set()).add(function)
+
+    def _add_read(self, name: str) -> None:
+        self.reads.add(name)
+        self.method_reads.add(name)

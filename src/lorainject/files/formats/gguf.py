@@ -164,4 +164,4 @@ def _add_tensor(writer: Any, name: str, t: Tensor) -> None:
 
 
 FORMAT = Format(name="gguf", library="gguf 0.19.0", claims=claims, read=read, write=write, scales="alpha",
-                suffix=".gguf", asks=("heads",), holds=frozenset({"embeddings"}))  # fmt: skip
+                suffix=".gguf", asks=("heads", "model"), holds=frozenset({"embeddings"}))  # fmt: skip

@@ -82,7 +82,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     problems = []
     sites = [transforms.to_standard_scaling(s) for s in file.sites]
     for s in sites:
-        name = s.path if file.namespace == "kohya" else _flat_name(s.path, file, hints)
+        name = s.path if file.namespace == "kohya" else flat_name(s.path, file, hints)
         if paths.setdefault(name, s.path) != s.path:
             problems.append(f"{s.path} and {paths[name]} are both {name}")
         kernel = s.shape[2:] if s.kind == "conv" else ()
@@ -105,7 +105,7 @@ def _common_value(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "Dynamic"
 
 
-def _flat_name(path: str, file: AdapterFile, hints: Hints) -> str:
+def flat_name(path: str, file: AdapterFile, hints: Hints) -> str:
     component, is_pipeline = hints.component, file.namespace == "pipeline"
     if is_pipeline:
         component, _, path = path.partition(".")

@@ -122,5 +122,5 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
 
 
 FORMAT = Format(name="loralib", library="loralib 0.1.2", claims=claims, read=read, write=write, scales="alpha",
-                suffix=".pt", asks=("alpha", "groups"),
+                suffix=".pt", asks=("alpha", "groups", "model"),
                 holds=frozenset({"slices", "embeddings", "whole tensors"}))  # fmt: skip
