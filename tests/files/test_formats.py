@@ -259,7 +259,13 @@ def test_a_directory_holds_one_adapter_only(tmp_path):
 def test_a_stack_of_experts_becomes_linears_or_mlx_lms_stacks(tmp_path):
     """A format without stacks gets one linear per expert and part; mlx-lm's writer stacks these as its switch_mlp."""
     file = li.read(FIXTURES / "peft_params")
-    stack = replace(file, sites=tuple(replace(s, path="mlp.experts") for s in file.sites if s.path == "experts"))
+    stacks = [replace(s, path="mlp.experts") for s in file.sites if s.path == "experts"]
+    with pytest.raises(li.FileError, match=r"which rows are gate and up:\n  - mlp\.experts\.gate_up_proj\n=> .*model="):
+        li.write(replace(file, sites=tuple(stacks)), tmp_path / "a", format="mlx")
+    half = next(s.B.shape[1] // 2 for s in stacks if s.parameter == "gate_up_proj")
+    parts = {"gate": (range(half),), "up": (range(half, 2 * half),)}
+    sites = [replace(s, parts=parts) if s.parameter == "gate_up_proj" else s for s in stacks]
+    stack = replace(file, sites=tuple(sites))
     done = li.write(stack, tmp_path / "a", format="mlx")
     assert "mlp.experts.3.up_proj" in {s.path for s in done.file.sites}
     keys = load_file(tmp_path / "a" / "adapters.safetensors").keys()

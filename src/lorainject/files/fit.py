@@ -54,6 +54,13 @@ def fit_record(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFil
     if "slices" not in form.holds and any(map(FEATURES["slices"], sites)):
         sites = _without_slices(sites, form)
     if "stacks" not in form.holds:
+        if unknown := [s.name for s in sites if _is_layout_unknown(s)]:
+            raise FileError(
+                f"{form.name} has one linear per expert, and the file does not tell how these stacks of experts are"
+                " stored, or which rows are gate and up:",
+                unknown,
+                "read it with the model, which tells: hints=Hints(model=...)",
+            )
         sites = tuple(part for s in sites for part in (_split_stack(s) if s.A.ndim == 3 else [s]))
     beyond = {s.name: [what for what, has in FEATURES.items() if what not in form.holds and has(s)] for s in sites}
     lost = [f"{name}: {what}" for name, features in beyond.items() for what in features]
@@ -97,20 +104,30 @@ def _without_slices(sites: Sequence[StoredSite], form: Format) -> tuple[StoredSi
 def _split_stack(s: StoredSite) -> list[StoredSite]:
     """Return a stack as one linear per expert and part; the site itself if no library names its parts.
 
-    Stacks with interleaved gate and up (gpt-oss) have no parts in consecutive rows and are stored transposed.
+    Checkpoints have gate and up one after the other. Where they alternate (gpt-oss) or are stored transposed, no
+    library has linears for the experts.
     """
     names = EXPERTS.get(s.parameter)
-    if names is None or s.kind != "experts" or s.rows is not None or s.B.shape[-2] % len(names):
+    if names is None or s.kind != "experts" or s.rows is not None or _is_layout_unknown(s):
+        return [s]
+    half = s.B.shape[-2] // 2
+    if len(names) == 2 and dict(s.parts) != {"gate": (range(half),), "up": (range(half, 2 * half),)}:
         return [s]
     experts = transforms.split_experts(s, [f"{s.path}.{e}" for e in range(len(s.A))])
     if len(names) == 1:
         return [replace(expert, path=f"{expert.path}.{names[0]}") for expert in experts]
-    half = s.B.shape[-2] // 2
     parts = []
     for expert in experts:
         gate, up = (f"{expert.path}.{name}" for name in names)
         parts += transforms.split_rows(expert, {gate: [range(half)], up: [range(half, 2 * half)]})
     return parts
+
+
+def _is_layout_unknown(s: StoredSite) -> bool:
+    """True if the record does not tell how a stack of experts is stored, or which of its rows are gate and up."""
+    is_stack = s.A.ndim == 3 and s.parameter in EXPERTS
+    is_split = s.kind == "experts" and len(EXPERTS.get(s.parameter, ())) > 1
+    return is_stack and (not s.shape or (is_split and not s.parts))
 
 
 def _with_common_scales(sites: Sequence[StoredSite], rule: str) -> tuple[StoredSite, ...]:

@@ -46,6 +46,9 @@ class StoredSite:
     """A name in weight_kinds.KINDS. Most formats do not tell "linear" from "linear^T"."""
     shape: tuple[int, ...] = ()
     """Shape of the whole weight as stored; empty if the file does not tell."""
+    parts: Mapping[str, tuple[range, ...]] = field(default_factory=dict)
+    """For a stack of experts, the rows of each part of an expert: {"gate": ..., "up": ...}; empty if the stack has no
+    parts, or if the file does not tell."""
     named: bool = False
     """True if the weight itself was named as a target, so that every module that has this weight reads the sum."""
     peft: bool = True

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import FileError
 from ..lora.model_index import ModelIndex
+from ..lora.weight_kinds import weight_shape
 from ..plan import site_name
 from ..targets.model_weights import ModelWeight, model_weights
 from . import transforms
@@ -54,20 +55,24 @@ def select_component(file: AdapterFile, component: str) -> AdapterFile:
 def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
     """Return the file with the model's names for its sites. A site without a counterpart in the model keeps its name.
 
-    Files that lorainject wrote under a model's own names are returned as they are.
+    The names in files that lorainject wrote under a model's own names are kept. Stacks of experts get the parts that
+    the model's stacks have.
 
     Raises:
         FileError: If two names in the file mean the same weight, or one name can mean two modules.
     """
-    if file.format == "lorainject" and file.namespace == "hf":
-        return file
     model, modules = index.model, index.modules
-    if all(
-        s.path in modules and s.parameter in modules[s.path]._parameters and (s.kind == "embedding" or not s.shape)
+    is_native, has_stacks = file.format == "lorainject" and file.namespace == "hf", any(s.A.ndim == 3 for s in file.sites)
+    if (is_native and not has_stacks) or all(
+        s.path in modules
+        and s.parameter in modules[s.path]._parameters
+        and (s.kind == "embedding" or not (s.shape or s.A.ndim == 3))
         for s in file.sites
     ):
         return replace(file, namespace="hf")
     by_name = {name: w for w in model_weights(index) for name in w.names}
+    if is_native:
+        return replace(file, sites=tuple(_with_parts(s, by_name.get(_weight_name(s))) for s in file.sites))
     if all(
         s.path.startswith(COMFYUI_PREFIX) and s.path.removeprefix(COMFYUI_PREFIX) not in by_name for s in file.sites
     ):
@@ -103,7 +108,16 @@ def _with_model_kind(s: StoredSite, w: ModelWeight | None) -> StoredSite:
         return replace(s, kind="linear", shape=())
     if w is not None and s.kind == "linear" and w.kind.name == "linear^T" and s.shape:
         return replace(s, kind="linear^T", shape=s.shape[::-1])
-    return s
+    return _with_parts(s, w)
+
+
+def _with_parts(s: StoredSite, w: ModelWeight | None) -> StoredSite:
+    """Return a stack of experts with the kind and the parts that the model's stack has, if the file tells neither."""
+    if w is None or s.A.ndim != 3 or not w.kind.stacked or s.label:
+        return s
+    if s.shape:
+        return replace(s, parts=w.parts) if s.kind == w.kind.name else s
+    return replace(s, kind=w.kind.name, shape=weight_shape(w.module, w.parameter), parts=w.parts)
 
 
 # --- changes of names alone -------------------------------------------------------------------------------------------
@@ -256,7 +270,7 @@ def _site_on_rows(w: ModelWeight, rows: range, experts: Mapping[int, StoredSite]
         A = _stack_experts([equal[e].A if e in equal else None for e in range(shape[0])])
         B = _stack_experts([equal[e].B if e in equal else None for e in range(shape[0])])
     return replace(like, path=w.paths[0], parameter=w.parameter, label=label, rows=(rows,) if label else None,
-                   kind=w.kind.name, shape=shape, A=A, B=B)  # fmt: skip
+                   kind=w.kind.name, shape=shape, parts=w.parts if len(shape) == 3 else {}, A=A, B=B)  # fmt: skip
 
 
 def _stack_experts(tensors: list[Tensor | None]) -> Tensor:

@@ -135,7 +135,7 @@ def _indices(rows: Sequence[range]) -> Tensor:
 
 def split_experts(s: StoredSite, paths: Sequence[str]) -> list[StoredSite]:
     """Return the experts of a stack as linears at these paths."""
-    linear = replace(s, parameter="weight", kind="linear", shape=(), named=False)
+    linear = replace(s, parameter="weight", kind="linear", shape=(), named=False, parts={})
     return [replace(linear, path=path, A=A, B=B) for path, A, B in zip(paths, s.A, s.B, strict=True)]
 
 

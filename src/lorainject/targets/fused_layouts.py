@@ -22,6 +22,9 @@ from ..lora.graft import base_class
 
 Parts = dict[str, tuple[range, ...]]
 """The rows of each part, by its name."""
+STORED_UNMARKED = frozenset({"llama4.Llama4TextExperts"})
+"""Classes whose stacks are stored (E, in, out) without transformers' mark for it. What their kind calls rows are inputs,
+so that gate and up are no rows."""
 
 
 def fused_parts(model_config: Any, owner: nn.Module, leaf: str, out: int) -> Parts | None:
@@ -45,6 +48,26 @@ def fused_parts(model_config: Any, owner: nn.Module, leaf: str, out: int) -> Par
         layout = row.layout(ConfigFacts(owner, getattr(owner, "config", None), model_config))
     except LookupError:
         return None
+    return layout.rows(out) if layout is not None else None
+
+
+def stacked_parts(package: str, leaf: str, out: int) -> Parts | None:
+    """Return the rows of each part of a stack of experts by the package of its model in transformers.
+
+    Args:
+        package: Name of the package, such as "qwen3_moe".
+        leaf: Name of the stack in its module.
+        out: Number of rows of one expert.
+
+    Returns:
+        As `fused_parts`. None if the table has no stack of this name in the package, or several.
+    """
+    rows = {id(row): row for (name, cls), row in _ROWS.items()
+            if name == leaf and cls.startswith(f"{package}.") and cls.endswith("Experts")}  # fmt: skip
+    if len(rows) != 1 or any(cls.startswith(f"{package}.") for cls in STORED_UNMARKED):
+        return None
+    (row,) = rows.values()
+    layout = row.layout(ConfigFacts())
     return layout.rows(out) if layout is not None else None
 
 

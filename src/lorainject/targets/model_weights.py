@@ -19,7 +19,7 @@ from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import MATRIX, STACKS, Kind, has_standard_forward, is_quantized, kind_of, weight_shape
 from ..plan import site_name
-from .fused_layouts import Parts, fused_parts
+from .fused_layouts import STORED_UNMARKED, Parts, class_name, fused_parts
 from .source_analysis import weight_use
 
 WeightKey = tuple[int, str]
@@ -95,7 +95,7 @@ class ModelWeight:
     def parts(self) -> Parts:
         """The rows of each part of a fused weight; empty if the weight is not fused or its layout is not known."""
         owners, leaf = self.location
-        if not owners:
+        if not owners or class_name(base_class(type(owners[-1]))) in STORED_UNMARKED:
             return {}
         return fused_parts(getattr(owners[0], "config", None), owners[-1], leaf, self.out_features) or {}
 

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,19 @@ def _encode_site(s: StoredSite) -> dict[str, Any]:
     settings = {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases}
     if _is_plain(s):
         return settings
-    rows = s.rows and [[part.start, part.stop, part.step] for part in s.rows]
+    rows = s.rows and _encode_rows(s.rows)
+    parts = {name: _encode_rows(part) for name, part in s.parts.items()}
     place = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape,
-             "named": s.named, "apart": not s.peft}  # fmt: skip
+             "named": s.named, "apart": not s.peft, "parts": parts, "experts": len(s.A) if s.A.ndim == 3 else 0}  # fmt: skip
     return settings | {"path": s.path} | {key: value for key, value in place.items() if value}
+
+
+def _encode_rows(rows: Sequence[range]) -> list[list[int]]:
+    return [[part.start, part.stop, part.step] for part in rows]
+
+
+def _decode_rows(rows: Any) -> tuple[range, ...]:
+    return tuple(range(*part) for part in rows)
 
 
 def _json(body: Mapping[str, Any]) -> str:
@@ -147,6 +156,8 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
         for key, (role, name, *detail) in body.get("extras", {}).items()
     }
     places = [_decode_site(name, settings, tensors) for name, settings in body["sites"].items()]
+    counts = {s.name: settings.get("experts", (*s.shape, 0)[0])
+              for s, settings in zip(places, body["sites"].values(), strict=True)}  # fmt: skip
     keys = peft_layout.factor_keys(places)
     factors = dict.fromkeys(key for pair in keys.values() for key in pair)
     problems += [f"{key}: missing" for key in factors if key not in tensors]
@@ -159,7 +170,7 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
         if extra.role == "magnitude":
             fields[extra.name]["magnitude_axis"] = str(extra.detail[0])
     sites = [
-        replace(s, **_factors(s, *(tensors[key] for key in keys[s.name])), **fields[s.name])
+        replace(s, **_factors(s, counts[s.name], *(tensors[key] for key in keys[s.name])), **fields[s.name])
         for s in places
         if all(key in tensors for key in keys[s.name])
     ]
@@ -185,7 +196,8 @@ def _decode_site(name: str, settings: Mapping[str, Any], tensors: Mapping[str, T
     return StoredSite(
         path=_text(name, settings.get("path", name)), parameter=_text(name, settings.get("parameter", "weight")),
         label=_text(name, settings.get("label", "")),
-        rows=tuple(range(*part) for part in settings["rows"]) if settings.get("rows") else None,
+        rows=_decode_rows(settings["rows"]) if settings.get("rows") else None,
+        parts={name: _decode_rows(part) for name, part in settings.get("parts", {}).items()},
         kind=_text(name, settings.get("kind", "embedding" if is_embedding else "linear")),
         shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), peft=not settings.get("apart"),
         aliases=tuple(_text(name, alias) for alias in settings["aliases"]), A=UNREAD, B=UNREAD,
@@ -199,12 +211,12 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _factors(s: StoredSite, A: Tensor, B: Tensor) -> dict[str, Any]:
+def _factors(s: StoredSite, experts: int, A: Tensor, B: Tensor) -> dict[str, Any]:
     """Return A and B as the record has them; in PEFT's shapes, if they cannot be brought into others."""
-    with contextlib.suppress(RuntimeError, IndexError):
+    with contextlib.suppress(RuntimeError, IndexError, TypeError):
         if s.kind.startswith("experts"):
-            columns = B.reshape(B.shape[0], -1, s.shape[0])
-            A, B = A.reshape(s.shape[0], -1, A.shape[-1]), columns.permute(2, 0, 1).contiguous()
+            columns = B.reshape(B.shape[0], -1, experts)
+            A, B = A.reshape(experts, -1, A.shape[-1]), columns.permute(2, 0, 1).contiguous()
         elif A.ndim > 2 and B.shape[2:].numel() == 1:
             A, B = A.flatten(1), B.flatten(1)
     return {"A": A, "B": B}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...lora.weight_kinds import STACKS
 from ...plan import site_name
+from ...targets.fused_layouts import stacked_parts
 from .. import transforms
 from ..io.open_adapter import Hints
 from ..record import StoredSite, checked_sites
@@ -83,6 +84,14 @@ class Reading:
             return type(self.hints.model).__name__
         auto = self.config.get("auto_mapping")
         return str(auto.get("base_model_class", "")) if isinstance(auto, dict) else ""
+
+    @property
+    def package(self) -> str:
+        """The package of the base model in transformers, as far as the config tells it; else empty."""
+        auto = self.config.get("auto_mapping")
+        library = str(auto.get("parent_library", "")) if isinstance(auto, dict) else ""
+        match = re.fullmatch(r"transformers\.models\.(\w+)\.\w+", library)
+        return match[1] if match else ""
 
     def module(self, path: str) -> nn.Module | None:
         """Return the base's module at a path; None without a model, or if the model has no such module."""
@@ -177,7 +186,10 @@ def _read_stack(
         if _faces_output(site, weight, in_out, reading):
             site = transforms.transposed(site)
         out, in_ = site.B.shape[-2], site.A.shape[-1]
-        sites.append(replace(site, shape=(experts, in_, out) if in_out else (experts, out, in_)))
+        if module is not None or reading.base_class:  # else whether the stack is stored transposed is unknown
+            parts = stacked_parts(reading.package, parameter, out) or {}
+            site = replace(site, shape=(experts, in_, out) if in_out else (experts, out, in_), parts=parts)
+        sites.append(site)
     return sites
 
 
