@@ -9,6 +9,7 @@
     split_merged_linear   loralib's MergedLinear: group j has rows [j r, (j + 1) r] of A, and its own rows of B
     halves_from_pairs     the rows of q and k in rotary pairs (n, d/2, 2), as in Meta's code, are reordered into halves
                           (n, 2, d/2), as in transformers' code
+    parts_from_groups     groups of query heads, each followed by its k and v, become all q, all k, all v
     tucker_A              A' = einsum("mnhw,nj->mjhw", mid, down), B' = up
 
 Reducing the rank is not among them: that is an approximation, and nothing in this library does it unasked.
@@ -206,6 +207,23 @@ def halves_from_pairs(rows: int, heads: int) -> Tensor:
 def pairs_from_halves(rows: int, heads: int) -> Tensor:
     """Return the inverse order of `halves_from_pairs`: B_pairs = B_halves[order]."""
     return torch.argsort(halves_from_pairs(rows, heads))
+
+
+def parts_from_groups(rows: int, heads: int, kv_heads: int) -> Tensor:
+    """Return the order of rows that turns a fused weight in groups into all q, all k and all v: B_parts = B[order].
+
+    There is one group per head of keys and values: its query heads, then its k and its v.
+
+    Raises:
+        FileError: The rows cannot be shared among the heads.
+    """
+    if min(heads, kv_heads) < 1 or heads % kv_heads or rows % (heads + 2 * kv_heads):
+        raise FileError(
+            f"{rows} rows cannot be those of {heads} heads of queries and {kv_heads} heads of keys and values",
+            way_out="give the number of heads of queries, and of keys and values: Hints(heads=(32, 8))",
+        )
+    groups = torch.arange(rows).view(kv_heads, heads // kv_heads + 2, -1)
+    return torch.cat([groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()])
 
 
 def tucker_A(what: str, mid: Tensor, down: Tensor) -> Tensor:

@@ -5,8 +5,7 @@
     blk.N.ffn_{gate,up,down}_exps.weight.lora_a (E, r, in), .lora_b (E, out, r)
     adapter.lora.alpha in the header, one for all: s = alpha / r, or 1 if alpha is 0
 
-For the architecture `llama` (Llama, Mistral, Mixtral) the rows of q and k are in rotary pairs; transformers has them in
-halves.
+Names are those of the package gguf for the architecture. In which order the rows are is in gguf_rows.py.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
 from ..record import AdapterFile, StoredSite, checked_sites
-from .language_model_names import UNCHANGED, NameTable, attention_heads, missing_heads, stack_experts, with_rotary_order
+from .gguf_rows import MODEL_TYPES, heads_of, missing_heads, row_order, unknown_rows
+from .language_model_names import NameTable, stack_experts
 from .pairs import read_pairs
 
 ENDINGS = {".weight.lora_a": "A", ".weight.lora_b": "B"}
@@ -44,8 +45,6 @@ NAMES = NameTable({
     "blk.{}.ffn_down_exps": "model.layers.{}.mlp.experts.down_proj",
     "blk.{}.ffn_gate_inp": "model.layers.{}.mlp.gate",
 })  # fmt: skip
-IN_PAIRS = ("llama",)  # architectures whose converter reorders q and k
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama"}  # llama.cpp's word for transformers' model types
 ALPHA = "adapter.lora.alpha"
 
 
@@ -74,8 +73,8 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         for key in rest
         if not key.endswith("_norm.weight")  # llama.cpp's loader ignores them too
     ]
-    heads = attention_heads(hints) if architecture in IN_PAIRS else UNCHANGED
-    problems += missing_heads(pairs, heads)
+    heads = heads_of(architecture, hints)
+    problems += unknown_rows(architecture) + missing_heads(architecture, pairs, heads)
     if problems:
         return None
     alpha, embedding = float(header.get(ALPHA, 0.0)), module_path("token_embd")
@@ -91,18 +90,21 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
             block, _, leaf = s.path.rpartition(".")
             sites += transforms.split_experts(s, [f"{block}.{n}.{leaf}" for n in range(len(s.A))])
         else:
-            sites.append(with_rotary_order(s, heads, to_pairs=False))
+            order = row_order(architecture, s.path, s.B.shape[0], heads)
+            sites.append(s if order is None else replace(s, B=s.B[torch.argsort(order)]))
     return AdapterFile(path=source.path, format="gguf", sites=tuple(sites), config=dict(header))
 
 
 def _tensor_names(paths: Iterable[str], architecture: str) -> dict[str, str]:
-    """Return GGUF's names by path, from llama.cpp's table for the architecture or else from NAMES."""
+    """Return GGUF's names by path, from the package's table for the architecture."""
     import gguf
 
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\.(\d+)\.", path))), default=0)
-    table = None if arch is None else gguf.get_tensor_name_map(arch, layers)
-    names = {path: (table and table.get_name(path)) or NAMES.from_transformers(path) for path in paths}
+    if arch is None:
+        return {}
+    table = gguf.get_tensor_name_map(arch, layers)
+    names = {path: table.get_name(path) for path in paths}
     return {path: name for path, name in names.items() if name}
 
 
@@ -121,28 +123,27 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         or file.config.get("general.architecture")
         or getattr(getattr(hints.model, "config", None), "model_type", None)
     )
-    architecture = ARCHITECTURES.get(str(architecture), architecture)
-    heads = attention_heads(hints) if architecture in IN_PAIRS else UNCHANGED
+    architecture = MODEL_TYPES.get(str(architecture), str(architecture))
+    heads = heads_of(architecture, hints)
     sites = stack_experts(file.sites, ".experts")
-    names = _tensor_names([s.path for s in sites], str(architecture))
-    problems = [f"{s.name}: GGUF's {architecture} has no weight of this name" for s in sites if s.path not in names]
-    if architecture not in gguf.MODEL_ARCH_NAMES.values():
-        problems.append(
-            f"the architecture is {architecture!r}: pass llama.cpp's word for it, as in Hints(architecture='llama')"
-        )
-    problems += missing_heads([s.path for s in sites], heads)
+    names = _tensor_names([s.path for s in sites], architecture)
+    problems = unknown_rows(architecture) or [
+        f"{s.name}: GGUF's {architecture} has no weight of this name" for s in sites if s.path not in names
+    ]
+    problems += missing_heads(architecture, [s.path for s in sites], heads)
     if problems:
         raise FileError(
             "this adapter cannot be written as GGUF:", problems, "give what is missing, or choose another format"
         )
     alpha = float(torch.tensor(sites[0].scale * sites[0].r, dtype=torch.float32))
     with tempfile.TemporaryDirectory() as folder:
-        writer = gguf.GGUFWriter(Path(folder) / "a.gguf", str(architecture))
+        writer = gguf.GGUFWriter(Path(folder) / "a.gguf", architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
         for s in sites:
-            s = with_rotary_order(transforms.with_scale_folded(s, alpha / s.r), heads, to_pairs=True)
+            s, order = transforms.with_scale_folded(s, alpha / s.r), row_order(architecture, s.path, s.B.shape[-2], heads)
+            s = s if order is None else replace(s, B=s.B[order])
             _add_tensor(writer, f"{names[s.path]}.weight.lora_a", s.A.mT if s.embedding else s.A)
             _add_tensor(writer, f"{names[s.path]}.weight.lora_b", s.B)
         writer.write_header_to_file()
