@@ -11,6 +11,7 @@ Every reader makes a record of a file (record.py), and every writer makes a file
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,8 @@ def read_source(
         ) from e
     if file is not None and hints.component is not None:
         file = select_component(file, hints.component)
+    if file is not None:
+        problems += _repeated(file)
     if file is not None and not file.sites and not problems:
         problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
     if problems or file is None:
@@ -103,7 +106,18 @@ def read_source(
             problems,
             "if the file is damaged, copy or save it again; what is not plain LoRA, merge or convert with PEFT first",
         )
-    return file if hints.model is None else rename_for_model(file, index or ModelIndex(hints.model))
+    if hints.model is None:
+        return file
+    file = rename_for_model(file, index or ModelIndex(hints.model))
+    if problems := _repeated(file):
+        raise FileError(f"{path} names one weight of this model twice:", problems, "remove one of the two from the file")
+    return file
+
+
+def _repeated(file: AdapterFile) -> list[str]:
+    """Return a line per site that a record has twice: which of the two adapters counts is not known."""
+    counts = Counter(s.name for s in file.sites)
+    return [f"{name}: the file has {n} adapters for it, under several names" for name, n in counts.items() if n > 1]
 
 
 @in_default_modes

@@ -205,16 +205,18 @@ def _convert_checkpoint_sites(
     pieces, _, _ = locate_weights(model, _with_sibling_experts(shapes, model))
     pieces = {name: tuple(piece for piece in parts if piece.key in movable) for name, parts in pieces.items()}
     moved: dict[tuple[str, range], dict[int, StoredSite]] = {}
+    unplaced: set[str] = set()  # what reaches a parameter in another way than by whole rows
     for name, parts in pieces.items():
         weight = by_name.get(name.removesuffix(".weight"))
         for piece in parts:
             if weight is None or (rows := _moved_rows(piece, weight, shapes[piece.key])) is None:
+                unplaced.add(piece.key)
                 continue
             expert, rows_in_memory, rows_on_disk = rows
             s = movable[piece.key]
             part = replace(s, B=s.B[rows_on_disk.start : rows_on_disk.stop])
             moved.setdefault((weight.names[0], rows_in_memory), {})[expert] = part
-    placed = {piece.key for parts in pieces.values() for piece in parts}
+    placed = {piece.key for parts in pieces.values() for piece in parts} - unplaced
     return [_site_on_rows(by_name[name], rows, experts) for (name, rows), experts in moved.items()] + [
         s for s in sites if movable.get(f"{s.path}.weight") is not s or f"{s.path}.weight" not in placed
     ]

@@ -87,6 +87,10 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     _warn_of_trained_parameters(index)
     replaced, tokens = extras.stored_replacements(sites, name)
     sites = {key: site for key, site in sites.items() if not isinstance(site.adapters[name], ReplacementTensor)}
+    if not sites:
+        raise FileError(f"adapter {name!r} was not saved: it has no A and B",
+                        [f"{key}: a replacement alone" for key in (*replaced, *tokens)],
+                        "save these tensors with torch.save, or inject A and B under the same name")  # fmt: skip
     stored = _stored_sites(index, sites, name)
     if format == "peft":
         stored = _require_peft(stored, path, name)

@@ -33,6 +33,10 @@ LARGEST = 2**31
 """Elements of the largest tensor that a conversion may make, because the sizes in a file may be hostile."""
 
 
+MAX_IDLE_GROUPS = 64
+"""Of a MergedLinear: a fused weight has a few groups, and the sizes in a file may be hostile."""
+
+
 def checked_shape(what: str, *shape: int) -> tuple[int, ...]:
     """Return the shape if a tensor of it may be made. Raises FileError if it has more than LARGEST elements."""
     if math.prod(shape) > LARGEST:
@@ -181,6 +185,8 @@ def join_merged_linear(slices: Sequence[StoredSite]) -> tuple[Tensor, Tensor, li
     out = KINDS[first.kind].sizes(first.shape)[1] if first.shape else 0
     size = first.B.shape[0]
     if not out or out % size or any((s.r, s.scale) != (first.r, first.scale) for s in slices):
+        return None
+    if out // size > len(slices) + MAX_IDLE_GROUPS:
         return None
     starts = {s.rows[0].start for s in slices if s.rows and len(s.rows) == 1 and len(s.rows[0]) == size}
     groups = {start // size for start in starts if start % size == 0}

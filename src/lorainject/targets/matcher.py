@@ -143,6 +143,8 @@ class Matcher:
         if similar:
             return f" (did you mean {' or '.join(map(repr, similar))}?)"
         leaves = sorted({w.names[0].rsplit(".", 1)[-1] for w in weights} - {""})
+        if not leaves:
+            return ""
         return f" (this model has {', '.join(map(repr, leaves[:12]))}{', ...' if len(leaves) > 12 else ''})"
 
     def layers_inside(self, path: str) -> str:

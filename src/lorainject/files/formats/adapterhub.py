@@ -26,7 +26,7 @@ from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
 from ..record import AdapterFile, StoredSite, checked_sites
 from .language_model_names import missing_alpha
-from .pairs import read_pairs
+from .pairs import rank_problems, read_pairs
 
 ENDINGS = {".lora_A": "A", ".lora_B": "B"}
 SITE = re.compile(r"(?P<path>.*)\.loras\.(?P<name>[^.]+)")
@@ -80,6 +80,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     enabled = [letter in config.get("attn_matrices", ["q", "v"]) for letter in "qkv"]
     sites: list[StoredSite] = []
     for path, pair in pairs.items():
+        problems += rank_problems(path, pair.B, config.get("r"))
         s = StoredSite(path=path, A=pair.A, B=pair.B, alpha=alpha, dropout=config.get("dropout", 0.0))
         s = replace(s, alpha=s.B.shape[-1]) if unscaled else s
         sites += transforms.split_merged_linear(s, enabled) if path.endswith("c_attn") else [s]

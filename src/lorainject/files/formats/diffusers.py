@@ -27,7 +27,7 @@ from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source, header_json
 from ..record import AdapterFile, StoredSite, checked_sites
 from . import peft_layout
-from .pairs import as_matrices, read_pairs
+from .pairs import as_matrices, rank_problems, read_pairs, renamed
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior",
               "diffusion_model")  # fmt: skip
@@ -64,12 +64,14 @@ def _later_key(key: str) -> str:
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
     """Return the record, whose paths begin with the component."""
     metadata = header_json(source, KEY) or {}
-    tensors = {_later_key(key): t for key, t in source.tensors.items()}
+    tensors = renamed(source.tensors, _later_key, problems)
     pairs = read_pairs(tensors, ENDINGS, problems, translate=lambda path: path.removesuffix(".processor"))
     sites = []
     for path, pair in pairs.items():
         component = path.partition(".")[0]
         config = {k.removeprefix(f"{component}."): v for k, v in metadata.items() if k.startswith(f"{component}.")}
+        stated = peft_layout.match_pattern(config.get("rank_pattern"), path.partition(".")[2], config.get("r"))
+        problems += rank_problems(path, pair.B, stated)
         if "alpha" in pair.extras:
             alpha: Any = float(pair.extras["alpha"])
         else:
@@ -98,8 +100,10 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     """Return the file in a directory, with PEFT's config of each component in its header.
 
     Raises:
-        FileError: If the component of a site is unknown.
+        FileError: If the component of a site is unknown, or if diffusers, which has PEFT's layers, would ignore a site.
     """
+    if beyond := [f"{s.name}: {s.kind}" for s in file.sites if not peft_layout.can_hold(s)]:
+        raise FileError("diffusers has PEFT's layers, which do nothing here:", beyond, "write it as lorainject")
     by_component: dict[str, list[StoredSite]] = {}
     for s in file.sites:
         component, module = hints.component or "", s.path

@@ -105,15 +105,29 @@ def _common_value(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "Dynamic"
 
 
+WRITTEN = ("unet", "text_encoder", "text_encoder_2")
+"""The components whose diffusers names other readers of kohya's files know. diffusers itself takes the flat names of a
+transformer (Flux, SD3, Wan) for nothing or for an error: those files have the names of the models' original code."""
+# diffusers' reader turns other flat names of these modules into names that no U-Net has.
+ORIGINAL = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
+
+
 def flat_name(path: str, file: AdapterFile, hints: Hints) -> str:
+    """Return kohya's name for a module. Raises FileError for components that kohya's readers do not know by it."""
     component, is_pipeline = hints.component, file.namespace == "pipeline"
     if is_pipeline:
         component, _, path = path.partition(".")
+    if component is not None and component not in WRITTEN and any(component in names for names in PREFIXES.values()):
+        raise FileError(
+            f"{path}: kohya's files have no names that diffusers reads for diffusers' modules of a {component}",
+            way_out="write the format diffusers, which diffusers and ComfyUI read",
+        )
     # lora_te1_ and lora_te2_ are the names in pipelines with two text encoders, lora_te_ in others.
     has_two_text_encoders = is_pipeline and any(s.path.startswith("text_encoder_2.") for s in file.sites)
     for prefix, components in PREFIXES.items():
         if component in components and (prefix != "lora_te1_" or has_two_text_encoders):
-            return prefix + path.replace(".", "_")
+            flat = path.replace(".", "_")
+            return prefix + (ORIGINAL.get(flat, flat) if component == "unet" else flat)
     raise FileError(
         f"kohya has no prefix for {component!r}",
         way_out="say which part of the pipeline the adapter belongs to: Hints(component='unet')",

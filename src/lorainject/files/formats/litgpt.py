@@ -24,7 +24,7 @@ from ..io.open_adapter import Hints, Source
 from ..record import AdapterFile, StoredSite, checked_sites
 from . import torch_pickle
 from .language_model_names import NameTable, attention_heads, missing_alpha
-from .pairs import read_pairs
+from .pairs import rank_problems, read_pairs
 
 ENDINGS = {".lora_A": "A", ".lora_B": "B"}
 QKV = ("query", "key", "value")
@@ -74,6 +74,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         return None
     sites: list[StoredSite] = []
     for path, pair in pairs.items():
+        problems += rank_problems(path, pair.B, hyper.get("lora_r"))
         s = StoredSite(
             path=NAMES.to_transformers(path) or path,
             A=pair.A,

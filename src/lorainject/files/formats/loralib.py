@@ -29,7 +29,7 @@ from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
 from ..record import AdapterFile, StoredSite, checked_sites
 from . import torch_pickle
-from .pairs import read_pairs
+from .pairs import read_pairs, renamed
 
 ENDINGS = {".lora_A": "A", ".lora_B": "B"}
 
@@ -45,7 +45,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         problems.append("loralib does not store alpha: pass it, as in Hints(alpha=32)")
         return None
     rest: dict[str, Tensor] = {}
-    tensors = {key.removeprefix("module."): t for key, t in source.tensors.items()}
+    tensors = renamed(source.tensors, lambda key: key.removeprefix("module."), problems)
     pairs = read_pairs(tensors, ENDINGS, problems, rest=rest)
     modules = {} if hints.model is None else dict(hints.model.named_modules())
     sites: list[StoredSite] = []

@@ -23,7 +23,7 @@ from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
 from ..record import AdapterFile, StoredSite, checked_sites
 from .language_model_names import stack_experts
-from .pairs import Pair, read_pairs
+from .pairs import Pair, rank_problems, read_pairs
 
 ENDINGS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
@@ -44,6 +44,8 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     pairs = read_pairs(source.tensors, ENDINGS, problems)
     if "scale" not in settings and hints.alpha is None:
         problems.append(f"it holds no scale: give the directory with {CONFIG}, or pass alpha, as in Hints(alpha=16)")
+    for path, pair in pairs.items():
+        problems += rank_problems(path, pair.B.mT if pair.B.ndim == 2 else pair.B[0:1].squeeze(0) if pair.B.ndim == 3 else pair.B, settings.get("rank"))
     if problems:
         return None
     sites = checked_sites([_site(path, pair, settings, hints) for path, pair in pairs.items()], problems)

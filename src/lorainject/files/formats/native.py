@@ -161,6 +161,8 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
     keys = peft_layout.factor_keys(places)
     factors = dict.fromkeys(key for pair in keys.values() for key in pair)
     problems += [f"{key}: missing" for key in factors if key not in tensors]
+    problems += [f"{key}: its role {extra.role!r} is unknown: a newer version wrote it"
+                 for key, extra in extras.items() if extra.role not in ("magnitude", "bias", "replaced", "tokens")]  # fmt: skip
     known = factors.keys() | extras.keys()
     problems += [f"{key}: unexpected, neither A nor B of a site" for key in tensors if key not in known]
     fields: dict[str, dict[str, Any]] = {name: {} for name in body["sites"]}

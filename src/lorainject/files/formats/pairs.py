@@ -94,6 +94,24 @@ def read_pairs(
     return pairs
 
 
+def renamed(
+    tensors: Mapping[str, Tensor], rename: Callable[[str], str], problems: list[str]
+) -> dict[str, Tensor]:
+    """Return the tensors under other keys. Two keys that become one are reported, because readers would differ."""
+    old: dict[str, str] = {}
+    for key in tensors:
+        if old.setdefault(rename(key), key) != key:
+            problems.append(twice(old[rename(key)], key))
+    return {new: tensors[key] for new, key in old.items()}
+
+
+def rank_problems(name: str, B: Tensor, stated: Any) -> list[str]:
+    """Return a problem if a config states another rank than B (out, r) has."""
+    if type(stated) is not int or B.ndim < 2 or B.shape[1] == stated:
+        return []
+    return [f"{name}: B has the rank {B.shape[1]}, but the config says {stated}"]
+
+
 def unexpected(key: str, endings: Mapping[str, str]) -> str:
     """Return the line that reports a key which belongs to no site."""
     if method := other_method(key):

@@ -20,7 +20,7 @@ from ..io.open_adapter import CONFIG, Hints, Source
 from ..record import AdapterFile, StoredSite, checked_sites
 from . import torch_pickle
 from .language_model_names import UNCHANGED, NameTable, attention_heads, missing_alpha, missing_heads, with_rotary_order
-from .pairs import read_pairs
+from .pairs import rank_problems, read_pairs
 
 NAMES = NameTable({
     "layers.{}.attn.q_proj": "model.layers.{}.self_attn.q_proj",
@@ -54,6 +54,8 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     if alpha is None:
         problems.append(missing_alpha(CONFIG))
     problems += missing_heads(pairs, heads)
+    for path, pair in pairs.items():
+        problems += rank_problems(path, pair.B, source.config.get("r"))
     if problems:
         return None
     sites = checked_sites(
