@@ -110,7 +110,9 @@ def read_source(
         return file
     file = rename_for_model(file, index or ModelIndex(hints.model))
     if problems := _repeated(file):
-        raise FileError(f"{path} names one weight of this model twice:", problems, "remove one of the two from the file")
+        raise FileError(
+            f"{path} names one weight of this model twice:", problems, "remove one of the two from the file"
+        )
     return file
 
 

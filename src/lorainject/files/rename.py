@@ -62,7 +62,10 @@ def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
         FileError: If two names in the file mean the same weight, or one name can mean two modules.
     """
     model, modules = index.model, index.modules
-    is_native, has_stacks = file.format == "lorainject" and file.namespace == "hf", any(s.A.ndim == 3 for s in file.sites)
+    is_native, has_stacks = (
+        file.format == "lorainject" and file.namespace == "hf",
+        any(s.A.ndim == 3 for s in file.sites),
+    )
     if (is_native and not has_stacks) or all(
         s.path in modules
         and s.parameter in modules[s.path]._parameters

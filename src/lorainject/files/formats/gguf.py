@@ -142,7 +142,10 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
         for s in sites:
-            s, order = transforms.with_scale_folded(s, alpha / s.r), row_order(architecture, s.path, s.B.shape[-2], heads)
+            s, order = (
+                transforms.with_scale_folded(s, alpha / s.r),
+                row_order(architecture, s.path, s.B.shape[-2], heads),
+            )
             s = s if order is None else replace(s, B=s.B[order])
             _add_tensor(writer, f"{names[s.path]}.weight.lora_a", s.A.mT if s.embedding else s.A)
             _add_tensor(writer, f"{names[s.path]}.weight.lora_b", s.B)

@@ -45,7 +45,11 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     if "scale" not in settings and hints.alpha is None:
         problems.append(f"it holds no scale: give the directory with {CONFIG}, or pass alpha, as in Hints(alpha=16)")
     for path, pair in pairs.items():
-        problems += rank_problems(path, pair.B.mT if pair.B.ndim == 2 else pair.B[0:1].squeeze(0) if pair.B.ndim == 3 else pair.B, settings.get("rank"))
+        problems += rank_problems(
+            path,
+            pair.B.mT if pair.B.ndim == 2 else pair.B[0:1].squeeze(0) if pair.B.ndim == 3 else pair.B,
+            settings.get("rank"),
+        )
     if problems:
         return None
     sites = checked_sites([_site(path, pair, settings, hints) for path, pair in pairs.items()], problems)

@@ -94,9 +94,7 @@ def read_pairs(
     return pairs
 
 
-def renamed(
-    tensors: Mapping[str, Tensor], rename: Callable[[str], str], problems: list[str]
-) -> dict[str, Tensor]:
+def renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str], problems: list[str]) -> dict[str, Tensor]:
     """Return the tensors under other keys. Two keys that become one are reported, because readers would differ."""
     old: dict[str, str] = {}
     for key in tensors:
