@@ -110,7 +110,8 @@ def test_stacks_are_split_and_slices_padded(tmp_path):
     """A stack becomes one linear per expert, for gate and up; a slice becomes an adapter on the whole weight."""
     E, out, in_, r = 3, 8, 6, 2
     stack = li.StoredSite(path="m.experts", parameter="gate_up_proj", kind="experts", shape=(E, out, in_),
-                          parts={"gate": (range(4),), "up": (range(4, 8),)}, A=torch.randn(E, r, in_), B=torch.randn(E, out, r), alpha=4)  # fmt: skip
+                          parts={"gate": (range(4),), "up": (range(4, 8),)}, A=torch.randn(E, r, in_),
+                          B=torch.randn(E, out, r), alpha=4)  # fmt: skip
     part = replace(site("m.qkv", out=3), label="k", rows=(range(3, 6),), shape=(9, 6))
     done = li.write(record(stack, part), tmp_path / "a", engine="sglang")
     assert done.changed[:2] == (

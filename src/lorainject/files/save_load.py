@@ -202,7 +202,8 @@ def _stored_site(weight: ModelWeight, site: AdaptedSite, name: str) -> StoredSit
     magnitude, bias = extras.magnitude_and_bias(adapter)
     return StoredSite(
         path=weight.paths[0], parameter=adapters.parameter, label=adapters.label, rows=adapter.slices,
-        kind=adapters.kind.name, shape=site.shape, parts=weight.parts if adapters.kind.stacked else {}, named=adapters.named, peft=_why_not_peft(weight) is None,
+        kind=adapters.kind.name, shape=site.shape, parts=weight.parts if adapters.kind.stacked else {},
+        named=adapters.named, peft=_why_not_peft(weight) is None,
         aliases=weight.paths[1:], A=adapter.A.detach(), B=adapter.B.detach(), alpha=adapter.alpha,
         scaling=adapter.scaling, dropout=adapter.dropout, magnitude=magnitude, bias=bias,
     )  # fmt: skip

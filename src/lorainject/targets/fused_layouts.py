@@ -23,8 +23,8 @@ from ..lora.graft import base_class
 Parts = dict[str, tuple[range, ...]]
 """The rows of each part, by its name."""
 STORED_UNMARKED = frozenset({"llama4.Llama4TextExperts"})
-"""Classes whose stacks are stored (E, in, out) without transformers' mark for it. What their kind calls rows are inputs,
-so that gate and up are no rows."""
+"""Classes whose stacks are stored (E, in, out) without transformers' mark for it. What their kind calls rows are
+inputs, so that gate and up are no rows."""
 
 
 def fused_parts(model_config: Any, owner: nn.Module, leaf: str, out: int) -> Parts | None:

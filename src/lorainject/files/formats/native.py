@@ -37,6 +37,7 @@ VERSIONS = (1, 2, 3, 4)
 """1: whole weights called `weight`, under PEFT's names. 2: parameters, stacks and slices too; written only where there
 are such. 3: magnitudes, biases, whole tensors, token rows; names of another library. 4: any of these, and fingerprints
 of SAMPLES elements."""
+ROLES = ("magnitude", "bias", "replaced", "tokens")
 UNREAD = torch.empty(0)  # in place of A and B until their keys are known, which depend on all sites together
 
 
@@ -97,7 +98,8 @@ def _encode_site(s: StoredSite) -> dict[str, Any]:
     rows = s.rows and _encode_rows(s.rows)
     parts = {name: _encode_rows(part) for name, part in s.parts.items()}
     place = {"parameter": s.parameter, "label": s.label, "rows": rows, "kind": s.kind, "shape": s.shape,
-             "named": s.named, "apart": not s.peft, "parts": parts, "experts": len(s.A) if s.A.ndim == 3 else 0}  # fmt: skip
+             "named": s.named, "apart": not s.peft, "parts": parts,
+             "experts": len(s.A) if s.A.ndim == 3 else 0}  # fmt: skip
     return settings | {"path": s.path} | {key: value for key, value in place.items() if value}
 
 
@@ -162,7 +164,7 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
     factors = dict.fromkeys(key for pair in keys.values() for key in pair)
     problems += [f"{key}: missing" for key in factors if key not in tensors]
     problems += [f"{key}: its role {extra.role!r} is unknown: a newer version wrote it"
-                 for key, extra in extras.items() if extra.role not in ("magnitude", "bias", "replaced", "tokens")]  # fmt: skip
+                 for key, extra in extras.items() if extra.role not in ROLES]  # fmt: skip
     known = factors.keys() | extras.keys()
     problems += [f"{key}: unexpected, neither A nor B of a site" for key in tensors if key not in known]
     fields: dict[str, dict[str, Any]] = {name: {} for name in body["sites"]}
