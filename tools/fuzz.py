@@ -202,7 +202,8 @@ def require_same(a: li.AdapterFile, b: li.AdapterFile) -> None:
     for s in a.sites:
         other = others[s.name]
         assert s.scale == other.scale, "another scale"
-        assert torch.equal(s.A, other.A) and torch.equal(s.B, other.B), "another A or B"
+        assert torch.equal(s.A, other.A), "another A"
+        assert torch.equal(s.B, other.B), "another B"
         assert (s.magnitude is None) == (other.magnitude is None), "another magnitude"
     assert a.replaced.keys() == b.replaced.keys(), "other replaced tensors"
     assert a.tokens.keys() == b.tokens.keys(), "other token rows"

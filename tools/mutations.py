@@ -1,8 +1,9 @@
 """Damaged and hostile adapter files: mutations of real files that know the containers.
 
 `mutated(files, rng)` changes one to three things: bits, lengths, fields of headers and configs, members of archives, or
-the tensors (their names, shapes, dtypes, values, storages). The container is then put together again with correct checksums, so
-that the readers behind it get to see the change.
+the tensors (their names, shapes, dtypes, values, storages). The container is then put together again with correct
+checksums, so that the readers behind it get to see the change. `disturb_folder` puts a link, a pipe, a directory or a
+sparse file in a file's place.
 
 The same random state gives the same mutation. (The bytes may still differ: gzip holds a time, old torch pickles hold
 addresses.)
@@ -438,7 +439,8 @@ def _mutate_yaml(data: bytes, rng: Rng) -> bytes:
         *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     ]
     values = ("", "-1", "1.5", "x", "[1]", "{}", "true", "2001-01-01", "!!python/name:os.system", "9" * 50, "*a",
-              ".inf", "0x10", "&a 3", "1:30", "190:20:30.15", "-9" + ":59" * 3000, "!!float 1" + ":0" * 3000)  # fmt: skip
+              ".inf", "0x10", "&a 3", "1:30", "190:20:30.15", "-9" + ":59" * 3000,
+              "!!float 1" + ":0" * 3000)  # fmt: skip
     new = (": ".join((lines[n].partition(":")[0], rng.choice(values))), "", "- x", "? [a]", "\t", "[" * 3000)
     lines[n : n + 1] = bomb if rng.random() < 0.05 else [rng.choice((new[0],) * 8 + new)]
     return "\n".join(lines).encode()
