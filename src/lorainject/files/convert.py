@@ -11,6 +11,7 @@ Every reader makes a record of a file (record.py), and every writer makes a file
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def read_source(
         ) from e
     if file is not None and hints.component is not None:
         file = select_component(file, hints.component, problems)
+    if file is not None:
+        counts = Counter(site.name for site in file.sites)
+        problems += [f"{name}: the file has A and B for it {n} times" for name, n in counts.items() if n > 1]
     if file is not None and not file.sites and not problems:
         problems.append("it holds no A and B")
     if problems or file is None:
