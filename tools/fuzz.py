@@ -1,9 +1,9 @@
 """Feed mutations of real adapter files to every reader: `scripts/fuzz [--minutes N] [--only READER] [--first N]`.
 
 An input is one of a reader's real files with something wrong in it (mutations.py). It is read; if that succeeds, it is
-described, written in lorainject's own format and in one other format, and read back. All of this must end within
-SECONDS, must take at most MEMORY bytes of address space more than the process had at its start, and must raise nothing
-but LoraError.
+described, written in lorainject's own format and in one other format, and read back; our own format must give the same
+record again. All of this must end within SECONDS, must take at most MEMORY bytes of address space more than the process
+had at its start, and must raise nothing but LoraError.
 
 A child process does this under RLIMIT_AS. The parent kills the child when an input takes longer than SECONDS, and
 starts a new child after whatever kills it. A reader and a number name an input: `--only READER --first N --count 1`
@@ -41,12 +41,13 @@ import lorainject as li
 from lorainject.files.describe import describe
 from lorainject.files.io.open_adapter import CONFIGS, FILES
 
-from mutations import mutated
+from mutations import disturb_folder, mutated
 from oracle import FIXTURES, module_tree
 
 SECONDS = 10.0  # for one input
 MEMORY = 2**31  # bytes of address space for one child, in addition to what it starts with
 BATCH = 3000  # inputs per child process
+STRANGE = 0.05  # share of the inputs in which a file is a link, a pipe, a directory or sparse
 TURN = 20.0  # seconds after which the next reader takes its turn
 PACKAGE = Path(li.__file__).resolve().parent
 LINEARS = {
@@ -156,6 +157,16 @@ def write_files(files: dict[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
+def write_input(reader: str, n: int, reader_seeds: list[Seed], folder: Path) -> Seed:
+    """Write input `n` of a reader, and return its seed. Some inputs have a link, a pipe or a hole in a file's place."""
+    seed, files = mutated_input(reader, n, reader_seeds)
+    write_files(files, folder)
+    rng = random.Random(f"{reader} {n} folder")
+    if rng.random() < STRANGE:
+        disturb_folder(folder, rng)
+    return seed
+
+
 def try_input(path: Path, hints: li.Hints, n: int) -> str:
     """Read an adapter, describe it, write it in two formats and read those back.
 
@@ -176,10 +187,26 @@ def try_input(path: Path, hints: li.Hints, n: int) -> str:
         target = path.parent / "out" / f"{name}{li.FORMATS[name].suffix}"
         try:
             conversion = li.write(file, target, format=name, lossy=n % 2 == 0, hints=full_hints)
+            if name == "lorainject":  # which holds everything, and needs no hint
+                require_same(file, li.read(conversion.path))
             li.read(conversion.path, allow_pickle=True, hints=replace(full_hints, alpha=1.0))
         except li.LoraError as e:
             _raise_memory_error(e)
     return "read"
+
+
+def require_same(a: li.AdapterFile, b: li.AdapterFile) -> None:
+    """Raise AssertionError unless two records have the same sites, to the bit, and replace the same tensors."""
+    assert sorted(s.name for s in a.sites) == sorted(s.name for s in b.sites), "other sites"
+    others = {s.name: s for s in b.sites}
+    for s in a.sites:
+        other = others[s.name]
+        assert s.scale == other.scale, "another scale"
+        assert torch.equal(s.A, other.A), "another A"
+        assert torch.equal(s.B, other.B), "another B"
+        assert (s.magnitude is None) == (other.magnitude is None), "another magnitude"
+    assert a.replaced.keys() == b.replaced.keys(), "other replaced tensors"
+    assert a.tokens.keys() == b.tokens.keys(), "other token rows"
 
 
 def _raise_memory_error(e: BaseException | None) -> None:
@@ -207,11 +234,10 @@ def run_in_child(reader: str, reader_seeds: list[Seed], first: int, count: int, 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     warnings.simplefilter("ignore")
     for n in range(first, first + count):
-        seed, files = mutated_input(reader, n, reader_seeds)
         with tempfile.TemporaryDirectory(dir=os.environ.get("FUZZ_TMP")) as folder:
-            write_files(files, Path(folder) / "in")
             print(json.dumps({"n": n}), file=report, flush=True)
             try:
+                seed = write_input(reader, n, reader_seeds, Path(folder) / "in")
                 result = try_input(Path(folder) / "in" / seed.file, seed.hints, n)
             except Exception as e:
                 result = signature(e)
@@ -305,7 +331,7 @@ def main() -> None:
             if kind == "finding" and (reader, result) not in findings:
                 findings.add((reader, result))
                 print(f"FINDING {reader} {n}: {result}", flush=True)
-                write_files(mutated_input(reader, n, all_seeds[reader])[1], args.out / f"{reader}-{n}")
+                write_input(reader, n, all_seeds[reader], args.out / f"{reader}-{n}")
             if args.count is None and time.monotonic() - turn > TURN:
                 break
         seconds[reader] += time.monotonic() - turn

@@ -1,8 +1,9 @@
 """Damaged and hostile adapter files: mutations of real files that know the containers.
 
 `mutated(files, rng)` changes one to three things: bits, lengths, fields of headers and configs, members of archives, or
-the tensors (their names, shapes, dtypes, values). The container is then put together again with correct checksums, so
-that the readers behind it get to see the change.
+the tensors (their names, shapes, dtypes, values, storages). The container is then put together again with correct
+checksums, so that the readers behind it get to see the change. `disturb_folder` puts a link, a pipe, a directory or a
+sparse file in a file's place.
 
 The same random state gives the same mutation. (The bytes may still differ: gzip holds a time, old torch pickles hold
 addresses.)
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import struct
 import tarfile
@@ -48,7 +50,8 @@ SUFFIXES = (
 PREFIXES = (
     "", "base_model.model.", "lora_unet_", "lora_te_", "unet.", "text_encoder.", "transformer.h.0.attn.",
     "layers.0.attn.", "model.layers.0.mlp.experts.0.", "blk.0.", "model.layers.99999999999999999999.",
-    "model.layers.0.mlp.switch_mlp.", "roberta.encoder.layer.0.", ".", "..", "a" * 2000,
+    "model.layers.0.mlp.switch_mlp.", "roberta.encoder.layer.0.", ".", "..", "a" * 2000, "_orig_mod.",
+    "module.base_model.model.", "base_model.model._fsdp_wrapped_module.", "diffusion_model.", "transformer.",
 )  # fmt: skip
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
@@ -123,7 +126,17 @@ BYTES: tuple[Mutation, ...] = (_flip_bits, _truncate, _overwrite_number, _copy_p
 
 
 def _mutate_json(data: bytes, rng: Rng) -> bytes:
-    return _to_json(mutated_tree(json.loads(data), rng)).encode(errors="surrogatepass")
+    text = _to_json(mutated_tree(json.loads(data), rng))
+    return (_with_name_twice(text, rng) if rng.random() < 0.1 else text).encode(errors="surrogatepass")
+
+
+def _with_name_twice(text: str, rng: Rng) -> str:
+    """Return the text of a JSON object in which one name occurs twice, with different values."""
+    value = json.loads(text)
+    if not isinstance(value, dict) or not value:
+        return text
+    twice = json.dumps({rng.choice(list(value)): _replacement(rng.choice(list(value.values())), rng)})
+    return f"{twice[:-1]}, {text.lstrip()[1:]}" if rng.random() < 0.5 else f"{text.rstrip()[:-1]}, {twice[1:]}"
 
 
 def _to_json(value: Any) -> str:
@@ -280,6 +293,8 @@ def _mutate_pickle(data: bytes, rng: Rng) -> bytes:
     )  # fmt: skip
     if rng.random() < 0.3:
         new[rng.choice((key, key, 3, ("a", "b")))] = rng.choice(odd)
+    if rng.random() < 0.15:
+        new = _views_of_one_storage(new, rng)
     whole: Any = {"model": new} if wrapped else new
     whole = rng.choice(
         (whole,) * 20 + ([*new.values()], {"state_dict": whole}, {"model": {"model": whole}}, None, new.get(key))
@@ -287,6 +302,18 @@ def _mutate_pickle(data: bytes, rng: Rng) -> bytes:
     out = io.BytesIO()
     torch.save(whole, out, _use_new_zipfile_serialization=rng.random() < 0.8)
     return out.getvalue()
+
+
+def _views_of_one_storage(tensors: dict[Any, Any], rng: Rng) -> dict[Any, Any]:
+    """Return the tensors as views of one storage, each at another offset, and sometimes many more of them."""
+    dense = {key: t for key, t in tensors.items() if isinstance(t, Tensor) and t.dtype == torch.float32 and t.numel()}
+    storage = torch.linspace(-1, 1, 2 * max((t.numel() for t in dense.values()), default=1))
+    new = dict(tensors)
+    for key, t in dense.items():
+        start = rng.randrange(len(storage) - t.numel() + 1)
+        new[key] = storage[start : start + t.numel()].view(t.shape)
+    copies = rng.choice((0, 0, 1000))
+    return new | {f"{n}.{key}": t for key, t in list(dense.items())[:2] for n in range(copies)}
 
 
 def _mutate_zip_members(data: bytes, rng: Rng) -> bytes:
@@ -352,7 +379,23 @@ def _mutate_gguf(data: bytes, rng: Rng) -> bytes:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        if new and rng.random() < 0.2:
+            return _with_overlap(Path(folder) / "b", rng)
         return (Path(folder) / "b").read_bytes()
+
+
+def _with_overlap(path: Path, rng: Rng) -> bytes:
+    """Return a GGUF file whose tensors begin where other tensors do, or within them."""
+    import gguf
+
+    data = bytearray(path.read_bytes())
+    tensors = gguf.GGUFReader(path).tensors
+    offsets = [int(t.field.parts[-1][0]) for t in tensors]
+    for t in tensors:
+        if rng.random() < 0.7:
+            place = t.field.offset + sum(int(part.nbytes) for part in t.field.parts[:-1])
+            data[place : place + 8] = struct.pack("<Q", rng.choice(offsets) + rng.choice((0, 0, 32, 4, -32)) % 2**64)
+    return bytes(data)
 
 
 def _mutate_tar(data: bytes, rng: Rng) -> bytes:
@@ -396,10 +439,48 @@ def _mutate_yaml(data: bytes, rng: Rng) -> bytes:
         *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     ]
     values = ("", "-1", "1.5", "x", "[1]", "{}", "true", "2001-01-01", "!!python/name:os.system", "9" * 50, "*a",
-              ".inf", "0x10")  # fmt: skip
+              ".inf", "0x10", "&a 3", "1:30", "190:20:30.15", "-9" + ":59" * 3000,
+              "!!float 1" + ":0" * 3000)  # fmt: skip
     new = (": ".join((lines[n].partition(":")[0], rng.choice(values))), "", "- x", "? [a]", "\t", "[" * 3000)
     lines[n : n + 1] = bomb if rng.random() < 0.05 else [rng.choice((new[0],) * 8 + new)]
     return "\n".join(lines).encode()
+
+
+# --- files that are no plain files ---
+
+
+def disturb_folder(folder: Path, rng: Rng) -> None:
+    """Put something else in the place of one file of a folder: a link, a pipe, a directory, or a sparse file."""
+    path, what = rng.choice(sorted(folder.iterdir())), rng.randrange(6)
+    data = path.read_bytes()
+    if what < 2:
+        start = _announcing_holes() if what else data
+        path.write_bytes(start)
+        os.truncate(path, len(start) + 2 ** rng.choice((30, 34, 40)) if start is data else len(start) + 2**34)
+        return
+    path.unlink()
+    if what == 2:
+        os.mkfifo(path)
+    elif what == 3:
+        path.mkdir()
+    elif what == 4:
+        path.symlink_to(rng.choice((path.name, "/dev/zero", "/dev/stdin", "/nowhere", ".", "/proc/self/mem", "..")))
+    else:  # an innocent link
+        (folder / "elsewhere").write_bytes(data)
+        path.symlink_to("elsewhere")
+
+
+def _announcing_holes() -> bytes:
+    """Return the beginning of a safetensors file whose two tensors fill 16 GiB."""
+    half = 2**33
+    keys = ("base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight")
+    return _join_header(
+        {
+            key: {"dtype": "F32", "shape": [half // 4096, 1024], "data_offsets": [i * half, (i + 1) * half]}
+            for i, key in enumerate(keys)
+        },
+        b"",
+    )
 
 
 def _is_zip_of(data: bytes, end: str) -> bool:

@@ -41,6 +41,7 @@ app = typer.Typer(help="LoRA surgery on PyTorch models.", no_args_is_help=True, 
 SHELL_SPELLING = (
     (r"allow_pickle=True", "--allow-pickle"),
     (r"check_base=False", "--any-base"),
+    (r"allow_missing=True", "--allow-missing"),
     (r"lossy=True", "--lossy"),
     (r"accept the loss with strict=False", "leave out --strict to accept the loss"),
     (r"(?:hints=)?Hints\(alpha=([^)]+)\)", r"--alpha \1"),
@@ -222,12 +223,16 @@ def merge(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Accept a base other than the one that the adapter was made for.")
     ] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Accept an adapter without A and B for layers that it targets.")
+    ] = False,
 ) -> None:
     """Merge ADAPTERS into MODEL's checkpoint, shard by shard. It takes little more than a copy, whatever the size."""
     if (out is None) != in_place:
         way_out = "write, for instance, lorainject merge MODEL ADAPTER -o DIR"
         raise li.SpecError("merge needs either --output DIR or --in-place", way_out=way_out)
-    options: dict[str, Any] = {"weights": weights, "strict": strict, "check_base": not any_base}
+    options: dict[str, Any] = {"weights": weights, "strict": strict, "check_base": not any_base,
+                               "allow_missing": allow_missing}  # fmt: skip
     with _progress("merging") as progress:
         if out is None:
             report = li.merge_in_place(_local_model(model), adapters, progress=progress, **options)

@@ -19,14 +19,15 @@ from ..merging.report import MergeReport, check_survival
 from ..numerics.modes import in_default_modes
 from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
-from .shards import INDEX, WEIGHT_FILES, Shard, open_unchanged
+from .shards import WEIGHT_FILES, Shard, find_index, open_unchanged
 
 
 @in_default_modes
 def merge_checkpoint(base_dir: str | Path,
                      adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile],
                      out_dir: str | Path, *, weights: Sequence[float] | None = None, strict: bool = False,
-                     check_base: bool = True, progress: Progress | None = None) -> MergeReport:  # fmt: skip
+                     check_base: bool = True, allow_missing: bool = False,
+                     progress: Progress | None = None) -> MergeReport:  # fmt: skip
     """Write a copy of a checkpoint with W0 + s B A in place of every adapted weight.
 
     The tensors have the bits that load, merge(reversible=False), eject and save_pretrained write. Names, order, dtypes,
@@ -40,6 +41,7 @@ def merge_checkpoint(base_dir: str | Path,
         weights: What each adapter's delta is multiplied with; 1 each by default. The sum is rounded once.
         strict: Raise MergeError where less than 0.9 of a delta survives the rounding, instead of a SurvivalWarning.
         check_base: Raise FileError if the adapter's fingerprint says that it was made for another base.
+        allow_missing: As in `load`.
         progress: Called with the bytes done and the bytes in total.
 
     Returns:
@@ -51,7 +53,7 @@ def merge_checkpoint(base_dir: str | Path,
         MergeError: A sum is not finite, or, if strict, too little of a delta survives.
     """
     base, out = as_path(base_dir), as_path(out_dir)
-    plan = plan_merge(base, adapters, weights, check_base)
+    plan = plan_merge(base, adapters, weights, check_base, allow_missing)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out} already exists and is not an empty directory", way_out="give a new or empty directory")
     if out.resolve().is_relative_to(base.resolve()):
@@ -83,7 +85,7 @@ def _other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
         name = path.relative_to(base)
         if path in shard_paths or not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        if path.name.endswith(WEIGHT_FILES) and path.name != INDEX:
+        if path.name.endswith(WEIGHT_FILES) and path != find_index(base):
             skipped.append(str(name))
         else:
             others.append(path)

@@ -36,7 +36,7 @@ from .byte_runs import Patch, Runs
 from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
 from .shard_writer import MergePlan
-from .shards import INDEX, Shard, open_unchanged
+from .shards import INDEX_ENDING, Shard, open_unchanged
 
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 3  # 3: other checksums in the journals
 
@@ -45,7 +45,7 @@ FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 3  # 3: other 
 def merge_in_place(model_dir: str | Path,
                    adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], *,
                    weights: Sequence[float] | None = None, strict: bool = False, check_base: bool = True,
-                   progress: Progress | None = None) -> MergeReport:  # fmt: skip
+                   allow_missing: bool = False, progress: Progress | None = None) -> MergeReport:  # fmt: skip
     """Merge adapters into a checkpoint itself. `unmerge_in_place` restores the old files to the byte.
 
     The tensors have the bits of a reversible merge in memory, which may differ from those of `merge_checkpoint` in the
@@ -54,7 +54,7 @@ def merge_in_place(model_dir: str | Path,
 
     Args:
         model_dir: The directory with the model's config.json and safetensors files.
-        adapters, weights, strict, check_base, progress: See `merge_checkpoint`.
+        adapters, weights, strict, check_base, allow_missing, progress: See `merge_checkpoint`.
 
     Returns:
         What became of each weight's delta.
@@ -66,7 +66,7 @@ def merge_in_place(model_dir: str | Path,
     base = as_path(model_dir)
     folder = base / FOLDER
     _check_not_merged(base)
-    plan = plan_merge(base, adapters, weights, check_base)
+    plan = plan_merge(base, adapters, weights, check_base, allow_missing)
     if links := [f"{shard.path.name} -> {os.readlink(shard.path)}" for shard in plan.shards if shard.path.is_symlink()]:
         raise FileError(
             f"{base} cannot be merged in place, because its shards are symlinks (as in a hub's cache):",
@@ -252,8 +252,8 @@ def sha256(path: Path) -> str:
 
 def _move_index(source: Path, target: Path) -> None:
     """Move the index, if there is one, from one folder to another."""
-    if (source / INDEX).exists():
-        os.replace(source / INDEX, target / INDEX)
+    for index in sorted(source.glob(f"*{INDEX_ENDING}")):
+        os.replace(index, target / index.name)
         for folder in (source, target):
             sync_folder(folder)
 

@@ -7,9 +7,9 @@ disk belong to which of its weights is found by transformers' own loading rules 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from ..files.convert import read_source
 from ..files.io.open_adapter import Hints, open_source
 from ..files.io.regular_file import open_regular
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
-from ..files.match_model import match_sites
-from ..files.record import AdapterFile, BasePrint, StoredSite
+from ..files.match_model import match_sites, missing_targets, warn_of_missing
+from ..files.record import AdapterFile, BasePrint, Problem, StoredSite, next_steps
 from ..files.rename import rename_for_model
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
 from ..lora.adapter import LoraAdapter, delta_factors
@@ -36,9 +36,17 @@ from .byte_runs import locate_element
 from .shard_writer import MergePlan, WeightUpdate
 from .shards import Shard, read_shards
 
+UNQUANTIZED = "merge into the checkpoint as it was before quantization, and quantize the result"
+IN_MEMORY = "merge in memory: load the model and the adapter, then merge(reversible=False), eject, save_pretrained"
 
-def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check_base: bool) -> MergePlan:
-    """Return what a merge of these adapters (see merge_checkpoint) writes, after checking that everything fits."""
+
+def plan_merge(
+    base: Path, adapters: Any, weights: Sequence[float] | None, check_base: bool, allow_missing: bool
+) -> MergePlan:
+    """Return what a merge of these adapters (see merge_checkpoint) writes, after checking that everything fits.
+
+    Warn, in the name of the caller's caller, of what had to be assumed.
+    """
     sources = [adapters] if isinstance(adapters, str | Path | AdapterFile) else list(adapters)
     files = [a if isinstance(a, AdapterFile) else read_source(open_source(a, spool=True)) for a in sources]
     multipliers = [1.0] * len(files) if weights is None else [float(w) for w in weights]
@@ -54,10 +62,15 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
         if file.notes and not isinstance(source, AdapterFile):  # what the file leaves open, the model tells
             hints, index = Hints(model=checkpoint.model), checkpoint.index
             file = read_source(open_source(source, spool=True), hints=hints, index=index)
-        for stored, site in checkpoint.fit(file):
+        file, sites, missing = checkpoint.fit(file, allow_missing)
+        known = source.notes if isinstance(source, AdapterFile) else ()
+        for note in (note for note in file.notes if note not in known):
+            warnings.warn(f"{file.path}: {note}", stacklevel=4)
+        warn_of_missing(file, missing, stacklevel=4)
+        for stored, site in zip(file.sites, sites, strict=True):
             weight = checkpoint.weights[site_name(site.path, site.parameter)]
             if reason := checkpoint.why_unwritable(weight):
-                problems.append(f"{site.name}: {reason}")
+                problems.append(Problem(f"{site.name}: {reason}", getattr(reason, "step", IN_MEMORY)))
                 continue
             if check_base and file.base is not None and not checkpoint.has_base(weight, file.base, stored.name):
                 mismatches.append(f"{site.name}: differs from the base weight that this adapter was made for")
@@ -68,7 +81,7 @@ def plan_merge(base: Path, adapters: Any, weights: Sequence[float] | None, check
         raise FileError(
             f"{base} cannot be merged on disk, because some of the adapted weights cannot be changed there:",
             problems,
-            "merge in memory: load the model and the adapter, then merge(reversible=False), eject, save_pretrained",
+            next_steps(problems, IN_MEMORY),
         )
     if mismatches:
         raise FileError(
@@ -123,18 +136,21 @@ class _Checkpoint:
                 values.append(torch.frombuffer(bytearray(files[key].read(dtype.itemsize)), dtype=dtype).float())
         return torch.cat(values)
 
-    def fit(self, file: AdapterFile) -> Iterable[tuple[StoredSite, Site]]:
-        """Return the file's sites, each with its site in the model. Raise FileError with all that does not fit."""
-        native = file.format == "lorainject"
-        renamed = _rename_native(file, self.model, self.weights) if native else rename_for_model(file, self.index)
+    def fit(self, file: AdapterFile, allow_missing: bool) -> tuple[AdapterFile, list[Site], list[str]]:
+        """Return the file under the model's names, the site in the model for each of its sites, and what it lacks.
+
+        Raise FileError with all that does not fit.
+        """
+        renamed = rename_for_model(file, self.index)
         problems = [f"{line}; only A and B can be merged on disk" for line in file.beside]
         problems += [
             f"{path}: the file replaces this base weight, which cannot be merged on disk"
             for path, tensor in renamed.replaced.items()
             if not self._holds(path, tensor)
         ]
-        sites = match_sites(self.index, renamed, self.weights, None, problems)
-        return zip((file if native else renamed).sites, sites, strict=True)  # a fingerprint has the names in the file
+        missing = missing_targets(renamed, self.weights)
+        sites = match_sites(self.index, renamed, self.weights, None, problems, () if allow_missing else missing)
+        return renamed, sites, missing
 
     def _holds(self, path: str, tensor: Tensor) -> bool:
         """True if the checkpoint already holds these values of a weight: PEFT's files may bring base weights along."""
@@ -149,19 +165,26 @@ class _Checkpoint:
 
     def why_unwritable(self, weight: ModelWeight) -> str | None:
         """Return why the bytes of this weight cannot be changed; None if they can."""
-        if reason := self._reasons.get(_full_name(weight)):
-            return reason
         entries = [self.tensors[piece.key] for piece in self.pieces(weight)]
-        if not entries:
-            return "is not in the checkpoint"
-        if odd := {entry.dtype for entry in entries if not _is_float(entry)}:
-            return f"is quantized, stored as {', '.join(sorted(odd))}: merge into the checkpoint before quantization"
+        if not entries or not all(map(_is_float, entries)):
+            if quantization := self._quantization(weight):
+                return Problem(f"is quantized{quantization}", UNQUANTIZED)
+            return self._reasons.get(_full_name(weight), "is not in the checkpoint")
         names = {".".join(filter(None, (path, weight.parameter))) for path in weight.paths}
         parameter = weight.module._parameters[weight.parameter]
         everything = self.model.named_parameters(remove_duplicate=False)
         if tied := [name for name, p in everything if p is parameter and name not in names]:
-            return f"is tied to {', '.join(tied)}, which would change too (in memory, merge(untie=True) separates them)"
+            return Problem(f"is tied to {', '.join(tied)}, which would change too", f"{IN_MEMORY} with untie=True")
         return None
+
+    def _quantization(self, weight: ModelWeight) -> str:
+        """Return how a weight is quantized on disk, for an error; empty if it does not seem to be."""
+        settings = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        prefix = f"{weight.paths[0]}."
+        stored = {key.removeprefix(prefix): e for key, e in self.tensors.items() if key.startswith(prefix)}
+        codes = [f"{key} {entry.dtype}" for key, entry in sorted(stored.items()) if not _is_float(entry)]
+        return f" by {method}" * bool(method) + f", stored as {', '.join(codes)}" * bool(codes)
 
     def has_base(self, weight: ModelWeight, base: BasePrint, name: str) -> bool:
         """True if the weight agrees with the fingerprint that the adapter has of its base under this site name."""
@@ -193,19 +216,6 @@ def _delta(stored: StoredSite, site: Site, weight: ModelWeight, multiplier: floa
                           init="kaiming", slices=stored.rows, out=out)  # fmt: skip
     rest = tuple(site.shape[weight.kind.stacked + 1 :])
     return flatten_factors(delta_factors(adapter, weight.kind.transposed, rest))
-
-
-def _rename_native(file: AdapterFile, model: nn.Module, weights: Mapping[str, ModelWeight]) -> AdapterFile:
-    """Return a file of our own format with the names of this model, if it was made on the model inside or around it.
-
-    The names then differ by the model's prefix: `bert.encoder` in BertForMaskedLM is `encoder` in BertModel.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for change in (lambda path: path, lambda path: prefix + path, lambda path: path.removeprefix(prefix)):
-        if all(site_name(change(s.path), s.parameter) in weights for s in file.sites):
-            sites = [replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites]
-            return replace(file, sites=tuple(sites), replaced={change(p): t for p, t in file.replaced.items()})
-    return file
 
 
 def _build_adapted_layers(files: Sequence[AdapterFile], tensors: Mapping[str, TensorEntry]) -> nn.Module:

@@ -18,6 +18,7 @@ from ..files.io.regular_file import is_plain_name, open_regular, read_regular
 from ..files.io.safetensors_file import MAX_HEADER, TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"  # diffusers calls it diffusion_pytorch_model.safetensors.index.json
 SINGLE = "model.safetensors"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data",
                 ".index.json")  # fmt: skip
@@ -65,7 +66,7 @@ def read_shards(folder: Path) -> list[Shard]:
             f"{folder} is not a directory",
             way_out="give the directory with the model's config.json and .safetensors files",
         )
-    index = folder / INDEX
+    index = find_index(folder)
     with system_errors(f"{folder} cannot be read", way_out="check that the files exist and may be read"):
         shard_of = _read_index(index) if index.exists() else {}
         names = sorted(set(shard_of.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
@@ -83,6 +84,12 @@ def read_shards(folder: Path) -> list[Shard]:
     if shard_of:
         _check_index(index, shard_of, shards)
     return shards
+
+
+def find_index(folder: Path) -> Path:
+    """Return the path of a checkpoint's index, which need not exist: transformers' index, or else the only one."""
+    others = sorted(folder.glob(f"*{INDEX_ENDING}"))
+    return others[0] if len(others) == 1 else folder / INDEX
 
 
 def _read_shard(path: Path) -> Shard:

@@ -26,13 +26,16 @@ from .formats.pairs import other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
 from .io.regular_file import as_path
+from .parts import select_component
 from .read_back import require_same
-from .record import AdapterFile, payload_problems
-from .rename import rename_for_model, select_component
+from .record import AdapterFile, next_steps, payload_problems
+from .rename import rename_for_model
 
 # The first format that claims a source has it, so the more specific ones come first.
 MODULES = (native, gguf, onnx, kohya, diffusers, peft_reader, torchtune, mlx, adapterhub, litgpt, loralib)
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in MODULES}
+
+DAMAGED = "if the file is damaged, copy it again, or save it again with the library that wrote it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +98,14 @@ def read_source(
             way_out="check how the file was made, or save the adapter again with the library that trained it",
         ) from e
     if file is not None and hints.component is not None:
-        file = select_component(file, hints.component)
+        file = select_component(file, hints.component, problems)
     if file is not None:
         problems += _repeated(file)
     if file is not None and not file.sites and not problems:
-        problems.append("it holds no A and B" + (f" of {hints.component}" if hints.component else ""))
+        problems.append("it holds no A and B")
     if problems or file is None:
         raise FileError(
-            f"{path} cannot be read as an adapter of the format {form.name}:",
-            problems,
-            "if the file is damaged, copy or save it again; what is not plain LoRA, merge or convert with PEFT first",
+            f"{path} cannot be read as an adapter of the format {form.name}:", problems, next_steps(problems, DAMAGED)
         )
     if hints.model is None:
         return file
@@ -234,11 +235,7 @@ def _prepare(file: AdapterFile, engine: engines.Engine, hints: Hints) -> Adapter
     for check in engine.checks:
         file = check(file, hints, problems)
     if problems:
-        raise FileError(
-            f"{engine.form.name} does not serve this adapter:",
-            problems,
-            "have it merged into the base instead (PEFT's merge_and_unload)",
-        )
+        raise FileError(f"{engine.form.name} does not serve this adapter:", problems, engines.MERGED)
     return file
 
 

@@ -29,6 +29,10 @@ from .record import AdapterFile, StoredSite
 Check = Callable[[AdapterFile, Hints, list[str]], AdapterFile]
 """Returns the record as the engine needs it, and appends to the list what the engine cannot serve."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
+MERGED = (
+    "serve a merged model: load(model, adapter), merge(model, reversible=False), eject(model),"
+    " model.save_pretrained(...); merge_checkpoint does this on disk, for adapters of A and B alone"
+)
 SERVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -56,7 +60,7 @@ def engine(name: str) -> Engine:
 
 def _restricted(form: Format, name: str, library: str, **fields: object) -> Format:
     """Return the format under the engine's name, with these fields changed."""
-    instead = "serve a merged model (merge_checkpoint, PEFT's merge_and_unload), or pass lossy=True to leave these out"
+    instead = f"{MERGED}, or pass lossy=True to leave these out"
     return replace(form, name=name, library=library, instead=instead, **fields)  # type: ignore[arg-type]
 
 

@@ -24,13 +24,14 @@ from ..numerics.threads import defer_interrupt
 from . import transforms
 from .convert import read_source
 from .io.open_adapter import Hints, open_source
-from .match_model import match_sites, require_base, weight_of, weights_for
+from .match_model import match_sites, missing_targets, require_base, warn_of_missing, weight_of, weights_for
 from .record import StoredSite
 
 
 @in_default_modes
 def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_base: bool = True,
-            allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
+            allow_missing: bool = False, allow_pickle: bool = False,
+            hints: Hints | None = None) -> nn.Module:  # fmt: skip
     """Give an adapter on the model the values of a file, in place and without a recompilation.
 
     The file may have other ranks (up to those on the model), scales and scalings. A weight that the file does not adapt
@@ -41,6 +42,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
         path: An adapter in any format of `li.FORMATS`.
         name: The adapter on the model.
         check_base: As in `load`.
+        allow_missing: As in `load`.
         allow_pickle: As in `load`.
         hints: As in `load`.
 
@@ -77,9 +79,11 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
             values[place] = transforms.with_rank(transforms.to_standard_scaling(stored), adapter.r)
     unswappable = {names[place]: _why_unswappable(adapter) for place, adapter in adapters.items()}
     problems += [f"{key}: {reason}" for key, reason in unswappable.items() if reason is not None]
-    sites = match_sites(index, file, weights, None, problems)
+    missing = missing_targets(file, weights)
+    sites = match_sites(index, file, weights, None, problems, () if allow_missing else missing)
     if check_base:
         require_base(file, weights, sites)
+    warn_of_missing(file, missing, stacklevel=3)
     index.note_change()
     with torch.no_grad(), defer_interrupt():
         for place, adapter in adapters.items():

@@ -9,6 +9,7 @@ tells models of equal shapes apart, such as a model and its instruction-tuned ve
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,10 @@ from ..targets.matcher import WeightMatch
 from ..targets.model_weights import ModelWeight, model_weights, separate_weights
 from ..targets.resolve import make_site, why_unsuitable
 from .formats import peft_layout
-from .record import AdapterFile, BasePrint, StoredSite
+from .record import AdapterFile, BasePrint, Problem, StoredSite, next_steps
 
+OTHER_MODEL = "load it onto the model that it was trained on"
+MISSING_STEP = "if the file is whole, accept what it lacks with allow_missing=True, as PEFT does"
 Weights = Mapping[str, ModelWeight]
 """The weights of a model by each of their names."""
 
@@ -56,7 +59,12 @@ def weights_for(file: AdapterFile, index: ModelIndex) -> dict[str, ModelWeight]:
 
 
 def match_sites(
-    index: ModelIndex, file: AdapterFile, weights: Weights, dtype: torch.dtype | None, problems: Sequence[str] = ()
+    index: ModelIndex,
+    file: AdapterFile,
+    weights: Weights,
+    dtype: torch.dtype | None,
+    problems: Sequence[str] = (),
+    missing: Sequence[str] = (),
 ) -> list[Site]:
     """Return the model's sites for the sites of a file, in the file's order.
 
@@ -66,6 +74,7 @@ def match_sites(
         weights: The weights of the model.
         dtype: The dtype that A and B will have. None keeps that of the file.
         problems: What the caller has found wrong with the file.
+        missing: What `missing_targets` returned, if that is wrong.
 
     Raises:
         FileError: With `problems` and with everything in the file that does not fit the model.
@@ -86,18 +95,34 @@ def match_sites(
             sites.append(_site(index, file, stored, weight, dtype))
         else:
             mismatches.append(f"{stored.name}: {mismatch}")
-    if file.format == "peft":
-        layers = [name for name, weight in weights.items() if weight.parameter == "weight"]
-        missing = dict.fromkeys(peft_layout.target_paths(file.config, layers))
-        for stored in file.sites:
-            missing.pop(stored.path, None)
-        mismatches += [f"{path}: missing in the file, though its config targets it" for path in missing]
-    if mismatches or problems:
-        way_out = "load it onto the model that it was trained on"
-        if file.format in ("kohya", "diffusers"):
-            way_out += '; if the file is for several components, name one: hints=Hints(component="unet")'
-        raise FileError(f"{file.path} does not fit this model:", [*mismatches, *problems], way_out)
+    lines = [*mismatches, *problems]
+    lines += [Problem(f"{path}: missing in the file, though its config targets it", MISSING_STEP) for path in missing]
+    if lines:
+        raise FileError(f"{file.path} does not fit this model:", lines, next_steps(lines, OTHER_MODEL))
     return sites
+
+
+def missing_targets(file: AdapterFile, weights: Weights) -> list[str]:
+    """Return the paths of the layers that the config of PEFT's file targets, but for which the file has no A and B.
+
+    Such an adapter may be a part of another one, or damaged. PEFT loads it with a warning.
+    """
+    if file.format != "peft":
+        return []
+    layers = [name for name, w in weights.items() if w.parameter == "weight" and w.paths[0].startswith(file.part)]
+    adapted = {stored.path for stored in file.sites}
+    return [path for path in peft_layout.target_paths(file.config, layers) if path not in adapted]
+
+
+def warn_of_missing(file: AdapterFile, missing: Sequence[str], stacklevel: int) -> None:
+    """Warn of the layers without A and B, which stay as they are in the base."""
+    if missing:
+        names = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        warnings.warn(
+            f"{file.path}: {len(missing)} layers that its config targets have no A and B in the file, and stay as they"
+            f" are: {names}",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _site(

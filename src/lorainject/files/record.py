@@ -143,6 +143,9 @@ class AdapterFile:
     namespace: str = "hf"
     """Whose names the paths are: "hf" (the model's own), "kohya" (dots became underscores) or "pipeline" (a component's
     name comes first)."""
+    part: str = ""
+    """Path of the part of the model that the adapter was made for, with a dot at the end, once the sites have the names
+    of a larger model; else empty."""
     notes: tuple[str, ...] = ()
     """What the reader assumed because the file does not say, one line each."""
 
@@ -157,6 +160,23 @@ class AdapterFile:
         dora = [f"{s.name}: a magnitude (DoRA)" for s in self.sites if s.magnitude is not None]
         biases = [f"{s.name}: an update of the bias (lora_bias)" for s in self.sites if s.bias is not None]
         return (*dora, *biases, *(f"{path}: {len(t.ids)} rows of trained tokens" for path, t in self.tokens.items()))
+
+
+class Problem(str):
+    """A line of an error, with the next step that helps with it. Lines without one are plain strings."""
+
+    step: str
+
+    def __new__(cls, line: str, step: str) -> Problem:
+        """Return the line."""
+        problem = super().__new__(cls, line)
+        problem.step = step
+        return problem
+
+
+def next_steps(problems: Iterable[str], default: str) -> str:
+    """Return the next steps of all problems, each once; the default is that of lines without one."""
+    return "; ".join(dict.fromkeys(getattr(problem, "step", default) for problem in problems))
 
 
 def checked_sites(sites: Iterable[StoredSite], problems: list[str]) -> list[StoredSite]:

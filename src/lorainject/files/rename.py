@@ -2,7 +2,7 @@
 
 A file's names can differ from the model's in four ways:
 
-    the adapter was made on a module inside this model, or around it    encoder, bert.encoder
+    the adapter was made on a module inside this model, or around it    encoder, bert.encoder (see also parts.py)
     the tool writes flat names of its own                               lora_unet_down_blocks_0 (kohya)
     the names are those of an image model's original code               double_blocks.0.img_attn.qkv (Flux)
     the names are those of a checkpoint, or of an older transformers    one linear per expert, a fused qkv
@@ -14,6 +14,7 @@ change. The update of every weight is exactly the same.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -29,8 +30,9 @@ from ..lora.weight_kinds import weight_shape
 from ..plan import site_name
 from ..targets.model_weights import ModelWeight, model_weights
 from . import transforms
-from .formats.image_model_names import PREFIXES, flux_paths, kohya_prefix, unet_name
-from .record import AdapterFile, StoredSite
+from .formats.image_model_names import flux_paths, kohya_prefix, unet_name
+from .parts import component_names, components, prefix_changes
+from .record import AdapterFile, BasePrint, StoredSite
 from .weight_map import StoredPiece, StridedView, locate_weights
 
 COMFYUI_PREFIX = "diffusion_model."
@@ -38,44 +40,27 @@ EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|u
 EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # each: gate, up, down
 
 
-def select_component(file: AdapterFile, component: str) -> AdapterFile:
-    """Return the file with only the sites on one part of a pipeline, such as "unet" or "text_encoder".
-
-    Paths then start below the part, except for kohya's flat names, which keep their prefix.
-    """
-    if file.namespace == "kohya":
-        return replace(file, sites=tuple(s for s in file.sites if component in PREFIXES.get(kohya_prefix(s.path), ())))
-    if file.namespace != "pipeline":
-        return file
-    prefix = f"{component}."
-    sites = tuple(replace(s, path=s.path.removeprefix(prefix)) for s in file.sites if s.path.startswith(prefix))
-    return replace(file, sites=sites, namespace="hf")
-
-
 def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
     """Return the file with the model's names for its sites. A site without a counterpart in the model keeps its name.
 
-    The names in files that lorainject wrote under a model's own names are kept. Stacks of experts get the parts that
-    the model's stacks have.
+    Stacks of experts get the parts that the model's stacks have.
 
     Raises:
-        FileError: If two names in the file mean the same weight, or one name can mean two modules.
+        FileError: If one name can mean two modules, if the file fits several parts of the model, or if it has adapters
+            for several components of a pipeline.
     """
     model, modules = index.model, index.modules
-    is_native, has_stacks = (
-        file.format == "lorainject" and file.namespace == "hf",
-        any(s.A.ndim == 3 for s in file.sites),
-    )
-    if (is_native and not has_stacks) or all(
+    is_native = file.format == "lorainject" and file.namespace == "hf"
+    if all(
         s.path in modules
         and s.parameter in modules[s.path]._parameters
-        and (s.kind == "embedding" or not (s.shape or s.A.ndim == 3))
+        and s.A.ndim < 3
+        and (is_native or s.kind == "embedding" or not s.shape)
         for s in file.sites
     ):
         return replace(file, namespace="hf")
     by_name = {name: w for w in model_weights(index) for name in w.names}
-    if is_native:
-        return replace(file, sites=tuple(_with_parts(s, by_name.get(_weight_name(s))) for s in file.sites))
+    _require_one_component(file, index, by_name)
     if all(
         s.path.startswith(COMFYUI_PREFIX) and s.path.removeprefix(COMFYUI_PREFIX) not in by_name for s in file.sites
     ):
@@ -85,16 +70,85 @@ def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
         change = _flat_name_change(file, index)
     else:
         change = _prefix_change(file, model, by_name)
+    renamed = _renamed(file, change, model, by_name)
+    if is_native and not all(_weight_name(s) in by_name for s in renamed.sites):
+        renamed = file
+    if any(_weight_name(s) in by_name for s in renamed.sites):
+        return renamed
+    return _on_a_part(file, model, by_name) or renamed
+
+
+def _renamed(
+    file: AdapterFile, change: Callable[[str], str], model: nn.Module, by_name: Mapping[str, ModelWeight]
+) -> AdapterFile:
+    """Return the file with changed paths, and with the sites of a checkpoint's weights on the model's."""
     sites = [replace(s, path=change(s.path), aliases=tuple(map(change, s.aliases))) for s in file.sites]
-    known = [s for s in sites if _weight_name(s) in by_name]
-    if unknown := [s for s in sites if _weight_name(s) not in by_name]:
+    base = file.base
+    if file.format == "lorainject" and file.namespace == "hf":  # whose names are a model's, never a checkpoint's
+        new_names = {old.name: s.name for old, s in zip(file.sites, sites, strict=True)}
+        base = base and BasePrint(
+            dtype={new_names[name]: dtype for name, dtype in base.dtype.items()},
+            sample={new_names[name]: sample for name, sample in base.sample.items()},
+        )
+    elif unknown := [s for s in sites if _weight_name(s) not in by_name]:
+        known = [s for s in sites if _weight_name(s) in by_name]
         sites = known + _convert_checkpoint_sites(unknown, model, by_name)
     return replace(
         file,
         sites=tuple(_with_model_kind(s, by_name.get(_weight_name(s))) for s in sites),
+        base=base,
         replaced={change(path): t for path, t in file.replaced.items()},
         tokens={change(path): t for path, t in file.tokens.items()},
         namespace="hf",
+    )
+
+
+def _on_a_part(file: AdapterFile, model: nn.Module, by_name: Mapping[str, ModelWeight]) -> AdapterFile | None:
+    """Return the file with the names of the part of the model that it was made for; None if it fits no part.
+
+    Raises:
+        FileError: If it fits several parts.
+    """
+    plain = [s for s in file.sites if not EXPERT.fullmatch(s.path)]  # transformers' rules place the experts
+    changes = prefix_changes(plain, by_name) if plain else []
+    if len(changes) > 1:
+        raise FileError(
+            f"{file.path} was made for a part of this model, or for a larger model; the shapes fit several parts:",
+            [f"{plain[0].path} may be {change(plain[0].path)}" for change in changes],
+            f"load it onto the part that it was made for, as in"
+            f" load(model.get_submodule({changes[0].new.removesuffix('.')!r}), path)",
+        )
+    if not changes:
+        return None
+    (change,) = changes
+    note = (
+        f"the file has no names of this model, but those of a part of it or of a larger model: {plain[0].path} was"
+        f" taken for {change(plain[0].path)}, and so on"
+    )
+    paths = {path for path, _ in model.named_modules()}
+    part = change.new if len(change.new) > len(change.old) else ""
+    renamed = _renamed(file, lambda path: path if path in paths else change(path), model, by_name)
+    return replace(renamed, part=part, notes=(*file.notes, note))
+
+
+def _require_one_component(file: AdapterFile, index: ModelIndex, by_name: Mapping[str, ModelWeight]) -> None:
+    """Raise FileError if the file has adapters for several components of a pipeline, of which a model can be one."""
+    parts = components(file)
+    if len(parts) < 2:
+        return
+    fitting = []
+    for part, sites in parts.items():
+        with contextlib.suppress(FileError):
+            renamed = rename_for_model(replace(file, sites=sites), index)
+            fitting += [part] * all(_weight_name(s) in by_name for s in renamed.sites)
+    names = {part: " or ".join(component_names(part)) or "modules without a component's name" for part in parts}
+    raise FileError(
+        f"{file.path} holds adapters for several components of a pipeline, but the model is one of them at most:",
+        [
+            f"{names[part]}: {len(sites)} sites" + ", all of which this model has" * (part in fitting)
+            for part, sites in parts.items()
+        ],
+        f"take those of this model: hints=Hints(component={component_names((fitting or [*parts])[0])[0]!r})",
     )
 
 

@@ -40,7 +40,15 @@ from .formats import peft_layout
 from .io import atomic_write
 from .io.open_adapter import Hints, open_source
 from .io.regular_file import as_path
-from .match_model import base_print, match_sites, require_base, weight_of, weights_for
+from .match_model import (
+    base_print,
+    match_sites,
+    missing_targets,
+    require_base,
+    warn_of_missing,
+    weight_of,
+    weights_for,
+)  # fmt: skip
 from .record import AdapterFile, StoredSite
 
 
@@ -107,7 +115,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
 
 @in_default_modes
 def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None,
-         check_base: bool = True, allow_pickle: bool = False, hints: Hints | None = None) -> nn.Module:  # fmt: skip
+         check_base: bool = True, allow_missing: bool = False, allow_pickle: bool = False,
+         hints: Hints | None = None) -> nn.Module:  # fmt: skip
     """Put a saved adapter onto a base model, in place, and activate it.
 
     A warning names each assumption that had to be made about the file (AdapterFile.notes).
@@ -118,6 +127,8 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
         name: The adapter's name on the model. None takes the name in the file.
         dtype: The dtype of A and B. None keeps that of the file.
         check_base: Refuse a model other than the one that the adapter was made for, if the file has a fingerprint.
+        allow_missing: Accept a file of PEFT without A and B for some of the layers that its config targets, with a
+            warning that names them. They stay as they are in the base.
         allow_pickle: As in `read`.
         hints: As in `read`. The model itself is always a hint.
 
@@ -142,9 +153,11 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     checked = {s.name: extras.why_extras_unsupported(s, weight_of(s, weights), dtype) for s in file.sites}
     problems = [f"{key}: {reason}" for key, reason in checked.items() if reason is not None]
     replacements = extras.plan_replacements(index, file, weights, problems)
-    sites = match_sites(index, file, weights, dtype, problems)
+    missing = missing_targets(file, weights)
+    sites = match_sites(index, file, weights, dtype, problems, () if allow_missing else missing)
     if check_base:
         require_base(file, weights, sites)
+    warn_of_missing(file, missing, stacklevel=3)
     factors = {s.name: extras.loaded_factors(s, dtype) for s in file.sites}
     return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replacements)
 

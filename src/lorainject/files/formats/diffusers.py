@@ -46,13 +46,16 @@ CLIP_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "
 
 def claims(source: Source) -> bool:
     """True if all tensors lie in parts of a pipeline. GPT-2's transformer.h is no such part."""
-    keys = list(source.tensors)
+    keys = list(map(_later_key, source.tensors))
     in_parts = all(key.partition(".")[0] in COMPONENTS and not key.startswith("transformer.h.") for key in keys)
-    return "peft_type" not in source.config and in_parts and any(_later_key(k).endswith(tuple(ENDINGS)) for k in keys)
+    return "peft_type" not in source.config and in_parts and any(k.endswith(tuple(ENDINGS)) for k in keys)
 
 
 def _later_key(key: str) -> str:
-    """Return the key that later versions of diffusers use for a key of 2023; any other key unchanged."""
+    """Return the key that later versions of diffusers use for a key of 2023, and ComfyUI's shorter key for its longer
+    one; any other key unchanged."""
+    if key.startswith("model.diffusion_model."):
+        return key.removeprefix("model.")
     if (match := KEY_OF_2023.fullmatch(key)) is None:
         return key
     leaf = match["leaf"]

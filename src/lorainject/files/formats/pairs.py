@@ -12,11 +12,14 @@ orientation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from ..record import Problem
 
 # Parts of the tensor names that methods other than LoRA use.
 OTHER_METHODS: dict[str, tuple[str, ...]] = {
@@ -27,15 +30,23 @@ OTHER_METHODS: dict[str, tuple[str, ...]] = {
     "GLoRA": (".a1.weight", ".b1.weight", ".a2.weight", ".b2.weight"),
     "a full difference, of full rank": (".diff", ".diff_b"),
     "trained norms": (".w_norm", ".b_norm"),
-    "VeRA (shared random matrices)": (".vera_lambda_", "vera_A", "vera_B"),
+    "VeRA (shared random matrices)": (".vera_lambda", "vera_A", "vera_B"),
     "AdaLoRA": (".lora_E",),
     "cloneofsimo's numbered layers, whose modules the file does not name": (":up", ":down"),
 }
 
 
+METHOD_PATTERNS = {
+    method: re.compile(rf"({'|'.join(map(re.escape, marks))})(?![a-zA-Z0-9])")
+    for method, marks in OTHER_METHODS.items()
+}  # a mark ends where a word does: .diffusion_model is no .diff
+WITHOUT_BUNDLED = "save_file({k: t for k, t in load_file(path).items() if not k.startswith('bundle_emb.')}, new_path)"
+BUNDLED = "bundle_emb."  # kohya's and A1111's: an embedding of textual inversion in the same file
+
+
 def other_method(key: str) -> str | None:
     """Return the method other than LoRA that a tensor of this name belongs to, or None."""
-    return next((method for method, marks in OTHER_METHODS.items() if any(mark in key for mark in marks)), None)
+    return next((method for method, pattern in METHOD_PATTERNS.items() if pattern.search(key)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +123,17 @@ def rank_problems(name: str, B: Tensor, stated: Any) -> list[str]:
 
 def unexpected(key: str, endings: Mapping[str, str]) -> str:
     """Return the line that reports a key which belongs to no site."""
+    if key.startswith(BUNDLED):
+        line = f"{key}: an embedding (textual inversion) is bundled with the adapter"
+        return Problem(line, "write the file without it: " + WITHOUT_BUNDLED)
     if method := other_method(key):
-        return f"{key}: {method}, which is no pair of low-rank factors"
+        line = f"{key}: {method}, which is no pair of low-rank factors"
+        return Problem(line, "merge what is not plain LoRA into its base with the library that trained it")
     if _ending(key, endings):
         return f"{key}: unexpected, this format has no module of that name"
-    return f"{key}: unexpected, neither A nor B: the names in this format end in {', '.join(endings)}"
+    return (
+        f"{key}: unexpected, neither A nor B{': the names in this format end in ' * bool(endings)}{', '.join(endings)}"
+    )
 
 
 def twice(first: str, second: str) -> str:

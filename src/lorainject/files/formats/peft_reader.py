@@ -19,9 +19,9 @@ from torch import Tensor
 from ...plan import site_name
 from ..format import Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, TokenRows
+from ..record import AdapterFile, Problem, StoredSite, TokenRows
 from . import peft_layout
-from .pairs import Pair, as_matrices, read_pairs, twice
+from .pairs import Pair, as_matrices, read_pairs, twice, unexpected
 from .peft_stacks import Reading, candidate_parameters, read_parameter
 
 FACTOR = re.compile(
@@ -71,10 +71,8 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         problems.append(f"peft_type is {kind!r}: only LORA is a pair of low-rank factors")
         return None
     if not config and hints.alpha is None:
-        problems.append(
-            "it holds no record of alpha, without which its scale is unknown: give the directory with its"
-            " adapter_config.json, or Hints(alpha=...)"
-        )
+        line = "it holds no record of alpha, without which its scale is unknown"
+        problems.append(Problem(line, "give the directory with its adapter_config.json, or hints=Hints(alpha=...)"))
         return None
     reading = Reading(config, hints, problems, [])
     factors: dict[str, Tensor] = {}
@@ -101,7 +99,7 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         elif (m := WHOLE.fullmatch(name)) and _is_saved(key, m, config):
             replaced[site_name(m["path"].replace(".base_layer", ""), m["leaf"])] = t
         else:
-            problems.append(f"{key}: unexpected, neither A nor B")
+            problems.append(unexpected(key, {}))
     pairs = read_pairs(factors, ENDINGS, problems, translate=lambda path: path.removeprefix(peft_layout.PREFIX))
     if len(adapters) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}")
@@ -193,6 +191,11 @@ def _read_sites(
     magnitude = pair.extras.get("magnitude")
     if magnitude is None and any("magnitude" in other.extras for other in pairs.values()):
         reading.problems.append(f"{module}: its magnitude is missing")
+    if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2]:
+        line = f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are those of {len(A)} experts, stacked"
+        step = f"write one pair for each expert, as in {module.replace('experts.', 'experts.0.', 1)}.lora_A.weight"
+        reading.problems.append(Problem(line, step))
+        return []
     if A.ndim > 2 and B.ndim > 1 and B.shape[1] not in (0, A.shape[0]):
         reading.problems.append(
             f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are those of a grouped convolution, which not even"
