@@ -1,7 +1,7 @@
 """The adapters of a model in the folder of a checkpoint, and back.
 
     checkpoint-8/lorainject.json              which adapters there are, their settings, which are active, and what trains
-    checkpoint-8/adapter_model.safetensors    the first active adapter, as `li.save` writes it (with its config)
+    checkpoint-8/adapter_model.safetensors    the adapter that trains, as `li.save` writes it (with its config)
     checkpoint-8/sft/...                      every other adapter, in a folder of its name
     checkpoint-8/other_parameters.safetensors parameters of the base that train as well (a new head), if there are any
 
@@ -54,8 +54,8 @@ def save_adapters(model: nn.Module, folder: str | Path, *, others_are_kept: bool
     with warnings.catch_warnings():
         if others_are_kept:
             warnings.filterwarnings("ignore", message=".* train too, but save writes")
-        for name, path in _folders(manifest, folder).items():
-            save(model, path, name)
+        for name, path in manifest["folders"].items():
+            save(model, folder / path, name)
     adapted = {id(p) for adapter in _adapters(ModelIndex(model)) for p in adapter.parameters()}
     others = {name: p for name, p in _named(model) if p.requires_grad and id(p) not in adapted}
     with system_errors(f"{folder} cannot be written"):
@@ -79,9 +79,9 @@ def load_adapters(model: nn.Module, folder: str | Path, *, is_wrapped: bool = Fa
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        folders = _folders(manifest, folder)
-        trained = set(manifest["trained"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        folders = {name: folder / path for name, path in manifest["folders"].items()}
+        trained, active = set(manifest["trained"]), list(manifest["active"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         way_out = "resume from another checkpoint"
         raise FileError(f"{folder / MANIFEST} does not describe a checkpoint: {e}", way_out=way_out) from e
     is_bare = not ModelIndex(model).sites
@@ -107,7 +107,7 @@ def load_adapters(model: nn.Module, folder: str | Path, *, is_wrapped: bool = Fa
             if name in others:
                 p.copy_(others[name])
     if is_bare:
-        activate(model, *manifest["active"])
+        activate(model, *active)
         flags = [(p, name in trained) for name, p in _named(model)]
     for p, requires_grad in flags:  # load freezes the base
         p.requires_grad_(requires_grad)
@@ -126,8 +126,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         name: {key: _settings(site.adapters[name]) for key, site in index.sites.items() if name in site.adapters}
         for name in dict.fromkeys(name for state in index.states for name in state.before)  # as they were added
     }
+    trained = [name for name in index.default if any(p.requires_grad for a in index.adapters_named(name) for p in a.parameters())]
+    main = (*trained, *adapters)[0]
     return {
         "adapters": adapters,
+        "folders": {name: "." if name == main else name for name in adapters},
         "active": list(index.default),
         "trained": [name for name, p in _named(model) if p.requires_grad],
     }
@@ -190,12 +193,6 @@ def _refill(model: nn.Module, path: Path, name: str) -> None:
                     p.copy_(value)
     finally:
         eject(model, spare)
-
-
-def _folders(manifest: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Return the folder of every adapter: the checkpoint's for the first active one, where other tools look for it."""
-    first = (*manifest["active"], *manifest["adapters"])[0]
-    return {name: folder if name == first else folder / name for name in manifest["adapters"]}
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
