@@ -357,12 +357,15 @@ def test_hub_gets_the_adapter_and_its_recipe(tmp_path, monkeypatch):
     run.push_to_hub()
     assert {repo for repo, *_ in uploads} == {"me/run"}
     assert all("adapter_model.safetensors" in names for _, _, names, _ in uploads)
-    assert not any("unfinished" in name or "model.safetensors" in name.split("/") for *_, names, _ in uploads for name in names)
+    assert not any(
+        "unfinished" in name or "model.safetensors" in name.split("/") for *_, names, _ in uploads for name in names
+    )
     assert "optimizer.pt" in next(names for *_, names, path in uploads if path == "last-checkpoint")
     assert "README.md" in uploads[-1][2]
     assert trained(li.load(base(), tmp_path / "run")) == trained(model)
     card = (tmp_path / "run" / "README.md").read_text()
-    for part in ("library_name: lorainject", "| default | model.layers.*.mlp.down_proj | 2 | 4 | 4.0 | standard | 0.3 |",
+    for part in ("library_name: lorainject",
+                 "| default | model.layers.*.mlp.down_proj | 2 | 4 | 4.0 | standard | 0.3 |",
                  "| learning_rate | 0.01 |", "| train_loss |"):  # fmt: skip
         assert part in card
 
@@ -398,7 +401,9 @@ def test_save_pretrained_warns_of_lost_adapters(tmp_path):
     """save_pretrained keeps the base, and says that from_pretrained will not restore the adapters; after merge or eject
     it says nothing."""
     model = injected()
-    with pytest.warns(UserWarning, match=r"from_pretrained will not restore the adapters on it \('default'\)") as caught:
+    with pytest.warns(
+        UserWarning, match=r"from_pretrained will not restore the adapters on it \('default'\)"
+    ) as caught:
         model.save_pretrained(tmp_path)
     assert len(caught) == 1
     assert caught[0].filename == __file__

@@ -1,6 +1,6 @@
 """The adapters of a model in the folder of a checkpoint, and back.
 
-    checkpoint-8/lorainject.json              which adapters there are, their settings, which are active, and what trains
+    checkpoint-8/lorainject.json              the names and settings of the adapters, which are active, and what trains
     checkpoint-8/adapter_model.safetensors    the adapter that trains, as `li.save` writes it (with its config)
     checkpoint-8/sft/...                      every other adapter, in a folder of its name
     checkpoint-8/other_parameters.safetensors parameters of the base that train as well (a new head), if there are any
@@ -126,7 +126,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         name: {key: _settings(site.adapters[name]) for key, site in index.sites.items() if name in site.adapters}
         for name in dict.fromkeys(name for state in index.states for name in state.before)  # as they were added
     }
-    trained = [name for name in index.default if any(p.requires_grad for a in index.adapters_named(name) for p in a.parameters())]
+    trained = [
+        name
+        for name in index.default
+        if any(p.requires_grad for a in index.adapters_named(name) for p in a.parameters())
+    ]
     main = (*trained, *adapters)[0]
     return {
         "adapters": adapters,
@@ -144,7 +148,7 @@ def differences(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) -> Iter
         return
     if checkpoint["active"] != model["active"]:
         yield f"active in the checkpoint: {_quoted(checkpoint['active'])}; on the model: {_quoted(model['active'])}"
-    for name, site in sorted({(name, site) for name in ours for site in (*theirs[name], *ours[name])}):
+    for name, site in sorted({(adapter, site) for adapter in ours for site in (*theirs[adapter], *ours[adapter])}):
         a, b = theirs[name].get(site), ours[name].get(site)
         if a is None or b is None:
             yield f"{site}: carries the adapter {name!r} {'on the model' if a is None else 'in the checkpoint'} alone"

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import describe
+from .checkpoint import SETTINGS, describe
 
 ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16", "fp16", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16", "fp16",
+    "seed",
 )  # fmt: skip
 """The arguments of the trainer that the recipe lists."""
 
@@ -43,20 +44,20 @@ def recipe(model: nn.Module, base: str, args: Any, history: list[dict[str, Any]]
     """Return the recipe as Markdown."""
     manifest = describe(model)
     rows = Counter(
-        (name, re.sub(r"(?<=\.)\d+(?=\.)", "*", site), *(settings.get(key, "") for key in ("r", "alpha", "scaling", "dropout")))
+        (name, re.sub(r"(?<=\.)\d+(?=\.)", "*", site), *(settings.get(key, "") for key in SETTINGS))
         for name, sites in manifest["adapters"].items()
         for site, settings in sites.items()
-    )  # fmt: skip
+    )
     arguments = {key: getattr(args, key) for key in ARGUMENTS if hasattr(args, key)}
     metrics: dict[str, Any] = {}
     for entry in history:
-        metrics |= {key: value for key, value in entry.items() if key.startswith("eval_") or key in ("loss", "train_loss")}
+        metrics |= {key: v for key, v in entry.items() if key.startswith("eval_") or key in ("loss", "train_loss")}
     lines = [
         "## Adapter",
         "",
-        f"LoRA for `{base}`, trained with lorainject. To use it, load the base model, then `lorainject.load(model, path)`.",
+        f"LoRA for `{base}`, trained with lorainject. To use it, load the base, then call `lorainject.load(model, path)`.",
         "",
-        *_table(("adapter", "weights", "number", "r", "alpha", "scaling", "dropout"),
+        *_table(("adapter", "weights", "number", *SETTINGS),
                 [(*row[:2], count, *row[2:]) for row, count in rows.items()]),
         "",
         f"Active: {', '.join(manifest['active'])}.",

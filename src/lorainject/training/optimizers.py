@@ -9,6 +9,7 @@ Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354, who recommend 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,11 +50,12 @@ def parameter_groups(
         SpecError: A rate, the ratio or the weight decay is out of range.
         StateError: As for `li.parameters`.
     """
+    numbers = {"lr": (lr, False), "lr_ratio_b": (lr_ratio_b, False), "weight_decay": (weight_decay, True)}
     problems = [
-        f"{key} must be a finite number {'of at least' if lowest else 'above'} 0, not {value!r}"
-        for key, value, lowest in (("lr", lr, False), ("lr_ratio_b", lr_ratio_b, False), ("weight_decay", weight_decay, True))
-        if not isinstance(value, int | float) or not (0 <= value < float("inf")) or (value == 0 and not lowest)
-    ]  # fmt: skip
+        f"{key} must be a finite number {'of at least' if may_be_zero else 'above'} 0, not {value!r}"
+        for key, (value, may_be_zero) in numbers.items()
+        if not (isinstance(value, int | float) and 0 <= value < math.inf and (value or may_be_zero))
+    ]
     if problems:
         raise SpecError("no parameter groups were made:", problems, "correct the numbers and call again")
     trained = list(parameters(model, name))

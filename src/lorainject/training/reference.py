@@ -5,7 +5,7 @@ With adapters both have the same base, so that a second copy of it would hold th
 module without parameters, whose forward calls the policy within `li.disabled` or `li.using`, in eval mode and without
 gradients.
 
-TRL patches the forward of the policy and calls it with an argument of its own (`fused_lm_head`). The reference calls the
+TRL patches the forward of the policy and calls it with another argument (`fused_lm_head`). The reference calls the
 policy as a whole, so that such patches hold for both, and a patch of the reference alone is dropped.
 """
 
@@ -54,7 +54,7 @@ class Reference(nn.Module):
         vars(self).update(policy=model, adapter=adapter)
         self.eval()
 
-    policy: nn.Module
+    policy: Any
     adapter: str | None
 
     def __getattr__(self, name: str) -> Any:

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ def adapter_checkpoints(trainer: T) -> T:
         StateError: The trainer shards the model (FSDP, DeepSpeed), or its model carries adapters of PEFT.
     """
     if isinstance(trainer, type):
-        return _derived(trainer)  # type: ignore[return-value]
+        return cast(T, _derived(cast(Any, trainer)))
     _require_supported(trainer)
     if not isinstance(trainer, AdapterCheckpoints):
         trainer.__class__ = _derived(type(trainer))
@@ -74,14 +74,16 @@ def adapter_checkpoints(trainer: T) -> T:
 
 
 @functools.cache
-def _derived(cls: type) -> type:
+def _derived(cls: Any) -> Any:
     if issubclass(cls, AdapterCheckpoints):
         return cls
-    return type(f"Lora{cls.__name__}", (AdapterCheckpoints, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return type(
+        f"Lora{cls.__name__}", (AdapterCheckpoints, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
 
 
 class AdapterCheckpoints(Untyped):  # type: ignore[misc]
-    """What `adapter_checkpoints` puts on top of a trainer's class. The methods override those of transformers' Trainer."""
+    """What `adapter_checkpoints` puts on top of a trainer's class. It overrides methods of transformers' Trainer."""
 
     _staging: str | None = None
     """The folder in which a checkpoint is being written."""
@@ -93,7 +95,7 @@ class AdapterCheckpoints(Untyped):  # type: ignore[misc]
         passed = signature.bind_partial(*args, **kwargs).arguments
         model, ref_model = passed.get("model"), passed.get("ref_model", ref_model)
         # TRL's trainers with reward functions make their reference themselves, unless beta is 0.
-        settings = passed.get("args")
+        settings: Any = passed.get("args")
         beta = getattr(settings, "beta", 0.0) if "reward_funcs" in signature.parameters else 0.0
         needs_reference = takes_reference and not getattr(settings, "precompute_ref_log_probs", False)
         is_injected = isinstance(model, nn.Module) and bool(ModelIndex(model).sites)
@@ -109,7 +111,9 @@ class AdapterCheckpoints(Untyped):  # type: ignore[misc]
         if ref_model is not None and not (takes_reference or beta):
             problems.append("ref_model was passed to a trainer that uses none (GRPO and RLOO: set beta above 0)")
         if isinstance(ref_model, Reference) and getattr(settings, "sync_ref_model", False):
-            problems.append("sync_ref_model would copy the policy onto a reference that shares its memory: set it False")
+            problems.append(
+                "sync_ref_model would copy the policy onto a reference that shares its memory: set it False"
+            )
         if problems:
             raise StateError(f"no {type(self).__name__} was made:", problems, "correct the arguments and call again")
         if ref_model is None or takes_reference:
@@ -186,8 +190,9 @@ class AdapterCheckpoints(Untyped):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if UNFINISHED in Path(resume_from_checkpoint).parts:
             raise FileError(
-                f"{resume_from_checkpoint} was not written to its end", way_out="resume_from_checkpoint=True takes the last whole one"
-            )  # fmt: skip
+                f"{resume_from_checkpoint} was not written to its end",
+                way_out="pass resume_from_checkpoint=True, which takes the last whole checkpoint",
+            )
         if not has_adapters(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -230,7 +235,9 @@ def _require_supported(trainer: Any) -> None:
         problems.append("the model carries adapters of PEFT, for which the Trainer has checkpoints of its own")
     if problems:
         raise StateError(
-            "this trainer cannot write checkpoints of adapters:", problems, "use the trainer without adapter_checkpoints"
+            "this trainer cannot write checkpoints of adapters:",
+            problems,
+            "use the trainer without adapter_checkpoints",
         )
 
 
