@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 import lorainject as li
 from lorainject import training
 
-from models import bits, llama, randomize
+from models import bits, ids, llama, randomize
 from texts import rows, tokenizer
 
 trl = pytest.importorskip("trl")
@@ -169,3 +170,22 @@ def test_a_and_b_beside_4_bit_weights_keep_their_dtype(tmp_path):
     trainer.train()
     assert {p.dtype for p in li.parameters(model)} == {torch.float32}
     assert (tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
+    """The Python blocks of docs/training.md run, one after the other."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    data = [{"input_ids": row, "labels": row} for row in ids(rows=8)]
+    settings = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "save_steps": 2, "max_length": 16}
+    names: dict[str, Any] = {
+        "torch": torch, "model": base(), "base_model": base, "dataset": data, "settings": settings,
+        "texts": rows("SFT"), "pairs": rows("DPO"), "tokenizer": tokenizer(),
+    }  # fmt: skip
+    for block in blocks:
+        if "SFTTrainer" in block:
+            names["model"] = base()
+        exec(block, names)
+    assert len(blocks) == 7
+    assert (tmp_path / "dpo" / "checkpoint-2" / "sft" / "adapter_model.safetensors").is_file()

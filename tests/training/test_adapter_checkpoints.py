@@ -21,6 +21,7 @@ import lorainject as li
 from lorainject import training
 
 from models import bits, ids, llama, randomize
+from processes import run_in_processes
 
 SPEC = li.LoraSpec(targets=("q_proj", "down_proj"), r=4, dropout=0.3)
 """With dropout, a training is repeated only if the random generators are."""
@@ -411,3 +412,26 @@ def test_save_pretrained_warns_of_lost_adapters(tmp_path):
     model.save_pretrained(tmp_path)
     li.eject(li.unmerge(model)).save_pretrained(tmp_path)
     injected().state_dict()
+
+
+def _two_processes(rank: int, folder: str, checkpoint: str | None) -> list[bytes | str]:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    model = base() if checkpoint else injected()
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "ddp_backend": "gloo"}
+    run = trainer(model, folder, **changes)
+    run.train(resume_from_checkpoint=checkpoint)
+    assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
+    return trained(model)
+
+
+@pytest.mark.long
+def test_two_processes(tmp_path):
+    """In a data-parallel training, one process writes, both read, and both have the adapter of one uninterrupted
+    training."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = run_in_processes(_two_processes, tmp_path / "a", str(tmp_path / "run"), None)
+    assert whole[0] == whole[1]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files(tmp_path / "run" / "checkpoint-2")
+    again = run_in_processes(_two_processes, tmp_path / "b", str(tmp_path / "again"), str(tmp_path / "run/checkpoint-2"))
+    assert again == whole

@@ -55,7 +55,7 @@ def recipe(model: nn.Module, base: str, args: Any, history: list[dict[str, Any]]
     lines = [
         "## Adapter",
         "",
-        f"LoRA for `{base}`, trained with lorainject. To use it, load the base, then call `lorainject.load(model, path)`.",
+        f"LoRA for `{base}`, trained with lorainject: load the base, then call `lorainject.load(model, path)`.",
         "",
         *_table(("adapter", "weights", "number", *SETTINGS),
                 [(*row[:2], count, *row[2:]) for row, count in rows.items()]),

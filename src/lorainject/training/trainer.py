@@ -69,7 +69,7 @@ def adapter_checkpoints(trainer: T) -> T:
         return cast(T, _derived(cast(Any, trainer)))
     _require_supported(trainer)
     if not isinstance(trainer, AdapterCheckpoints):
-        trainer.__class__ = _derived(type(trainer))
+        trainer.__class__ = _derived(cast(Any, type(trainer)))
     return trainer
 
 
