@@ -416,6 +416,7 @@ def test_save_pretrained_warns_of_lost_adapters(tmp_path):
 
 def _two_processes(rank: int, folder: str, checkpoint: str | None) -> list[bytes | str]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}  # asked for, but the group is there already
     model = base() if checkpoint else injected()
     changes = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "ddp_backend": "gloo"}
     run = trainer(model, folder, **changes)
@@ -433,5 +434,7 @@ def test_two_processes(tmp_path):
     whole = run_in_processes(_two_processes, tmp_path / "a", str(tmp_path / "run"), None)
     assert whole[0] == whole[1]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= files(tmp_path / "run" / "checkpoint-2")
-    again = run_in_processes(_two_processes, tmp_path / "b", str(tmp_path / "again"), str(tmp_path / "run/checkpoint-2"))
+    again = run_in_processes(
+        _two_processes, tmp_path / "b", str(tmp_path / "again"), str(tmp_path / "run/checkpoint-2")
+    )
     assert again == whole
