@@ -141,10 +141,11 @@ def test_inject_and_find_take_the_specs_fields():
 
 
 def test_import_is_light():
-    """`import lorainject` loads neither transformers nor any of the extras."""
+    """`import lorainject` loads neither transformers nor any of the extras, nor the room for training."""
     code = """
 import sys, lorainject
-heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing"} & set(sys.modules)
+heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing", "lorainject.training"}
+heavy &= set(sys.modules)
 print(sorted(heavy))
 """
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -268,6 +268,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base):
     )
 
 
+@pytest.mark.filterwarnings("ignore:save_pretrained writes the weights of the base")  # each checkpoint has them
 def test_trainer_trains_a_and_b_only_and_resumes(base, tmp_path):
     """transformers' Trainer trains A and B only, resumes from its checkpoint, and leaves no trace after eject."""
     from transformers import Trainer, TrainingArguments

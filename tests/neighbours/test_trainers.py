@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -12,29 +11,13 @@ from torch import nn
 import lorainject as li
 
 from models import ids, llama, randomize
+from texts import rows, tokenizer
 
-WORDS = [f"w{i}" for i in range(90)]
 pytestmark = pytest.mark.filterwarnings("ignore")  # those libraries warn a lot
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def text(n: int) -> str:
-    return " ".join(random.Random(n).choices(WORDS, k=8))
 
 
 def trainer(kind: str, model: nn.Module, folder: str) -> Any:
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
     common = {
         "output_dir": folder, "max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True,
         "save_strategy": "no", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
@@ -46,14 +29,9 @@ def trainer(kind: str, model: nn.Module, folder: str) -> Any:
     else:
         common |= {"max_length": 16}
         options = {"ref_model": llama()} if kind == "DPO" else {}
-    rows = {
-        "SFT": [{"text": text(i)} for i in range(8)],
-        "DPO": [{"prompt": text(i), "chosen": f" {text(-i)}", "rejected": f" {text(99 + i)}"} for i in range(8)],
-        "GRPO": [{"prompt": text(i)} for i in range(8)],
-    }[kind]
     args = getattr(trl, f"{kind}Config")(**common)
     return getattr(trl, f"{kind}Trainer")(
-        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), **options
+        model=model, args=args, train_dataset=rows(kind), processing_class=tokenizer(), **options
     )
 
 

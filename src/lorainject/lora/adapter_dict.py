@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .active import AdapterState, StateDictLoad
 from .adapter import LoraAdapter
+from .guards import warn_if_saved_as_base
 from .kernels.terms import TERMS
 from .weight_kinds import Kind
 
@@ -145,9 +146,12 @@ class AdapterDict(nn.Module):
             loading.absent = []
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return no keys while adapters are merged: the weights of the base already hold them."""
+        """Return no keys while adapters are merged: the weights of the base already hold them. Warn within
+        save_pretrained, whose file does not restore the adapters."""
         if self.state.merged:
             return kwargs.get("destination", {})
+        if self.site == next(iter(self.state.members), None):  # once per model
+            warn_if_saved_as_base(self.state.before)
         return super().state_dict(*args, **kwargs)
 
 

@@ -6,8 +6,10 @@ are there only when they are needed, or are made in the general way through an a
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +99,24 @@ def refuse_to_load(module: nn.Module, *_: Any) -> None:
         "cannot load a state dict while adapters are merged: neither unmerge nor the file would give W0 + s B A then",
         way_out="call unmerge(model) first; after merge(reversible=False), eject(model)",
     )
+
+
+def warn_if_saved_as_base(names: Iterable[str]) -> None:
+    """Warn if save_pretrained (transformers, diffusers) asks for the state dict of a model with these adapters.
+
+    It writes the adapters' tensors among the weights of the base, where from_pretrained ignores them.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame is not None and frame.f_code.co_name != "save_pretrained":
+        frame, level = frame.f_back, level + 1  # type: ignore[assignment]
+    if frame is not None:
+        warnings.warn(
+            f"save_pretrained writes the weights of the base, and from_pretrained will not restore the adapters on it"
+            f" ({', '.join(map(repr, names))}). Save these with li.save(model, path); for one model without adapters,"
+            " call merge(model) or eject(model) before save_pretrained; for the checkpoints of a trainer, use"
+            " lorainject.training.adapter_checkpoints(trainer)",
+            stacklevel=level + 1,
+        )
 
 
 def lost_gradient() -> StateError:
