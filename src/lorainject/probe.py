@@ -197,9 +197,9 @@ def _refusing_reentrant_checkpoints(index: ModelIndex) -> Iterator[None]:
     def refuse(module: nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled() and region_being_run() is not None:
             raise StateError(
-                f"{index.first_paths[id(module)]} runs in a region of reentrant gradient checkpointing, in which probe"
-                " cannot see gradients",
-                way_out="call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or"
+                f"{index.first_paths[id(module)]} runs within an autograd function that runs it again in the backward"
+                " (reentrant gradient checkpointing, or reversible layers), in which probe cannot see gradients",
+                way_out="with checkpointing, call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or"
                 " gradient_checkpointing_disable() for the probe; with use_reentrant=True the input of a region must"
                 " require a gradient, or nothing in it trains: enable_input_require_grads()",
             )
