@@ -3,6 +3,7 @@ table."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .numerics.delta import scale
+from .spec import Init
 
 BY_DESIGN = ("output head", "router")
 """How the reasons begin for which "all-linear" leaves a weight out that could carry an adapter."""
@@ -53,7 +55,9 @@ class Site:
     """As in LoraSpec."""
     dropout: float
     """As in LoraSpec."""
-    init: str
+    init: Init
+    """As in LoraSpec."""
+    dora: bool = False
     """As in LoraSpec."""
     dtype: torch.dtype
     """Dtype of A and B."""
@@ -70,8 +74,36 @@ class Site:
 
     @property
     def trainable(self) -> int:
-        """Number of elements of A (*stack, r, in) and B (*stack, out, r)."""
-        return self.stack * self.r * (self.in_features + self.out_features)
+        """Number of elements of A (*stack, r, in), B (*stack, out, r) and, with DoRA, m (out,)."""
+        return self.stack * self.r * (self.in_features + self.out_features) + self.dora * self.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTensor:
+    """A parameter of the base model, or some rows of it, that trains as it is and belongs to the adapter."""
+
+    path: str
+    """Path of the parameter's module."""
+    parameter: str
+    """Name of the parameter in its module."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    ids: tuple[int, ...] | None = None
+    """The rows that train. None for the whole parameter."""
+    dtype: torch.dtype
+    """Dtype in which it trains."""
+    field: str
+    """The setting that asks for it: "modules_to_save", "bias" or "trainable_tokens"."""
+
+    @property
+    def name(self) -> str:
+        """The path of the module, with the name of the parameter unless it is `weight`."""
+        return site_name(self.path, self.parameter)
+
+    @property
+    def trainable(self) -> int:
+        """Number of elements that train."""
+        return math.prod(self.shape if self.ids is None else (len(self.ids), *self.shape[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +112,8 @@ class Plan:
 
     sites: tuple[Site, ...]
     """The sites, in the order of the model."""
+    tensors: tuple[TrainedTensor, ...] = ()
+    """What trains besides A and B: modules_to_save, biases, rows of tokens."""
     total: int
     """Number of parameters of the base model."""
     left_out: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -90,13 +124,15 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Number of parameters that train: the elements of all A and B."""
-        return sum(site.trainable for site in self.sites)
+        """Number of parameters that train: the elements of all A, B, magnitudes and trained tensors."""
+        return sum(site.trainable for site in self.sites) + sum(tensor.trainable for tensor in self.tensors)
 
     @property
     def bytes(self) -> int:
-        """Memory of all A and B, in bytes. The size of an adapter file is this plus a header."""
-        return sum(site.trainable * site.dtype.itemsize for site in self.sites)
+        """Memory of all that trains, in bytes. The size of an adapter file is this plus a header, unless `init` starts
+        with another B than zero."""
+        sites = sum(site.trainable * site.dtype.itemsize for site in self.sites)
+        return sites + sum(tensor.trainable * tensor.dtype.itemsize for tensor in self.tensors)
 
     @property
     def unsupported(self) -> dict[str, str]:
@@ -115,6 +151,10 @@ class Plan:
         share = f"{100 * self.trainable / self.total:.3g} %" if self.total else "n/a"
         trainable = f"{self.trainable:,} trainable of {self.total:,} ({share})"
         lines += ["-" * len(lines[0]), f"{len(self.sites)} sites; {trainable}; {_size(self.bytes)}"]
+        for setting in dict.fromkeys(t.field for t in self.tensors):
+            tensors = [t for t in self.tensors if t.field == setting]
+            names = dict.fromkeys(_starred(t.name) + (f" ({len(t.ids)} rows)" if t.ids else "") for t in tensors)
+            lines.append(f"trains as well ({setting}): {', '.join(names)}: {sum(t.trainable for t in tensors):,}")
         if self.towers:
             counts = {t: sum(site.name.startswith(f"{t}.") for site in self.sites) for t in self.towers}
             adapted = ", ".join(f"{count} in {tower}" for tower, count in counts.items() if count)

@@ -199,9 +199,9 @@ def _refusing_reentrant_checkpoints(index: ModelIndex) -> Iterator[None]:
             raise StateError(
                 f"{index.first_paths[id(module)]} runs within an autograd function that runs it again in the backward"
                 " (reentrant gradient checkpointing, or reversible layers), in which probe cannot see gradients",
-                way_out="with checkpointing, call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or"
-                " gradient_checkpointing_disable() for the probe; with use_reentrant=True the input of a region must"
-                " require a gradient, or nothing in it trains: enable_input_require_grads()",
+                way_out="with checkpointing, call gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), or gradient_checkpointing_disable() for the probe; with use_reentrant=True"
+                " the input of a region must require a gradient, or nothing in it trains: enable_input_require_grads()",
             )
 
     handles = [module.register_forward_pre_hook(refuse) for module in index.modules.values()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import SpecError
 
@@ -20,7 +20,12 @@ Target = str | Callable[[str, nn.Module], bool]
 """One entry of LoraSpec.targets."""
 KEYWORDS = ("all-linear", "all-conv")
 SCALINGS = ("standard", "rslora")
-INITS = ("kaiming", "gaussian")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+FUNCTION = "function"
+"""What a file says of an `init` that was a function."""
+BIASES = ("none", "all", "lora_only")
+Init = str | Callable[[Tensor, Tensor, Tensor], None]
+"""What LoraSpec.init can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +77,34 @@ class LoraSpec:
     its path: model.layers.3.mlp.up_proj is in layer 3."""
     scaling: str = "standard"
     """The scale s: "standard" is alpha / r; "rslora" is alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
-    init: str = "kaiming"
-    """Initial values of A: "kaiming" is uniform with the bound 1 / sqrt(in), as in loralib and PEFT; "gaussian" is
-    normal with the standard deviation 1 / r. B is zero, so that the model's output does not change."""
+    init: Init = "kaiming"
+    """Initial values of A and B, per matrix. The model's output does not change with any of them.
+
+    - "kaiming": A is uniform with the bound 1 / sqrt(in), as in loralib and PEFT, and B is zero.
+    - "gaussian": A is normal with the standard deviation 1 / r, and B is zero.
+    - "orthogonal": the rows of A and the columns of B span orthogonal spaces of rank r / 2 each, as in PEFT; r is even.
+    - "pissa": the r largest singular values of W0, with their vectors (Meng et al. 2024, arXiv 2404.02948, equation 3).
+    - "olora": the first r columns of Q and rows of R, with W0 = Q R (Buyukakyuz 2024, arXiv 2406.01775).
+    - A function (A, B, W0) -> None that writes to A (r, in) and B (out, r). W0 (out, in) is a copy in float32.
+
+    Where B is not zero at the start, the update is s (B A - B0 A0), with the initial factors A0 and B0 held constant.
+    W0 itself is not changed, as it would be by PEFT. A file holds the update as one of rank 2 r."""
     dtype: torch.dtype | None = None
     """Floating-point dtype of A and B, of at least 16 bits. None means float32, or float64 for a float64 weight."""
     overrides: tuple[Override, ...] = ()
     """Another r or alpha for some of the sites. The first override that matches a site applies. A mapping from a target
     to its settings is accepted, too: {"k_proj": {"r": 4}}."""
+    dora: bool = False
+    """True for weight-decomposed adapters: W = m (W0 + s B A) / |W0 + s B A|, with trained magnitudes m (Liu et al.
+    2024, arXiv 2402.09353). Linear layers, convolutions and embeddings can have them, unless they are quantized."""
+    modules_to_save: tuple[Target, ...] = ()
+    """Modules all of whose parameters train, as they are, and are saved with the adapter: a new head, norms. An entry
+    is a name, glob, "re:..." or callable as in `targets`. The values of the base stay where they are."""
+    bias: str = "none"
+    """Which biases train as well: "none", "all", or "lora_only", which are those of the adapted layers."""
+    trainable_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Rows of embeddings that train as well, as a mapping {"embed_tokens": [32000, 32001]}, or a sequence of its
+    items. The name is a path, or the end of one from a dot on. An embedding that is tied to the head trains in both."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -88,6 +113,8 @@ class LoraSpec:
             "exclude": _entries("exclude", self.exclude, problems),
             "overrides": _overrides(self.overrides, problems),
             "layers": _layers(self.layers, problems),
+            "modules_to_save": _entries("modules_to_save", self.modules_to_save, problems),
+            "trainable_tokens": _tokens(self.trainable_tokens, problems),
         }
         for name, value in normalized.items():
             object.__setattr__(self, name, value)
@@ -100,8 +127,14 @@ class LoraSpec:
             problems.append(f"dropout must be a probability p with 0 <= p < 1, not {self.dropout!r}")
         if self.scaling not in SCALINGS:
             problems.append(f"scaling must be one of {SCALINGS}, not {self.scaling!r}")
-        if self.init not in INITS:
-            problems.append(f"init must be one of {INITS}, not {self.init!r}")
+        if self.init not in INITS and not _is_predicate(self.init):
+            problems.append(f"init must be one of {INITS}, or a function (A, B, W0) -> None, not {self.init!r}")
+        if not isinstance(self.dora, bool):
+            problems.append(f"dora must be True or False, not {self.dora!r}")
+        if self.dora and self.init not in ("kaiming", "gaussian"):
+            problems.append(f"dora goes with init 'kaiming' or 'gaussian', not with {self.init!r}")
+        if self.bias not in BIASES:
+            problems.append(f"bias must be one of {BIASES}, not {self.bias!r}")
         if not (self.dtype is None or _is_wide_float(self.dtype)):
             problems.append(f"dtype must be a floating-point torch.dtype of at least 16 bits, not {self.dtype!r}")
         if problems:
@@ -187,6 +220,21 @@ def _layers(value: Any, problems: list[str]) -> tuple[int, ...] | None:
     if not layers or not all(_is_integer(n) and n >= 0 for n in layers):
         problems.append(f"layers must be a list of layer numbers from 0, such as [0, 1] or range(4), not {value!r}")
     return layers
+
+
+def _tokens(value: Any, problems: list[str]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    items = value.items() if isinstance(value, Mapping) else value
+    try:
+        tokens = tuple((name, tuple(ids)) for name, ids in items)
+    except (TypeError, ValueError):
+        problems.append(f'trainable_tokens must look like {{"embed_tokens": [32000, 32001]}}, not {value!r}')
+        return ()
+    for name, ids in tokens:
+        if not (isinstance(name, str) and name):
+            problems.append(f"trainable_tokens: {name!r} must be the name of an embedding")
+        if not ids or not all(_is_integer(i) and i >= 0 for i in ids) or len({*ids}) < len(ids):
+            problems.append(f"trainable_tokens[{name!r}] must be different row numbers from 0, not {list(ids)!r}")
+    return tokens
 
 
 def _is_predicate(value: Any) -> bool:

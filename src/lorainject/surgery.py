@@ -25,49 +25,57 @@ from .lora.adapter import LoraAdapter
 from .lora.adapter_dict import AdapterDict, adapters_of
 from .lora.dora import DoraAdapter
 from .lora.gradients import warn_of_cut_graphs
+from .lora.initial_values import starts_at_zero
 from .lora.model_index import ModelIndex, execution_device
 from .lora.mounting import graft_obstacles, mount, mount_all, set_grafted, unmount
+from .lora.offset import OffsetAdapter
 from .lora.ranks import share_factors
-from .lora.replacement import ReplacementTensor
 from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
 from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
 from .numerics.modes import in_default_modes
 from .plan import Plan, Site
 from .plan import site_name as name_of_site
-from .spec import LoraSpec, Override, Target, spec_from_arguments
+from .spec import Init, LoraSpec, Override, Target, spec_from_arguments
 from .targets.heads import find_output_embeddings
+from .targets.model_weights import model_weights
 from .targets.resolve import resolve
+from .targets.trained_tensors import PlannedReplacement, replacements
 
 FROZEN = "_lora_frozen"
 """The attribute of a base module that lists the parameters that inject froze, so that eject can thaw them."""
 
-LoadedFactors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""A and B of one site of a file, and the magnitudes m and the bias update b if the file has them (lora/dora.py)."""
 
+class LoadedFactors(NamedTuple):
+    """What a file has for one site."""
 
-class PlannedReplacement(NamedTuple):
-    """A tensor of the base model that an adapter replaces."""
-
-    paths: tuple[str, ...]
-    """All paths of the module that owns the tensor."""
-    parameter: str
-    readers: tuple[tuple[str, nn.Module], ...]
-    """Other modules whose code reads the tensor, with their paths."""
-    adapter: ReplacementTensor
+    A: Tensor
+    B: Tensor
+    m: Tensor | None = None
+    """Magnitudes (lora/dora.py)."""
+    b: Tensor | None = None
+    """Update of the bias (lora/dora.py)."""
+    A0: Tensor | None = None
+    """Initial values that are subtracted (lora/offset.py), as is B0."""
+    B0: Tensor | None = None
 
 
 @in_default_modes
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *,
            alpha: float | None = None, dropout: float = 0.0, exclude: Target | Sequence[Target] = (),
-           layers: Sequence[int] | None = None, scaling: str = "standard", init: str = "kaiming",
+           layers: Sequence[int] | None = None, scaling: str = "standard", init: Init = "kaiming",
            dtype: torch.dtype | None = None,
-           overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (),
+           overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), dora: bool = False,
+           modules_to_save: Target | Sequence[Target] = (), bias: str = "none",
+           trainable_tokens: Mapping[str, Sequence[int]] | Sequence[tuple[str, Sequence[int]]] = (),
            name: str = "default", spec: LoraSpec | None = None) -> nn.Module:  # fmt: skip
     """Add LoRA, W = W0 + s B A, to the matched weights of a model, in place, and return the same model.
 
     The base model is frozen, and only A and B train. B starts at zero, so the output does not change. The new adapter
     becomes the active one; use `activate` to switch. Source: Hu et al. 2021, arXiv 2106.09685, equation 3.
+
+    What else is to train is named by `modules_to_save`, `bias` and `trainable_tokens`. It belongs to the adapter: it is
+    saved, loaded, switched, merged and ejected with A and B, and the base keeps its own values.
 
     In a distributed job (torch.distributed with several processes), every process must call inject, and gets the A that
     rank 0 drew, so that all train the same adapter. Processes that inject weights of different shapes, such as the
@@ -90,9 +98,10 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     index = ModelIndex(model)
     index.require_ready("inject", computed=True)
     spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers,
-                       scaling=scaling, init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
+                       scaling=scaling, init=init, dtype=dtype, overrides=overrides or (), dora=dora,
+                       modules_to_save=modules_to_save, bias=bias, trainable_tokens=trainable_tokens)  # fmt: skip
     plan = resolve(index, spec, name)
-    attach(index, plan, name)
+    attach(index, plan, name, replacements=_trained_tensors(index, plan) if plan.tensors else ())
     if plan.unsupported:
         left_out = ", ".join(f"{path} ({reason})" for path, reason in list(plan.unsupported.items())[:5])
         warnings.warn(
@@ -117,7 +126,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     modules = index.modules
     adapters = [(s, _new_adapter(modules[s.path], s, factors[s.name] if factors else None)) for s in plan]
     if factors is None:
-        share_factors([adapter.A for _, adapter in adapters])  # B is zero
+        share_factors([p for _, adapter in adapters for p in adapter.parameters()])
     states = index.states or [AdapterState()]
     heads = [m for embeddings in find_output_embeddings(index) for m in embeddings.modules()]
     try:
@@ -213,23 +222,43 @@ def _new_adapter(module: nn.Module, site: Site, loaded: LoadedFactors | None) ->
     """Create the adapter of one site, from the factors of a file or freshly drawn, on the device where the weight is
     used."""
     device, kind = execution_device(module, site.parameter), KINDS[site.kind]
-    make: Callable[..., LoraAdapter] = LoraAdapter
     stack, out_features, _ = kind.sizes(site.shape)
+    empty = partial(torch.empty, dtype=site.dtype, device=device)
     if loaded is None:
-        A = torch.empty(*stack, site.r, site.in_features, dtype=site.dtype, device=device)
-        B = torch.empty(*stack, site.out_features, site.r, dtype=site.dtype, device=device)
+        A, B = empty(*stack, site.r, site.in_features), empty(*stack, site.out_features, site.r)
+        m, b = empty(site.out_features) if site.dora else None, None
+        A0 = B0 = None
     else:
-        A, B = (t.to(device, site.dtype) for t in loaded[:2])
-        m, b = (None if t is None else t.to(device) for t in loaded[2:])
-        if m is not None or b is not None:
-            make = partial(DoraAdapter, module, kind.transposed, m, b)
+        A, B = (t.to(device, site.dtype) for t in (loaded.A, loaded.B))
+        m, b = (None if t is None else t.to(device) for t in (loaded.m, loaded.b))
+        A0, B0 = (None if t is None else t.to(device, site.dtype) for t in (loaded.A0, loaded.B0))
+    make: Callable[..., LoraAdapter] = LoraAdapter
+    if m is not None or b is not None:
+        make = partial(DoraAdapter, module, kind.transposed, m, b)
+    elif A0 is not None or (loaded is None and not starts_at_zero(site.init)):
+        make = partial(OffsetAdapter, A0, B0)
     adapter = make(
         A, B, alpha=site.alpha, scaling=site.scaling, dropout=site.dropout, init=site.init, slices=site.rows,
         out=out_features, padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None,
     )  # fmt: skip
     if loaded is None:
-        adapter.reset_parameters()
+        weight = module._parameters[site.parameter]
+        assert weight is not None
+        adapter.reset_parameters(weight, kind)
     return adapter
+
+
+def _trained_tensors(index: ModelIndex, plan: Plan) -> list[PlannedReplacement]:
+    """Return the tensors of a plan that train as they are, with the values of the base."""
+    weights, planned = {name: w for w in model_weights(index) for name in w.names}, []
+    for tensor in plan.tensors:
+        module = index.modules[tensor.path]
+        W0 = module._parameters[tensor.parameter]
+        assert W0 is not None
+        value = W0.detach() if tensor.ids is None else W0.detach()[list(tensor.ids)]
+        value = value.to(execution_device(module, tensor.parameter), tensor.dtype, copy=True)
+        planned += replacements(index, weights, module, tensor.parameter, value, tensor.ids)
+    return planned
 
 
 def _freeze(modules: Iterable[nn.Module]) -> None:

@@ -17,6 +17,7 @@ from .errors import SpecError, StateError
 from .lora.active import AdapterState, Choice, choosing
 from .lora.adapter import LoraAdapter
 from .lora.dora import DoraAdapter
+from .lora.initial_values import why_uninitialized
 from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, states_to_switch
 from .lora.replacement import ReplacementTensor
@@ -178,7 +179,8 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
 
 
 def reset(model: nn.Module, name: str | None = None) -> None:
-    """Draw A anew and set B to zero, so that the adapter is as `inject` makes it and the output is the base model's.
+    """Give an adapter the values that `inject` gives it, so that the output is the base model's: A is drawn anew, and
+    B is zero; magnitudes and trained tensors are those of the base.
 
     This is also what gives A and B values after a model that was built on the meta device has got its memory by
     `to_empty`.
@@ -188,24 +190,26 @@ def reset(model: nn.Module, name: str | None = None) -> None:
         name: The adapter's name. None resets all adapters.
 
     Raises:
-        StateError: The model has no such adapter, adapters are merged, a context is open, or an adapter has values that
-            come from a file alone (magnitudes of DoRA, whole tensors).
+        StateError: The model has no such adapter, adapters are merged, a context is open, or an adapter was initialized
+            by a function that a file does not hold.
     """
     index = ModelIndex(model)
     index.require_adapters("reset", *([] if name is None else [name]))
     names = index.adapter_names if name is None else (name,)
-    adapters = [adapter for n in names for adapter in index.adapters_named(n)]
-    if any(type(adapter) is not LoraAdapter for adapter in adapters):
-        raise StateError(
-            "cannot reset an adapter with magnitudes (DoRA) or whole tensors, which come from its file",
-            way_out="eject it and load the file again, or name the adapters to reset",
-        )
+    adapters = [(s, s.adapters[n]) for s in index.sites.values() for n in names if n in s.adapters]
+    reasons = [
+        f"{adapter.site}: {reason}"
+        for site, adapter in adapters
+        if not isinstance(adapter, ReplacementTensor)
+        and (reason := why_uninitialized(adapter.init, adapter.r, site.module, site.adapters.kind, site.shape))
+    ]
+    if reasons:
+        raise StateError("nothing was reset:", reasons, "eject the adapter, and inject or load it again")
     index.note_change()
-    for site in index.sites.values():
-        for adapter in (site.adapters[n] for n in names if n in site.adapters):
-            if adapter.A.is_meta and not site.weight.is_meta:
-                adapter.to_empty(device=site.weight.device)
-            adapter.reset_parameters()
+    for site, adapter in adapters:
+        if any(p.is_meta for p in adapter.parameters()) and not site.weight.is_meta:
+            adapter.to_empty(device=site.weight.device)
+        adapter.reset_parameters(site.weight, site.adapters.kind)
 
 
 def _required_names(model: nn.Module, names: tuple[str, ...], verb: str, nested: bool = False) -> tuple[str, ...]:

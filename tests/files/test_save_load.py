@@ -473,7 +473,7 @@ def test_shared_modules_must_be_shared_again(tmp_path):
 def test_other_trained_parameters_are_named(base, model, tmp_path):
     """A head that trains is not in the file, and a warning of save says so."""
     model.lm_head.weight.requires_grad_()
-    with pytest.warns(UserWarning, match=r"lm_head\.weight train too, but save writes A and B alone"):
+    with pytest.warns(UserWarning, match=r"lm_head\.weight train too, but belong to no adapter"):
         path = li.save(model, tmp_path / "a")
     file = li.read(path)
     assert not file.replaced

@@ -135,7 +135,9 @@ def test_probe_refuses_reentrant_checkpointing(inputs_require_grad):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     if inputs_require_grad:
         model.enable_input_require_grads()
-    with pytest.raises(li.StateError, match=r"layers\.0.* runs within an autograd function.*reentrant gradient checkpointing"):
+    with pytest.raises(
+        li.StateError, match=r"layers\.0.* runs within an autograd function.*reentrant gradient checkpointing"
+    ):
         li.probe(model, **X)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert len(li.probe(model, **X).reached) == 2

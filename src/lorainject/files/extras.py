@@ -9,31 +9,44 @@ embedding
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..lora.adapter import LoraAdapter
 from ..lora.adapter_dict import AdapterDict
-from ..lora.dora import DoraAdapter
+from ..lora.dora import BIAS_KINDS, DORA_KINDS, DoraAdapter
 from ..lora.model_index import AdaptedSite, ModelIndex, execution_device
+from ..lora.offset import OffsetAdapter
 from ..lora.replacement import ReplacementTensor
 from ..lora.weight_kinds import is_quantized, why_unsupported
+from ..numerics.delta import alpha_of
 from ..plan import site_name
-from ..surgery import LoadedFactors, PlannedReplacement
+from ..surgery import LoadedFactors
 from ..targets.model_weights import ModelWeight
+from ..targets.trained_tensors import PlannedReplacement, replacements, tied_parameters
 from .record import AdapterFile, StoredSite, TokenRows
-
-BIAS_KINDS = ("linear", "linear^T", "conv")
-"""The kinds of weights whose layer can have a bias update."""
-DORA_KINDS = (*BIAS_KINDS, "embedding")
-"""The kinds of weights that can have magnitudes."""
 
 
 def loaded_factors(stored: StoredSite, dtype: torch.dtype | None) -> LoadedFactors:
-    """Return A, B, magnitudes and bias update of a site; the last two in `dtype`, if one is given."""
+    """Return what a file has for a site; magnitudes and bias update in `dtype`, if one is given."""
     m, b = (t if t is None or dtype is None else t.to(dtype) for t in (stored.magnitude, stored.bias))
-    return stored.A, stored.B, m, b
+    if not stored.constant_ranks:
+        return LoadedFactors(stored.A, stored.B, m, b)
+    (A, A0), (B, B0) = stored.A.chunk(2, -2), stored.B.chunk(2, -1)
+    return LoadedFactors(A, B, A0=A0, B0=-B0)
+
+
+def stored_factors(adapter: LoraAdapter) -> dict[str, Any]:
+    """Return A and B with their settings as fields of a StoredSite: of rank 2 r if the initial product is
+    subtracted."""
+    settings = {"scaling": adapter.scaling, "dropout": adapter.dropout}
+    if not isinstance(adapter, OffsetAdapter):
+        return settings | {"A": adapter.A.detach(), "B": adapter.B.detach(), "alpha": adapter.alpha}
+    A, B = (t.detach() for t in adapter.joined)
+    alpha = alpha_of(adapter.scale, 2 * adapter.r, adapter.scaling)
+    return settings | {"A": A, "B": B, "alpha": alpha, "constant_ranks": adapter.r}
 
 
 def why_extras_unsupported(stored: StoredSite, weight: ModelWeight | None, dtype: torch.dtype | None) -> str | None:
@@ -83,32 +96,15 @@ def plan_replacements(
             problems.append(f"{name}: is not in this model, but the file replaces it")
             continue
         same_shape = ids is None and W0.shape == value.shape
-        if same_shape and torch.equal(W0.detach().cpu().to(value.dtype), value):
+        if same_shape and file.format == "peft" and torch.equal(W0.detach().cpu().to(value.dtype), value):
             continue  # PEFT also saves embeddings that did not change
-        tied = _tied_parameters(index, module, W0)
+        tied = tied_parameters(index, module, W0)
         tied_paths = [paths[id(other)][0] for other, _ in tied]
         if reason := _why_irreplaceable(file, name, module, parameter, W0, value, ids, tied_paths):
             problems.append(f"{name}: {reason}")
             continue
-        tensor = nn.Parameter(value.to(execution_device(module, parameter)))
-        for other, other_parameter in [(module, parameter), *(tied if ids is not None else [])]:
-            first = paths[id(other)][0]
-            readers = weights[first].readers if first in weights else ()
-            shape = tuple(other._parameters[other_parameter].shape)  # type: ignore[union-attr]
-            planned.append(
-                PlannedReplacement(
-                    tuple(paths[id(other)]), other_parameter,
-                    tuple((paths[id(reader)][0], reader) for reader in readers if reader is not other),
-                    ReplacementTensor(tensor, shape, ids, is_tied_copy=other is not module),
-                )
-            )  # fmt: skip
+        planned += replacements(index, weights, module, parameter, value.to(execution_device(module, parameter)), ids)
     return planned
-
-
-def _tied_parameters(index: ModelIndex, module: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
-    """Return the other modules that have this weight, with its name in each."""
-    others = {id(m): m for _, m in index.walked if m is not module}
-    return [(m, name) for m in others.values() for name, p in m._parameters.items() if p is weight]
 
 
 def _why_irreplaceable(file: AdapterFile, name: str, module: nn.Module, parameter: str, W0: Tensor, value: Tensor,

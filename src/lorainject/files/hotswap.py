@@ -18,7 +18,6 @@ from torch import nn
 from ..lora.adapter import LoraAdapter
 from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import is_sharded
-from ..numerics.delta import is_finite
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
 from . import transforms
@@ -116,8 +115,7 @@ def _why_unswappable(adapter: LoraAdapter) -> str | None:
 def _fill(adapter: LoraAdapter, stored: StoredSite | None) -> None:
     if stored is None:
         adapter.B.zero_()
-        if not is_finite(adapter.A):  # 0 times infinity is no zero
-            adapter.reset_parameters()
+        adapter.A.nan_to_num_(0, 0, 0)  # 0 times infinity is no zero
         return
     adapter.A.copy_(stored.A)
     adapter.B.copy_(stored.B)

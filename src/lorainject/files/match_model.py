@@ -22,6 +22,7 @@ from ..lora.adapter_dict import AdapterDict
 from ..lora.model_index import AdaptedSite, ModelIndex
 from ..lora.weight_kinds import is_quantized, weight_shape
 from ..merging.adapted_weight import merge_record
+from ..numerics.delta import alpha_of
 from ..numerics.fingerprint import SAMPLES, sample_values, samples_agree
 from ..plan import Site, site_name
 from ..targets.matcher import WeightMatch
@@ -132,8 +133,11 @@ def _site(
         paths = (stored.path, *(path for path in weight.paths if path != stored.path))
         readers = weight.surroundings if stored.named else weight.readers
         weight = replace(weight, paths=paths, readers=readers, named=stored.named)
+    # A file has the factors and their initial values together, with twice the rank (extras.stored_factors).
+    r = stored.r - stored.constant_ranks
+    alpha = stored.alpha if r == stored.r else alpha_of(stored.scale, r, stored.scaling)
     return make_site(
-        WeightMatch(weight, stored.label, stored.rows), index.first_paths, r=stored.r, alpha=stored.alpha,
+        WeightMatch(weight, stored.label, stored.rows), index.first_paths, r=r, alpha=alpha,
         scaling=stored.scaling, dropout=stored.dropout, init=file.init, dtype=dtype or stored.dtype,
     )  # fmt: skip
 

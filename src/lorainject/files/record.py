@@ -71,6 +71,9 @@ class StoredSite:
     """"out" or "in"."""
     bias: Tensor | None = None
     """Shape (out,). Added to the layer's bias times `scale` (PEFT's lora_bias)."""
+    constant_ranks: int = 0
+    """How many of the last rows of A and columns of B never train, because they subtract the initial product: r / 2,
+    or 0 if B was zero at the start (lora/offset.py)."""
 
     @cached_property
     def name(self) -> str:

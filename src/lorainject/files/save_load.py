@@ -31,6 +31,7 @@ from ..lora.weight_kinds import is_sharded
 from ..numerics.delta import is_finite
 from ..numerics.modes import in_default_modes
 from ..plan import Plan
+from ..spec import FUNCTION
 from ..surgery import attach
 from ..targets.model_weights import ModelWeight, model_weights
 from ..targets.resolve import count_parameters, name_problems, wrapper_problems
@@ -56,7 +57,8 @@ from .record import AdapterFile, StoredSite
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
     """Write the A and B of one adapter, and nothing of the base. The adapter may be merged.
 
-    Parameters that train besides A and B (a new head, for instance) are not saved; a warning names them.
+    What `modules_to_save`, `bias` and `trainable_tokens` of inject let train is a part of the adapter, and is written
+    with it. Other parameters that train are not saved; a warning names them.
 
     Args:
         model: A model that carries the adapter.
@@ -104,9 +106,10 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         stored = _require_peft(stored, path, name)
     elif path.is_file() and path.suffix != ".safetensors":
         raise FileError(f"{path} is a file", way_out="give a directory, or a path that ends in .safetensors")
+    init = next(iter(sites.values())).adapters[name].init
     file = AdapterFile(
         path=path, format=format, sites=tuple(site for _, site in stored), name=name,
-        init=next(iter(sites.values())).adapters[name].init, base=base_print(sites) if format == "lorainject" else None,
+        init=init if isinstance(init, str) else FUNCTION, base=base_print(sites) if format == "lorainject" else None,
         config=_config(index, [site for _, site in stored]), replaced=replaced, tokens=tokens,
     )  # fmt: skip
     atomic_write.write(FORMATS[format].write(file, path, Hints()))
@@ -193,7 +196,11 @@ def _warn_of_trained_parameters(index: ModelIndex) -> None:
     parameters = ((f"{path}.{key}", p) for path, m in index.walked for key, p in m._parameters.items())
     if names := [key for key, p in parameters if p is not None and p.requires_grad]:
         shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-        warnings.warn(f"{shown} train too, but save writes A and B alone: save them yourself", stacklevel=4)
+        warnings.warn(
+            f"{shown} train too, but belong to no adapter, so that save does not write them: inject with"
+            " modules_to_save=[...], which trains and saves them with the adapter, or save them yourself",
+            stacklevel=4,
+        )
 
 
 def _stored_sites(
@@ -217,8 +224,8 @@ def _stored_site(weight: ModelWeight, site: AdaptedSite, name: str) -> StoredSit
         path=weight.paths[0], parameter=adapters.parameter, label=adapters.label, rows=adapter.slices,
         kind=adapters.kind.name, shape=site.shape, parts=weight.parts if adapters.kind.stacked else {},
         named=adapters.named, peft=_why_not_peft(weight) is None,
-        aliases=weight.paths[1:], A=adapter.A.detach(), B=adapter.B.detach(), alpha=adapter.alpha,
-        scaling=adapter.scaling, dropout=adapter.dropout, magnitude=magnitude, bias=bias,
+        aliases=weight.paths[1:], magnitude=magnitude, bias=bias,
+        **extras.stored_factors(adapter),
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def with_rank(s: StoredSite, r: int) -> StoredSite:
     A = s.A.new_zeros(checked_shape(s.name, *s.A.shape[:-2], r, s.A.shape[-1]))
     B = s.B.new_zeros(checked_shape(s.name, *s.B.shape[:-1], r))
     A[..., : s.r, :], B[..., : s.r] = s.A, s.B
-    return replace(s, A=A, B=B, alpha=s.scale * r, scaling="standard")
+    return replace(s, A=A, B=B, alpha=s.scale * r, scaling="standard", constant_ranks=0)
 
 
 def slices_to_whole(sites: Sequence[StoredSite]) -> tuple[StoredSite, ...]:
@@ -106,7 +106,7 @@ def _join_slices(slices: Sequence[StoredSite]) -> StoredSite:
     alpha = first.scale * (math.sqrt(r) if first.scaling == "rslora" else r)
     A = concat(first.path, [s.A for s in slices], -2)
     B = concat(first.path, [on_rows(with_scale_folded(s, first.scale), out) for s in slices], -1)
-    return replace(first, label="", rows=None, A=A, B=B, alpha=alpha)
+    return replace(first, label="", rows=None, A=A, B=B, alpha=alpha, constant_ranks=0)
 
 
 def on_rows(s: StoredSite, out: int) -> Tensor:

@@ -19,7 +19,6 @@ Suffixes name axes: R rank, I input features, O output features.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +28,10 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..numerics.delta import Factors, scale
+from ..spec import Init
 from .guards import LostGradient, RequireWritten, remove_requirement, require_usable
+from .initial_values import as_matrices, initialize, starts_at_zero
+from .weight_kinds import Kind
 
 Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
 """(adapter, y, x, y_is_ours) -> y plus the low-rank term of x. The term may be added in place if `y_is_ours`."""
@@ -47,7 +49,7 @@ class LoraAdapter(nn.Module):
         alpha: Numerator of the scale.
         scaling: "standard" for alpha / r, or "rslora" for alpha / sqrt(r).
         dropout: Probability of dropping an element of the adapter's input in training mode.
-        init: How `reset_parameters` draws A: "kaiming" or "gaussian".
+        init: How `reset_parameters` draws A and B, as in LoraSpec.
         padding_idx: Of an embedding, the token whose vector is not adapted.
         slices: The rows of the fused weight that B stands for. None for a whole weight.
         out: Number of output features of the whole weight. None if B has all of them.
@@ -62,7 +64,7 @@ class LoraAdapter(nn.Module):
     as well.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, *, alpha: float, scaling: str, dropout: float, init: str,
+    def __init__(self, A: Tensor, B: Tensor, *, alpha: float, scaling: str, dropout: float, init: Init,
                  padding_idx: int | None = None, slices: tuple[range, ...] | None = None,
                  out: int | None = None) -> None:  # fmt: skip
         super().__init__()
@@ -79,7 +81,7 @@ class LoraAdapter(nn.Module):
     alpha: float
     scaling: str
     dropout: float
-    init: str
+    init: Init
     padding_idx: int | None
     out: int
     """Number of output features of the whole weight."""
@@ -137,19 +139,17 @@ class LoraAdapter(nn.Module):
         vars(self)["frozen"] = tuple(frozen)  # nn.Module's own way to set an attribute takes 2 us
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw A, and set B to zero.
+    def reset_parameters(self, weight: Tensor, kind: Kind) -> None:
+        """Give A and B, and whatever else trains, the values with which training begins.
 
-        A is Kaiming-uniform with a = sqrt(5), as in loralib and PEFT, or Gaussian with standard deviation 1 / r.
+        Args:
+            weight: The base weight as stored.
+            kind: Its kind.
         """
-        for A_RI in self.A if self.A.ndim == 3 else [self.A]:
-            if self.init == "gaussian":
-                nn.init.normal_(A_RI, std=1 / self.r)
-            else:
-                nn.init.kaiming_uniform_(A_RI, a=math.sqrt(5))
+        W0 = None if starts_at_zero(self.init) else as_matrices(weight, kind, self.rows)
+        initialize(self.A, self.B, W0, init=self.init, s=self.scale)
         if self.padding_idx is not None:  # its column of A gets no gradient, so the padding token keeps its vector
             self.A[:, self.padding_idx] = 0
-        nn.init.zeros_(self.B)
         remove_requirement(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraAdapter:

@@ -30,7 +30,12 @@ from ..numerics.tile_merge import sum_dtype
 from ..numerics.tiled_matmul import row_tiles
 from .adapter import LoraAdapter, delta_factors
 from .guards import require_usable
+from .weight_kinds import Kind
 
+BIAS_KINDS = ("linear", "linear^T", "conv")
+"""The kinds of weights whose layer can have a bias update."""
+DORA_KINDS = (*BIAS_KINDS, "embedding")
+"""The kinds of weights that can have magnitudes."""
 CAST_SIZE = 1 << 18
 """Number of elements of a half-precision W0 that are cast to float32 at once."""
 
@@ -74,15 +79,27 @@ class DoraAdapter(LoraAdapter):
             output = output * g if bias is None else output * g + (1 - g) * bias
         return (output if self.b is None else output + self.bias_update()).to(dtype)
 
+    @torch.no_grad()
+    def reset_parameters(self, weight: Tensor, kind: Kind) -> None:
+        """Draw A, set B and b to zero, and m to the norms of W0, so that the gain is 1."""
+        super().reset_parameters(weight, kind)
+        if self.m is not None:
+            self.m.copy_(self._norms(weight))
+        if self.b is not None:
+            self.b.zero_()
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        """Return |W0 + s B A| per output; for a slice, those of its rows."""
+        norms = output_norms(weight, self.A, self._expand(self.B, 0), self.scale, self.transposed)
+        return norms if self.rows is None else norms[self.rows]
+
     def gain(self) -> Tensor:
         """Return g, shape (out_features,), in float32 or wider; 1 outside a slice. An output whose weights are all 0
         stays 0."""
         assert self.m is not None
         W0 = self.layer._parameters["weight"]
         assert W0 is not None
-        norms = output_norms(W0, self.A, self._expand(self.B, 0), self.scale, self.transposed)
-        if self.rows is not None:
-            norms = norms[self.rows]
+        norms = self._norms(W0)
         return self._expand(self.m / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1)
 
     def bias_update(self) -> Tensor:

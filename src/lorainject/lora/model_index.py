@@ -328,3 +328,9 @@ def execution_device(module: nn.Module, parameter: str) -> torch.device:
     assert weight is not None
     execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
     return torch.device(execution) if weight.is_meta and execution is not None else weight.device
+
+
+def is_offloaded(module: nn.Module, parameter: str) -> bool:
+    """True if accelerate keeps the values of a weight elsewhere, and brings them when the module is called."""
+    weight = module._parameters[parameter]
+    return weight is not None and weight.is_meta and execution_device(module, parameter).type != "meta"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..numerics.delta import Factors
 from .adapter import LoraAdapter, delta_factors
-from .guards import require_usable
+from .guards import remove_requirement, require_usable
+from .weight_kinds import Kind
 
 
 class ReplacementTensor(LoraAdapter):
@@ -57,8 +58,11 @@ class ReplacementTensor(LoraAdapter):
         if self.ids is not None:
             self.index = torch.tensor(self.ids, device=self.value.device)
 
-    def reset_parameters(self) -> None:
-        """Do nothing: the value comes from a file."""
+    @torch.no_grad()
+    def reset_parameters(self, weight: Tensor, kind: Kind) -> None:
+        """Take the values of the base."""
+        self.value.copy_(weight if self.index is None else weight[self.index])
+        remove_requirement(self)
 
     def extra_repr(self) -> str:
         rows = "" if self.ids is None else f", rows={len(self.ids)} of {self.shape[0]}"

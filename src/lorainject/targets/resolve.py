@@ -17,14 +17,17 @@ from torch import nn
 
 from ..errors import TargetError
 from ..lora.adapter_dict import adapters_of, child_name
+from ..lora.dora import DORA_KINDS
 from ..lora.graft import base_class, graft_obstacle
-from ..lora.model_index import ModelIndex
+from ..lora.initial_values import starts_at_zero, why_uninitialized
+from ..lora.model_index import ModelIndex, is_offloaded
 from ..lora.ranks import data_parallel_wrapper
 from ..lora.weight_kinds import is_quantized, superseded_layers, weight_shape, why_unsupported
 from ..plan import Plan, Site
-from ..spec import LoraSpec, Override, Target, spec_from_arguments
+from ..spec import Init, LoraSpec, Override, Target, spec_from_arguments
 from .matcher import Matcher, WeightMatch, is_pattern, split_slices
 from .model_weights import ModelWeight, WeightKey, towers
+from .trained_tensors import resolve_biases, resolve_trained_tensors, within_trained_modules
 
 WRAPPERS = {"DistributedDataParallel": "DDP", "FullyShardedDataParallel": "FSDP", "FSDPModule": "fully_shard"}
 UNSYNCHRONIZED = (
@@ -35,9 +38,11 @@ UNSYNCHRONIZED = (
 
 def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
          dropout: float = 0.0, exclude: Target | Sequence[Target] = (), layers: Sequence[int] | None = None,
-         scaling: str = "standard", init: str = "kaiming", dtype: torch.dtype | None = None,
-         overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), name: str = "default",
-         spec: LoraSpec | None = None) -> Plan:  # fmt: skip
+         scaling: str = "standard", init: Init = "kaiming", dtype: torch.dtype | None = None,
+         overrides: Mapping[str, Mapping[str, float]] | Sequence[Override] | None = (), dora: bool = False,
+         modules_to_save: Target | Sequence[Target] = (), bias: str = "none",
+         trainable_tokens: Mapping[str, Sequence[int]] | Sequence[tuple[str, Sequence[int]]] = (),
+         name: str = "default", spec: LoraSpec | None = None) -> Plan:  # fmt: skip
     """Return what `inject` would do with the same arguments, without changing the model.
 
     Args:
@@ -50,9 +55,14 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
         exclude: Weights to leave out, in the grammar of `targets`.
         layers: Layer numbers that limit `targets`. None means all layers.
         scaling: "standard" for s = alpha / r, or "rslora" for s = alpha / sqrt(r).
-        init: Initial values of A: "kaiming" or "gaussian".
+        init: Initial values of A and B: "kaiming", "gaussian", "orthogonal", "pissa", "olora", or a function
+            (A, B, W0) -> None.
         dtype: Dtype of A and B. None means float32, or float64 for a float64 weight.
         overrides: Another r or alpha for some of the sites, as {"k_proj": {"r": 4}} or a list of Override.
+        dora: True for weight-decomposed adapters (DoRA).
+        modules_to_save: Modules that train as they are and are saved with the adapter, such as a new head.
+        bias: Which biases train as well: "none", "all" or "lora_only".
+        trainable_tokens: Rows of embeddings that train as well, as {"embed_tokens": [32000, 32001]}.
         name: Name of the adapter, 1 to 64 letters, digits, "_" or "-". No other adapter of the model may have it.
         spec: All settings but the name as one LoraSpec, instead of the arguments above.
 
@@ -65,7 +75,9 @@ def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: 
             wrapped, or already has an adapter with this name. The error lists every problem, with the nearest names.
     """
     spec = spec_from_arguments(spec, targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, layers=layers,
-                               scaling=scaling, init=init, dtype=dtype, overrides=overrides or ())  # fmt: skip
+                               scaling=scaling, init=init, dtype=dtype, overrides=overrides or (), dora=dora,
+                               modules_to_save=modules_to_save, bias=bias,
+                               trainable_tokens=trainable_tokens)  # fmt: skip
     return resolve(ModelIndex(model), spec, name)
 
 
@@ -74,28 +86,35 @@ def resolve(index: ModelIndex, spec: LoraSpec, name: str) -> Plan:
     matcher = Matcher(index)
     problems = matcher.problems
     problems += name_problems(index, name) + wrapper_problems(index)
-    matches = _match_targets(spec, matcher, _match_excluded(spec, matcher))
+    tensors = resolve_trained_tensors(spec, matcher)
+    matches = _match_targets(spec, matcher, _match_excluded(spec, matcher) | within_trained_modules(spec, matcher))
     matches = _limit_to_layers(spec, matches, problems)
     settings = _apply_overrides(spec, matcher, matches)
     problems += _overlaps(matches)
-    unsuitable = [f"{m.name}: {reason}" for m in matches if (reason := why_unsuitable(m.weight, m.label))]
+    tensors += resolve_biases(spec, matcher, matches, tensors)
+    unsuitable = [
+        f"{m.name}: {reason}"
+        for m, s in zip(matches, settings, strict=True)
+        if (reason := why_unsuitable(m.weight, m.label) or _why_unsuitable_settings(m.weight, s))
+    ]
     problems += unsuitable
     if problems:
         way_out = "correct the arguments and call again" + "; exclude=[...] leaves weights out" * bool(unsuitable)
         raise TargetError("cannot inject this LoRA; nothing was changed:", problems, way_out)
     sites = tuple(
         make_site(m, index.first_paths, r=s.r, alpha=s.alpha, scaling=s.scaling, dropout=s.dropout, init=s.init,
-        dtype=s.dtype) for m, s in zip(matches, settings, strict=True)
+        dtype=s.dtype, dora=s.dora) for m, s in zip(matches, settings, strict=True)
     )  # fmt: skip
     left_out: dict[str, str] = {}
     if any(isinstance(entry, str) and entry.rsplit(".", 1)[-1] == "all-linear" for entry in spec.targets):
         chosen = {m.weight.names[0] for m in matches}
         left_out = {name: reason for name, reason in matcher.left_out().items() if name not in chosen}
-    return Plan(sites=sites, total=count_parameters(index), left_out=left_out, towers=towers(index))
+    total = count_parameters(index)
+    return Plan(sites=sites, tensors=tuple(tensors), total=total, left_out=left_out, towers=towers(index))
 
 
 def make_site(match: WeightMatch, paths: Mapping[int, str], *, r: int, alpha: float | None, scaling: str,
-              dropout: float, init: str, dtype: torch.dtype | None) -> Site:  # fmt: skip
+              dropout: float, init: Init, dtype: torch.dtype | None, dora: bool = False) -> Site:  # fmt: skip
     """Return the site that a weight or slice becomes with these settings (see LoraSpec).
 
     Args:
@@ -114,7 +133,7 @@ def make_site(match: WeightMatch, paths: Mapping[int, str], *, r: int, alpha: fl
         out_features=out_features if rows is None else sum(map(len, rows)),
         readers=tuple(paths[id(reader)] for reader in weight.readers), named=weight.named,
         r=r, alpha=float(r if alpha is None else alpha), scaling=scaling, dropout=float(dropout), init=init,
-        dtype=dtype or wide,
+        dora=dora, dtype=dtype or wide,
     )  # fmt: skip
 
 
@@ -143,6 +162,18 @@ def why_unsuitable(weight: ModelWeight, label: str = "") -> str | None:
         if (reason := graft_obstacle(reader)) is not None:
             return f"{cls.__name__} reads it, and {reason}"
     return None
+
+
+def _why_unsuitable_settings(weight: ModelWeight, spec: LoraSpec) -> str | None:
+    """Return why a weight cannot carry an adapter with these settings; None if it can."""
+    if spec.dora and (weight.parameter != "weight" or weight.kind.name not in DORA_KINDS):
+        return f"dora=True is for layers ({', '.join(DORA_KINDS)}), and this weight is of kind {weight.kind.name}"
+    if spec.dora and is_quantized(weight.module):
+        return "dora=True needs the norms of W0, which is quantized"
+    if (spec.dora or not starts_at_zero(spec.init)) and is_offloaded(weight.module, weight.parameter):
+        return "dora=True and this init read W0, which is offloaded: inject first, or use init='kaiming'"
+    shape = weight_shape(weight.module, weight.parameter)
+    return why_uninitialized(spec.init, spec.r, weight.module, weight.kind, shape)
 
 
 def wrapper_problems(index: ModelIndex) -> list[str]:

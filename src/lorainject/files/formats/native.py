@@ -25,7 +25,7 @@ from torch import Tensor
 from ...errors import FileError
 from ...lora.weight_kinds import DTYPES
 from ...numerics.fingerprint import OLD_SAMPLES, SAMPLES
-from ...spec import INITS, SCALINGS
+from ...spec import FUNCTION, INITS, SCALINGS
 from ..format import FEATURES, Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, TENSORS, Hints, Source, parse_json
@@ -93,6 +93,7 @@ def _is_plain(s: StoredSite) -> bool:
 
 def _encode_site(s: StoredSite) -> dict[str, Any]:
     settings = {"alpha": s.alpha, "scaling": s.scaling, "dropout": s.dropout, "aliases": s.aliases}
+    settings |= {"constant_ranks": s.constant_ranks} if s.constant_ranks else {}
     if _is_plain(s):
         return settings
     rows = s.rows and _encode_rows(s.rows)
@@ -178,8 +179,11 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
         for s in places
         if all(key in tensors for key in keys[s.name])
     ]
-    if body["init"] not in INITS:
-        raise ValueError(f"init is {body['init']!r}, not one of {', '.join(INITS)}")
+    if body["init"] not in (*INITS, FUNCTION):
+        raise ValueError(f"init is {body['init']!r}, not one of {', '.join((*INITS, FUNCTION))}")
+    problems += [
+        f"{s.name}: half of its ranks are constant, or none" for s in sites if s.constant_ranks * 2 not in (0, s.r)
+    ]
     replaced = {extra.name: extra.tensor for extra in extras.values() if extra.role == "replaced"}
     tokens = {
         extra.name: TokenRows(ids=tuple(map(int, extra.detail[0])), rows=extra.tensor)
@@ -206,6 +210,7 @@ def _decode_site(name: str, settings: Mapping[str, Any], tensors: Mapping[str, T
         shape=tuple(settings.get("shape", ())), named=bool(settings.get("named")), peft=not settings.get("apart"),
         aliases=tuple(_text(name, alias) for alias in settings["aliases"]), A=UNREAD, B=UNREAD,
         alpha=settings["alpha"], scaling=settings["scaling"], dropout=settings["dropout"],
+        constant_ranks=int(settings.get("constant_ranks", 0)),
     )  # fmt: skip
 
 
