@@ -33,7 +33,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
 def bert(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                        num_labels=3, initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+                        num_labels=3, initializer_range=0.3, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=0.0)  # fmt: skip
     return BertForSequenceClassification(config).to(dtype).eval()
 
 
