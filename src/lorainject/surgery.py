@@ -30,7 +30,7 @@ from .lora.model_index import ModelIndex, execution_device
 from .lora.mounting import graft_obstacles, mount, mount_all, set_grafted, unmount
 from .lora.offset import OffsetAdapter
 from .lora.ranks import share_factors
-from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of
+from .lora.weight_kinds import KINDS, WHOLE, is_sharded, kind_of, stored_tensor
 from .merging.adapted_weight import merge_record
 from .merging.merge import unmerge_index
 from .numerics.modes import in_default_modes
@@ -242,7 +242,7 @@ def _new_adapter(module: nn.Module, site: Site, loaded: LoadedFactors | None) ->
         out=out_features, padding_idx=getattr(module, "padding_idx", None) if kind.name == "embedding" else None,
     )  # fmt: skip
     if loaded is None:
-        weight = module._parameters[site.parameter]
+        weight = stored_tensor(module, site.parameter)
         assert weight is not None
         adapter.reset_parameters(weight, kind)
     return adapter

@@ -86,7 +86,7 @@ def test_quantized_layers_without_gradient_are_named():
 
     x = torch.randn(3, 64)
     model = quantized(Int8DynamicActivationInt8WeightConfig())
-    with pytest.warns(UserWarning, match=r"no gradient flows through these quantized layers .*: 0, 2\."):
+    with pytest.warns(UserWarning, match=r"no gradient flows through these quantized layers: 0, 2\."):
         li.inject(model, ["0", "2"], r=2)
     randomize(model)
     with pytest.raises(li.StateError, match=r"2: no gradient flows through its base layer"):

@@ -116,11 +116,10 @@ def test_a_model_whose_only_linear_is_its_head_says_so():
 
 
 class Packed(nn.Module):
-    """Multiplies by a packed weight, as the quantized layers of several libraries do."""
+    """Multiplies by a packed weight, and does not say its sizes."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.in_features = self.out_features = size
         self.register_buffer("qweight", torch.zeros(size, size, dtype=torch.uint8))
 
     def forward(self, x):

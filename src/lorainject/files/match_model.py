@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import FileError
 from ..lora.adapter_dict import AdapterDict
 from ..lora.model_index import AdaptedSite, ModelIndex
-from ..lora.weight_kinds import is_quantized, weight_shape
+from ..lora.weight_kinds import is_quantized, stored_tensor, weight_shape
 from ..merging.adapted_weight import merge_record
 from ..numerics.delta import alpha_of
 from ..numerics.fingerprint import SAMPLES, sample_values, samples_agree
@@ -204,7 +204,7 @@ def require_base(file: AdapterFile, weights: Weights, sites: Sequence[Site]) -> 
 
 def _is_base(weight: ModelWeight, name: str, base: BasePrint) -> bool:
     """True if the fingerprint is that of this weight, or if the weight cannot be sampled."""
-    stored, expected = weight.module._parameters[weight.parameter], base.sample[name]
+    stored, expected = stored_tensor(weight.module, weight.parameter), base.sample[name]
     sample = _sample(weight.module, weight.parameter, len(expected))
     if sample is None or stored is None:
         return True
@@ -216,5 +216,5 @@ def _sample(module: nn.Module, parameter: str, count: int = SAMPLES) -> Tensor |
     for child in module._modules.values():
         if isinstance(child, AdapterDict) and child.parameter == parameter and (record := merge_record(child)):
             return record.sample
-    weight = module._parameters[parameter]
+    weight = stored_tensor(module, parameter)
     return None if weight is None or is_quantized(module) else sample_values(weight, count)

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .active import STATES, AdapterState
 from .graft import base_class
 from .model_index import ModelIndex
+from .weight_kinds import DTYPES, is_opaque_linear, stored_tensor, weight_shape
 
 
 def graph_cutters(index: ModelIndex) -> list[str]:
@@ -30,11 +31,13 @@ def graph_cutters(index: ModelIndex) -> list[str]:
     paths = []
     for path, module in index.walked:
         weight = module._parameters.get("weight")
-        if weight is None or weight.is_meta or not isinstance(module, nn.Linear):
-            continue
-        if type(weight).__module__.startswith("torchao."):
+        scheme: tuple[object, ...] | None = None
+        if is_opaque_linear(module):
+            scheme = (base_class(type(module)),)
+        elif weight is not None and not weight.is_meta and type(weight).__module__.startswith("torchao."):
             settings = {key: value for key, value in vars(weight).items() if not isinstance(value, Tensor)}
             scheme = (base_class(type(module)), type(weight), repr(settings))
+        if scheme is not None:
             if scheme not in cuts:
                 cuts[scheme] = _cuts_graph(module)
             if cuts[scheme]:
@@ -47,16 +50,20 @@ def warn_of_cut_graphs(index: ModelIndex) -> None:
     if cutters := graph_cutters(index):
         shown = ", ".join(cutters[:5]) + f", and {len(cutters) - 5} more" * (len(cutters) > 5)
         warnings.warn(
-            f"no gradient flows through these quantized layers (dynamic activations): {shown}. Adapters before them"
-            " cannot be trained; quantize the weights only (Int8WeightOnlyConfig) to train. Inference is right",
+            f"no gradient flows through these quantized layers: {shown}. Adapters before them cannot be trained, but"
+            " inference is right. To train, quantize the weights only (torchao: Int8WeightOnlyConfig), or by a scheme"
+            " whose layers have a backward",
             stacklevel=4,
         )
 
 
 @torch.enable_grad()
-def _cuts_graph(layer: nn.Linear) -> bool:
+def _cuts_graph(layer: nn.Module) -> bool:
     """True if the layer's output does not depend on its input, as far as autograd knows."""
-    x = torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device, requires_grad=True)
+    stored, in_features = stored_tensor(layer), weight_shape(layer, "weight")[1]
+    assert stored is not None
+    dtype = stored.dtype if stored.dtype in DTYPES else torch.get_default_dtype()
+    x = torch.zeros(1, in_features, dtype=dtype, device=stored.device, requires_grad=True)
     with contextlib.suppress(RuntimeError, NotImplementedError, AssertionError, ValueError):  # it needs other inputs
         y = base_class(type(layer)).forward(layer, x)
         return not y.requires_grad or torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is None

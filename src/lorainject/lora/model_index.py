@@ -25,7 +25,7 @@ from .active import ALL_CONTEXTS, ROOTS, AdapterState, ModuleStructure, open_con
 from .adapter import LoraAdapter
 from .adapter_dict import AdapterDict
 from .replacement import ReplacementTensor
-from .weight_kinds import superseded_layers, weight_shape
+from .weight_kinds import is_opaque_linear, stored_tensor, superseded_layers, weight_shape
 
 WeightKey = tuple[int, str]
 """The id of a module and the name of a parameter in it."""
@@ -52,7 +52,7 @@ class AdaptedSite(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The whole weight as stored."""
-        weight = self.module._parameters[self.adapters.parameter]
+        weight = stored_tensor(self.module, self.adapters.parameter)
         assert weight is not None
         return weight
 
@@ -173,7 +173,11 @@ class ModelIndex:
     def computed(self) -> list[str]:
         """The names of the sites whose weight is computed from other parameters since inject: prune, spectral_norm and
         weight_norm take the parameter out of the module."""
-        return [name for name, site in self.sites.items() if site.adapters.parameter not in site.module._parameters]
+        return [
+            name
+            for name, site in self.sites.items()
+            if site.adapters.parameter not in site.module._parameters and not is_opaque_linear(site.module)
+        ]
 
     def note_change(self) -> None:
         """Note that adapters have other values than the forwards used whose backward may still come."""
@@ -324,7 +328,7 @@ def states_to_switch(model: nn.Module, verb: str, *names: str, nested: bool = Fa
 def execution_device(module: nn.Module, parameter: str) -> torch.device:
     """Return the device on which a weight is used: the device that it is on, or that accelerate brings an offloaded
     weight to."""
-    weight = module._parameters[parameter]
+    weight = stored_tensor(module, parameter)
     assert weight is not None
     execution = getattr(vars(module).get("_hf_hook"), "execution_device", None)
     return torch.device(execution) if weight.is_meta and execution is not None else weight.device
@@ -332,5 +336,5 @@ def execution_device(module: nn.Module, parameter: str) -> torch.device:
 
 def is_offloaded(module: nn.Module, parameter: str) -> bool:
     """True if accelerate keeps the values of a weight elsewhere, and brings them when the module is called."""
-    weight = module._parameters[parameter]
+    weight = stored_tensor(module, parameter)
     return weight is not None and weight.is_meta and execution_device(module, parameter).type != "meta"

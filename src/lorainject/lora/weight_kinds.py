@@ -28,6 +28,7 @@ from .graft import base_class, graft_obstacle
 
 Form = Literal["linear", "embedding"]
 """What a layer computes with its weight. The kernel that adds the low-rank term is looked up by it (kernels/)."""
+LINEAR_FORWARD = nn.Linear.forward
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTIZERS = ("bitsandbytes.", "optimum.quanto.", "torchao.")
 """Packages whose layers or tensors hold weights that only their own forward can use."""
@@ -55,8 +56,9 @@ class Kind:
         return (tuple(stack), math.prod(rest), rows) if self.transposed else (tuple(stack), rows, math.prod(rest))
 
 
+LINEAR = Kind(name="linear", type="torch.nn.modules.linear.Linear", form="linear")
 LAYERS = (
-    Kind(name="linear", type="torch.nn.modules.linear.Linear", form="linear"),
+    LINEAR,
     Kind(name="linear^T", type="transformers.pytorch_utils.Conv1D", transposed=True, form="linear"),
     Kind(name="embedding", type="torch.nn.modules.sparse.Embedding", transposed=True, form="embedding"),
     Kind(name="conv^T", type="torch.nn.modules.conv._ConvTransposeNd", transposed=True),
@@ -81,7 +83,9 @@ def kind_of(module: nn.Module, parameter: str = "weight") -> Kind | None:
     """Return the kind of a layer's weight, by its class or the nearest base class; None for any other module or
     parameter."""
     cls: Any = type(module)
-    return _row(cls)[0] if parameter == "weight" else None
+    if parameter != "weight":
+        return None
+    return _row(cls)[0] or (LINEAR if is_opaque_linear(module) else None)
 
 
 def has_standard_forward(module: nn.Module) -> bool:
@@ -99,12 +103,43 @@ def returns_fresh_output(cls: type[nn.Module]) -> bool:
 
 def is_quantized(module: nn.Module) -> bool:
     """True if the weight is stored in a form that only the module's own forward can use."""
+    if is_opaque_linear(module):
+        return True
     weight = module._parameters.get("weight")
     cls: Any = type(module)
     if type(weight) is nn.Parameter:  # its data are a plain tensor
         return _comes_from_quantizer(cls, nn.Parameter)
     stored: Any = (type(weight), type(getattr(weight, "data", None)))
     return _comes_from_quantizer(cls, *stored)
+
+
+def is_opaque_linear(module: nn.Module) -> bool:
+    """True if a module acts as a linear layer whose weight is in a form that only its own forward can use.
+
+    It says `in_features` and `out_features`, has no modules inside, and no matrix of ordinary numbers: GPTQ, AWQ, HQQ,
+    EETQ, BitNet, FP8 and their like. A torch.nn.Linear whose class has no forward of its own needs ordinary numbers.
+    """
+    sizes = vars(module).get("in_features"), vars(module).get("out_features")
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    if isinstance(module, nn.Linear):
+        weight = module._parameters.get("weight")
+        has_forward = base_class(type(module)).forward is not LINEAR_FORWARD
+        return weight is not None and weight.dtype not in DTYPES and has_forward
+    if any(not name.startswith("lora") for name in module._modules):
+        return False
+    parameters = [p for p in module._parameters.values() if p is not None]
+    has_tensors = bool(parameters) or any(buffer is not None for buffer in module._buffers.values())
+    return has_tensors and not any(p.dtype in DTYPES and p.ndim > 1 for p in parameters)
+
+
+def stored_tensor(module: nn.Module, parameter: str = "weight") -> Tensor | None:
+    """Return a weight as it is stored; of an opaque linear, which may have several tensors, the largest one."""
+    weight = module._parameters.get(parameter)
+    if weight is not None or parameter != "weight" or not is_opaque_linear(module):
+        return weight
+    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    return max(tensors, key=Tensor.numel)
 
 
 @cache
@@ -124,7 +159,7 @@ def weight_shape(module: nn.Module, parameter: str) -> tuple[int, ...]:
 
 def why_unsupported(module: nn.Module, parameter: str = "weight") -> str | None:
     """Return the reason why a weight of a known kind cannot carry an adapter; None if it can."""
-    weight = module._parameters.get(parameter)
+    weight = stored_tensor(module, parameter)
     if "_diffusers_hook" in module.__dict__:
         return "diffusers has hooks on it (layerwise casting, for instance): inject first, then enable them"
     if (reason := graft_obstacle(module)) is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..lora.adapter import LoraAdapter, delta_factors
 from ..lora.adapter_dict import AdapterDict
 from ..lora.model_index import AdaptedSite, WeightKey
+from ..lora.weight_kinds import stored_tensor
 from ..numerics.checksum import checksum
 from ..numerics.delta import Factors, clone_factors, flatten_factors
 from ..numerics.journal import Journal, TileJournal
@@ -96,7 +97,7 @@ class AdaptedWeight:
     @property
     def weight(self) -> nn.Parameter:
         """The weight as stored."""
-        return self.module._parameters[self.sites[0].adapters.parameter]  # type: ignore[return-value]
+        return stored_tensor(self.module, self.sites[0].adapters.parameter)  # type: ignore[return-value]
 
     @weight.setter
     def weight(self, value: nn.Parameter) -> None:

@@ -11,7 +11,7 @@ from ..lora.dora import DoraAdapter
 from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex, WeightKey
 from ..lora.replacement import ReplacementTensor
-from ..lora.weight_kinds import is_quantized, is_sharded
+from ..lora.weight_kinds import is_quantized, is_sharded, stored_tensor
 from ..numerics.delta import is_finite
 from .adapted_weight import AdaptedWeight
 from .quantization import find_scheme
@@ -35,7 +35,7 @@ def _why_not_mergeable(
     w: AdaptedWeight, names: Sequence[str], ties: Mapping[WeightKey, Sequence[str]], dequantize: bool
 ) -> str | None:
     module, adapters = w.module, w.adapters(names)
-    weight = module._parameters.get(w.key[1])
+    weight = stored_tensor(module, w.key[1])
     if weight is None:
         return (
             "its weight is computed from other parameters since inject (by pruning, spectral_norm, weight_norm or a"

@@ -22,7 +22,7 @@ from ..lora.graft import base_class, graft_obstacle
 from ..lora.initial_values import starts_at_zero, why_uninitialized
 from ..lora.model_index import ModelIndex, is_offloaded
 from ..lora.ranks import data_parallel_wrapper
-from ..lora.weight_kinds import is_quantized, superseded_layers, weight_shape, why_unsupported
+from ..lora.weight_kinds import is_quantized, stored_tensor, superseded_layers, weight_shape, why_unsupported
 from ..plan import Plan, Site
 from ..spec import Init, LoraSpec, Override, Target, spec_from_arguments
 from .matcher import Matcher, WeightMatch, is_pattern, split_slices
@@ -124,7 +124,7 @@ def make_site(match: WeightMatch, paths: Mapping[int, str], *, r: int, alpha: fl
     weight, rows = match.weight, match.rows
     shape = weight_shape(weight.module, weight.parameter)
     stack, out_features, in_features = weight.kind.sizes(shape)
-    stored = weight.module._parameters[weight.parameter]
+    stored = stored_tensor(weight.module, weight.parameter)
     assert stored is not None
     wide = torch.float32 if is_quantized(weight.module) else torch.promote_types(stored.dtype, torch.float32)
     return Site(
