@@ -31,7 +31,7 @@ from ..lora.weight_kinds import is_sharded
 from ..numerics.delta import is_finite
 from ..numerics.modes import in_default_modes
 from ..plan import Plan
-from ..spec import FUNCTION
+from ..spec import FUNCTION, explains_settings
 from ..surgery import attach
 from ..targets.model_weights import ModelWeight, model_weights
 from ..targets.resolve import count_parameters, name_problems, wrapper_problems
@@ -116,6 +116,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     return path
 
 
+@explains_settings
 @in_default_modes
 def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None,
          check_base: bool = True, allow_missing: bool = False, allow_pickle: bool = False,
@@ -148,7 +149,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     index.require_ready("load an adapter", computed=True)
     file = read_source(open_source(path, allow_pickle), hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
-        warnings.warn(f"{file.path}: {note}", stacklevel=3)
+        warnings.warn(f"{file.path}: {note}", stacklevel=4)
     name = file.name if name is None else name
     if problems := name_problems(index, name) + wrapper_problems(index):
         raise StateError("nothing was loaded:", problems, "if the name is in use, pass another one: name=...")
@@ -160,7 +161,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     sites = match_sites(index, file, weights, dtype, problems, () if allow_missing else missing)
     if check_base:
         require_base(file, weights, sites)
-    warn_of_missing(file, missing, stacklevel=3)
+    warn_of_missing(file, missing, stacklevel=4)
     factors = {s.name: extras.loaded_factors(s, dtype) for s in file.sites}
     return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replacements)
 
