@@ -179,6 +179,6 @@ def test_names_of_transformers_are_refused_for_kohya(name, tmp_path):
     _, model = adapted(MODELS[name][1])
     li.save(model, tmp_path / "own")
     path = tmp_path / "a.safetensors"
-    with pytest.raises(li.FileError, match="no names that diffusers reads .*\n=> write the format diffusers"):
+    with pytest.raises(li.FileError, match=r"no names that diffusers reads .*\n=> write the format diffusers"):
         li.convert(tmp_path / "own", path, format="kohya", hints=li.Hints(component="transformer"))
     assert not path.exists()

@@ -100,7 +100,7 @@ def read_source(
     if file is not None and hints.component is not None:
         file = select_component(file, hints.component, problems)
     if file is not None:
-        problems += _repeated(file)
+        problems += _repeated(file, source)
     if file is not None and not file.sites and not problems:
         problems.append("it holds no A and B")
     if problems or file is None:
@@ -110,17 +110,22 @@ def read_source(
     if hints.model is None:
         return file
     file = rename_for_model(file, index or ModelIndex(hints.model))
-    if problems := _repeated(file):
+    if problems := _repeated(file, source):
         raise FileError(
             f"{path} names one weight of this model twice:", problems, "remove one of the two from the file"
         )
     return file
 
 
-def _repeated(file: AdapterFile) -> list[str]:
-    """Return a line per site that a record has twice: which of the two adapters counts is not known."""
+def _repeated(file: AdapterFile, source: Source) -> list[str]:
+    """Return a line per site that a record has twice, with the keys: which of the two adapters counts is not known."""
     counts = Counter(s.name for s in file.sites)
-    return [f"{name}: the file has {n} adapters for it, under several names" for name, n in counts.items() if n > 1]
+    repeated = {s.A.data_ptr(): s.name for s in file.sites if counts[s.name] > 1}
+    keys: dict[str, list[str]] = {name: [] for name in repeated.values()}
+    for key in source.tensors if keys else ():
+        if (name := repeated.get(source.tensors[key].data_ptr())) is not None:
+            keys[name].append(key)
+    return [f"{name}: the file has {counts[name]} adapters for it: {', '.join(keys[name])}" for name in keys]
 
 
 @in_default_modes
