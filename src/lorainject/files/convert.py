@@ -101,8 +101,8 @@ def read_source(
         file = select_component(file, hints.component, problems)
     if file is not None:
         problems += _repeated(file, source)
-    if file is not None and not file.sites and not problems:
-        problems.append("it holds no A and B")
+    if file is not None and file.is_empty and not problems:
+        problems.append("it holds no A and B, and no other tensors of an adapter")
     if problems or file is None:
         raise FileError(
             f"{path} cannot be read as an adapter of the format {form.name}:", problems, next_steps(problems, DAMAGED)
@@ -168,7 +168,7 @@ def write(
     served = None if engine is None else engines.engine(engine)
     form = served.form if served else _format(format or "lorainject")
     path, hints = as_path(path), hints or Hints()
-    if not file.sites:
+    if file.is_empty:
         raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
     fit, lost = fit_record(file, form, lossy)
     changed = describe_changes(file, fit)
@@ -178,8 +178,8 @@ def write(
         if added := [s.name for s in fit.sites[count:]]:
             names = ", ".join(added[:3]) + ", ..." * (len(added) > 3)
             changed.append(f"{len(added)} sites of zeros are added, without which {form.name} refuses it: {names}")
-    if not fit.sites:
-        raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
+    if not fit.sites and (fit.is_empty or form.write is not native.write):
+        raise FileError(f"{form.name} has no place for an adapter without A and B", lost, "nothing was written")
     _check_path(path, form)
     written = form.write(fit, path, hints)
     files = {place: pieces if pieces is None else list(pieces) for place, pieces in written.items()}

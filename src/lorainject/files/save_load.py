@@ -97,19 +97,15 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     _warn_of_trained_parameters(index)
     replaced, tokens = extras.stored_replacements(sites, name)
     sites = {key: site for key, site in sites.items() if not isinstance(site.adapters[name], ReplacementTensor)}
-    if not sites:
-        raise FileError(f"adapter {name!r} was not saved: it has no A and B",
-                        [f"{key}: a replacement alone" for key in (*replaced, *tokens)],
-                        "save these tensors with torch.save, or inject A and B under the same name")  # fmt: skip
     stored = _stored_sites(index, sites, name)
     if format == "peft":
         stored = _require_peft(stored, path, name)
     elif path.is_file() and path.suffix != ".safetensors":
         raise FileError(f"{path} is a file", way_out="give a directory, or a path that ends in .safetensors")
-    init = next(iter(sites.values())).adapters[name].init
+    init = next((site.adapters[name].init for site in sites.values()), "kaiming")
     file = AdapterFile(
         path=path, format=format, sites=tuple(site for _, site in stored), name=name,
-        init=init if isinstance(init, str) else FUNCTION, base=base_print(sites) if format == "lorainject" else None,
+        init=init if isinstance(init, str) else FUNCTION, base=base_print(sites) if format == "lorainject" and sites else None,
         config=_config(index, [site for _, site in stored]), replaced=replaced, tokens=tokens,
     )  # fmt: skip
     atomic_write.write(FORMATS[format].write(file, path, Hints()))
@@ -257,6 +253,7 @@ def _require_peft(
     weights = {weight.names[0]: weight for weight, _ in stored}
     sites = transforms.slices_to_whole([site for _, site in stored])
     problems = [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
+    problems += [] if sites else ["an adapter without A and B"]
     if problems:
         raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", problems, "leave format='peft' out")
     if path.suffix == ".safetensors" or path.is_file():
