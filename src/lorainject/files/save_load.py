@@ -105,7 +105,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     init = next((site.adapters[name].init for site in sites.values()), "kaiming")
     file = AdapterFile(
         path=path, format=format, sites=tuple(site for _, site in stored), name=name,
-        init=init if isinstance(init, str) else FUNCTION, base=base_print(sites) if format == "lorainject" and sites else None,
+        init=init if isinstance(init, str) else FUNCTION,
+        base=base_print(sites) if format == "lorainject" and sites else None,
         config=_config(index, [site for _, site in stored]), replaced=replaced, tokens=tokens,
     )  # fmt: skip
     atomic_write.write(FORMATS[format].write(file, path, Hints()))
