@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorainject as li
-from lorainject.files import rename, transforms
+from lorainject.files import checkpoint_sites, transforms
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
 from lorainject.files.weight_map import StoredPiece, StridedView
@@ -84,13 +84,13 @@ def test_a_weight_that_is_not_moved_by_rows_keeps_its_name_and_is_refused(disk, 
     """Where a loader would transpose a weight, or take pieces of rows, its adapter cannot follow by whole rows: the
     site stays under the checkpoint's name, and load says that the model has no such weight."""
     piece = StoredPiece("old.weight", *disk)
-    monkeypatch.setattr(rename, "locate_weights", lambda model, shapes: ({"new.weight": (piece,)}, {}, ()))
+    monkeypatch.setattr(checkpoint_sites, "locate_weights", lambda model, shapes: ({"new.weight": (piece,)}, {}, ()))
     model, path = module_tree({"new.weight": (6, 6)}), adapter_of_a_checkpoint(tmp_path, "old")
     assert [s.path for s in li.read(path, hints=li.Hints(model=model)).sites] == ["old"]
     with pytest.raises(li.FileError, match="old: is not in this model"):
         li.load(model, path)
     whole = StoredPiece("old.weight", StridedView(0, (36,), (1,)), StridedView(0, (36,), (1,)))
-    monkeypatch.setattr(rename, "locate_weights", lambda model, shapes: ({"new.weight": (whole,)}, {}, ()))
+    monkeypatch.setattr(checkpoint_sites, "locate_weights", lambda model, shapes: ({"new.weight": (whole,)}, {}, ()))
     assert [s.path for s in li.read(path, hints=li.Hints(model=model)).sites] == ["new"]
 
 

@@ -80,9 +80,13 @@ def by_loralib(path: Path, alpha: float) -> Deltas:
 
 
 LIBRARIES: dict[str, Callable[[Path, float], Deltas]] = {
-    "lorainject": by_peft, "peft": by_peft, "diffusers": by_diffusers, "gguf": lambda path, alpha: plain_gguf(path), "onnx": by_onnxruntime,
+    "lorainject": by_peft,
+    "peft": by_peft,
+    "diffusers": by_diffusers,
+    "gguf": lambda path, alpha: plain_gguf(path),
+    "onnx": by_onnxruntime,
     "loralib": by_loralib,
-}  # fmt: skip
+}
 """Who reads a format here. docs/formats.md has the same table; the other formats are read by our reader."""
 LLAMA_FORMATS = [name for name in li.FORMATS if name != "adapterhub"]
 
