@@ -22,13 +22,13 @@ from . import engines
 from .fit import describe_changes, fit_record
 from .format import Format
 from .formats import adapterhub, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
-from .formats.pairs import other_method
+from .formats.pairs import REMOVE_ONE, other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
 from .io.regular_file import as_path
 from .parts import select_component
 from .read_back import require_same
-from .record import AdapterFile, next_steps, payload_problems
+from .record import AdapterFile, Problem, next_steps, payload_problems
 from .rename import rename_for_model
 
 # The first format that claims a source has it, so the more specific ones come first.
@@ -111,9 +111,7 @@ def read_source(
         return file
     file = rename_for_model(file, index or ModelIndex(hints.model))
     if problems := _repeated(file, source):
-        raise FileError(
-            f"{path} names one weight of this model twice:", problems, "remove one of the two from the file"
-        )
+        raise FileError(f"{path} names one weight of this model twice:", problems, REMOVE_ONE)
     return file
 
 
@@ -125,7 +123,10 @@ def _repeated(file: AdapterFile, source: Source) -> list[str]:
     for key in source.tensors if keys else ():
         if (name := repeated.get(source.tensors[key].data_ptr())) is not None:
             keys[name].append(key)
-    return [f"{name}: the file has {counts[name]} adapters for it: {', '.join(keys[name])}" for name in keys]
+    return [
+        Problem(f"{name}: the file has {counts[name]} adapters for it: {', '.join(keys[name])}", REMOVE_ONE)
+        for name in keys
+    ]
 
 
 @in_default_modes
