@@ -190,7 +190,7 @@ SETTING_MISTAKES = {
     ),
     "layers negative": (["q_proj"], {"layers": [-1]}, r"layers must be a list of layer numbers from 0"),
     "scaling": (["q_proj"], {"scaling": "rs"}, r"scaling must be one of \('standard', 'rslora'\)"),
-    "init": (["q_proj"], {"init": "pissa"}, r"init must be one of \('kaiming', 'gaussian'\)"),
+    "init": (["q_proj"], {"init": "svd"}, r"init must be one of \('kaiming', 'gaussian', "),
     "dtype": (["q_proj"], {"dtype": torch.int8}, r"dtype must be a floating-point torch.dtype"),
     "a typo in an override": (
         ["q_proj"],
