@@ -6,10 +6,12 @@ it comes to on one model is a Plan (plan.py), which targets/resolve.py makes.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,27 @@ FUNCTION = "function"
 BIASES = ("none", "all", "lora_only")
 Init = str | Callable[[Tensor, Tensor, Tensor], None]
 """What LoraSpec.init can be."""
+REGEX = re.compile(r"\.[*+]|[\\()|^${}]|\[[^\]]*\].")
+"""Signs of a regular expression, which no name, glob or slice has."""
+PEFT_SETTINGS = {
+    "target_modules": "targets", "target_parameters": "targets", "exclude_modules": "exclude", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "lora_r": "r", "rank": "r", "layers_to_transform": "layers", "layers_pattern": "layers",
+    "rank_pattern": "overrides", "alpha_pattern": "overrides", "use_rslora": "scaling", "init_lora_weights": "init",
+    "use_dora": "dora", "trainable_token_indices": "trainable_tokens", "adapter_name": "name", "peft_config": "spec",
+    "lora_config": "spec", "config": "spec", "fan_in_fan_out": "", "task_type": "", "inference_mode": "",
+    "is_trainable": "",
+}  # fmt: skip
+"""Settings under PEFT's names, with the names that they have here; empty if they are not needed."""
+EXAMPLES = {
+    "targets": 'targets=["q_proj"], or targets=["re:..."] for a regular expression',
+    "overrides": 'overrides={"k_proj": {"r": 4, "alpha": 8}}',
+    "scaling": 'scaling="rslora"',
+    "init": 'init="gaussian"',
+    "layers": "layers=[0, 1]",
+    "spec": "spec=LoraSpec(targets=[...], r=8)",
+}
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +178,36 @@ def spec_from_arguments(spec: LoraSpec | None, targets: Any, **settings: Any) ->
     if spec is None:
         return LoraSpec(targets=() if targets is None else targets, **settings)
     if not isinstance(spec, LoraSpec):
-        way_out = "pass a LoraSpec with its own settings: spec=LoraSpec(targets=[...], r=8)"
-        raise SpecError(f"spec must be a LoraSpec, not {spec!r}", way_out=way_out)
+        way_out = "pass the settings as a LoraSpec: spec=LoraSpec(targets=[...], r=8, alpha=16, dropout=0.1)"
+        raise SpecError(f"spec must be a LoraSpec, not {_brief(spec)}", way_out=way_out)
     passed = ["targets"] * (targets is not None)
     passed += [name for name, value in settings.items() if value != LoraSpec.__dataclass_fields__[name].default]
     if passed:
         way_out = "put all settings into the spec, as with dataclasses.replace(spec, r=4)"
         raise SpecError(f"spec and {', '.join(passed)} cannot be passed together", way_out=way_out)
     return spec
+
+
+def explains_settings(verb: Callable[P, T]) -> Callable[P, T]:
+    """Let a verb raise a SpecError that says what PEFT's settings are called here, where it gets them."""
+    known = inspect.signature(verb).parameters
+
+    @functools.wraps(verb)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        unknown = [key for key in kwargs if key not in known]
+        foreign = {key: PEFT_SETTINGS.get(key, key) for key in unknown}
+        settings = {*LoraSpec.__dataclass_fields__, *known}
+        if {*PEFT_SETTINGS, *settings}.isdisjoint(unknown):  # Python's own error says enough of other keywords
+            return verb(*args, **kwargs)
+        problems = []
+        for key, ours in foreign.items():
+            absent = "the file tells it" if ours in settings else "there is no such setting"
+            answer = f"write {EXAMPLES.get(ours, f'{ours}=...')}" if ours in known else absent
+            problems.append(f"{key}: {answer if ours else 'leave it out, nothing here depends on it'}")
+        way_out = f"correct them and call again; nothing was changed (help({verb.__name__}) lists all arguments)"
+        raise SpecError(f"{verb.__name__} does not take these arguments:", problems, way_out)
+
+    return wrapped
 
 
 def is_alpha(value: object) -> bool:
@@ -182,11 +227,11 @@ def _entries(field: str, value: Any, problems: list[str]) -> tuple[Target, ...]:
     if _is_predicate(value) or (isinstance(value, str) and value in KEYWORDS):
         return (value,)
     if isinstance(value, str):
-        entry = f"re:{value}" if re.search(r"\.\*|[\\()|^$]", value) else value  # PEFT takes a regex as one string
-        problems.append(f'{field}="{value}" is a string, but a list is expected: write {field}=["{entry}"]')
+        entry = f"re:{value}" if REGEX.search(value) else value  # PEFT takes a regex as one string
+        problems.append(f"{field}={value!r} is a string, but a list is expected: write {field}=[{entry!r}]")
         return ()
     if not isinstance(value, Sequence | set | frozenset):
-        problems.append(f"{field} must be a list of names, not {value!r}")
+        problems.append(f"{field} must be a list of names, not {_brief(value)}")
         return ()
     if field == "targets" and not value:
         problems.append('targets is empty: name the weights, as in ["q_proj", "v_proj"], or pass "all-linear"')
@@ -235,6 +280,12 @@ def _tokens(value: Any, problems: list[str]) -> tuple[tuple[str, tuple[int, ...]
         if not ids or not all(_is_integer(i) and i >= 0 for i in ids) or len({*ids}) < len(ids):
             problems.append(f"trainable_tokens[{name!r}] must be different row numbers from 0, not {list(ids)!r}")
     return tokens
+
+
+def _brief(value: object) -> str:
+    """Return the repr of a value, or its type if that is long, as that of PEFT's LoraConfig is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
 
 
 def _is_predicate(value: Any) -> bool:

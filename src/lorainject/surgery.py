@@ -36,7 +36,7 @@ from .merging.merge import unmerge_index
 from .numerics.modes import in_default_modes
 from .plan import Plan, Site
 from .plan import site_name as name_of_site
-from .spec import Init, LoraSpec, Override, Target, spec_from_arguments
+from .spec import Init, LoraSpec, Override, Target, explains_settings, spec_from_arguments
 from .targets.heads import find_output_embeddings
 from .targets.model_weights import model_weights
 from .targets.resolve import resolve
@@ -60,6 +60,7 @@ class LoadedFactors(NamedTuple):
     B0: Tensor | None = None
 
 
+@explains_settings
 @in_default_modes
 def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *,
            alpha: float | None = None, dropout: float = 0.0, exclude: Target | Sequence[Target] = (),
@@ -106,7 +107,7 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
         left_out = ", ".join(f"{path} ({reason})" for path, reason in list(plan.unsupported.items())[:5])
         warnings.warn(
             f"{len(plan.unsupported)} layers were left out, and will not train: {left_out}"
-            + ", ..." * (len(plan.unsupported) > 5), stacklevel=2,
+            + ", ..." * (len(plan.unsupported) > 5), stacklevel=4,
         )  # fmt: skip
     return model
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from safetensors.torch import load_file
 
 import lorainject as li
-from lorainject.files.transforms import halves_from_pairs
 
-from adapter_files import LLAMA_HINTS, records
+from adapter_files import LLAMA_HINTS, plain_gguf, records
 from example_count import examples
 from oracle import dense_deltas, site_delta
 
@@ -43,28 +42,6 @@ def plain_peft(folder: Path) -> dict[str, torch.Tensor]:
             assert A.ndim == 2
             assert len(A) == config["r"]
             updates[f"{path}.weight"] = config["lora_alpha"] / config["r"] * (B.double() @ A.double())
-    return updates
-
-
-def plain_gguf(path: Path) -> dict[str, torch.Tensor]:
-    """Return the updates that llama.cpp reads, which has the rows of q and k in rotary pairs."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    alpha = reader.fields["adapter.lora.alpha"].contents()
-    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
-    if any(t.dtype == torch.uint8 for t in tensors.values()):
-        tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
-    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-             "ffn_down": "mlp.down_proj"}  # fmt: skip
-    updates = {}
-    for key, A in tensors.items():
-        if key.endswith(".lora_a"):
-            _, layer, leaf, *_ = key.split(".")
-            B = tensors[key.replace(".lora_a", ".lora_b")].double()
-            B = B[halves_from_pairs(len(B), {"attn_q": 4, "attn_k": 2}[leaf])] if leaf in ("attn_q", "attn_k") else B
-            updates[f"model.layers.{layer}.{names[leaf]}.weight"] = alpha / B.shape[1] * (B @ A.double())
     return updates
 
 

@@ -69,6 +69,20 @@ def test_diffusers_without_a_header_has_scale_one():
     assert not with_.notes
 
 
+def test_a_model_of_diffusers_saved_alone_has_its_config_in_the_header(tmp_path):
+    """save_lora_adapter of a model writes PEFT's keys without a component, and alpha in the header alone."""
+    A, B = torch.ones(2, 3), torch.ones(4, 2)
+    tensors = {"blocks.0.to_q.lora_A.weight": A, "blocks.0.to_q.lora_B.weight": B}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["to_q"]}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+    assert [(s.path, s.scale) for s in li.read(tmp_path).sites] == [("blocks.0.to_q", 3)]
+    pipeline = {f"unet.{key}": value for key, value in config.items()}
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(pipeline)})
+    with pytest.raises(li.FileError, match="no record of alpha"):
+        li.read(tmp_path)
+
+
 def test_diffusers_export_for_kohya_has_the_same_deltas():
     """diffusers' kohya file is its other file under flat names, with alpha = rank: diffusers loses alpha there."""
     flat = li.read(DIFFUSERS / "kohya.safetensors")

@@ -162,8 +162,8 @@ TARGET_MISTAKES = {
     "a dotted adapter name": (["q_proj"], {"name": "a.b"}, r"the adapter name 'a\.b' must be"),
 }
 SETTING_MISTAKES = {
-    "a bare name": ("q_proj", {}, r'targets="q_proj" is a string, but a list is expected: write targets=\["q_proj"\]'),
-    "a bare regex": (".*q_proj", {}, r'is a string, but a list is expected: write targets=\["re:\.\*q_proj"\]'),
+    "a bare name": ("q_proj", {}, r"targets='q_proj' is a string, but a list is expected: write targets=\['q_proj'\]"),
+    "a bare regex": (".*q_proj", {}, r"is a string, but a list is expected: write targets=\['re:\.\*q_proj'\]"),
     "a number": (7, {}, r"targets must be a list of names, not 7"),
     "no targets": ([], {}, r"targets is empty"),
     "nothing at all": (None, {}, r"targets is empty"),
@@ -190,7 +190,7 @@ SETTING_MISTAKES = {
     ),
     "layers negative": (["q_proj"], {"layers": [-1]}, r"layers must be a list of layer numbers from 0"),
     "scaling": (["q_proj"], {"scaling": "rs"}, r"scaling must be one of \('standard', 'rslora'\)"),
-    "init": (["q_proj"], {"init": "pissa"}, r"init must be one of \('kaiming', 'gaussian'\)"),
+    "init": (["q_proj"], {"init": "svd"}, r"init must be one of \('kaiming', 'gaussian', "),
     "dtype": (["q_proj"], {"dtype": torch.int8}, r"dtype must be a floating-point torch.dtype"),
     "a typo in an override": (
         ["q_proj"],

@@ -22,13 +22,13 @@ from . import engines
 from .fit import describe_changes, fit_record
 from .format import Format
 from .formats import adapterhub, diffusers, gguf, kohya, litgpt, loralib, mlx, native, onnx, peft_reader, torchtune
-from .formats.pairs import other_method
+from .formats.pairs import REMOVE_ONE, other_method
 from .io import atomic_write
 from .io.open_adapter import FILES, Hints, Source, open_source
 from .io.regular_file import as_path
 from .parts import select_component
 from .read_back import require_same
-from .record import AdapterFile, next_steps, payload_problems
+from .record import AdapterFile, Problem, next_steps, payload_problems
 from .rename import rename_for_model
 
 # The first format that claims a source has it, so the more specific ones come first.
@@ -100,9 +100,9 @@ def read_source(
     if file is not None and hints.component is not None:
         file = select_component(file, hints.component, problems)
     if file is not None:
-        problems += _repeated(file)
-    if file is not None and not file.sites and not problems:
-        problems.append("it holds no A and B")
+        problems += _repeated(file, source)
+    if file is not None and file.is_empty and not problems:
+        problems.append("it holds no A and B, and no other tensors of an adapter")
     if problems or file is None:
         raise FileError(
             f"{path} cannot be read as an adapter of the format {form.name}:", problems, next_steps(problems, DAMAGED)
@@ -110,17 +110,23 @@ def read_source(
     if hints.model is None:
         return file
     file = rename_for_model(file, index or ModelIndex(hints.model))
-    if problems := _repeated(file):
-        raise FileError(
-            f"{path} names one weight of this model twice:", problems, "remove one of the two from the file"
-        )
+    if problems := _repeated(file, source):
+        raise FileError(f"{path} names one weight of this model twice:", problems, REMOVE_ONE)
     return file
 
 
-def _repeated(file: AdapterFile) -> list[str]:
-    """Return a line per site that a record has twice: which of the two adapters counts is not known."""
+def _repeated(file: AdapterFile, source: Source) -> list[str]:
+    """Return a line per site that a record has twice, with the keys: which of the two adapters counts is not known."""
     counts = Counter(s.name for s in file.sites)
-    return [f"{name}: the file has {n} adapters for it, under several names" for name, n in counts.items() if n > 1]
+    repeated = {s.A.data_ptr(): s.name for s in file.sites if counts[s.name] > 1}
+    keys: dict[str, list[str]] = {name: [] for name in repeated.values()}
+    for key in source.tensors if keys else ():
+        if (name := repeated.get(source.tensors[key].data_ptr())) is not None:
+            keys[name].append(key)
+    return [
+        Problem(f"{name}: the file has {counts[name]} adapters for it: {', '.join(keys[name])}", REMOVE_ONE)
+        for name in keys
+    ]
 
 
 @in_default_modes
@@ -163,7 +169,7 @@ def write(
     served = None if engine is None else engines.engine(engine)
     form = served.form if served else _format(format or "lorainject")
     path, hints = as_path(path), hints or Hints()
-    if not file.sites:
+    if file.is_empty:
         raise FileError(f"{file.path} holds no A and B", way_out="nothing was written")
     fit, lost = fit_record(file, form, lossy)
     changed = describe_changes(file, fit)
@@ -173,8 +179,8 @@ def write(
         if added := [s.name for s in fit.sites[count:]]:
             names = ", ".join(added[:3]) + ", ..." * (len(added) > 3)
             changed.append(f"{len(added)} sites of zeros are added, without which {form.name} refuses it: {names}")
-    if not fit.sites:
-        raise FileError(f"{form.name} has no place for any of the sites", lost, "nothing was written")
+    if not fit.sites and (fit.is_empty or form.write is not native.write):
+        raise FileError(f"{form.name} has no place for an adapter without A and B", lost, "nothing was written")
     _check_path(path, form)
     written = form.write(fit, path, hints)
     files = {place: pieces if pieces is None else list(pieces) for place, pieces in written.items()}

@@ -74,6 +74,8 @@ def require_same(file: AdapterFile, fit: AdapterFile, form: Format, files: Files
 
 def _reader_hints(fit: AdapterFile, form: Format, hints: Hints) -> Hints:
     """Return the hints for what the format does not hold, as the record has it."""
+    if not fit.sites:  # our own format, which needs no hints
+        return replace(hints, component=None)
     first = fit.sites[0]
     known: dict[str, object] = {"component": None}
     if "alpha" in form.asks:

@@ -158,6 +158,11 @@ class AdapterFile:
         return sum(s.A.numel() + s.B.numel() for s in self.sites)
 
     @property
+    def is_empty(self) -> bool:
+        """True if the file has neither A and B nor anything that stands in place of the base's tensors."""
+        return not (self.sites or self.replaced or self.tokens)
+
+    @property
     def beside(self) -> tuple[str, ...]:
         """The magnitudes, bias updates and token rows that the file holds besides A and B, one line each."""
         dora = [f"{s.name}: a magnitude (DoRA)" for s in self.sites if s.magnitude is not None]

@@ -7,22 +7,19 @@ A file's names can differ from the model's in four ways:
     the names are those of an image model's original code               double_blocks.0.img_attn.qkv (Flux)
     the names are those of a checkpoint, or of an older transformers    one linear per expert, a fused qkv
 
-In the last two cases the weights are also cut in another way. What transformers' loader would do with the rows of those
-weights (weight_map.py), or what the name table says (image_model_names.py), is then done with the rows of B. A does not
-change. The update of every weight is exactly the same.
+In the last two cases the weights are also cut in another way. What the name table says (image_model_names.py), or what
+transformers' loader would do with the rows of a checkpoint's weights (checkpoint_sites.py), is then done with the rows
+of B. A does not change. The update of every weight is exactly the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import FileError
 from ..lora.model_index import ModelIndex
@@ -30,14 +27,12 @@ from ..lora.weight_kinds import weight_shape
 from ..plan import site_name
 from ..targets.model_weights import ModelWeight, model_weights
 from . import transforms
+from .checkpoint_sites import EXPERT, convert_checkpoint_sites
 from .formats.image_model_names import flux_paths, kohya_prefix, unet_name
 from .parts import component_names, components, prefix_changes
 from .record import AdapterFile, BasePrint, StoredSite
-from .weight_map import StoredPiece, StridedView, locate_weights
 
 COMFYUI_PREFIX = "diffusion_model."
-EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<n>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
-EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # each: gate, up, down
 
 
 def rename_for_model(file: AdapterFile, index: ModelIndex) -> AdapterFile:
@@ -92,7 +87,7 @@ def _renamed(
         )
     elif unknown := [s for s in sites if _weight_name(s) not in by_name]:
         known = [s for s in sites if _weight_name(s) in by_name]
-        sites = known + _convert_checkpoint_sites(unknown, model, by_name)
+        sites = known + convert_checkpoint_sites(unknown, model, by_name)
     return replace(
         file,
         sites=tuple(_with_model_kind(s, by_name.get(_weight_name(s))) for s in sites),
@@ -229,9 +224,6 @@ def _from_comfyui(file: AdapterFile) -> AdapterFile:
     return replace(file, sites=tuple(sites), namespace="kohya")
 
 
-# --- changes that cut B by rows ---------------------------------------------------------------------------------------
-
-
 def _split_flux(s: StoredSite, by_name: Mapping[str, ModelWeight]) -> list[StoredSite]:
     """Split a site on a fused weight of the original Flux into sites on diffusers' modules; keep any other site."""
     paths = flux_paths(s.path.removeprefix(kohya_prefix(s.path)))
@@ -244,95 +236,3 @@ def _split_flux(s: StoredSite, by_name: Mapping[str, ModelWeight]) -> list[Store
     return transforms.split_rows(
         s, {path: [range(end - n, end)] for path, n, end in zip(paths, sizes, ends, strict=True)}
     )
-
-
-def _convert_checkpoint_sites(
-    sites: list[StoredSite], model: nn.Module, by_name: Mapping[str, ModelWeight]
-) -> list[StoredSite]:
-    """Return sites under a checkpoint's names as sites on the parameters that transformers' loader fills from them.
-
-    A site whose weight leads to no parameter is returned as it is.
-    """
-    movable = {
-        f"{s.path}.weight": s
-        for s in sites
-        if s.parameter == "weight" and s.kind == "linear" and s.A.ndim == 2 and s.magnitude is None
-    }
-    shapes = {key: (s.B.shape[0], s.A.shape[1]) for key, s in movable.items()}
-    pieces, _, _ = locate_weights(model, _with_sibling_experts(shapes, model))
-    pieces = {name: tuple(piece for piece in parts if piece.key in movable) for name, parts in pieces.items()}
-    moved: dict[tuple[str, range], dict[int, StoredSite]] = {}
-    unplaced: set[str] = set()  # what reaches a parameter in another way than by whole rows
-    for name, parts in pieces.items():
-        weight = by_name.get(name.removesuffix(".weight"))
-        for piece in parts:
-            if weight is None or (rows := _moved_rows(piece, weight, shapes[piece.key])) is None:
-                unplaced.add(piece.key)
-                continue
-            expert, rows_in_memory, rows_on_disk = rows
-            s = movable[piece.key]
-            part = replace(s, B=s.B[rows_on_disk.start : rows_on_disk.stop])
-            moved.setdefault((weight.names[0], rows_in_memory), {})[expert] = part
-    placed = {piece.key for parts in pieces.values() for piece in parts} - unplaced
-    return [_site_on_rows(by_name[name], rows, experts) for (name, rows), experts in moved.items()] + [
-        s for s in sites if movable.get(f"{s.path}.weight") is not s or f"{s.path}.weight" not in placed
-    ]
-
-
-def _with_sibling_experts(shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Add the shapes of experts and parts without an adapter, because transformers stacks all of them."""
-    complete = dict(shapes)
-    count = max((p.shape[0] for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name), default=0)
-    for key, shape in shapes.items():
-        if (match := EXPERT.fullmatch(key.removesuffix(".weight"))) is None:
-            continue
-        leaves = EXPERT_LEAVES[match["leaf"].startswith("w")]
-        up_shape = shape if match["leaf"] != leaves[2] else shape[::-1]
-        for n in range(max(count, int(match["n"]) + 1)):
-            for leaf in leaves:
-                name = f"{match['experts']}.{n}.{leaf}.weight"
-                complete.setdefault(name, up_shape if leaf != leaves[2] else up_shape[::-1])
-    return complete
-
-
-def _moved_rows(piece: StoredPiece, w: ModelWeight, shape: tuple[int, int]) -> tuple[int, range, range] | None:
-    """Return the expert (0 without experts), the rows of the weight, and the rows on disk that they come from.
-
-    None if the piece is something else than whole rows.
-    """
-    stored = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
-    count, width = math.prod(piece.disk.sizes), shape[1]
-    is_contiguous = _is_contiguous(piece.disk) and _is_contiguous(piece.memory)
-    if stored[-1] != width or w.kind.transposed or not is_contiguous or count % width or piece.disk.offset % width:
-        return None
-    n, on_disk = count // width, piece.disk.offset // width
-    expert, offset = divmod(piece.memory.offset, math.prod(stored[-2:]))
-    return expert, range(offset // width, offset // width + n), range(on_disk, on_disk + n)
-
-
-def _is_contiguous(view: StridedView) -> bool:
-    return all(stride == math.prod(view.sizes[i + 1 :]) for i, stride in enumerate(view.strides))
-
-
-def _site_on_rows(w: ModelWeight, rows: range, experts: Mapping[int, StoredSite]) -> StoredSite:
-    """Return one site on these rows of the weight. In a stack, experts that have no adapter get zeros."""
-    shape = tuple(w.module._parameters[w.parameter].shape)  # type: ignore[union-attr]
-    first, r = next(iter(experts.values())), max(s.r for s in experts.values())
-    equal = {e: transforms.with_scale_folded(transforms.with_rank(s, r), first.scale) for e, s in experts.items()}
-    like = next(iter(equal.values()))
-    label = ""
-    if len(rows) != shape[-2]:
-        names = (name for name, parts in w.parts.items() if parts == (rows,))
-        label = next(names, f"{rows.start}:{rows.stop}")
-    A, B = like.A, like.B
-    if len(shape) == 3:
-        A = _stack_experts([equal[e].A if e in equal else None for e in range(shape[0])])
-        B = _stack_experts([equal[e].B if e in equal else None for e in range(shape[0])])
-    return replace(like, path=w.paths[0], parameter=w.parameter, label=label, rows=(rows,) if label else None,
-                   kind=w.kind.name, shape=shape, parts=w.parts if len(shape) == 3 else {}, A=A, B=B)  # fmt: skip
-
-
-def _stack_experts(tensors: list[Tensor | None]) -> Tensor:
-    like = next(t for t in tensors if t is not None)
-    transforms.checked_shape("a stack of experts", len(tensors), *like.shape)
-    return torch.stack([torch.zeros_like(like) if t is None else t.to(like.dtype) for t in tensors])

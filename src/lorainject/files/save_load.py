@@ -31,7 +31,7 @@ from ..lora.weight_kinds import is_sharded
 from ..numerics.delta import is_finite
 from ..numerics.modes import in_default_modes
 from ..plan import Plan
-from ..spec import FUNCTION
+from ..spec import FUNCTION, explains_settings
 from ..surgery import attach
 from ..targets.model_weights import ModelWeight, model_weights
 from ..targets.resolve import count_parameters, name_problems, wrapper_problems
@@ -97,25 +97,23 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
     _warn_of_trained_parameters(index)
     replaced, tokens = extras.stored_replacements(sites, name)
     sites = {key: site for key, site in sites.items() if not isinstance(site.adapters[name], ReplacementTensor)}
-    if not sites:
-        raise FileError(f"adapter {name!r} was not saved: it has no A and B",
-                        [f"{key}: a replacement alone" for key in (*replaced, *tokens)],
-                        "save these tensors with torch.save, or inject A and B under the same name")  # fmt: skip
     stored = _stored_sites(index, sites, name)
     if format == "peft":
         stored = _require_peft(stored, path, name)
     elif path.is_file() and path.suffix != ".safetensors":
         raise FileError(f"{path} is a file", way_out="give a directory, or a path that ends in .safetensors")
-    init = next(iter(sites.values())).adapters[name].init
+    init = next((site.adapters[name].init for site in sites.values()), "kaiming")
     file = AdapterFile(
         path=path, format=format, sites=tuple(site for _, site in stored), name=name,
-        init=init if isinstance(init, str) else FUNCTION, base=base_print(sites) if format == "lorainject" else None,
+        init=init if isinstance(init, str) else FUNCTION,
+        base=base_print(sites) if format == "lorainject" and sites else None,
         config=_config(index, [site for _, site in stored]), replaced=replaced, tokens=tokens,
     )  # fmt: skip
     atomic_write.write(FORMATS[format].write(file, path, Hints()))
     return path
 
 
+@explains_settings
 @in_default_modes
 def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None,
          check_base: bool = True, allow_missing: bool = False, allow_pickle: bool = False,
@@ -148,7 +146,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     index.require_ready("load an adapter", computed=True)
     file = read_source(open_source(path, allow_pickle), hints=replace(hints or Hints(), model=model), index=index)
     for note in file.notes:
-        warnings.warn(f"{file.path}: {note}", stacklevel=3)
+        warnings.warn(f"{file.path}: {note}", stacklevel=4)
     name = file.name if name is None else name
     if problems := name_problems(index, name) + wrapper_problems(index):
         raise StateError("nothing was loaded:", problems, "if the name is in use, pass another one: name=...")
@@ -160,7 +158,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None, *, dtype: 
     sites = match_sites(index, file, weights, dtype, problems, () if allow_missing else missing)
     if check_base:
         require_base(file, weights, sites)
-    warn_of_missing(file, missing, stacklevel=3)
+    warn_of_missing(file, missing, stacklevel=4)
     factors = {s.name: extras.loaded_factors(s, dtype) for s in file.sites}
     return attach(index, Plan(sites=tuple(sites), total=count_parameters(index)), name, factors, replacements)
 
@@ -256,6 +254,7 @@ def _require_peft(
     weights = {weight.names[0]: weight for weight, _ in stored}
     sites = transforms.slices_to_whole([site for _, site in stored])
     problems = [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
+    problems += [] if sites else ["an adapter without A and B"]
     if problems:
         raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", problems, "leave format='peft' out")
     if path.suffix == ".safetensors" or path.is_file():

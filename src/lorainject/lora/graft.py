@@ -89,6 +89,12 @@ def graft_obstacle(module: nn.Module) -> str | None:
     original = module.__dict__.get("_old_forward") if "_hf_hook" in module.__dict__ else stored
     if stored is not None and not _is_forward(module, original):
         patch = getattr(stored, "__qualname__", None) or type(stored).__qualname__
+        if str(getattr(stored, "__module__", "")).startswith("transformers.distributed"):
+            return (
+                "transformers has distributed it over several processes (tensor or expert parallelism), which bypasses"
+                " an adapter: load the model without tp_plan and distributed_config, or merge the adapter into its"
+                " checkpoint (merge_checkpoint) and load that in parallel"
+            )
         return (
             f"its forward is replaced on the instance by {patch}, which would bypass an adapter:"
             " remove that patch first"

@@ -30,6 +30,12 @@ Form = Literal["linear", "embedding"]
 """What a layer computes with its weight. The kernel that adds the low-rank term is looked up by it (kernels/)."""
 LINEAR_FORWARD = nn.Linear.forward
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPUTED = (
+    ("pruned", "_mask", "prune.remove"),
+    ("weight_norm", "_g", "remove_weight_norm"),
+    ("spectral_norm", "_u", "remove_spectral_norm"),
+)
+"""What computes a weight from other tensors: the ending of the name of one of them, and what makes it a parameter."""
 QUANTIZERS = ("bitsandbytes.", "optimum.quanto.", "torchao.")
 """Packages whose layers or tensors hold weights that only their own forward can use."""
 
@@ -165,14 +171,14 @@ def why_unsupported(module: nn.Module, parameter: str = "weight") -> str | None:
     if (reason := graft_obstacle(module)) is not None:
         return reason
     if "parametrizations" in module._modules or weight is None:
-        return (
-            "its weight is computed (parametrized, or weight_norm): call"
-            " torch.nn.utils.parametrize.remove_parametrizations first"
-        )
+        return _why_computed(module, parameter)
     if isinstance(weight, UninitializedParameter):
         return "its shape is not known yet: run one forward first (lazy module)"
     if is_sharded(weight):
-        return "its weight is already sharded (DTensor): inject first, shard after"
+        return (
+            "its weight is already sharded (DTensor): inject first, shard after; if from_pretrained sharded it, load"
+            " the model without tp_plan and distributed_config"
+        )
     if weight.numel() == 0:
         return f"its weight is empty: {tuple(weight.shape)}"
     if (reason := why_not_numbers(module, parameter)) is not None:
@@ -180,6 +186,15 @@ def why_unsupported(module: nn.Module, parameter: str = "weight") -> str | None:
     if vars(module).get("max_norm") is not None:
         return "max_norm rewrites the base weight in every forward: set it to None first"
     return None
+
+
+def _why_computed(module: nn.Module, parameter: str) -> str:
+    """Return why a weight that is no parameter of its module cannot carry an adapter, with what makes it one."""
+    tensors = module._parameters.keys() | module._buffers.keys()
+    for by, mark, undo in COMPUTED:
+        if f"{parameter}{mark}" in tensors:
+            return f"its {parameter} is computed in each forward ({by}): call torch.nn.utils.{undo} first"
+    return f"its {parameter} is computed (parametrized): call torch.nn.utils.parametrize.remove_parametrizations first"
 
 
 def why_not_numbers(module: nn.Module, parameter: str = "weight") -> str | None:

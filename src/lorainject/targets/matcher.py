@@ -23,7 +23,7 @@ from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import kind_of, why_not_numbers
 from ..plan import site_name
-from ..spec import KEYWORDS, Target
+from ..spec import KEYWORDS, REGEX, Target
 from .heads import ROUTER, find_heads
 from .model_weights import ModelWeight, WeightKey, model_weights
 from .roles import PART_ROLES, ROLES, role_names
@@ -136,6 +136,8 @@ class Matcher:
             return ""
         if entry.startswith("re:"):
             return " (a pattern must match a whole path, as re:.*\\.q_proj does)"
+        if REGEX.search(entry) and self._matches_any(f"re:{entry}"):
+            return f" (a regular expression is written {f're:{entry}'!r})"
         name = split_slices(entry)[0]
         length = name.count(".") + 1
         ends = {".".join(n.split(".")[-length:]) for w in weights for n in w.names if n}
@@ -204,8 +206,14 @@ class Matcher:
         for w in self._visible_weights():
             if scope and any(_is_within(n, scope) and _is_end(n, leaf) for n in w.names):
                 yield f"{scope}.*.{leaf}"
-            elif not scope and part in w.parts:
-                yield f"{w.location[1]}[{part}]"
+            elif part in w.parts and (not scope or any(_is_end(n.rpartition(".")[0], scope) for n in w.names)):
+                yield f"{scope}.{w.location[1]}[{part}]".removeprefix(".")
+
+    def _matches_any(self, entry: str) -> bool:
+        try:
+            return any(self._matches(n, entry) for w in self._visible_weights() for n in w.names)
+        except SpecError:
+            return False
 
     def _matches(self, path: str, name: str) -> bool:
         """True if a name without slices, a glob or a regular expression matches a path."""

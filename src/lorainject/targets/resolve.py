@@ -24,7 +24,7 @@ from ..lora.model_index import ModelIndex, is_offloaded
 from ..lora.ranks import data_parallel_wrapper
 from ..lora.weight_kinds import is_quantized, stored_tensor, superseded_layers, weight_shape, why_unsupported
 from ..plan import Plan, Site
-from ..spec import Init, LoraSpec, Override, Target, spec_from_arguments
+from ..spec import Init, LoraSpec, Override, Target, explains_settings, spec_from_arguments
 from .matcher import Matcher, WeightMatch, is_pattern, split_slices
 from .model_weights import ModelWeight, WeightKey, towers
 from .trained_tensors import resolve_biases, resolve_trained_tensors, within_trained_modules
@@ -36,6 +36,7 @@ UNSYNCHRONIZED = (
 )
 
 
+@explains_settings
 def find(model: nn.Module, targets: Target | Sequence[Target] | None = None, r: int = 8, *, alpha: float | None = None,
          dropout: float = 0.0, exclude: Target | Sequence[Target] = (), layers: Sequence[int] | None = None,
          scaling: str = "standard", init: Init = "kaiming", dtype: torch.dtype | None = None,

@@ -5,7 +5,7 @@
     ....processor.to_q_lora.down.weight                        of 2023: to_q, and to_out for to_out.0
 
 In the header, lora_adapter_metadata holds PEFT's config of each component ("unet.lora_alpha"). Without it nothing tells
-alpha, and s is 1.
+alpha, and s is 1. What save_lora_adapter writes for one model, without a component, is PEFT's layout (peft_reader.py).
 
 Source: https://huggingface.co/docs/diffusers.
 """
@@ -31,7 +31,7 @@ from .pairs import as_matrices, rank_problems, read_pairs, renamed
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior",
               "diffusion_model")  # fmt: skip
-FILE, KEY = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+FILE = "pytorch_lora_weights.safetensors"
 ENDINGS = {
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_down.weight": "A", ".lora_up.weight": "B",
     ".lora.down.weight": "A", ".lora.up.weight": "B",
@@ -66,7 +66,7 @@ def _later_key(key: str) -> str:
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
     """Return the record, whose paths begin with the component."""
-    metadata = header_json(source, KEY) or {}
+    metadata = header_json(source, peft_layout.HEADER_CONFIG) or {}
     tensors = renamed(source.tensors, _later_key, problems)
     pairs = read_pairs(tensors, ENDINGS, problems, translate=lambda path: path.removesuffix(".processor"))
     sites = []
@@ -127,7 +127,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         tensors |= {f"{component}.{key.removeprefix(peft_layout.PREFIX)}": t for key, t in peft_tensors.items()}
         metadata |= {f"{component}.{field}": value for field, value in peft_layout.config(part).items()}
     text = json.dumps(metadata, indent=2, sort_keys=True)
-    return {path / FILE: safetensors_file.dump(tensors, {"format": "pt", KEY: text})}
+    return {path / FILE: safetensors_file.dump(tensors, {"format": "pt", peft_layout.HEADER_CONFIG: text})}
 
 
 FORMAT = Format(name="diffusers", library="diffusers 0.42.1", claims=claims, read=read, write=write, scales="site",

@@ -56,7 +56,9 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     content = safetensors_file.dump(tensors, {"format": "pt", KEY: record}, raws)
     if path.suffix == ".safetensors":
         return {path: content}
-    if not all(peft_layout.can_hold(s) and not FEATURES["magnitudes by input"](s) for s in file.sites):
+    if not file.sites or not all(
+        peft_layout.can_hold(s) and not FEATURES["magnitudes by input"](s) for s in file.sites
+    ):
         return {path / TENSORS: content, path / CONFIG: None}
     config = json.dumps(peft_layout.config(file), indent=2, sort_keys=True) + "\n"
     return {path / TENSORS: content, path / CONFIG: [config.encode()]}

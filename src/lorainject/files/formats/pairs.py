@@ -41,6 +41,7 @@ METHOD_PATTERNS = {
     for method, marks in OTHER_METHODS.items()
 }  # a mark ends where a word does: .diffusion_model is no .diff
 WITHOUT_BUNDLED = "save_file({k: t for k, t in load_file(path).items() if not k.startswith('bundle_emb.')}, new_path)"
+REMOVE_ONE = "remove one of the two from the file"
 BUNDLED = "bundle_emb."  # kohya's and A1111's: an embedding of textual inversion in the same file
 
 
@@ -138,7 +139,7 @@ def unexpected(key: str, endings: Mapping[str, str]) -> str:
 
 def twice(first: str, second: str) -> str:
     """Return the line that reports two keys for one tensor: readers would differ in which of them they take."""
-    return f"{second}: is the same tensor as {first}, under another name"
+    return Problem(f"{second}: is the same tensor as {first}, under another name", REMOVE_ONE)
 
 
 def _ending(key: str, endings: Mapping[str, str]) -> str:

@@ -44,6 +44,7 @@ from ..record import AdapterFile, StoredSite
 
 PREFIX = "base_model.model."
 PEFT_VERSION = "0.21.2"  # the version whose layout is written
+HEADER_CONFIG = "lora_adapter_metadata"  # where diffusers keeps PEFT's config: in the header of the tensor file
 TOKENS = "token_adapter.trainable_tokens_delta"
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 LAYER_KINDS = frozenset(kind.name for kind in LAYERS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...plan import site_name
 from ..format import Format
-from ..io.open_adapter import Hints, Source
+from ..io.open_adapter import Hints, Source, header_json
 from ..record import AdapterFile, Problem, StoredSite, TokenRows
 from . import peft_layout
 from .pairs import Pair, as_matrices, read_pairs, twice, unexpected
@@ -66,7 +66,7 @@ def _without_wrappers(key: str) -> str:
 
 def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | None:
     """Return the record; what is wrong goes into `problems`."""
-    config = source.config
+    config = source.config or _config_in_header(source)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         problems.append(f"peft_type is {kind!r}: only LORA is a pair of low-rank factors")
         return None
@@ -108,6 +108,12 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     sites = [s for path, pair in pairs.items() for s in _read_sites(path, pair, factors, pairs, reading)]
     return AdapterFile(path=source.path, format="peft", sites=tuple(sites), replaced=replaced, tokens=tokens,
                        config=dict(config), notes=tuple(dict.fromkeys(reading.notes)))  # fmt: skip
+
+
+def _config_in_header(source: Source) -> dict[str, Any]:
+    """Return PEFT's config that save_lora_adapter of diffusers' models writes into the header; empty without one."""
+    header = header_json(source, peft_layout.HEADER_CONFIG) or {}
+    return header if {"r", "lora_alpha"} <= header.keys() else {}  # not that of a pipeline, which has "unet.r"
 
 
 def _ending(match: re.Match[str]) -> str:

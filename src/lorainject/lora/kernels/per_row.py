@@ -130,12 +130,21 @@ class RowAssignment:
         """
         batch, axes = len(self.names), y.shape[:-1]
         if len(axes) < 2 or axes[0] != batch or axes[1] == batch > 1:
+            way_out = (
+                "give one name per row of the batch; pad a batch whose sequences are as long as it has rows; exclude"
+                " modules that see the batch in another layout (pooled, flattened, transposed); with beam search repeat"
+                " each name num_beams times"
+            )
+            if axes == (batch,):
+                way_out = (
+                    "its rows may be tokens of several examples (mixtures of experts flatten them): if each row is one"
+                    " example, give the model a batch with a further axis, as in model(x[:, None])[:, 0]; else exclude"
+                    " this module"
+                )
             raise StateError(
                 f"rows(...) names {batch} rows, but {next(iter(adapters.values())).site or 'a module'} got an"
                 f" input of shape {tuple(x.shape)}, whose first axis is not certain to be these rows",
-                way_out="give one name per row of the batch; pad a batch whose sequences are as long as it has rows;"
-                " exclude modules that see the batch in another layout (pooled, flattened, transposed); with beam"
-                " search repeat each name num_beams times",
+                way_out=way_out,
             )
 
 
