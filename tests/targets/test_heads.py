@@ -123,7 +123,7 @@ class Packed(nn.Module):
         self.register_buffer("qweight", torch.zeros(size, size, dtype=torch.uint8))
 
     def forward(self, x):
-        return x @ (self.qweight.to(x.dtype) - 128).T
+        return x @ self.qweight.to(x.dtype).T
 
 
 def with_unsupported() -> nn.Module:

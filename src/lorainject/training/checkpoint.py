@@ -53,7 +53,7 @@ def save_adapters(model: nn.Module, folder: str | Path, *, others_are_kept: bool
     folder, manifest = Path(folder), describe(model)
     with warnings.catch_warnings():
         if others_are_kept:
-            warnings.filterwarnings("ignore", message=".* train too, but save writes")
+            warnings.filterwarnings("ignore", message=".* train too, but belong to no adapter")
         for name, path in manifest["folders"].items():
             save(model, folder / path, name)
     adapted = {id(p) for adapter in _adapters(ModelIndex(model)) for p in adapter.parameters()}
