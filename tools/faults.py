@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -41,6 +42,7 @@ from safetensors.torch import load_file
 import lorainject as li
 from lorainject.checkpoint.merge_in_place import FOLDER, MANIFEST
 from lorainject.checkpoint.shards import INDEX
+from lorainject.files.io.atomic_write import MARK, UNFINISHED
 
 WRITES = ("pwrite", "write", "writev", "copy_file_range")
 CREATES = ("mkdir", "posix_fallocate")  # and os.open with O_CREAT
@@ -134,6 +136,7 @@ def watch(pids: list[int], read: Callable[[], None]) -> list[int]:
     """Read again and again until the processes have ended; return their exit codes. A signal's number is negative."""
     while any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for pid in pids):
         read()
+        time.sleep(0.005)  # the processes need the processor, too
     read()
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert FAILED not in codes, "an error that is no LoraError"
@@ -197,7 +200,11 @@ class MergeCheckpoint:
             assert min(codes) < 0 or sorted(p.name for p in self.work.iterdir()) == ["base"]
             self.call()
         assert contents(self.out) == self.merged
-        assert sorted(p.name for p in self.work.iterdir()) == ["base", "out"]
+        temporary = self.work / UNFINISHED.format(self.out.name)
+        assert sorted({p.name for p in self.work.iterdir()} - {temporary.name}) == ["base", "out"]
+        if temporary.exists():  # the fault struck when the copy was complete
+            assert done
+            assert contents(temporary) in ({}, {MARK: b""})
         return "after" if done else "before"
 
 

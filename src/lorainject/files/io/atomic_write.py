@@ -139,17 +139,17 @@ def new_file(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` at the end, and deleted on an error.
+    """Yield a new folder that is renamed to `path` at the end, and deleted on an error.
 
-    What a killed process has left in a temporary folder of this name is deleted first, if the mark in it says that it
-    is a temporary folder.
+    It lies in a temporary folder beside `path`, next to the mark, which so is never in what is renamed. What a killed
+    process has left in a temporary folder of this name is deleted first, if the mark says that it is one.
 
     Raises:
         FileError: A file, a link or somebody's folder has the name of the temporary folder, or the system refuses.
     """
     folder = path.with_name(UNFINISHED.format(path.name))
-    mark = folder / MARK
-    with system_errors(f"{path} cannot be written", ["nothing is left of it"], SPACE):
+    mark, left = folder / MARK, ["nothing is left of it"]
+    with system_errors(f"{path} cannot be written", left, SPACE):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -160,22 +160,22 @@ def new_folder(path: Path) -> Iterator[Path]:
                 f"{folder} is not a temporary folder of lorainject, so nothing in it is deleted", way_out=way_out
             )
         with lock(folder, required=True):
-            mark.touch()
             try:
+                mark.touch()
                 for stale in folder.iterdir():
                     if stale != mark:
                         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
-                yield folder
-                mark.unlink()
-                for inner in folder.rglob("*"):
+                new = folder / path.name
+                new.mkdir()
+                yield new
+                for inner in (new, *new.rglob("*")):
                     if inner.is_dir():
                         sync_folder(inner)
-                sync_folder(folder)
-                os.replace(folder, path)
+                os.replace(new, path)
+                left[:] = ["it is complete, but a power failure may lose it"]
                 sync_folder(path.parent)
-            except BaseException:
+            finally:
                 shutil.rmtree(folder, ignore_errors=True)
-                raise
 
 
 @contextlib.contextmanager
