@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lorainject.files.formats import native
 from lorainject.files.io import safetensors_file
+from lorainject.files.io.containers import check_gguf
 
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**63 - 1, 2**63,
@@ -354,6 +355,7 @@ def _mutate_gguf(data: bytes, rng: Rng) -> bytes:
     """Change the tensors and the alpha of a GGUF file."""
     import gguf
 
+    check_gguf(io.BytesIO(data), len(data))  # gguf's reader would loop by the counts of an earlier mutation
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").write_bytes(data)
         reader = gguf.GGUFReader(Path(folder) / "a")

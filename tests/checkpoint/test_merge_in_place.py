@@ -6,8 +6,6 @@ import errno
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -181,15 +179,6 @@ def test_merge_by_another_process_while_planning(folder, monkeypatch):
         li.merge_in_place(folder / "base", folder / "adapter0")
     li.unmerge_in_place(folder / "base")
     assert contents(folder / "base") == before
-
-
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.long)])
-def test_killed_at_any_point(folder, kills):
-    """kill -9 at random points of the three verbs never leaves a mixture that can be loaded (tools/faults.py)."""
-    script = Path(__file__).parents[2] / "tools" / "faults.py"
-    done = subprocess.run([sys.executable, script, folder, str(kills)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} kills" in done.stdout
 
 
 def test_float64_with_a_scale_that_float32_cannot_hold(tmp_path):

@@ -211,6 +211,21 @@ def test_an_error_leaves_the_old_files(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_an_error_after_the_commit_says_that_the_new_files_count(tmp_path, monkeypatch):
+    """When the folder cannot be flushed after the commit, the error does not say that nothing has changed."""
+    put(1, tmp_path / "a", "peft")
+
+    def failing(folder: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    for files in (2, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic_write, "sync_folder", failing)
+            with pytest.raises(li.FileError, match=r"Input/output error\n  - readers find the new files.*save again"):
+                put(2, tmp_path / ("a" if files == 2 else "b.safetensors"), "peft" if files == 2 else "lorainject")
+        assert number(tmp_path / ("a" if files == 2 else "b.safetensors")) == 2
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=st.lists(st.binary(max_size=20), max_size=12),

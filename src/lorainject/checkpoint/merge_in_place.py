@@ -10,6 +10,7 @@ without the index no reader finds the shards. From any such state `unmerge_in_pl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,7 +51,8 @@ def merge_in_place(model_dir: str | Path,
 
     The tensors have the bits of a reversible merge in memory, which may differ from those of `merge_checkpoint` in the
     last place (see numerics/tiled_matmul.py). On disk, a merge needs room for one more shard while it works, and for
-    the journal afterwards: a few per cent. If anything is raised, the checkpoint is as it was.
+    the journal afterwards: a few per cent. If anything is raised, the checkpoint is as it was. If even restoring it
+    fails, because the disk stays full, the error says so, and `unmerge_in_place` restores the checkpoint later.
 
     Args:
         model_dir: The directory with the model's config.json and safetensors files.
@@ -93,7 +95,8 @@ def merge_in_place(model_dir: str | Path,
             _move_index(folder, base)
         except BaseException:
             if (folder / MANIFEST).exists():
-                _restore(base, Meter())
+                with _can_be_repeated(base):
+                    _restore(base, Meter())
             else:
                 shutil.rmtree(folder)
             raise
@@ -117,7 +120,7 @@ def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) ->
 
     Raises:
         StateError: Nothing is merged there.
-        FileError: The manifest cannot be read, or a file cannot be read or written.
+        FileError: The manifest cannot be read, or a file cannot be read or written. Call it again when that is mended.
         MergeError: A shard was changed after the merge, or would not come out as it was; nothing was changed.
     """
     base = as_path(model_dir)
@@ -126,10 +129,19 @@ def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) ->
             f"nothing is merged in place in {base}",
             way_out="give the directory that was merged in place; a merged copy stays merged, but its base is intact",
         )
-    with lock(base, required=True), system_errors(f"{base} cannot be unmerged", way_out=SPACE):
+    with lock(base, required=True), _can_be_repeated(base):
         sizes = [(base / name).stat().st_size for name in _load_manifest(base)["shards"]]
         _restore(base, Meter(2 * sum(sizes), progress))
     return base
+
+
+def _can_be_repeated(base: Path) -> contextlib.AbstractContextManager[None]:
+    """Turn an error of the operating system while a checkpoint is restored into one that says how to go on."""
+    return system_errors(
+        f"{base} cannot be restored now",
+        ["nothing is lost, but until it is restored it may have no index, and then cannot be loaded"],
+        f"{SPACE}, then restore the checkpoint: lorainject unmerge {base}",
+    )
 
 
 def _check_not_merged(base: Path) -> None:

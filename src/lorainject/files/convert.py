@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FileError, SpecError
+from ..errors import FileError, SpecError, system_errors
 from ..lora.model_index import ModelIndex
 from ..numerics.modes import in_default_modes
 from . import engines
@@ -36,6 +36,7 @@ MODULES = (native, gguf, onnx, kohya, diffusers, peft_reader, torchtune, mlx, ad
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in MODULES}
 
 DAMAGED = "if the file is damaged, copy it again, or save it again with the library that wrote it"
+TEMPORARY_SPACE = "check the free space in the system's directory for temporary files, where a copy is read back"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +183,10 @@ def write(
     if not fit.sites and (fit.is_empty or form.write is not native.write):
         raise FileError(f"{form.name} has no place for an adapter without A and B", lost, "nothing was written")
     _check_path(path, form)
-    written = form.write(fit, path, hints)
-    files = {place: pieces if pieces is None else list(pieces) for place, pieces in written.items()}
-    require_same(file, fit, form, files, path, hints)
+    with system_errors(f"{path} cannot be written", ["what was there before is unchanged"], TEMPORARY_SPACE):
+        written = form.write(fit, path, hints)
+        files = {place: pieces if pieces is None else list(pieces) for place, pieces in written.items()}
+        require_same(file, fit, form, files, path, hints)
     if others := [name for name in FILES if (path / name).exists() and path / name not in files]:
         raise FileError(
             f"{path} holds another adapter, which would be mixed up with this one:", others, "give another directory"

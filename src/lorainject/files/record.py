@@ -214,7 +214,7 @@ def _site_problems(s: StoredSite) -> list[str]:
         wrong.append(f"A {A} with B {B} is empty: a sharded model was saved without gathering its parameters")
     elif len(A) != len(B) or len(A) not in (2, 3) or A[-2] != B[-1] or A[:-2] != B[:-2]:
         wrong.append(f"A {A} with B {B} is no pair (r, in) and (out, r)")
-    elif s.shape and _matrix_sizes(s) != (*A[:-2], B[-2], A[-1]):
+    elif (s.shape or s.kind.startswith("conv")) and _matrix_sizes(s) != (*A[:-2], B[-2], A[-1]):
         wrong.append(f"A {A} with B {B} does not fit a weight of shape {s.shape} and kind {s.kind}")
     else:
         out, in_ = B[-2], s.shape[1] if s.kind == "conv" and s.shape else A[-1]

@@ -53,12 +53,13 @@ def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
             is created if it does not exist.
 
     Raises:
-        FileError: If a file cannot be written. What was there before is then unchanged.
+        FileError: If a file cannot be written. What was there before is then unchanged, or, if the error says so, the
+            new files are in place, and only not yet flushed to disk or tidied up.
     """
     folder, *others = {path.parent for path in files}
     assert not others, "one save is for one folder"
     temporaries = {path: _temporary(path) for path, pieces in files.items() if pieces is not None}
-    created: set[Path] = set()
+    created, is_committed = set[Path](), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder, LOCK_SECONDS) if len(files) > 1 else contextlib.nullcontext():
@@ -74,18 +75,23 @@ def write(files: Mapping[Path, Iterable[bytes | memoryview] | None]) -> None:
                 created.add(draft := _temporary(folder / JOURNAL[1:]))
                 _write_pieces(draft, [json.dumps(journal).encode()])
                 os.replace(draft, folder / JOURNAL)
+                is_committed = True
                 created.clear()  # the temporary files belong to the save from here on
                 sync_folder(folder)
                 _finish(folder, [])
             else:
                 for path, temporary in temporaries.items():
                     os.replace(temporary, path)
+                    is_committed = True
                 sync_folder(folder)
     except FileError:
         raise
     except (OSError, ValueError) as e:
         what = f"{', '.join(map(str, files))} cannot be written: {getattr(e, 'strerror', None) or e}"
-        raise FileError(what, ["what was there before is unchanged"], SPACE) from e
+        left = "what was there before is unchanged"
+        if is_committed:
+            left = "readers find the new files, but a power failure may bring back the old ones; save again"
+        raise FileError(what, [left], SPACE) from e
     finally:
         for temporary in created:
             with contextlib.suppress(OSError, ValueError):
@@ -133,17 +139,17 @@ def new_file(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` at the end, and deleted on an error.
+    """Yield a new folder that is renamed to `path` at the end, and deleted on an error.
 
-    What a killed process has left in a temporary folder of this name is deleted first, if the mark in it says that it
-    is a temporary folder.
+    It lies in a temporary folder beside `path`, next to the mark, which so is never in what is renamed. What a killed
+    process has left in a temporary folder of this name is deleted first, if the mark says that it is one.
 
     Raises:
         FileError: A file, a link or somebody's folder has the name of the temporary folder, or the system refuses.
     """
     folder = path.with_name(UNFINISHED.format(path.name))
-    mark = folder / MARK
-    with system_errors(f"{path} cannot be written", ["nothing is left of it"], SPACE):
+    mark, left = folder / MARK, ["nothing is left of it"]
+    with system_errors(f"{path} cannot be written", left, SPACE):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -154,22 +160,22 @@ def new_folder(path: Path) -> Iterator[Path]:
                 f"{folder} is not a temporary folder of lorainject, so nothing in it is deleted", way_out=way_out
             )
         with lock(folder, required=True):
-            mark.touch()
             try:
+                mark.touch()
                 for stale in folder.iterdir():
                     if stale != mark:
                         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
-                yield folder
-                mark.unlink()
-                for inner in folder.rglob("*"):
+                new = folder / path.name
+                new.mkdir()
+                yield new
+                for inner in (new, *new.rglob("*")):
                     if inner.is_dir():
                         sync_folder(inner)
-                sync_folder(folder)
-                os.replace(folder, path)
+                os.replace(new, path)
+                left[:] = ["it is complete, but a power failure may lose it"]
                 sync_folder(path.parent)
-            except BaseException:
+            finally:
                 shutil.rmtree(folder, ignore_errors=True)
-                raise
 
 
 @contextlib.contextmanager
@@ -212,12 +218,11 @@ def lock(folder: Path, seconds: float = 0, *, required: bool = False) -> Iterato
 
 def sync_folder(folder: Path) -> None:
     """Flush the names of a folder's files to disk, so that renames survive a power failure."""
-    with system_errors(f"{folder} cannot be written"):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _temporary(path: Path) -> Path:

@@ -141,7 +141,7 @@ def _read_npz(path: Path) -> Contents:
 def _read_gguf(path: Path) -> Contents:
     with open_regular(path) as f:
         try:
-            _check_gguf(f, path.stat().st_size)
+            check_gguf(f, path.stat().st_size)
         except (ValueError, struct.error) as e:
             raise FileError(f"{path} is not a whole GGUF file: {e}", way_out=COPY_AGAIN) from None
     try:
@@ -165,7 +165,7 @@ def _read_gguf(path: Path) -> Contents:
     return tensors, metadata
 
 
-def _check_gguf(f: BinaryIO, size: int) -> None:
+def check_gguf(f: BinaryIO, size: int) -> None:
     """Raise ValueError or struct.error unless all that the header announces lies within the file.
 
     The gguf package would loop and allocate by the header's counts.
