@@ -5,6 +5,7 @@
     lorainject convert ADAPTER OUT --to FORMAT     write the adapter as another tool's file, or --for ENGINE
     lorainject merge MODEL ADAPTER... -o DIR       merge adapters into a copy of a model's checkpoint, or --in-place
     lorainject unmerge MODEL                       undo a merge in place, to the byte
+    lorainject train RECIPE.yaml [KEY=VALUE...]    train a recipe; --dry-run shows its plan, memory and steps
 
 MODEL is a local directory or a name on the Hugging Face hub. Each command calls the public function of the same
 purpose. Errors come from there and name Python arguments; `main` shows them as the options of the command line.
@@ -17,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -251,6 +252,34 @@ def unmerge(
     with _progress("unmerging") as progress:
         li.unmerge_in_place(model, progress=progress)
     print(f"{model} is restored: every file is as it was, to the byte")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings that replace those of the recipe, as trainer.max_steps=10.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, the memory and the number of steps, and load nothing.")
+    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter as RECIPE says, and write it with a report, the loss curve and the recipe."""
+    if recipe is None and not schema:
+        raise typer.BadParameter("give a recipe, such as configs/code-search.yaml", param_hint="RECIPE")
+    try:
+        from .training.run import Recipe, train as train_recipe
+    except ModuleNotFoundError as e:
+        raise li.LoraError(f"train needs the package {e.name}", way_out='pip install "lorainject[train]"') from e
+    if recipe is None:
+        print(json.dumps(Recipe.model_json_schema(), indent=1))
+        return
+    with redirect_stdout(sys.stderr):  # where the trainer prints its progress
+        read = Recipe.read(recipe, settings or ())
+        result = read.prepare() if dry_run else train_recipe(read)
+    print(json.dumps(result.as_json()) if as_json else result)
 
 
 @contextmanager

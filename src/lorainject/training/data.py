@@ -1,0 +1,188 @@
+"""The data of a recipe: rows of files or of the package `datasets`, and what a model gets of each row.
+
+A row becomes a mapping from roles to values, whatever the columns of the file are called:
+
+    text: text                        chat: messages                    prompt-completion: prompt, completion
+    label: text, label (text_pair)    pair: query, positive             preference: prompt, chosen, rejected
+    image: image, label
+
+TRL's trainers take the roles as they are. For the Trainer of transformers `encoder` turns each row into tensors when it
+is needed. A loss on text counts every token; a loss on a completion does not count the tokens of its prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ..errors import FileError, SpecError
+
+ROLES = {
+    "text": ("text",), "chat": ("messages",), "prompt-completion": ("prompt", "completion"),
+    "label": ("text", "label"), "pair": ("query", "positive"), "preference": ("prompt", "chosen", "rejected"),
+    "image": ("image", "label"),
+}  # fmt: skip
+"""The roles of each format. Every row has a value for each."""
+OPTIONAL = {"label": ("text_pair",)}
+"""Roles of a format that count only if a column is named for them."""
+TYPES: dict[str, Any] = {"messages": list, "label": (int, str), "image": object}
+"""What a value of a role is; a text for all others."""
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+Row = dict[str, Any]
+Encode = Callable[[Row], Any]
+Collate = Callable[[list[Any]], Any]
+
+
+class Examples(Dataset[Any]):
+    """Rows that are encoded when they are needed."""
+
+    def __init__(self, rows: Sequence[Row], encode: Encode) -> None:
+        self.rows, self.encode = rows, encode
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.encode(self.rows[index])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a JSONL, JSON, CSV, parquet or text file (one row per line that is not blank).
+
+    Raises:
+        FileError: The file is missing, or is not what its name says.
+    """
+    way_out = f"give a file whose name ends in {', '.join(SUFFIXES)}"
+    if not path.is_file():
+        raise FileError(f"there is no file {path}", way_out=way_out)
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ModuleNotFoundError as e:
+            raise FileError(f"{path} needs the package pyarrow", way_out="pip install pyarrow") from e
+        return list(parquet.read_table(path).to_pylist())
+    try:
+        with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+            if path.suffix == ".csv":
+                rows: list[Any] = list(csv.DictReader(file))
+            elif path.suffix == ".json":
+                rows = json.load(file)
+            elif path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in file if line.strip()]
+            elif path.suffix == ".txt":
+                rows = [{"text": line.rstrip("\n")} for line in file if line.strip()]
+            else:
+                raise FileError(f"{path} is of no known kind", way_out=way_out)
+    except (ValueError, csv.Error) as e:
+        raise FileError(f"{path} cannot be read: {e}", way_out="correct the file") from e
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise FileError(f"{path} is not a list of objects", way_out="write one object with named values per row")
+    return rows
+
+
+def with_roles(rows: Sequence[Row], format: str, columns: Mapping[str, str], source: str, folder: Path) -> list[Row]:
+    """Return the rows with the values of the format's roles alone.
+
+    Args:
+        rows: What was read.
+        format: A key of ROLES.
+        columns: The columns of roles that are called otherwise in the data.
+        source: What the rows were read from, for errors.
+        folder: The folder that names of image files are relative to.
+
+    Raises:
+        SpecError: With every column that is missing, and the rows whose values are missing or of another type.
+    """
+    present = list(rows[0]) if rows else []
+    roles = [*ROLES[format], *(role for role in OPTIONAL.get(format, ()) if role in columns)]
+    names = {role: columns.get(role, role) for role in roles}
+    problems = [
+        f"the format {format!r} needs the column {name!r}, and {source} has {', '.join(map(repr, present)) or 'no rows'}:"
+        f" name its column with data.columns.{role}"
+        for role, name in names.items()
+        if name not in present
+    ]  # fmt: skip
+    chosen = [{role: row.get(name) for role, name in names.items()} for row in rows]
+    if not problems:
+        if format == "image":
+            for row in chosen:
+                if isinstance(row["image"], str):
+                    row["image"] = folder / row["image"]
+        problems += _value_problems(chosen, names, source)
+    if problems:
+        raise SpecError(f"{source} does not fit", problems, "correct the data or the names of columns")
+    return chosen
+
+
+def _value_problems(rows: Sequence[Row], names: Mapping[str, str], source: str) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
+        for role, value in row.items():
+            if value is None or value == "" or not isinstance(value, TYPES.get(role, str)):
+                yield f"row {number} of {source}: {names[role]!r} is {value!r:.60}"
+            elif role == "image" and isinstance(value, Path) and not value.is_file():
+                yield f"row {number} of {source}: there is no file {value}"
+            elif role == "label" and isinstance(value, int) and value < 0:
+                yield f"row {number} of {source}: {names[role]!r} is {value}, which is no class"
+
+
+def label_names(rows: Sequence[Row]) -> list[str]:
+    """Return the name of each class: the texts in their order, or 0, 1, 2, ... for numbers."""
+    values = {row["label"] for row in rows}
+    if all(isinstance(value, int) for value in values):
+        return [str(n) for n in range(max(values, default=-1) + 1)]
+    return sorted(map(str, values))
+
+
+def encoder(format: str, processing: Any, max_length: int, labels: Sequence[str]) -> tuple[Encode, Collate]:
+    """Return a function that encodes a row, and one that makes a batch of encoded rows.
+
+    Args:
+        format: A key of ROLES, but not "preference", which only TRL trains with.
+        processing: The tokenizer or image processor of the model.
+        max_length: The tokens that are kept of each text.
+        labels: The names of the classes, for formats with labels.
+    """
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
+
+    def tokens(text: str, pair: str | None = None) -> Any:
+        return processing(text, pair, truncation=True, max_length=max_length)
+
+    def with_loss(prompt: list[int], rest: list[int]) -> Row:
+        ids = (prompt + rest)[:max_length]
+        return {"input_ids": ids, "labels": ([-100] * len(prompt) + rest)[:max_length]}
+
+    end = [] if getattr(processing, "eos_token_id", None) is None else [processing.eos_token_id]
+    encode: dict[str, Encode] = {
+        "text": lambda row: with_loss([], processing(row["text"])["input_ids"] + end),
+        "chat": lambda row: with_loss([], processing.apply_chat_template(row["messages"], return_dict=True)["input_ids"]),
+        "prompt-completion": lambda row: with_loss(
+            processing(row["prompt"])["input_ids"],
+            processing(row["completion"], add_special_tokens=False)["input_ids"] + end,
+        ),
+        "label": lambda row: {
+            **tokens(row["text"], row.get("text_pair")), "labels": labels.index(str(row["label"])),
+        },
+        "image": lambda row: {
+            "pixel_values": processing(_image(row["image"]), return_tensors="pt")["pixel_values"][0],
+            "labels": labels.index(str(row["label"])),
+        },
+        "pair": lambda row: {role: tokens(row[role]) for role in ROLES["pair"]},
+    }  # fmt: skip
+    pad = DataCollatorWithPadding(processing) if format in ("label", "pair") else None
+    collate: dict[str, Any] = {
+        "image": default_data_collator,
+        "label": pad,
+        "pair": lambda batch: {role: pad([row[role] for row in batch]) for role in ROLES["pair"]},
+    }
+    return encode[format], collate.get(format) or DataCollatorForSeq2Seq(processing)
+
+
+def _image(value: Any) -> Any:
+    from PIL import Image
+
+    return (Image.open(value) if isinstance(value, Path) else value).convert("RGB")

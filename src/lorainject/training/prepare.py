@@ -1,0 +1,221 @@
+"""What a recipe comes to, before any weight is loaded: the plan on the meta device, the data, the steps, the memory.
+
+`prepare` takes the sections that are valid and lists what is wrong with them all at once, so that one run of a recipe
+shows every mistake in it. Of the model it reads the config, and of the data everything.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LoraError, SpecError
+from ..plan import Plan
+from ..spec import LoraSpec
+from ..targets.resolve import find
+from .data import Row, label_names, read_rows, with_roles
+from .sections import CLASSES, FORMATS, Data, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a recipe comes to. It prints as a plan, a table of memory and the number of steps."""
+
+    plan: Plan
+    """The sites, and what trains besides A and B."""
+    spec: LoraSpec
+    """The settings of the adapter."""
+    rows: tuple[Row, ...]
+    """The rows that are trained on, by role."""
+    eval_rows: tuple[Row, ...]
+    """The rows that are evaluated on."""
+    labels: tuple[str, ...]
+    """The names of the classes, for classification."""
+    arguments: Any
+    """The trainer's arguments, a dataclass of transformers or TRL."""
+    base_bytes: int
+    """The memory of the base weights."""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the optimizer on one device. TRL's packing makes them fewer."""
+        args = self.arguments
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        size = args.per_device_train_batch_size
+        batches = len(self.rows) // size if args.dataloader_drop_last else math.ceil(len(self.rows) / size)
+        return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+    @property
+    def memory(self) -> dict[str, int | None]:
+        """The memory in bytes, without activations. The optimizer's is None unless it is one of torch's Adam or SGD."""
+        optimizer = str(getattr(self.arguments.optim, "value", self.arguments.optim))
+        states = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}.get(optimizer)
+        sites = sum(site.trainable * site.dtype.itemsize for site in self.plan)
+        trained = self.plan.bytes
+        return {
+            "base weights": self.base_bytes, "A and B": sites, "other trained tensors": trained - sites,
+            "gradients": trained, "optimizer state": None if states is None else states * trained,
+        }  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures as values of JSON."""
+        counts = {"steps": self.steps, "rows": len(self.rows), "eval_rows": len(self.eval_rows)}
+        plan = {"sites": len(self.plan), "trainable": self.plan.trainable, "total": self.plan.total}
+        return {**plan, **counts, "memory": {key.replace(" ", "_"): size for key, size in self.memory.items()}}
+
+    def __str__(self) -> str:
+        rows = [f"  {name:22}{'not known' if size is None else f'{size / 1024**2:,.1f} MiB':>15}"
+                for name, size in self.memory.items()]  # fmt: skip
+        counts = f"{self.steps:,} steps; {len(self.rows):,} rows to train on, {len(self.eval_rows):,} to evaluate on"
+        return "\n".join([str(self.plan), "memory without activations:", *rows, counts])
+
+
+def prepare(sections: Mapping[str, Any]) -> Preparation:
+    """Return what a recipe comes to.
+
+    Args:
+        sections: The sections by name. One that is missing is left out of the checks.
+
+    Raises:
+        SpecError: With everything that is wrong.
+    """
+    problems: list[str] = []
+    model, lora, data, trainer, output = map(sections.get, ("model", "lora", "data", "trainer", "output"))
+    spec = plan = meta = arguments = None
+    rows: list[Row] = []
+    eval_rows: list[Row] = []
+    if output is not None and not output.resume and _has_a_training(output.directory):
+        problems.append(f"output.directory: {output.directory} holds an earlier training: set output.resume=true to go"
+                        " on from its last checkpoint, or name another folder")  # fmt: skip
+    if trainer is not None:
+        with _listed(problems):
+            directory, length = (output and output.directory) or Path("."), data.max_length if data else 512
+            arguments = trainer.arguments(directory, length)
+    if data is not None:
+        with _listed(problems):
+            seed = getattr(arguments, "seed", 42)
+            rows, eval_rows = _split(data, seed)
+    labels = label_names([*rows, *eval_rows]) if data is not None and data.format in ("label", "image") else []
+    if model is not None:
+        if model.num_labels is not None and model.num_labels < len(labels):
+            problems.append(f"model.num_labels is {model.num_labels}, and the data have {len(labels)} classes")
+        with _listed(problems):
+            meta = meta_model(model, len(labels))
+    if lora is not None:
+        with _listed(problems, "lora: "):
+            spec = lora.spec()
+            plan = None if meta is None else find(meta, spec=spec)
+    if problems or plan is None or spec is None or meta is None:
+        raise SpecError("the recipe cannot be trained:", problems, "correct it and run it again; nothing was loaded")
+    base_bytes = sum(p.numel() * p.element_size() for p in meta.parameters())
+    return Preparation(
+        plan=plan, spec=spec, rows=tuple(rows), eval_rows=tuple(eval_rows), labels=tuple(labels), arguments=arguments,
+        base_bytes=base_bytes,
+    )  # fmt: skip
+
+
+def setting_problems(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with settings as far as the recipe alone tells."""
+    model, data, trainer = map(sections.get, ("model", "data", "trainer"))
+    if data is not None:
+        if (data.path is None) == (data.dataset is None):
+            yield "data: name either a path or a dataset"
+        evaluations = [key for key in ("eval_path", "eval_split", "eval_fraction") if getattr(data, key)]
+        if len(evaluations) > 1:
+            yield f"data: only one of {', '.join(evaluations)} can say what is evaluated on"
+        if data.dataset is None and (data.subset or data.eval_split):
+            yield "data: subset and eval_split go with dataset, not with path"
+    if model is not None and trainer is not None:
+        by_class = FORMATS[trainer.kind]
+        if model.class_ not in by_class:
+            yield f"trainer.kind {trainer.kind!r} trains {' or '.join(by_class)}, not model.class {model.class_!r}"
+        elif data is not None and data.format not in by_class[model.class_]:
+            expected = " or ".join(map(repr, by_class[model.class_]))
+            yield f"data.format: {trainer.kind!r} for {model.class_} takes {expected}, not {data.format!r}"
+
+
+def meta_model(model: Model, labels: int) -> nn.Module:
+    """Build the model of a recipe on the meta device, from its config.
+
+    Args:
+        model: The section.
+        labels: The number of classes of the data, unless the section says it.
+    """
+    import transformers
+
+    try:
+        config = load_config(model, labels)
+        dtype = getattr(config, "dtype", None) if model.dtype == "auto" else getattr(torch, model.dtype)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # some classes draw random numbers on the CPU
+            return getattr(transformers, CLASSES[model.class_]).from_config(config, dtype=dtype or torch.float32)
+    except (OSError, ValueError) as e:
+        what = f"model.path: {model.path} cannot be loaded as {model.class_}: {str(e).strip().splitlines()[0]}"
+        raise SpecError(what, way_out="give a directory with config.json, or a name on the hub") from e
+
+
+def load_config(model: Model, labels: int) -> Any:
+    """Return the config of the base, with the number of classes."""
+    from transformers import AutoConfig
+
+    count = model.num_labels or labels
+    return AutoConfig.from_pretrained(model.source, **({"num_labels": count} if count else {}))
+
+
+def _split(data: Data, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and the rows to evaluate on."""
+    problems: list[str] = []
+    parts: list[list[Row]] = []
+    for source in ((data.path, data.split), (data.eval_path, data.eval_split)):
+        rows: list[Row] = []
+        if source[0] or (data.dataset and source[1]):
+            with _listed(problems):
+                rows = _load(data, *source)
+        parts.append(rows)
+    if problems:
+        raise SpecError("data:", problems, "correct the data")
+    if data.eval_fraction:
+        rows = parts[0]
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        held_out = max(1, round(data.eval_fraction * len(rows)))
+        parts = [[rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]]
+    if not parts[0]:
+        raise SpecError(f"data: {data.path or data.dataset} leaves no rows to train on", way_out="add rows")
+    return parts[0], parts[1]
+
+
+def _load(data: Data, path: Path | None, split: str | None) -> list[Row]:
+    if path is not None:
+        return with_roles(read_rows(path), data.format, data.columns, str(path), path.parent)
+    try:
+        import datasets
+
+        rows = list(datasets.load_dataset(data.dataset, data.subset, split=split))
+    except ModuleNotFoundError as e:
+        raise LoraError("data.dataset needs the package datasets", way_out="pip install datasets") from e
+    except (OSError, ValueError, RuntimeError) as e:
+        what = f"data.dataset: {data.dataset} cannot be loaded: {str(e).strip().splitlines()[0]}"
+        raise LoraError(what, way_out="check the name and the connection") from e
+    return with_roles(rows, data.format, data.columns, f"{data.dataset} ({split})", Path("."))
+
+
+def _has_a_training(folder: Path) -> bool:
+    return (folder / "recipe.yaml").exists() or any(folder.glob("checkpoint-*"))
+
+
+@contextmanager
+def _listed(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Add the problems of a LoraError within the context to the list, instead of raising it."""
+    try:
+        yield
+    except LoraError as e:
+        what = [line for line in str(e).splitlines()[:1] if not e.problems]
+        problems += [prefix + line for line in (*e.problems, *what)]

@@ -1,0 +1,226 @@
+"""The sections of a recipe, as pydantic models that refuse unknown keys.
+
+Settings of LoRA are checked by LoraSpec and arguments of the trainer by the trainer's own dataclass, so that neither is
+described a second time here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ..errors import LoraError, SpecError
+from ..spec import PEFT_SETTINGS, LoraSpec
+
+CLASSES = {
+    "causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification",
+    "embeddings": "AutoModel", "vision-classification": "AutoModelForImageClassification",
+}  # fmt: skip
+"""Classes of models, with the class of transformers that loads them."""
+FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "trainer": {
+        "causal-lm": ("text", "chat", "prompt-completion"), "sequence-classification": ("label",),
+        "vision-classification": ("image",),
+    },
+    "sft": {"causal-lm": ("text", "chat", "prompt-completion")},
+    "dpo": {"causal-lm": ("preference",)},
+    "pairs": {"embeddings": ("pair",)},
+}  # fmt: skip
+"""The formats of data that go with each kind of trainer and class of model."""
+CONFIGS = {
+    "trainer": ("transformers", "TrainingArguments"), "pairs": ("transformers", "TrainingArguments"),
+    "sft": ("trl", "SFTConfig"), "dpo": ("trl", "DPOConfig"),
+}  # fmt: skip
+"""The dataclass of each trainer's arguments, with its package."""
+SET_ELSEWHERE = {"output_dir": "output.directory", "max_length": "data.max_length",
+                 "resume_from_checkpoint": "output.resume", "remove_unused_columns": ""}  # fmt: skip
+"""Arguments of the trainer that the recipe sets, with the keys that they come from."""
+PACKAGE = "package:"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+
+class Model(Section):
+    """The base model."""
+
+    path: str
+    """A directory, a name on the Hugging Face hub, or `package:NAME` for a Python package that holds a model."""
+    class_: Literal["causal-lm", "sequence-classification", "embeddings", "vision-classification"] = Field(
+        "causal-lm", alias="class"
+    )
+    """What the model computes."""
+    dtype: Dtype | Literal["auto"] = "float32"
+    """The dtype of the base weights; `auto` is that of the checkpoint."""
+    num_labels: int | None = Field(None, ge=1)
+    """The number of classes. None means as many as the data have."""
+
+    @property
+    def source(self) -> str:
+        """The directory or the name on the hub. Raise SpecError if the package does not hold a model."""
+        if not self.path.startswith(PACKAGE):
+            return self.path
+        name = self.path.removeprefix(PACKAGE)
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        folders = spec.submodule_search_locations if spec is not None else None
+        configs = [path for folder in folders or () for path in Path(folder).glob("**/config.json")]
+        if not configs:
+            what = f"{self.path}: there is no package {name!r}, or it holds no model"
+            raise SpecError(what, way_out=f"pip install {name.replace('_', '-')}")
+        return str(min(configs, key=lambda path: len(path.parts)).parent)
+
+
+class Optimizer(Section):
+    """What the optimizer does differently for A and B."""
+
+    lr_ratio_b: float = Field(16.0, gt=0)
+    """The learning rate of B, divided by that of A (LoRA+)."""
+
+
+class OverrideRow(Section):
+    """Another rank or alpha for some of the sites."""
+
+    r: int | None = None
+    alpha: float | None = None
+
+
+class Lora(Section):
+    """The settings of LoraSpec, and the optimizer's for A and B."""
+
+    targets: list[str] | str
+    r: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    exclude: list[str] = []
+    layers: list[int] | None = None
+    scaling: str = "standard"
+    init: str = "kaiming"
+    dtype: Dtype | None = None
+    overrides: dict[str, OverrideRow] = {}
+    dora: bool = False
+    modules_to_save: list[str] = []
+    bias: str = "none"
+    trainable_tokens: dict[str, list[int]] = {}
+    optimizer: Optimizer | None = None
+
+    def spec(self) -> LoraSpec:
+        """Return the LoraSpec. Raise SpecError with every invalid value."""
+        settings = self.model_dump(exclude={"optimizer"}, exclude_unset=True)
+        if self.dtype is not None:
+            settings["dtype"] = getattr(torch, self.dtype)
+        return LoraSpec(**settings)
+
+
+class Data(Section):
+    """What the model is trained with: a file, or a data set of the package `datasets`."""
+
+    path: Path | None = None
+    """A file: .jsonl, .json, .csv, .parquet, or .txt with one text per line."""
+    dataset: str | None = None
+    """A name or directory that `datasets.load_dataset` loads, instead of `path`."""
+    subset: str | None = None
+    """The configuration of `dataset`."""
+    split: str = "train"
+    """The split of `dataset` that is trained on."""
+    format: Literal["text", "chat", "prompt-completion", "pair", "label", "preference", "image"]
+    """What a row is."""
+    columns: dict[str, str] = {}
+    """The columns of roles that are called otherwise in the data, as in {text: sentence}."""
+    eval_path: Path | None = None
+    """A file to evaluate on."""
+    eval_split: str | None = None
+    """The split of `dataset` to evaluate on."""
+    eval_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    """The share of the rows that is held out, to evaluate on."""
+    max_length: int = Field(512, ge=1)
+    """The number of tokens that are kept of each text."""
+
+
+class TrainerSection(Section):
+    """The trainer, and the arguments of its dataclass: transformers' TrainingArguments, TRL's SFTConfig or DPOConfig."""
+
+    model_config = ConfigDict(extra="allow", title="Trainer")
+    kind: Literal["trainer", "sft", "dpo", "pairs"] = "trainer"
+    """transformers' Trainer, TRL's SFTTrainer or DPOTrainer, or contrastive training on pairs."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as they are written in the recipe."""
+        return dict(self.model_extra or {})
+
+    def arguments(self, directory: Path, max_length: int) -> Any:
+        """Return the trainer's arguments as its dataclass.
+
+        Raises:
+            LoraError: An argument has a value of another type, or the dataclass refuses it, or TRL is missing.
+        """
+        cls = arguments_class(self.kind)
+        if cls is None:
+            raise LoraError(f"trainer.kind: {self.kind} needs the package trl", way_out="pip install trl")
+        hints, values, problems = typing.get_type_hints(cls), dict[str, Any](), []
+        for key, value in self.settings.items():
+            try:  # YAML reads 2e-4 as a text, which this makes a number
+                values[key] = TypeAdapter(hints[key]).validate_python(value)
+            except ValidationError as e:
+                problems.append(f"trainer.{key}: {e.errors()[0]['msg']}, not {value!r}")
+        if problems:
+            raise SpecError("invalid arguments:", problems, "correct them")
+        preset: dict[str, Any] = {"report_to": "none", "logging_steps": 1, "output_dir": str(directory)}
+        if not torch.cuda.is_available():
+            preset["dataloader_pin_memory"] = False
+        preset |= {"remove_unused_columns": False} if CONFIGS[self.kind][0] == "transformers" else {
+            "max_length": max_length, "bf16": torch.cuda.is_available()}  # fmt: skip
+        try:
+            return cls(**preset | values)
+        except (ValueError, TypeError) as e:
+            raise SpecError(f"trainer: {str(e).splitlines()[0]}", way_out="correct the arguments") from e
+
+
+class Output(Section):
+    """What is written, and where."""
+
+    directory: Path
+    """A folder for checkpoints, the adapter, the report, the loss curve and the recipe."""
+    merged: bool = False
+    """Write the merged model as well."""
+    resume: bool = False
+    """Go on from the last checkpoint in `directory`, if there is one."""
+
+
+def arguments_class(kind: str) -> Any:
+    """Return the dataclass of a trainer's arguments, or None if its package is not installed."""
+    package, name = CONFIGS[kind]
+    return getattr(importlib.import_module(package), name) if importlib.util.find_spec(package) else None
+
+
+def known_keys(section: type[BaseModel], kind: Any) -> tuple[set[str], dict[str, str]] | None:
+    """Return the keys that a section can have, and what to write instead of others.
+
+    Args:
+        section: The class of the section.
+        kind: What the recipe has as `trainer.kind`.
+
+    Returns:
+        None if that depends on a package that is not installed, or on a kind that does not exist.
+    """
+    keys = {field.alias or name for name, field in section.model_fields.items()}
+    if section is Lora:
+        return keys, {key: ours for key, ours in PEFT_SETTINGS.items() if ours in keys}
+    if section is not TrainerSection:
+        return keys, {}
+    cls = arguments_class(kind) if isinstance(kind, str) and kind in CONFIGS else None
+    if cls is None:
+        return None
+    return keys | {f.name for f in dataclasses.fields(cls) if f.init} - set(SET_ELSEWHERE), SET_ELSEWHERE
