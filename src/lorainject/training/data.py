@@ -101,12 +101,13 @@ def with_roles(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
     present = list(rows[0]) if rows else []
     roles = [*ROLES[format], *(role for role in OPTIONAL.get(format, ()) if role in columns)]
     names = {role: columns.get(role, role) for role in roles}
+    columns_present = ", ".join(map(repr, present)) or "no rows"
     problems = [
-        f"the format {format!r} needs the column {name!r}, and {source} has {', '.join(map(repr, present)) or 'no rows'}:"
-        f" name its column with data.columns.{role}"
+        f"the format {format!r} needs the column {name!r}, and {source} has {columns_present}: name the column with"
+        f" data.columns.{role}"
         for role, name in names.items()
         if name not in present
-    ]  # fmt: skip
+    ]
     chosen = [{role: row.get(name) for role, name in names.items()} for row in rows]
     if not problems:
         if format == "image":
@@ -159,7 +160,7 @@ def encoder(format: str, processing: Any, max_length: int, labels: Sequence[str]
     end = [] if getattr(processing, "eos_token_id", None) is None else [processing.eos_token_id]
     encode: dict[str, Encode] = {
         "text": lambda row: with_loss([], processing(row["text"])["input_ids"] + end),
-        "chat": lambda row: with_loss([], processing.apply_chat_template(row["messages"], return_dict=True)["input_ids"]),
+        "chat": lambda row: with_loss([], processing.apply_chat_template(row["messages"], return_dict=False)),
         "prompt-completion": lambda row: with_loss(
             processing(row["prompt"])["input_ids"],
             processing(row["completion"], add_special_tokens=False)["input_ids"] + end,
@@ -173,7 +174,7 @@ def encoder(format: str, processing: Any, max_length: int, labels: Sequence[str]
         },
         "pair": lambda row: {role: tokens(row[role]) for role in ROLES["pair"]},
     }  # fmt: skip
-    pad = DataCollatorWithPadding(processing) if format in ("label", "pair") else None
+    pad: Any = DataCollatorWithPadding(processing) if format in ("label", "pair") else None
     collate: dict[str, Any] = {
         "image": default_data_collator,
         "label": pad,

@@ -3,7 +3,8 @@
     embedding   the mean of the last layer over a text's tokens, scaled to unit length
     loss        InfoNCE in both directions (van den Oord et al. 2018, arXiv 1807.03748, equation 4), temperature 0.05
 
-The other rows of the batch are the negatives, so that larger batches are harder. Shapes: B rows, T tokens, D dimensions.
+The other rows of the batch are the negatives, so that larger batches are harder.
+Shapes: B rows, T tokens, D dimensions.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from transformers import Trainer
 TEMPERATURE = 0.05
 
 
-class PairsTrainer(Trainer):  # type: ignore[misc]
+class PairsTrainer(Trainer):
     """The Trainer of transformers with the loss on pairs. A batch is {"query": tokens, "positive": tokens}."""
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         """Return the loss of a batch, a scalar."""
         loss = info_nce(embed(model, inputs["query"]), embed(model, inputs["positive"]))
         return (loss, {}) if return_outputs else loss

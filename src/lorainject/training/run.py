@@ -1,10 +1,10 @@
 """Train a recipe: load the base, inject, train with `adapter_checkpoints`, and write what a reader needs afterwards.
 
-    DIRECTORY/checkpoint-8/...   adapters and the state of the training, from which it can be resumed
-    DIRECTORY/adapter/           the adapter, as `li.save` writes it
-    DIRECTORY/merged/            the merged model, if the recipe asks for it
-    DIRECTORY/report.md          the plan, the losses, the metrics and the time, with loss.png
-    DIRECTORY/recipe.yaml        the recipe
+DIRECTORY/checkpoint-8/...   adapters and the state of the training, from which it can be resumed
+DIRECTORY/adapter/           the adapter, as `li.save` writes it
+DIRECTORY/merged/            the merged model, if the recipe asks for it
+DIRECTORY/report.md          the plan, the losses, the metrics and the time, with loss.png
+DIRECTORY/recipe.yaml        the recipe
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import LoraError, SpecError
@@ -100,7 +99,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> TrainingResult:
     if merged is not None:
         merge(model, reversible=False)
         eject(model)
-        model.save_pretrained(merged)  # type: ignore[operator]
+        model.save_pretrained(merged)
         processing.save_pretrained(merged)
     points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     result = TrainingResult(
@@ -135,7 +134,7 @@ def _processing(recipe: Recipe) -> Any:
     return processing
 
 
-def _load_model(recipe: Recipe, ready: Preparation) -> nn.Module:
+def _load_model(recipe: Recipe, ready: Preparation) -> Any:
     """Load the base. A weight that it lacks has to train, or else the model would keep random numbers."""
     section, labels = recipe.model, ready.labels
     config = load_config(section, len(labels))
@@ -157,7 +156,7 @@ def _load_model(recipe: Recipe, ready: Preparation) -> nn.Module:
     return model
 
 
-def _trainer(recipe: Recipe, ready: Preparation, model: nn.Module, processing: Any) -> Any:
+def _trainer(recipe: Recipe, ready: Preparation, model: Any, processing: Any) -> Any:
     """Return the trainer of the recipe's kind."""
     args, kind, data = ready.arguments, recipe.trainer.kind, recipe.data
     options: dict[str, Any] = {"args": args, "processing_class": processing}

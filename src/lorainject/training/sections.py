@@ -149,7 +149,7 @@ class Data(Section):
 
 
 class TrainerSection(Section):
-    """The trainer, and the arguments of its dataclass: transformers' TrainingArguments, TRL's SFTConfig or DPOConfig."""
+    """The trainer and its arguments: those of transformers' TrainingArguments, or TRL's SFTConfig or DPOConfig."""
 
     model_config = ConfigDict(extra="allow", title="Trainer")
     kind: Literal["trainer", "sft", "dpo", "pairs"] = "trainer"
