@@ -144,7 +144,8 @@ def test_import_is_light():
     """`import lorainject` loads neither transformers nor any of the extras, nor the room for training."""
     code = """
 import sys, lorainject
-heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing", "lorainject.training"}
+heavy = {"transformers", "peft", "accelerate", "rich", "typer", "matplotlib", "numpy.testing", "pydantic", "yaml",
+         "lorainject.training"}
 heavy &= set(sys.modules)
 print(sorted(heavy))
 """

@@ -245,6 +245,7 @@ def test_a_setting_that_does_not_fit_is_refused(sections, line, tmp_path):
         ("a.json", '{"text": "w1"}', "is not a list of objects"),
         ("a.csv", "other\nw1\n", "needs the column 'text', and"),
         ("a.txt", "\n\n", "no rows"),
+        ("a.parquet", "w1", "a.parquet"),
         ("a.doc", "w1", "is of no known kind"),
     ],
 )
@@ -263,6 +264,31 @@ def test_a_new_head_has_to_train(tmp_path):
     recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
     with pytest.raises(li.SpecError, match=r"classifier.weight[\s\S]*lora.modules_to_save"):
         training.train(recipe, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(["2", "10", "0"], [str(n) for n in range(11)]), ([True, False], ["0", "1"]), (["b", "a", "10"], ["10", "a", "b"]),
+     (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"])],
+)  # fmt: skip
+def test_labels_keep_their_numbers(labels, names, tmp_path):
+    """Numbers are the numbers of classes, also as texts of a CSV file; other labels are numbered in order."""
+    rows = [{"text": text(i), "label": label} for i, label in enumerate(labels)]
+    data = {"path": jsonl(tmp_path / "rows.jsonl", rows), "format": "label"}
+    model = {"path": base_of("label", tmp_path), "class": "sequence-classification"}
+    recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
+    assert list(recipe.prepare().labels) == names
+
+
+def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path):
+    """The labels of a base that knows them are numbered as in its config."""
+    data = {"path": jsonl(tmp_path / "rows.jsonl", rows_of("label", tmp_path)), "format": "label"}
+    model = {"path": base_of("label", tmp_path), "class": "sequence-classification"}
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
+    assert list(recipe.prepare().labels) == ["good", "bad"]
 
 
 def test_numbers_with_exponents_are_numbers(tmp_path):

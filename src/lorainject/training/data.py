@@ -33,6 +33,8 @@ OPTIONAL = {"label": ("text_pair",)}
 TYPES: dict[str, Any] = {"messages": list, "label": (int, str), "image": object}
 """What a value of a role is; a text for all others."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+CLASSES = 100_000
+"""More classes than any data have. A number above it is taken for a wrong column."""
 Row = dict[str, Any]
 Encode = Callable[[Row], Any]
 Collate = Callable[[list[Any]], Any]
@@ -57,28 +59,26 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         FileError: The file is missing, or is not what its name says.
     """
-    way_out = f"give a file whose name ends in {', '.join(SUFFIXES)}"
-    if not path.is_file():
-        raise FileError(f"there is no file {path}", way_out=way_out)
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ModuleNotFoundError as e:
-            raise FileError(f"{path} needs the package pyarrow", way_out="pip install pyarrow") from e
-        return list(parquet.read_table(path).to_pylist())
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        what = f"{path} is of no known kind" if path.is_file() else f"there is no file {path}"
+        raise FileError(what, way_out=f"give a file whose name ends in {', '.join(SUFFIXES)}")
     try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return list(parquet.read_table(path).to_pylist())
         with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
             if path.suffix == ".csv":
-                rows: list[Any] = list(csv.DictReader(file))
+                rows: Any = list(csv.DictReader(file))
             elif path.suffix == ".json":
                 rows = json.load(file)
             elif path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in file if line.strip()]
-            elif path.suffix == ".txt":
-                rows = [{"text": line.rstrip("\n")} for line in file if line.strip()]
             else:
-                raise FileError(f"{path} is of no known kind", way_out=way_out)
-    except (ValueError, csv.Error) as e:
+                rows = [{"text": line.rstrip("\n")} for line in file if line.strip()]
+    except ModuleNotFoundError as e:
+        raise FileError(f"{path} needs the package pyarrow", way_out="pip install pyarrow") from e
+    except (ValueError, OSError, csv.Error) as e:
         raise FileError(f"{path} cannot be read: {e}", way_out="correct the file") from e
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FileError(f"{path} is not a list of objects", way_out="write one object with named values per row")
@@ -114,6 +114,10 @@ def with_roles(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
             for row in chosen:
                 if isinstance(row["image"], str):
                     row["image"] = folder / row["image"]
+        labels = [row["label"] for row in chosen if "label" in row]
+        if labels and all(isinstance(label, bool) or str(label).isdecimal() for label in labels):
+            for row in chosen:  # CSV has numbers as texts
+                row["label"] = int(row["label"])
         problems += _value_problems(chosen, names, source)
     if problems:
         raise SpecError(f"{source} does not fit", problems, "correct the data or the names of columns")
@@ -127,8 +131,8 @@ def _value_problems(rows: Sequence[Row], names: Mapping[str, str], source: str) 
                 yield f"row {number} of {source}: {names[role]!r} is {value!r:.60}"
             elif role == "image" and isinstance(value, Path) and not value.is_file():
                 yield f"row {number} of {source}: there is no file {value}"
-            elif role == "label" and isinstance(value, int) and value < 0:
-                yield f"row {number} of {source}: {names[role]!r} is {value}, which is no class"
+            elif role == "label" and isinstance(value, int) and not 0 <= value < CLASSES:
+                yield f"row {number} of {source}: {names[role]!r} is {value}, which is no class from 0 to {CLASSES - 1}"
 
 
 def label_names(rows: Sequence[Row]) -> list[str]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import LoraError, SpecError
 from ..plan import Plan
@@ -88,7 +87,7 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
     Raises:
         SpecError: With everything that is wrong.
     """
-    problems: list[str] = []
+    problems = list(setting_problems(sections))
     model, lora, data, trainer, output = map(sections.get, ("model", "lora", "data", "trainer", "output"))
     spec = plan = meta = arguments = None
     rows: list[Row] = []
@@ -110,10 +109,14 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
             problems.append(f"model.num_labels is {model.num_labels}, and the data have {len(labels)} classes")
         with _listed(problems):
             meta = meta_model(model, len(labels))
-    if lora is not None:
-        with _listed(problems, "lora: "):
+    if meta is not None and lora is not None:
+        with suppress(SpecError):  # whose problems are listed already
             spec = lora.spec()
-            plan = None if meta is None else find(meta, spec=spec)
+    if meta is not None and spec is not None:
+        named: Any = [name for _, name in sorted((getattr(meta.config, "id2label", None) or {}).items())]
+        labels = named if sorted(named) == sorted(labels) else labels  # a head that is trained already keeps its order
+        with _listed(problems, "lora: "):
+            plan = find(meta, spec=spec)
     if problems or plan is None or spec is None or meta is None:
         raise SpecError("the recipe cannot be trained:", problems, "correct it and run it again; nothing was loaded")
     base_bytes = sum(p.numel() * p.element_size() for p in meta.parameters())
@@ -125,7 +128,12 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
 
 def setting_problems(sections: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with settings as far as the recipe alone tells."""
-    model, data, trainer = map(sections.get, ("model", "data", "trainer"))
+    model, lora, data, trainer = map(sections.get, ("model", "lora", "data", "trainer"))
+    if lora is not None:
+        try:
+            lora.spec()
+        except SpecError as e:
+            yield from (f"lora: {problem}" for problem in e.problems)
     if data is not None:
         if (data.path is None) == (data.dataset is None):
             yield "data: name either a path or a dataset"
@@ -143,7 +151,7 @@ def setting_problems(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"data.format: {trainer.kind!r} for {model.class_} takes {expected}, not {data.format!r}"
 
 
-def meta_model(model: Model, labels: int) -> nn.Module:
+def meta_model(model: Model, labels: int) -> Any:
     """Build the model of a recipe on the meta device, from its config.
 
     Args:

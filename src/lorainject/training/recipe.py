@@ -54,17 +54,14 @@ class Recipe(Section):
         for override in overrides:
             problems += _apply(raw, override)
         problems += _unknown("", raw, set(cls.model_fields))
-        kind = trainer.get("kind", "trainer") if isinstance(trainer := raw.get("trainer") or {}, dict) else None
+        kind = trainer.get("kind", "trainer") if isinstance(trainer := raw.get("trainer", {}), dict) else None
         sections: dict[str, Any] = {}
         for name, field in cls.model_fields.items():
             section: Any = field.annotation
-            content = raw.get(name)
-            if content is None and (name == "trainer" or name not in raw):
-                if name == "trainer":
-                    sections[name] = TrainerSection()
-                else:
-                    problems.append(f"the section {name!r} is missing")
+            if name not in raw and field.is_required():
+                problems.append(f"the section {name!r} is missing")
                 continue
+            content = raw.get(name, {})
             if isinstance(content, dict) and (known := known_keys(section, kind)) is not None:
                 content = dict(content)
                 problems += _unknown(f"{name}.", content, *known)
@@ -72,17 +69,13 @@ class Recipe(Section):
                 sections[name] = section.model_validate(content)
             except ValidationError as e:
                 problems += (_line(name, error) for error in e.errors())
-        problems += setting_problems(sections)
         if check:
             try:
                 prepare(sections)
             except SpecError as e:
                 problems += e.problems
-        elif "lora" in sections:
-            try:
-                sections["lora"].spec()
-            except SpecError as e:
-                problems += (f"lora: {problem}" for problem in e.problems)
+        else:
+            problems += setting_problems(sections)
         if problems:
             raise SpecError(f"{path} cannot be trained:", problems, "correct the recipe; nothing was loaded")
         return cls(**sections)
@@ -100,10 +93,7 @@ class Recipe(Section):
         Raises:
             SpecError: With everything that is wrong.
         """
-        sections = {name: getattr(self, name) for name in type(self).model_fields}
-        if problems := list(setting_problems(sections)):
-            raise SpecError("the recipe cannot be trained:", problems, "correct these settings")
-        return prepare(sections)
+        return prepare({name: getattr(self, name) for name in type(self).model_fields})
 
 
 def _yaml(path: Path, text: bytes) -> dict[str, Any]:

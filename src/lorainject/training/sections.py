@@ -89,13 +89,6 @@ class Optimizer(Section):
     """The learning rate of B, divided by that of A (LoRA+)."""
 
 
-class OverrideRow(Section):
-    """Another rank or alpha for some of the sites."""
-
-    r: int | None = None
-    alpha: float | None = None
-
-
 class Lora(Section):
     """The settings of LoraSpec, and the optimizer's for A and B."""
 
@@ -108,7 +101,7 @@ class Lora(Section):
     scaling: str = "standard"
     init: str = "kaiming"
     dtype: Dtype | None = None
-    overrides: dict[str, OverrideRow] = {}
+    overrides: dict[str, dict[str, int | float]] = {}
     dora: bool = False
     modules_to_save: list[str] = []
     bias: str = "none"
