@@ -15,6 +15,7 @@ import yaml
 import lorainject as li
 from lorainject import training
 from lorainject.cli import main
+from lorainject.training.data import encoder as encoder_of
 from lorainject.training.prepare import meta_model
 from lorainject.training.sections import CLASSES, Lora
 
@@ -255,6 +256,37 @@ def test_bad_data_is_refused(name, content, line, tmp_path):
     with pytest.raises(li.SpecError) as refusal:
         training.Recipe.read(write(tmp_path, data={"path": str(tmp_path / name)}))
     assert line in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "line"),
+    [("image", {"image": "absent.png", "label": 0}, "there is no file"),
+     ("label", {"text": "w1", "label": -1}, "is -1, which is no class"),
+     ("label", {"text": "w1", "label": 123456}, "is 123456, which is no class"),
+     ("label", {"text": "w1", "label": 5}, "model.num_labels is 2, and the data have 6 classes")],
+)  # fmt: skip
+def test_rows_that_no_model_can_learn_are_refused(format, row, line, tmp_path):
+    """An image that is missing, and a label that is no class or none of the model's, are refused."""
+    data = {"path": jsonl(tmp_path / "rows.jsonl", [row]), "format": format}
+    classes = {"label": "sequence-classification", "image": "vision-classification"}
+    model = {"path": base_of(format, tmp_path), "class": classes[format], "num_labels": 2}
+    with pytest.raises(li.SpecError) as refusal:
+        training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": "all-linear"}))
+    assert line in str(refusal.value)
+
+
+def test_the_loss_counts_the_completion_alone():
+    """Tokens of a prompt have no label; every token of a text has one, and the end of the text follows."""
+    words = tokenizer()
+    prompt, completion = words("w1 w2")["input_ids"], words("w3")["input_ids"]
+    encode, collate = encoder_of("prompt-completion", words, 8, [])
+    row = encode({"prompt": "w1 w2", "completion": "w3"})
+    assert row["input_ids"] == [*prompt, *completion, words.eos_token_id]
+    assert row["labels"] == [-100, -100, *completion, words.eos_token_id]
+    batch = collate([row, encode({"prompt": "w1", "completion": "w3"})])
+    assert batch["labels"][1].tolist() == [-100, *completion, words.eos_token_id, -100]
+    text_row = encoder_of("text", words, 2, [])[0]({"text": "w1 w2 w3"})
+    assert text_row["labels"] == text_row["input_ids"] == prompt
 
 
 def test_a_new_head_has_to_train(tmp_path):

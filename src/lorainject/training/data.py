@@ -114,10 +114,10 @@ def with_roles(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
             for row in chosen:
                 if isinstance(row["image"], str):
                     row["image"] = folder / row["image"]
-        labels = [row["label"] for row in chosen if "label" in row]
+        labels: list[Any] = [row["label"] for row in chosen if "label" in row]
         if labels and all(isinstance(label, bool) or str(label).isdecimal() for label in labels):
-            for row in chosen:  # CSV has numbers as texts
-                row["label"] = int(row["label"])
+            for row, label in zip(chosen, labels, strict=True):  # CSV has numbers as texts
+                row["label"] = int(label)
         problems += _value_problems(chosen, names, source)
     if problems:
         raise SpecError(f"{source} does not fit", problems, "correct the data or the names of columns")
