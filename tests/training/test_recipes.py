@@ -186,7 +186,9 @@ def test_resume_is_exact(tmp_path):
     (tmp_path / "whole" / "checkpoint-2").rename(checkpoint)
     with pytest.raises(li.SpecError, match=r"holds an earlier training: set output\.resume=true"):
         training.Recipe.read(path)
+    written = (checkpoint / "trainer_state.json").stat().st_mtime_ns
     resumed = training.train(training.Recipe.read(path, ["output.resume=true"]), progress=False)
+    assert (checkpoint / "trainer_state.json").stat().st_mtime_ns == written  # a training from the start writes it anew
     assert resumed.losses == whole.losses
     assert resumed.adapter.joinpath("adapter_model.safetensors").read_bytes() == (
         whole.adapter.joinpath("adapter_model.safetensors").read_bytes()
