@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,12 @@ def next_token(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def trained_alone(
-    model: nn.Module, run: training.Run, batches: Any, loss: Any = next_token, clip: float | None = None, schedule: Any = None
+    model: nn.Module,
+    run: training.Run,
+    batches: Any,
+    loss: Any = next_token,
+    clip: float | None = None,
+    schedule: Any = None,
 ) -> tuple[nn.Module, list[float]]:
     """Train one run by the textbook, and return the model and the losses."""
     torch.manual_seed(run.seed)
@@ -83,14 +89,20 @@ def gap(model: nn.Module, name: str, other: nn.Module, other_name: str = "defaul
     return max(float((ours[key] - theirs[key]).detach().abs().max()) for key in ours)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+@pytest.mark.parametrize(("dtype", "tolerance", "factor"), [(torch.float32, 1e-6, 0.1), (torch.float64, 1e-10, 1)])
 @pytest.mark.parametrize("mode", ["batch", "alternate"])
-def test_every_run_is_trained_as_if_alone(dtype, tolerance, mode):
-    """Ranks, rates, seeds, targets and data differ; parameters and losses are those of separate trainings."""
+def test_every_run_is_trained_as_if_alone(dtype, tolerance, factor, mode):
+    """Ranks, rates, seeds, targets and data differ; parameters and losses are those of separate trainings.
+
+    Adam divides by the size of a gradient, so that it makes large steps of the rounding of small ones. With a learning
+    rate of 1e-2 in float32, one run is 1.8e-6 from its separate training, which itself is 2.6e-6 from the same in
+    float64; the run of the sweep is 0.8e-6 from it. So the rates of float32 are a tenth of those of float64.
+    """
+    runs = {name: replace(run, lr=run.lr * factor) for name, run in RUNS.items()}
     model = base(dtype)
-    results = training.sweep(model, RUNS, texts, next_token, steps=STEPS, mode=mode)
+    results = training.sweep(model, runs, texts, next_token, steps=STEPS, mode=mode)
     assert results.mode == mode
-    for name, run in RUNS.items():
+    for name, run in runs.items():
         alone, losses = trained_alone(base(dtype), run, [texts(name, step) for step in range(STEPS)])
         assert gap(model, name, alone) <= tolerance
         assert results[name].losses == pytest.approx(losses, abs=10 * tolerance)
@@ -111,13 +123,12 @@ def test_clipping_and_schedules_belong_to_each_run():
         assert gap(model, name, free) > 1e-6
 
 
-@given(
-    ranks=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    data=st.data(),
-)
+@given(ranks=st.lists(st.integers(1, 6), min_size=1, max_size=3), data=st.data())
 def test_any_runs_are_trained_as_if_alone(ranks, data):
     """Any ranks, targets, seeds, rates and numbers of rows."""
-    targets = st.lists(st.sampled_from(["q_proj", "k_proj", "o_proj", "up_proj", "embed_tokens"]), min_size=1, unique=True)
+    targets = st.lists(
+        st.sampled_from(["q_proj", "k_proj", "o_proj", "up_proj", "embed_tokens"]), min_size=1, unique=True
+    )
     runs = {
         f"run{i}": training.Run(
             spec=li.LoraSpec(targets=data.draw(targets), r=r), lr=data.draw(st.sampled_from([1e-3, 1e-2])),
@@ -182,7 +193,9 @@ def test_a_batch_as_long_as_it_has_rows():
         training.sweep(base(), runs, once, next_token, steps=3, mode="batch")
     for name, run in runs.items():
         for results, source in ((padded, batches), (mixed, once)):
-            losses = trained_alone(base(), run, [source(name, step) for step in range(results.mode == "batch" and 2)])[1]
+            losses = trained_alone(base(), run, [source(name, step) for step in range(results.mode == "batch" and 2)])[
+                1
+            ]
             assert results[name].losses[:2] == pytest.approx(losses, abs=1e-5)
 
 
@@ -192,9 +205,15 @@ def test_batches_that_do_not_fit_are_named():
 
     def batches(name: str, step: int) -> dict[str, Any]:
         first = name == "r2"
-        return texts(name, step, length=7 if first else 8) | {"use_cache": first} | ({"position_ids": None} if first else {})
+        return (
+            texts(name, step, length=7 if first else 8)
+            | {"use_cache": first}
+            | ({"position_ids": None} if first else {})
+        )
 
-    with pytest.raises(li.StateError, match=r"(?s)input_ids: \(3, 7\).*\(3, 8\).*use_cache: .*position_ids: .*'r4'.*=>"):
+    with pytest.raises(
+        li.StateError, match=r"(?s)input_ids: \(3, 7\).*\(3, 8\).*use_cache: .*position_ids: .*'r4'.*=>"
+    ):
         training.sweep(base(), runs, batches, next_token, steps=1, mode="batch")
     results = training.sweep(base(), runs, batches, next_token, steps=2)
     assert (results.mode, results.turns) == ("alternate", 2)
@@ -210,7 +229,9 @@ def test_adapters_that_see_no_rows_are_refused_by_name():
 
     def classifier() -> nn.Module:
         torch.manual_seed(0)
-        config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+        config = BertConfig(
+            vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+        )
         return BertForSequenceClassification(config).eval()
 
     spec = li.LoraSpec(targets=["query", "pooler.dense", "classifier"], r=2)
@@ -240,9 +261,14 @@ def test_experts_are_trained_in_one_batch():
     torch.manual_seed(0)
     model = mixtral()
     pristine = copy.deepcopy(model)
-    training.sweep(model, runs, texts, next_token, steps=2, mode="batch")
+
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        y = outputs.last_hidden_state
+        return (y * torch.linspace(-1, 1, y.shape[-1])).pow(2).mean()
+
+    training.sweep(model, runs, texts, loss, steps=2, mode="batch")
     for name, run in runs.items():
-        alone, _ = trained_alone(copy.deepcopy(pristine), run, [texts(name, step) for step in range(2)])
+        alone, _ = trained_alone(copy.deepcopy(pristine), run, [texts(name, step) for step in range(2)], loss)
         assert gap(model, name, alone) <= 1e-5
 
 
@@ -273,7 +299,8 @@ def test_each_run_has_a_file(tmp_path):
     assert state(model) == before
     for (name, result), output in zip(results.items(), outputs, strict=True):
         assert result.path == tmp_path / "runs" / name
-        loaded = li.load(base(), result.path)(input_ids=x).logits
+        with torch.no_grad():
+            loaded = li.load(base(), result.path)(input_ids=x).logits
         assert bits(loaded) == bits(output)
         assert result.score == float(output.sum())
 
@@ -327,7 +354,9 @@ def test_a_run_that_diverges_is_stopped_alone(mode, tmp_path):
     assert (results["r4"].path, results["r4"].score) == (None, None)
     assert "diverged" in str(results)
     for name, run in RUNS.items():
-        alone, _ = trained_alone(base(torch.float64), run, [texts(name, step) for step in range(len(results[name].losses))])
+        alone, _ = trained_alone(
+            base(torch.float64), run, [texts(name, step) for step in range(len(results[name].losses))]
+        )
         assert gap(model, name, alone) <= 1e-10
 
 
