@@ -362,7 +362,7 @@ def test_a_run_that_diverges_is_stopped_alone(mode, tmp_path):
 
 @pytest.mark.parametrize("mode", ["batch", "alternate"])
 def test_a_run_that_overflows_is_stopped_alone(mode):
-    """A rate that makes the activations infinite or NaN stops its run, and leaves no trace in the gradients of others."""
+    """A rate that makes activations infinite or NaN stops its run, and leaves no trace in the gradients of others."""
     runs = {**RUNS, "wild": training.Run(spec=li.LoraSpec(targets="all-linear", r=2), lr=1e30)}
     model = base(torch.float64)
     results = training.sweep(model, runs, texts, next_token, steps=4, mode=mode)
