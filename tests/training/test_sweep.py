@@ -373,6 +373,39 @@ def test_a_run_that_overflows_is_stopped_alone(mode):
         assert gap(model, name, alone) <= 1e-10
 
 
+@pytest.mark.parametrize("mode", ["batch", "alternate"])
+def test_a_gradient_that_is_not_finite_stops_its_run(mode):
+    """The loss may be finite where the gradient is not: no parameter becomes NaN."""
+
+    def loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        value = next_token(outputs, batch)
+        is_bad = torch.equal(batch["input_ids"], texts("r4", 1)["input_ids"])
+        return value + (value * 0).sqrt() if is_bad else value
+
+    model = base()
+    results = training.sweep(model, RUNS, texts, loss, steps=3, mode=mode)
+    assert [len(result.losses) for result in results.values()] == [3, 1, 3, 3]
+    assert "gradient of step 1" in results["r4"].stopped
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_trial_draws_nothing():
+    """The forward by which rows are tried draws masks of dropout, and leaves the generator as it was."""
+    run = training.Run(spec=li.LoraSpec(targets=["q_proj", "down_proj"], r=4, dropout=0.3), lr=1e-2)
+    before, after = [], []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        before.append(torch.get_rng_state())
+        outputs = model(**batch)
+        after.append(torch.get_rng_state())
+        return outputs
+
+    training.sweep(base().train(), {"a": run, "b": run}, texts, next_token, steps=1, forward=forward, mode="batch")
+    trial, step = before
+    assert not torch.equal(after[0], trial)
+    assert torch.equal(step, trial)
+
+
 def test_a_run_whose_batches_end_is_finished():
     """A function may return None: the run ends there, and the others go on."""
     results = training.sweep(

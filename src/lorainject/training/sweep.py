@@ -200,8 +200,7 @@ def _backward_jointly(
         losses = {name: _loss(loss, name, outputs[name], part) for name, part in joint.parts.items()}
         for name, value in losses.items():
             states[name].loss = value.item()
-        if finite := [value for name, value in losses.items() if math.isfinite(states[name].loss)]:
-            torch.stack(finite).sum().backward()
+        torch.stack([*losses.values()]).sum().backward()  # one that is not finite reaches its run alone
 
 
 def _backward_alone(
@@ -213,8 +212,7 @@ def _backward_alone(
     activate(model, name)
     value = _loss(loss, name, forward(model, batch), batch)
     state.loss = value.item()
-    if math.isfinite(state.loss):
-        value.backward()
+    value.backward()
 
 
 def _loss(loss: Callable[[Any, Batch], Tensor], name: str, outputs: Any, batch: Batch) -> Tensor:
