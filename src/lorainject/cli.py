@@ -270,8 +270,8 @@ def train(
     if recipe is None and not schema:
         raise typer.BadParameter("give a recipe, such as configs/code-search.yaml", param_hint="RECIPE")
     try:
-        from .training.recipe import Recipe
-        from .training.run import train as train_recipe
+        from .training import Recipe
+        from .training import train as train_recipe
     except ModuleNotFoundError as e:
         raise li.LoraError(f"train needs the package {e.name}", way_out='pip install "lorainject[train]"') from e
     if recipe is None:

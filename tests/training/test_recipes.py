@@ -15,9 +15,9 @@ import yaml
 import lorainject as li
 from lorainject import training
 from lorainject.cli import main
-from lorainject.training.data import encoder as encoder_of
-from lorainject.training.prepare import meta_model
-from lorainject.training.sections import CLASSES, Lora
+from lorainject.training.recipes.data import encoder as encoder_of
+from lorainject.training.recipes.prepare import meta_model
+from lorainject.training.recipes.sections import CLASSES, Lora
 
 from code_search import encoder
 from code_search.write_pairs import write_pairs

@@ -5,6 +5,7 @@ from lorainject import training
 groups = training.parameter_groups(model, lr=2e-4)          # LoRA+: a higher learning rate for B
 trainer = training.adapter_checkpoints(Trainer(model, ...)) # checkpoints that hold the adapter and not the base
 reference = training.reference(model)                       # the base as a reference model, without a second copy
+results = training.sweep(model, runs, batches, loss, steps=100) # many adapters at once, on one base
 result = training.train(training.Recipe.read("recipe.yaml"))    # a training as a file
 
 Nothing here is imported by `import lorainject`. transformers is imported where a trainer is changed, TRL where a recipe
@@ -15,17 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from .optimizers import parameter_groups
 from .reference import reference
+from .runs import Run, RunResult, SweepResult
+from .sweep import sweep
 from .trainer import adapter_checkpoints
 
 if TYPE_CHECKING:
-    from .prepare import Preparation
-    from .recipe import Recipe
-    from .run import TrainingResult, train
+    from .recipes.prepare import Preparation
+    from .recipes.recipe import Recipe
+    from .recipes.train import TrainingResult, train
 
 __all__ = [
-    "Preparation", "Recipe", "TrainingResult", "adapter_checkpoints", "parameter_groups", "reference", "train",
+    "Preparation", "Recipe", "Run", "RunResult", "SweepResult", "TrainingResult", "adapter_checkpoints",
+    "parameter_groups", "reference", "sweep", "train",
 ]  # fmt: skip
-MODULES = {"Preparation": "prepare", "Recipe": "recipe", "TrainingResult": "run", "train": "run"}
+MODULES = {
+    "Preparation": "recipes.prepare", "Recipe": "recipes.recipe", "TrainingResult": "recipes.train",
+    "train": "recipes.train",
+}  # fmt: skip
 """The modules of names that are imported when they are used."""
 
 

@@ -19,18 +19,18 @@ import torch
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import LoraError, SpecError
-from ..files.save_load import save
-from ..merging.merge import merge
-from ..surgery import eject, inject
+from ...errors import LoraError, SpecError
+from ...files.save_load import save
+from ...merging.merge import merge
+from ...surgery import eject, inject
+from ..model_card import recipe as adapter_table
+from ..optimizers import parameter_groups
+from ..reference import reference
+from ..trainer import adapter_checkpoints
 from .data import ROLES, Examples, encoder
-from .model_card import recipe as adapter_table
-from .optimizers import parameter_groups
 from .prepare import Preparation, load_config
 from .recipe import Recipe
-from .reference import reference
 from .sections import CLASSES
-from .trainer import adapter_checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def _trainer(recipe: Recipe, ready: Preparation, model: Any, processing: Any) ->
         trainer = trl.SFTTrainer if kind == "sft" else trl.DPOTrainer
         options |= {} if kind == "sft" else {"ref_model": reference(model)}
     else:
-        from .pairs import PairsTrainer
+        from .contrastive import PairsTrainer
 
         encode, options["data_collator"] = encoder(data.format, processing, data.max_length, ready.labels)
 

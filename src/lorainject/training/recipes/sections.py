@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ..errors import LoraError, SpecError
-from ..spec import PEFT_SETTINGS, LoraSpec
+from ...errors import LoraError, SpecError
+from ...spec import PEFT_SETTINGS, LoraSpec
 
 CLASSES = {
     "causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification",

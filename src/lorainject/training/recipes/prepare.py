@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ..errors import LoraError, SpecError
-from ..plan import Plan
-from ..spec import LoraSpec
-from ..targets.resolve import find
+from ...errors import LoraError, SpecError
+from ...plan import Plan
+from ...spec import LoraSpec
+from ...targets.resolve import find
 from .data import Row, label_names, read_rows, with_roles
 from .sections import CLASSES, FORMATS, Data, Model
 

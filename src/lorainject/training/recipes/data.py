@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ..errors import FileError, SpecError
+from ...errors import FileError, SpecError
 
 ROLES = {
     "text": ("text",), "chat": ("messages",), "prompt-completion": ("prompt", "completion"),

@@ -5,7 +5,7 @@
     output:   the folder that is written
 
 `Recipe.read` lists everything that is wrong with a recipe at once, before anything is loaded: keys (sections.py), and
-files, columns and targets (prepare.py). `train` (run.py) trains it.
+files, columns and targets (prepare.py). `train` (train.py) trains it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 
-from ..errors import FileError, SpecError
-from ..files.io.config_yaml import parse_yaml
+from ...errors import FileError, SpecError
+from ...files.io.config_yaml import parse_yaml
 from .prepare import Preparation, prepare, setting_problems
 from .sections import Data, Lora, Model, Output, Section, TrainerSection, known_keys
 
