@@ -152,7 +152,7 @@ def test_a_short_yaml_takes_no_time_and_no_memory(tmp_path, text, reason):
 def test_a_plain_yaml_is_read(tmp_path):
     """Numbers, words and lists of a config are what they are in YAML."""
     pytest.importorskip("yaml")
-    from lorainject.files.io.config_yaml import parse_yaml
+    from lorainject.spec.safe_yaml import parse_yaml
 
     text = b"lora_r: 8\nlora_alpha: 16.5\nname: 'a:b'\ntime: x:1\nlist: [1, 2]\n"
     values = {"lora_r": 8, "lora_alpha": 16.5, "name": "a:b", "time": "x:1", "list": [1, 2]}

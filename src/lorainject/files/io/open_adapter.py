@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import FileError, system_errors
+from ...spec.safe_yaml import parse_yaml
 from . import atomic_write, containers, safetensors_file
-from .config_yaml import parse_yaml
 from .regular_file import as_path, read_regular
 from .safetensors_file import COPY_AGAIN
 

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from ...errors import FileError, SpecError
-from ...files.io.config_yaml import parse_yaml
+from ...spec.safe_yaml import parse_yaml
 from .prepare import Preparation, prepare, setting_problems
 from .sections import Data, Lora, Model, Output, Section, TrainerSection, known_keys
 

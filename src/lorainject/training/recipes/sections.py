@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...errors import LoraError, SpecError
 from ...spec import PEFT_SETTINGS, LoraSpec
+from ...spec.yaml_file import from_plain
 
 CLASSES = {
     "causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification",
@@ -110,10 +111,7 @@ class Lora(Section):
 
     def spec(self) -> LoraSpec:
         """Return the LoraSpec. Raise SpecError with every invalid value."""
-        settings = self.model_dump(exclude={"optimizer"}, exclude_unset=True)
-        if self.dtype is not None:
-            settings["dtype"] = getattr(torch, self.dtype)
-        return LoraSpec(**settings)
+        return LoraSpec(**from_plain(self.model_dump(exclude={"optimizer"}, exclude_unset=True)))
 
 
 class Data(Section):

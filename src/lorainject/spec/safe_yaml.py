@@ -1,15 +1,18 @@
-"""Configs in YAML, as litgpt and NeMo write them, read without what makes YAML expensive.
+"""Configs in YAML, read without what makes YAML expensive.
 
 An alias repeats a node, so that a few lines can describe more than any memory holds, and a number such as 1:30 is in
-base 60, whose conversion takes quadratic time. No config needs either.
+base 60, whose conversion takes quadratic time. No config needs either. 2e-4 is a number, as in YAML 1.2.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from ...errors import FileError
+from ..errors import FileError
+
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
 def parse_yaml(path: Path, text: bytes) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def parse_yaml(path: Path, text: bytes) -> dict[str, Any]:
                 raise ValueError("it has a number in base 60, which no config needs")
             return super().construct_scalar(node)
 
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
     try:
         value = yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as e:

@@ -6,17 +6,20 @@ it comes to on one model is a Plan (plan.py), which targets/resolve.py makes.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import SpecError
+from ..errors import SpecError
+from . import peft_config, yaml_file
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Target = str | Callable[[str, nn.Module], bool]
 """One entry of LoraSpec.targets."""
@@ -30,25 +33,6 @@ Init = str | Callable[[Tensor, Tensor, Tensor], None]
 """What LoraSpec.init can be."""
 REGEX = re.compile(r"\.[*+]|[\\()|^${}]|\[[^\]]*\].")
 """Signs of a regular expression, which no name, glob or slice has."""
-PEFT_SETTINGS = {
-    "target_modules": "targets", "target_parameters": "targets", "exclude_modules": "exclude", "lora_alpha": "alpha",
-    "lora_dropout": "dropout", "lora_r": "r", "rank": "r", "layers_to_transform": "layers", "layers_pattern": "layers",
-    "rank_pattern": "overrides", "alpha_pattern": "overrides", "use_rslora": "scaling", "init_lora_weights": "init",
-    "use_dora": "dora", "trainable_token_indices": "trainable_tokens", "adapter_name": "name", "peft_config": "spec",
-    "lora_config": "spec", "config": "spec", "fan_in_fan_out": "", "task_type": "", "inference_mode": "",
-    "is_trainable": "",
-}  # fmt: skip
-"""Settings under PEFT's names, with the names that they have here; empty if they are not needed."""
-EXAMPLES = {
-    "targets": 'targets=["q_proj"], or targets=["re:..."] for a regular expression',
-    "overrides": 'overrides={"k_proj": {"r": 4, "alpha": 8}}',
-    "scaling": 'scaling="rslora"',
-    "init": 'init="gaussian"',
-    "layers": "layers=[0, 1]",
-    "spec": "spec=LoraSpec(targets=[...], r=8)",
-}
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,46 +152,59 @@ class LoraSpec:
         alpha = self.alpha if override.alpha is None else override.alpha
         return replace(self, r=override.r or self.r, alpha=alpha, overrides=())
 
+    @classmethod
+    def from_peft(cls, config: LoraConfig | Mapping[str, Any] | str | Path) -> LoraSpec:
+        """Return the settings of a LoraConfig of PEFT (versions up to 0.21).
 
-def spec_from_arguments(spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
-    """Return `spec`, or a LoraSpec of the targets and settings if it is None.
+        Args:
+            config: A LoraConfig, its settings as a mapping, or a path to adapter_config.json or the folder that holds
+                it.
 
-    Raises:
-        SpecError: `spec` is something else, or was passed along with targets or with settings other than the defaults.
-    """
-    if spec is None:
-        return LoraSpec(targets=() if targets is None else targets, **settings)
-    if not isinstance(spec, LoraSpec):
-        way_out = "pass the settings as a LoraSpec: spec=LoraSpec(targets=[...], r=8, alpha=16, dropout=0.1)"
-        raise SpecError(f"spec must be a LoraSpec, not {_brief(spec)}", way_out=way_out)
-    passed = ["targets"] * (targets is not None)
-    passed += [name for name, value in settings.items() if value != LoraSpec.__dataclass_fields__[name].default]
-    if passed:
-        way_out = "put all settings into the spec, as with dataclasses.replace(spec, r=4)"
-        raise SpecError(f"spec and {', '.join(passed)} cannot be passed together", way_out=way_out)
-    return spec
+        Returns:
+            Settings with which `inject` adapts the same weights, with the same ranks and scales. An entry of
+            `exclude_modules` that names a container leaves out what is in it here. "pissa" and "olora" begin with the
+            factors that PEFT begins with, but do not alter the base.
 
+        Raises:
+            SpecError: A setting cannot be expressed here. The error lists every such setting.
+            FileError: The file cannot be read.
+        """
+        return cls(**peft_config.settings_of(config))
 
-def explains_settings(verb: Callable[P, T]) -> Callable[P, T]:
-    """Let a verb raise a SpecError that says what PEFT's settings are called here, where it gets them."""
-    known = inspect.signature(verb).parameters
+    def to_peft(self, plan: Iterable[Any] | None = None) -> LoraConfig:
+        """Return the settings as a LoraConfig of PEFT.
 
-    @functools.wraps(verb)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        unknown = [key for key in kwargs if key not in known]
-        foreign = {key: PEFT_SETTINGS.get(key, key) for key in unknown}
-        settings = {*LoraSpec.__dataclass_fields__, *known}
-        if {*PEFT_SETTINGS, *settings}.isdisjoint(unknown):  # Python's own error says enough of other keywords
-            return verb(*args, **kwargs)
-        problems = []
-        for key, ours in foreign.items():
-            absent = "the file tells it" if ours in settings else "there is no such setting"
-            answer = f"write {EXAMPLES.get(ours, f'{ours}=...')}" if ours in known else absent
-            problems.append(f"{key}: {answer if ours else 'leave it out, nothing here depends on it'}")
-        way_out = f"correct them and call again; nothing was changed (help({verb.__name__}) lists all arguments)"
-        raise SpecError(f"{verb.__name__} does not take these arguments:", problems, way_out)
+        Args:
+            plan: What `find` returned for these settings on the model. With it, the LoraConfig names every weight by
+                its path, so that it means the same weights whichever targets the settings have; None keeps names,
+                globs and patterns, and "all-linear", which PEFT does not take for stacked experts and does take for
+                routers.
 
-    return wrapped
+        Raises:
+            SpecError: PEFT lacks a setting. The error lists every such setting.
+            ModuleNotFoundError: The package peft is not installed.
+        """
+        from peft import LoraConfig
+
+        return LoraConfig(**peft_config.config_of(self, plan))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> LoraSpec:
+        """Return the settings in a YAML file: a mapping of fields to values, or a recipe, whose section `lora` is read.
+
+        Raises:
+            SpecError: A field does not exist, or a value is invalid. The error lists all of them.
+            FileError: The file is missing, or is not YAML.
+        """
+        return cls(**yaml_file.read(Path(path), {*cls.__dataclass_fields__}))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the fields whose values are not the defaults to a YAML file.
+
+        Raises:
+            SpecError: A target or `init` is a function.
+        """
+        yaml_file.write(Path(path), yaml_file.plain(self))
 
 
 def is_alpha(value: object) -> bool:
@@ -231,7 +228,7 @@ def _entries(field: str, value: Any, problems: list[str]) -> tuple[Target, ...]:
         problems.append(f"{field}={value!r} is a string, but a list is expected: write {field}=[{entry!r}]")
         return ()
     if not isinstance(value, Sequence | set | frozenset):
-        problems.append(f"{field} must be a list of names, not {_brief(value)}")
+        problems.append(f"{field} must be a list of names, not {brief(value)}")
         return ()
     if field == "targets" and not value:
         problems.append('targets is empty: name the weights, as in ["q_proj", "v_proj"], or pass "all-linear"')
@@ -282,7 +279,7 @@ def _tokens(value: Any, problems: list[str]) -> tuple[tuple[str, tuple[int, ...]
     return tokens
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     """Return the repr of a value, or its type if that is long, as that of PEFT's LoraConfig is."""
     text = repr(value)
     return text if len(text) <= 80 else f"a {type(value).__name__}"
