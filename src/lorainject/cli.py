@@ -270,7 +270,7 @@ def train(
     if recipe is None and not schema:
         raise typer.BadParameter("give a recipe, such as configs/code-search.yaml", param_hint="RECIPE")
     try:
-        from .training import Recipe
+        from .training import Recipe, train_sweep
         from .training import train as train_recipe
     except ModuleNotFoundError as e:
         raise li.LoraError(f"train needs the package {e.name}", way_out='pip install "lorainject[train]"') from e
@@ -279,7 +279,8 @@ def train(
         return
     with redirect_stdout(sys.stderr):  # where the trainer prints its progress
         read = Recipe.read(recipe, settings or ())
-        result = read.prepare() if dry_run else train_recipe(read)
+        run = train_sweep if read.sweep.root else train_recipe
+        result: Any = read.prepare() if dry_run else run(read)
     print(json.dumps(result.as_json()) if as_json else result)
 
 

@@ -195,6 +195,59 @@ def test_resume_is_exact(tmp_path):
     )
 
 
+SWEEP = {"small": {"lora.r": 2}, "fast": {"lora.r": 8, "lora.alpha": 4, "trainer.learning_rate": "3e-2"}}
+
+
+@pytest.mark.parametrize(
+    ("format", "class_", "target"), [("text", "causal-lm", "q_proj"), ("label", "sequence-classification", "query")]
+)
+def test_a_sweep_trains_what_single_recipes_train(format, class_, target, tmp_path):
+    """Every adapter of a sweep has the losses and the values of a training by itself, in a folder of its name."""
+    data = {"path": jsonl(tmp_path / "rows.jsonl", rows_of(format, tmp_path)), "format": format, "max_length": 16}
+    base = base_of(format, tmp_path)
+    for model in Path(base).glob("config.json"):  # masks of dropout are drawn for the whole batch
+        config = json.loads(model.read_text())
+        model.write_text(json.dumps(config | {key: 0.0 for key in config if key.endswith(("dropout", "dropout_prob"))}))
+    trainer = {"max_steps": 6, "per_device_train_batch_size": 3, "warmup_steps": 2, "weight_decay": 0.01, "seed": 3}
+    path = write(
+        tmp_path, model={"path": base, "class": class_}, data=data | {"eval_fraction": 0.25}, trainer=trainer,
+        lora={"targets": [target], "modules_to_save": ["classifier"] if format == "label" else []}, sweep=SWEEP,
+    )  # fmt: skip
+    recipe = training.Recipe.read(path)
+    ready = recipe.prepare()
+    result = training.train_sweep(recipe, progress=False)
+    assert {name: run.parameters for name, run in result.items()} == {
+        name: plan.trainable for name, plan in zip(ready.runs, ready.plans, strict=True)
+    }
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
+    assert str(result) in (tmp_path / "out" / "report.md").read_text()
+    for name, settings in SWEEP.items():
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        alone = training.train(
+            training.Recipe.read(path, [*overrides, "sweep={}", f"output.directory={tmp_path / name}"]), progress=False
+        )
+        torch.testing.assert_close(result[name].losses, alone.losses, rtol=0, atol=2e-4)  # the Trainer rounds its log
+        metric = "eval_accuracy" if format == "label" else "eval_loss"
+        assert result[name].score == pytest.approx(alone.metrics[metric], abs=1e-4)
+        expected, trained = (li.read(folder) for folder in (alone.adapter, tmp_path / "out" / name))
+        for a, b in zip(expected.sites, trained.sites, strict=True):
+            torch.testing.assert_close(a.B @ a.A * a.scale, b.B @ b.A * b.scale, rtol=1e-3, atol=1e-5)
+
+
+def test_a_bad_sweep_is_refused(tmp_path):
+    """Everything that a sweep cannot do is listed."""
+    sweep = {"a": {"lora.r": 0}, "b": {"lora.targets": ["nothing"]}, "c": {"data.path": "x"}, "d": {"lora.rank": 3}}
+    path = write(tmp_path, sweep=sweep, output={"merged": True}, lora={"optimizer": {"lr_ratio_b": 2}},
+                 trainer={"gradient_accumulation_steps": 2})  # fmt: skip
+    with pytest.raises(li.SpecError) as refusal:
+        training.Recipe.read(path)
+    for line in ("sweep.a: r must be", "sweep.c.data.path: a run sets lora.*", "sweep.d: rank", "output.merged",
+                 "gradient_accumulation_steps must be 1", "leave lora.optimizer out"):  # fmt: skip
+        assert line in str(refusal.value), line
+    with pytest.raises(li.SpecError, match=r"sweep\.b: 'nothing' matches nothing"):
+        training.Recipe.read(write(tmp_path, sweep={"b": sweep["b"]}))
+
+
 def test_every_mistake_is_listed_at_once(tmp_path):
     """One error names unknown keys, a missing file, a target without a match, a missing column, and invalid values."""
     path = write(

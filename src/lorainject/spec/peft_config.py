@@ -64,7 +64,7 @@ def settings_of(config: Any) -> dict[str, Any]:
     if layers is not None and get("layers_pattern"):
         if isinstance(targets, str):
             problems.append("layers_pattern goes with a list of target_modules")
-        entries = [_in_layers(entry, get("layers_pattern"), layers) for entry in entries]
+        entries = [_in_layers(entry, values["layers_pattern"], layers) for entry in entries]
         layers = None
     ranks, alphas = get("rank_pattern") or {}, get("alpha_pattern") or {}
     tokens = get("trainable_token_indices") or {}

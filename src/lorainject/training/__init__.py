@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from .recipes.prepare import Preparation
     from .recipes.recipe import Recipe
     from .recipes.train import TrainingResult, train
+    from .recipes.train_sweep import train_sweep
 
 __all__ = [
     "Preparation", "Recipe", "Run", "RunResult", "SweepResult", "TrainingResult", "adapter_checkpoints",
-    "parameter_groups", "reference", "sweep", "train",
+    "parameter_groups", "reference", "sweep", "train", "train_sweep",
 ]  # fmt: skip
 MODULES = {
     "Preparation": "recipes.prepare", "Recipe": "recipes.recipe", "TrainingResult": "recipes.train",
-    "train": "recipes.train",
+    "train": "recipes.train", "train_sweep": "recipes.train_sweep",
 }  # fmt: skip
 """The modules of names that are imported when they are used."""
 

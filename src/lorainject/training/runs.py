@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import SpecError
 from ..spec import LoraSpec
@@ -77,6 +78,17 @@ class SweepResult(Mapping[str, RunResult]):
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the results as values of JSON."""
+        runs = {
+            name: {
+                "r": result.run.spec.r, "lr": result.run.lr, "seed": result.run.seed, "parameters": result.parameters,
+                "losses": result.losses, "score": result.score, "stopped": result.stopped,
+                "path": None if result.path is None else str(result.path),
+            } for name, result in self.items()
+        }  # fmt: skip
+        return {"runs": runs, "mode": self.mode, "reason": self.reason, "turns": self.turns, "seconds": self.seconds}
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [

@@ -20,6 +20,7 @@ from ...errors import LoraError, SpecError
 from ...plan import Plan
 from ...spec import LoraSpec
 from ...targets.resolve import find
+from ..runs import Run
 from .data import Row, label_names, read_rows, with_roles
 from .sections import CLASSES, FORMATS, Data, Model
 
@@ -28,10 +29,12 @@ from .sections import CLASSES, FORMATS, Data, Model
 class Preparation:
     """What a recipe comes to. It prints as a plan, a table of memory and the number of steps."""
 
-    plan: Plan
-    """The sites, and what trains besides A and B."""
+    plans: tuple[Plan, ...]
+    """The sites, and what trains besides A and B: one plan, or one for each run of a sweep."""
     spec: LoraSpec
     """The settings of the adapter."""
+    runs: Mapping[str, Run]
+    """The runs of a sweep. Empty if one adapter is trained."""
     rows: tuple[Row, ...]
     """The rows that are trained on, by role."""
     eval_rows: tuple[Row, ...]
@@ -42,6 +45,11 @@ class Preparation:
     """The trainer's arguments, a dataclass of transformers or TRL."""
     base_bytes: int
     """The memory of the base weights."""
+
+    @property
+    def plan(self) -> Plan:
+        """The first plan."""
+        return self.plans[0]
 
     @property
     def steps(self) -> int:
@@ -58,8 +66,8 @@ class Preparation:
         """The memory in bytes, without activations. The optimizer's is None unless it is one of torch's Adam or SGD."""
         optimizer = str(getattr(self.arguments.optim, "value", self.arguments.optim))
         states = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}.get(optimizer)
-        sites = sum(site.trainable * site.dtype.itemsize for site in self.plan)
-        trained = self.plan.bytes
+        sites = sum(site.trainable * site.dtype.itemsize for plan in self.plans for site in plan)
+        trained = sum(plan.bytes for plan in self.plans)
         return {
             "base weights": self.base_bytes, "A and B": sites, "other trained tensors": trained - sites,
             "gradients": trained, "optimizer state": None if states is None else states * trained,
@@ -68,14 +76,17 @@ class Preparation:
     def as_json(self) -> dict[str, Any]:
         """Return the figures as values of JSON."""
         counts = {"steps": self.steps, "rows": len(self.rows), "eval_rows": len(self.eval_rows)}
-        plan = {"sites": len(self.plan), "trainable": self.plan.trainable, "total": self.plan.total}
+        trainable = sum(plan.trainable for plan in self.plans)
+        plan = {"sites": sum(map(len, self.plans)), "trainable": trainable, "total": self.plan.total}
         return {**plan, **counts, "memory": {key.replace(" ", "_"): size for key, size in self.memory.items()}}
 
     def __str__(self) -> str:
         rows = [f"  {name:22}{'not known' if size is None else f'{size / 1024**2:,.1f} MiB':>15}"
                 for name, size in self.memory.items()]  # fmt: skip
         counts = f"{self.steps:,} steps; {len(self.rows):,} rows to train on, {len(self.eval_rows):,} to evaluate on"
-        return "\n".join([str(self.plan), "memory without activations:", *rows, counts])
+        plans = [f"run {name}: r {run.spec.r}, learning rate {run.lr:g}\n{plan}"
+                 for (name, run), plan in zip(self.runs.items(), self.plans, strict=False)]  # fmt: skip
+        return "\n".join([*(plans or [str(self.plan)]), "memory without activations:", *rows, counts])
 
 
 def prepare(sections: Mapping[str, Any]) -> Preparation:
@@ -88,8 +99,11 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
         SpecError: With everything that is wrong.
     """
     problems = list(setting_problems(sections))
+    is_sweep = bool(sweep := sections.get("sweep")) and bool(sweep.root)
     model, lora, data, trainer, output = map(sections.get, ("model", "lora", "data", "trainer", "output"))
-    spec = plan = meta = arguments = None
+    spec = meta = arguments = None
+    plans: list[Plan] = []
+    runs: dict[str, Run] = {}
     rows: list[Row] = []
     eval_rows: list[Row] = []
     if output is not None and not output.resume and _has_a_training(output.directory):
@@ -115,13 +129,21 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
     if meta is not None and spec is not None:
         named: Any = [name for _, name in sorted((getattr(meta.config, "id2label", None) or {}).items())]
         labels = named if sorted(named) == sorted(labels) else labels  # a head that is trained already keeps its order
-        with _listed(problems, "lora: "):
-            plan = find(meta, spec=spec)
-    if problems or plan is None or spec is None or meta is None:
+        if not is_sweep:
+            with _listed(problems, "lora: "):
+                plans = [find(meta, spec=spec)]
+        elif arguments is not None:
+            with _listed(problems):
+                runs = sections["sweep"].runs(lora, arguments)
+            for name, run in runs.items():
+                with _listed(problems, f"sweep.{name}: "):
+                    plans.append(find(meta, spec=run.spec))
+    if problems or spec is None or meta is None:
         raise SpecError("the recipe cannot be trained:", problems, "correct it and run it again; nothing was loaded")
     base_bytes = sum(p.numel() * p.element_size() for p in meta.parameters())
     return Preparation(
-        plan=plan, spec=spec, rows=tuple(rows), eval_rows=tuple(eval_rows), labels=tuple(labels), arguments=arguments,
+        plans=tuple(plans), spec=spec, runs=runs,
+        rows=tuple(rows), eval_rows=tuple(eval_rows), labels=tuple(labels), arguments=arguments,
         base_bytes=base_bytes,
     )  # fmt: skip
 
@@ -142,6 +164,8 @@ def setting_problems(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"data: only one of {', '.join(evaluations)} can say what is evaluated on"
         if data.dataset is None and (data.subset or data.eval_split):
             yield "data: subset and eval_split go with dataset, not with path"
+    if (sweep := sections.get("sweep")) is not None and sweep.root:
+        yield from _sweep_problems(sections)
     if model is not None and trainer is not None:
         by_class = FORMATS[trainer.kind]
         if model.class_ not in by_class:
@@ -149,6 +173,19 @@ def setting_problems(sections: Mapping[str, Any]) -> Iterator[str]:
         elif data is not None and data.format not in by_class[model.class_]:
             expected = " or ".join(map(repr, by_class[model.class_]))
             yield f"data.format: {trainer.kind!r} for {model.class_} takes {expected}, not {data.format!r}"
+
+
+def _sweep_problems(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a sweep cannot do."""
+    lora, trainer, output = map(sections.get, ("lora", "trainer", "output"))
+    if trainer is not None and trainer.kind not in ("trainer", "pairs"):
+        yield f"sweep goes with trainer.kind 'trainer' or 'pairs', not {trainer.kind!r}"
+    if trainer is not None and trainer.settings.get("gradient_accumulation_steps", 1) != 1:
+        yield "sweep: trainer.gradient_accumulation_steps must be 1"
+    if lora is not None and lora.optimizer is not None:
+        yield "sweep: every run has one learning rate; leave lora.optimizer out"
+    if output is not None and (output.merged or output.resume):
+        yield "sweep: output.merged and output.resume go with one adapter"
 
 
 def meta_model(model: Model, labels: int) -> Any:

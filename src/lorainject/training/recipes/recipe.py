@@ -20,7 +20,7 @@ from pydantic import ConfigDict, ValidationError
 from ...errors import FileError, SpecError
 from ...spec.safe_yaml import parse_yaml
 from .prepare import Preparation, prepare, setting_problems
-from .sections import Data, Lora, Model, Output, Section, TrainerSection, known_keys
+from .sections import Data, Lora, Model, Output, Section, Sweep, TrainerSection, known_keys
 
 
 class Recipe(Section):
@@ -32,6 +32,7 @@ class Recipe(Section):
     data: Data
     trainer: TrainerSection = TrainerSection()
     output: Output
+    sweep: Sweep = Sweep({})
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
@@ -107,7 +108,7 @@ def _apply(raw: dict[str, Any], override: str) -> Iterable[str]:
     """Replace one setting, and yield what is wrong with the override."""
     keys, equals, text = override.partition("=")
     *parents, last = keys.strip().split(".")
-    if not equals or not parents or not all((*parents, last)):
+    if not equals or not all((*parents, last)):
         yield f"{override!r} is no setting: write, for instance, trainer.max_steps=10"
         return
     try:

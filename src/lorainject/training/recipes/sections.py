@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError
 
 from ...errors import LoraError, SpecError
 from ...spec import PEFT_SETTINGS, LoraSpec
 from ...spec.yaml_file import from_plain
+from ..runs import Run
 
 CLASSES = {
     "causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification",
@@ -190,6 +191,41 @@ class Output(Section):
     """Go on from the last checkpoint in `directory`, if there is one."""
 
 
+class Sweep(RootModel[dict[str, dict[str, Any]]]):
+    """Adapters that are trained at once, by name, each with settings in place of those of the recipe, such as
+    {r4: {lora.r: 4}, r4-fast: {lora.r: 4, trainer.learning_rate: 1e-2}}."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def runs(self, lora: Lora, arguments: Any) -> dict[str, Run]:
+        """Return the run of each adapter. Raise SpecError with every setting that is invalid.
+
+        Args:
+            lora: The section of the recipe.
+            arguments: The trainer's arguments, with the learning rate and the seed of runs that set none.
+        """
+        runs, problems = dict[str, Run](), []
+        for name, settings in self.root.items():
+            changed = {key.removeprefix("lora."): v for key, v in settings.items() if key.startswith("lora.")}
+            rest = {key.removeprefix("trainer."): v for key, v in settings.items() if not key.startswith("lora.")}
+            rate, seed = rest.pop("learning_rate", arguments.learning_rate), rest.pop("seed", arguments.seed)
+            problems += [
+                f"sweep.{name}.{key}: a run sets lora.*, trainer.learning_rate and trainer.seed" for key in rest
+            ]
+            try:
+                spec = Lora.model_validate(lora.model_dump(exclude_unset=True) | changed).spec()
+                runs[name] = Run(spec=spec, lr=TypeAdapter(float).validate_python(rate), seed=seed)
+            except ValidationError as e:
+                problems += [
+                    f"sweep.{name}: {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()
+                ]
+            except SpecError as e:
+                problems += [f"sweep.{name}: {problem}" for problem in e.problems]
+        if problems:
+            raise SpecError("invalid runs:", problems, "correct them")
+        return runs
+
+
 def arguments_class(kind: str) -> Any:
     """Return the dataclass of a trainer's arguments, or None if its package is not installed."""
     package, name = CONFIGS[kind]
@@ -204,8 +240,11 @@ def known_keys(section: type[BaseModel], kind: Any) -> tuple[set[str], dict[str,
         kind: What the recipe has as `trainer.kind`.
 
     Returns:
-        None if that depends on a package that is not installed, or on a kind that does not exist.
+        None if that depends on a package that is not installed, or on a kind that does not exist, and for a sweep,
+        whose keys are names of runs.
     """
+    if issubclass(section, RootModel):
+        return None
     keys = {field.alias or name for name, field in section.model_fields.items()}
     if section is Lora:
         return keys, {key: ours for key, ours in PEFT_SETTINGS.items() if ours in keys}

@@ -82,8 +82,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> TrainingResult:
     ready, folder = recipe.prepare(), recipe.output.directory
     ready.arguments.disable_tqdm |= not progress
     transformers.set_seed(ready.arguments.seed)
-    processing = _processing(recipe)
-    model = _load_model(recipe, ready)
+    processing = load_processing(recipe)
+    model = load_model(recipe, ready)
+    transformers.set_seed(ready.arguments.seed)  # so that A does not depend on what loading drew
     inject(model, spec=ready.spec)
     trainer = _trainer(recipe, ready, model, processing)
     if not progress:
@@ -106,7 +107,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> TrainingResult:
         losses=tuple(loss for _, loss in points), metrics=metrics, steps=trainer.state.global_step, seconds=seconds,
         adapter=adapter, merged=merged, report=folder / "report.md",
     )  # fmt: skip
-    _plot(points, [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e], folder / "loss.png")
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    plot_losses({"training": points, "evaluation": evaluated}, folder / "loss.png")
     recipe.write(folder / "recipe.yaml")
     settings = (folder / "recipe.yaml").read_text(encoding="utf-8")
     result.report.write_text(
@@ -117,7 +119,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> TrainingResult:
     return result
 
 
-def _processing(recipe: Recipe) -> Any:
+def load_processing(recipe: Recipe) -> Any:
     """Return the image processor or the tokenizer of the base."""
     source, is_image = recipe.model.source, recipe.data.format == "image"
     auto = transformers.AutoImageProcessor if is_image else transformers.AutoTokenizer
@@ -134,7 +136,7 @@ def _processing(recipe: Recipe) -> Any:
     return processing
 
 
-def _load_model(recipe: Recipe, ready: Preparation) -> Any:
+def load_model(recipe: Recipe, ready: Preparation) -> Any:
     """Load the base. A weight that it lacks has to train, or else the model would keep random numbers."""
     section, labels = recipe.model, ready.labels
     config = load_config(section, len(labels))
@@ -193,17 +195,17 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def _plot(points: list[tuple[int, float]], evaluated: list[tuple[int, float]], path: Path) -> None:
-    """Draw the loss by step."""
+def plot_losses(curves: Mapping[str, list[tuple[int, float]]], path: Path) -> None:
+    """Draw curves of losses by step, each with its label. A curve of up to five points has marks."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    for label, style, values in (("training", "-", points), ("evaluation", "o", evaluated)):
-        if values:
-            axes.plot(*zip(*values, strict=True), style, label=label)
+    for label, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-" if len(points) <= 5 else "-", label=label)
     axes.set(xlabel="step", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
-    if points or evaluated:
+    if any(curves.values()):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
