@@ -99,7 +99,8 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
         SpecError: With everything that is wrong.
     """
     problems = list(setting_problems(sections))
-    is_sweep = bool(sweep := sections.get("sweep")) and bool(sweep.root)
+    sweep = sections.get("sweep")
+    is_sweep = sweep is not None and bool(sweep.root)
     model, lora, data, trainer, output = map(sections.get, ("model", "lora", "data", "trainer", "output"))
     spec = meta = arguments = None
     plans: list[Plan] = []
