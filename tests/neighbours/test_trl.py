@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -173,19 +174,28 @@ def test_a_and_b_beside_4_bit_weights_keep_their_dtype(tmp_path):
 
 
 def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
-    """The Python blocks of docs/training.md run, one after the other."""
+    """The Python blocks of docs/training.md run, one after the other, with the recipe of the page."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    recipe, sweep, *_ = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(recipe)
+    Path("texts.jsonl").write_text("".join(json.dumps({"sentence": row["text"]}) + "\n" for row in rows("SFT")))
+    base().save_pretrained("base")
+    tokenizer().save_pretrained("base")
     data = [{"input_ids": row, "labels": row} for row in ids(rows=8)]
     settings = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "save_steps": 2, "max_length": 16}
     names: dict[str, Any] = {
         "torch": torch, "model": base(), "base_model": base, "dataset": data, "settings": settings,
-        "texts": rows("SFT"), "pairs": rows("DPO"), "tokenizer": tokenizer(),
+        "texts": rows("SFT"), "pairs": rows("DPO"), "tokenizer": tokenizer(), "tokens": ids(rows=160),
     }  # fmt: skip
     for block in blocks:
-        if "SFTTrainer" in block:
+        if "SFTTrainer" in block or "training.sweep" in block:
             names["model"] = base()
         exec(block, names)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     assert (tmp_path / "dpo" / "checkpoint-2" / "sft" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "second" / "report.md").is_file()
+    Path("recipe.yaml").write_text(f"{recipe}\n{sweep}".replace("merged: true", "merged: false").replace(
+        "  optimizer: {lr_ratio_b: 4}", ""))  # fmt: skip
+    assert training.Recipe.read("recipe.yaml", ["output.directory=third"]).sweep.root.keys() == {"r4", "r16-fast"}
