@@ -252,9 +252,10 @@ def _require_peft(
     """Return the sites as PEFT can hold them, slices as whole weights. Raise FileError with those that PEFT cannot
     hold."""
     weights = {weight.names[0]: weight for weight, _ in stored}
-    sites = transforms.slices_to_whole([site for _, site in stored])
-    problems = [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
-    problems += [] if sites else ["an adapter without A and B"]
+    problems: list[str] = []
+    sites = transforms.slices_to_whole([site for _, site in stored], problems)
+    problems += [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
+    problems += [] if stored else ["an adapter without A and B"]
     if problems:
         raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", problems, "leave format='peft' out")
     if path.suffix == ".safetensors" or path.is_file():

@@ -26,7 +26,7 @@ from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, Problem, StoredSite, checked_sites, collected, next_steps
 from .image_model_names import PREFIXES, kohya_prefix
 from .pairs import Pair, as_matrices, read_pairs
 
@@ -76,15 +76,18 @@ def _site(name: str, pair: Pair, problems: list[str]) -> StoredSite | None:
 
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
-    """Return one safetensors file. Raises FileError if two paths have the same flat name."""
+    """Return one safetensors file. Raises FileError with all paths that have no flat name, or another path's."""
     tensors: dict[str, Tensor] = {}
     paths: dict[str, str] = {}
-    problems = []
+    problems: list[str] = []
     sites = [transforms.to_standard_scaling(s) for s in file.sites]
     for s in sites:
-        name = s.path if file.namespace == "kohya" else flat_name(s.path, file, hints)
+        name = s.path
+        with collected(problems, s.name):
+            name = s.path if file.namespace == "kohya" else flat_name(s.path, file, hints)
         if paths.setdefault(name, s.path) != s.path:
-            problems.append(f"{s.path} and {paths[name]} are both {name}")
+            line = f"{s.path} and {paths[name]} are both {name}, because names in this format have no dots"
+            problems.append(Problem(line, "rename one of the modules, or choose another format"))
         kernel = s.shape[2:] if s.kind == "conv" else ()
         ones, alpha = [1] * len(kernel), torch.tensor(s.alpha, dtype=torch.float64)
         tensors[f"{name}.lora_down.weight"] = s.A.reshape(s.r, -1, *kernel)
@@ -94,8 +97,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
             shape = (-1, 1) if s.magnitude_axis == "out" else (1, -1)
             tensors[f"{name}.dora_scale"] = s.magnitude.view(*shape, *ones)
     if problems:
-        raise FileError("kohya's names have no dots, and so some modules would have the same name:", problems,
-                        "rename one of the modules, or choose another format")  # fmt: skip
+        raise FileError("this adapter cannot be written in kohya's format:", problems, next_steps(problems, ""))
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": _common_value({str(s.r) for s in sites}),
                 "ss_network_alpha": _common_value({str(s.alpha) for s in sites})}  # fmt: skip
     return {path: safetensors_file.dump(tensors, file.config if file.format == "kohya" else metadata)}
@@ -119,7 +121,7 @@ def flat_name(path: str, file: AdapterFile, hints: Hints) -> str:
         component, _, path = path.partition(".")
     if component is not None and component not in WRITTEN and any(component in names for names in PREFIXES.values()):
         raise FileError(
-            f"{path}: kohya's files have no names that diffusers reads for diffusers' modules of a {component}",
+            f"kohya's files have no names that diffusers reads for diffusers' modules of a {component}",
             way_out="write the format diffusers, which diffusers and ComfyUI read",
         )
     # lora_te1_ and lora_te2_ are the names in pipelines with two text encoders, lora_te_ in others.
