@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import lorainject as li
 
@@ -76,11 +75,10 @@ def test_every_site_that_cannot_be_written_is_named(format, sites, hints, count,
     text = "\n".join(e.value.problems)
     layers = {".".join(s.path.split(".")[:3] if s.path.startswith("model.") else s.path.split(".")[:2]) for s in sites}
     assert all(layer in text for layer in layers), text
-    assert e.value.way_out
+    assert "\n=> " in str(e.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_every_case_of_a_format_with_a_writer_that_refuses():
+def test_the_table_has_every_format():
     """All formats but our own, which holds everything, are in the table."""
     assert {format for format, *_ in CASES.values()} == li.FORMATS.keys() - {"lorainject"}
-    assert isinstance(LLAMA.model, nn.Module | None)
