@@ -69,10 +69,13 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     metadata = header_json(source, peft_layout.HEADER_CONFIG) or {}
     tensors = renamed(source.tensors, _later_key, problems)
     pairs = read_pairs(tensors, ENDINGS, problems, translate=lambda path: path.removesuffix(".processor"))
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in metadata.items():
+        component, _, field = key.partition(".")
+        configs.setdefault(component, {})[field] = value
     sites = []
     for path, pair in pairs.items():
-        component = path.partition(".")[0]
-        config = {k.removeprefix(f"{component}."): v for k, v in metadata.items() if k.startswith(f"{component}.")}
+        config = configs.get(path.partition(".")[0], {})
         stated = peft_layout.match_pattern(config.get("rank_pattern"), path.partition(".")[2], config.get("r"))
         problems += rank_problems(path, pair.B, stated)
         if "alpha" in pair.extras:

@@ -11,7 +11,7 @@
 Without alpha s is 1. An underscore in a name may have been a dot, which only the model can tell: the record keeps the
 flat names until the model is given (rename.py).
 
-Sources: https://github.com/kohya-ss/sd-scripts (networks/lora_flux.py and lora_sd3.py for the prefixes, train_network.py
+Sources: https://github.com/kohya-ss/sd-scripts (networks/lora_flux.py and lora_sd3.py for prefixes, train_network.py
 and library/model_util.py for the header), https://github.com/KohakuBlueleaf/LyCORIS,
 https://github.com/AUTOMATIC1111/stable-diffusion-webui (extensions-builtin/Lora/network.py).
 """
