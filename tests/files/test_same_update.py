@@ -68,8 +68,8 @@ def in_pairs(B: torch.Tensor, n: int) -> torch.Tensor:
 
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-PAIRED = ("llama", "llama-embed", "mistral3", "granite", "granitemoe", "granitehybrid", "arcee", "smollm3", "olmo", "minicpm",
-          "arctic", "chameleon", "deepseek")  # fmt: skip
+PAIRED = ("llama", "llama-embed", "mistral3", "granite", "granitemoe", "granitehybrid", "arcee", "smollm3", "olmo",
+          "minicpm", "arctic", "chameleon", "deepseek")  # fmt: skip
 GGUF_CASES = [
     *((arch, Q, "blk.0.attn_q", lambda B: in_pairs(B, 4)) for arch in PAIRED),
     *((arch, K, "blk.0.attn_k", lambda B: in_pairs(B, 2)) for arch in PAIRED),

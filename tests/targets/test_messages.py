@@ -130,7 +130,7 @@ def test_warnings_point_to_the_caller(tmp_path):
             call()
         assert [w.filename for w in caught] == [__file__] * len(caught), name
         assert caught, name
-    setattr(other.model.layers[0].self_attn, "q_proj", nn.Linear(16, 16))
+    other.model.layers[0].self_attn.q_proj = nn.Linear(16, 16)
     with pytest.warns(UserWarning, match="were replaced or removed") as caught:
         li.eject(other)
     assert {w.filename for w in caught} == {__file__}
