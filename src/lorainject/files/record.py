@@ -10,7 +10,7 @@ Readers build StoredSites from whatever a file says and pass them to `checked_si
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -200,6 +200,12 @@ def collected(problems: list[str], name: str = "") -> Iterator[None]:
     except FileError as e:
         line = " ".join(filter(None, (f"{name}:" * bool(name), e.what, ", ".join(e.problems))))
         problems.append(Problem(line, e.way_out))
+
+
+def require_writable(library: str, problems: Sequence[str], default: str = "choose another format") -> None:
+    """Raise FileError if a writer has found problems, with the next steps of all of them."""
+    if problems:
+        raise FileError(f"this adapter cannot be written for {library}:", problems, next_steps(problems, default))
 
 
 def checked_sites(sites: Iterable[StoredSite], problems: list[str]) -> list[StoredSite]:

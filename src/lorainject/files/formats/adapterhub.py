@@ -24,7 +24,7 @@ from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites, collected, next_steps
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from .language_model_names import missing_alpha
 from .pairs import rank_problems, read_pairs
 
@@ -113,9 +113,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     config = file.config if file.format == "adapterhub" else {}
     with collected(problems):
         config = config or _base_config(hints)
-    if problems:
-        step = next_steps(problems, "choose another format")
-        raise FileError("this adapter cannot be written for AdapterHub:", problems, step)
+    require_writable("AdapterHub", problems)
     first, letters = file.sites[0], switches & set("qkv")
     lora = {
         "architecture": "lora", "r": first.r, "alpha": first.alpha, "dropout": first.dropout,

@@ -21,11 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import FileError
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source, header_json
-from ..record import AdapterFile, Problem, StoredSite, checked_sites, next_steps
+from ..record import AdapterFile, Problem, StoredSite, checked_sites, require_writable
 from . import peft_layout
 from .pairs import as_matrices, rank_problems, read_pairs, renamed
 
@@ -122,8 +121,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
             line = f"{s.name}: diffusers needs to know which part of the pipeline has this module"
             problems.append(Problem(line, 'say it, as in Hints(component="unet")'))
         by_component.setdefault(component, []).append(replace(s, path=module))
-    if problems:
-        raise FileError("this adapter cannot be written for diffusers:", problems, next_steps(problems, ""))
+    require_writable("diffusers", problems)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for component, sites in by_component.items():

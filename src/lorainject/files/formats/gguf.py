@@ -24,7 +24,7 @@ from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites, collected, next_steps
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from .gguf_rows import MODEL_TYPES, RULES, heads_of, missing_heads, row_order, unknown_rows
 from .language_model_names import NameTable, stack_experts
 from .pairs import read_pairs
@@ -136,9 +136,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         for s in sites:
             with collected(problems, s.path):
                 orders[s.path] = row_order(architecture, s.path, s.B.shape[-2], heads)
-    if problems:
-        step = next_steps(problems, "give what is missing, or choose another format")
-        raise FileError("this adapter cannot be written as GGUF:", problems, step)
+    require_writable("GGUF", problems, "give what is missing, or choose another format")
     alpha = float(torch.tensor(sites[0].scale * sites[0].r, dtype=torch.float32))
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "a.gguf", architecture)

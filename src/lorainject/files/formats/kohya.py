@@ -25,12 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, Problem, StoredSite, checked_sites, next_steps
+from ..record import AdapterFile, Problem, StoredSite, checked_sites, require_writable
 from .image_model_names import PREFIXES, kohya_prefix
 from .pairs import Pair, as_matrices, read_pairs
 
@@ -88,8 +87,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         if paths.setdefault(name, module) != module:
             line = f"{module} and {paths[name]} are both {name}, because names in this format have no dots"
             problems.append(Problem(line, "rename one of the modules, or choose another format"))
-    if problems:
-        raise FileError("this adapter cannot be written in kohya's format:", problems, next_steps(problems, ""))
+    require_writable("kohya's readers", problems)
     tensors: dict[str, Tensor] = {}
     sites = [transforms.to_standard_scaling(s) for s in file.sites]
     for s in sites:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites, collected, next_steps
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from . import torch_pickle
 from .language_model_names import NameTable, attention_heads, missing_alpha
 from .pairs import rank_problems, read_pairs
@@ -125,9 +124,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         with collected(problems):
             tensors[f"{attn}.qkv.lora_A"] = transforms.concat(what, [s.A for s in parts])
             tensors[f"{attn}.qkv.lora_B"] = transforms.concat(what, [s.B for s in parts])
-    if problems:
-        step = next_steps(problems, "choose another format")
-        raise FileError("this adapter cannot be written for litgpt:", problems, step)
+    require_writable("litgpt", problems)
     first, leaves = file.sites[0], {s.path.rpartition(".")[2] for s in file.sites}
     hyper: dict[str, Any] = {"lora_r": first.r, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
     hyper |= {f"lora_{part}": part in enabled for part in QKV}

@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import FileError
 from ...plan import site_name
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites, collected, next_steps
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from . import torch_pickle
 from .pairs import read_pairs, renamed
 
@@ -120,9 +119,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
                 merged = s.A, s.B, []
             if merged:
                 tensors |= {f"{module}.lora_A": merged[0], f"{module}.lora_B": merged[1]}
-    if problems:
-        step = next_steps(problems, "choose another format")
-        raise FileError("this adapter cannot be written for loralib:", problems, step)
+    require_writable("loralib", problems)
     tensors |= {name if name.endswith(".bias") else f"{name}.weight": t for name, t in file.replaced.items()}
     return {path: [torch_pickle.dump(tensors)]}
 

@@ -17,12 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites, next_steps
+from ..record import AdapterFile, StoredSite, checked_sites, require_writable
 from .language_model_names import stack_experts
 from .pairs import Pair, rank_problems, read_pairs
 
@@ -91,8 +90,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         tensors |= {f"{s.path}.lora_a": A.contiguous(), f"{s.path}.lora_b": B.contiguous()}
         if s.magnitude is not None:
             tensors[f"{s.path}.m"] = s.magnitude
-    if problems:
-        raise FileError("this adapter cannot be written for mlx-lm:", problems, next_steps(problems, ""))
+    require_writable("mlx-lm", problems)
     first = file.sites[0]
     is_dora = any(s.magnitude is not None for s in file.sites)
     keys = sorted({re.sub(r"^.*?\.?layers\.\d+\.", "", key.rpartition(".")[0]) for key in tensors})

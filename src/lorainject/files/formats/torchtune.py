@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import FileError
 from ..format import Files, Format
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites, collected, next_steps
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from . import torch_pickle
 from .language_model_names import UNCHANGED, NameTable, attention_heads, missing_alpha, missing_heads, with_rotary_order
 from .pairs import rank_problems, read_pairs
@@ -90,9 +89,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         tensors |= {f"{name}.lora_a.weight": s.A, f"{name}.lora_b.weight": s.B}
         if s.magnitude is not None:
             tensors[f"{name}.magnitude"] = s.magnitude
-    if problems:
-        step = next_steps(problems, "give what is missing, or choose another format")
-        raise FileError("this adapter cannot be written for torchtune:", problems, step)
+    require_writable("torchtune", problems, "give what is missing, or choose another format")
     return {path: [torch_pickle.dump(tensors)]}
 
 
