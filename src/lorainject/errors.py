@@ -33,7 +33,7 @@ class LoraError(Exception):
     LISTED = 20  # problems in the message; a wrong checkpoint can have thousands
 
     def __init__(self, what: str, problems: Iterable[str] = (), way_out: str = "") -> None:
-        self.problems = tuple(problems)
+        self.what, self.problems, self.way_out = what, tuple(problems), way_out
         groups: dict[str, list[str]] = {}
         for problem in self.problems:
             groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", problem), []).append(problem)

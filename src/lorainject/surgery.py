@@ -161,6 +161,7 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
     return index.model
 
 
+@explains_settings
 @in_default_modes
 def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take one adapter, or all of them, off a model, and return the same model.
@@ -184,7 +185,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     if name is None and index.lost:
         warnings.warn(
             f"these weights were injected, but their modules were replaced or removed since: {', '.join(index.lost)}",
-            stacklevel=3,
+            stacklevel=4,
         )
         for state in index.whole_states:
             state.members = {n: member for n, member in state.members.items() if n not in index.lost}

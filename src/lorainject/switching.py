@@ -22,9 +22,10 @@ from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, states_to_switch
 from .lora.replacement import ReplacementTensor
 from .numerics.delta import alpha_of
-from .spec import is_alpha
+from .spec import explains_settings, is_alpha
 
 
+@explains_settings
 def activate(model: nn.Module, *names: str) -> None:
     """Make exactly these adapters the active ones. Their deltas add up; without names the model computes what its base
     computes.
@@ -45,6 +46,7 @@ def activate(model: nn.Module, *names: str) -> None:
         state.set_default(tuple(dict.fromkeys(names)))
 
 
+@explains_settings
 @contextmanager
 def using(model: nn.Module, *names: str) -> Iterator[None]:
     """Let the caller's forwards use exactly these adapters within this context, whatever `activate` says.
@@ -69,6 +71,7 @@ def using(model: nn.Module, *names: str) -> Iterator[None]:
         yield
 
 
+@explains_settings
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Let the caller's forwards compute what the base model computes within this context.
@@ -83,6 +86,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@explains_settings
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Let row i of the batch use the adapter names[i] within this context.
@@ -113,6 +117,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         yield
 
 
+@explains_settings
 def parameters(model: nn.Module, name: str | Sequence[str] | None = None) -> Iterator[nn.Parameter]:
     """Return an iterator over the trainable parameters of adapters, for an optimizer.
 
@@ -143,11 +148,12 @@ def parameters(model: nn.Module, name: str | Sequence[str] | None = None) -> Ite
         warnings.warn(
             f"these are the parameters of {', '.join(map(repr, chosen))} alone; {', '.join(map(repr, others))} is not"
             f" active and does not train. Say whose parameters you want: parameters(model, {chosen[0]!r})",
-            stacklevel=2,
+            stacklevel=3,
         )
     return iter(dict.fromkeys(p for tensors in trained.values() for p in tensors))
 
 
+@explains_settings
 def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = None, scale: float | None = None) -> None:
     """Change the scale s of an adapter on all of its weights, for the forward, merge, save and everything else.
 
@@ -178,6 +184,7 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
         adapter.rescale(new, adapter.scaling)
 
 
+@explains_settings
 def reset(model: nn.Module, name: str | None = None) -> None:
     """Give an adapter the values that `inject` gives it, so that the output is the base model's: A is drawn anew, and
     B is zero; magnitudes and trained tensors are those of the base.

@@ -260,7 +260,7 @@ def test_a_stack_of_experts_becomes_linears_or_mlx_lms_stacks(tmp_path):
     """A format without stacks gets one linear per expert and part; mlx-lm's writer stacks these as its switch_mlp."""
     file = li.read(FIXTURES / "peft_params")
     stacks = [replace(s, path="mlp.experts") for s in file.sites if s.path == "experts"]
-    with pytest.raises(li.FileError, match=r"which rows are gate and up:\n  - mlp\.experts\.gate_up_proj\n=> .*model="):
+    with pytest.raises(li.FileError, match=r"  - mlp\.experts\.gate_up_proj: .* rows are gate and up\n=> .*model="):
         li.write(replace(file, sites=tuple(stacks)), tmp_path / "a", format="mlx")
     half = next(s.B.shape[1] // 2 for s in stacks if s.parameter == "gate_up_proj")
     parts = {"gate": (range(half),), "up": (range(half, 2 * half),)}

@@ -68,11 +68,18 @@ def in_pairs(B: torch.Tensor, n: int) -> torch.Tensor:
 
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+PAIRED = ("llama", "llama-embed", "mistral3", "granite", "granitemoe", "granitehybrid", "arcee", "smollm3", "olmo",
+          "minicpm", "arctic", "chameleon", "deepseek")  # fmt: skip
 GGUF_CASES = [
-    *((arch, Q, "blk.0.attn_q", lambda B: in_pairs(B, 4)) for arch in ("llama", "granite", "arcee", "smollm3", "olmo")),
-    ("minicpm", K, "blk.0.attn_k", lambda B: in_pairs(B, 2)),
+    *((arch, Q, "blk.0.attn_q", lambda B: in_pairs(B, 4)) for arch in PAIRED),
+    *((arch, K, "blk.0.attn_k", lambda B: in_pairs(B, 2)) for arch in PAIRED),
+    ("llada", "model.transformer.blocks.0.k_proj", "blk.0.attn_k", lambda B: in_pairs(B, 2)),
     ("falcon", "transformer.h.0.self_attention.query_key_value", "blk.0.attn_qkv", lambda B: grouped(B, 4, 2)),
+    ("bloom", "h.0.self_attention.query_key_value", "blk.0.attn_qkv", lambda B: grouped(B, 4, 4)),
+    ("gptneox", "gpt_neox.layers.0.attention.query_key_value", "blk.0.attn_qkv", lambda B: grouped(B, 4, 4)),
     ("qwen2", Q, "blk.0.attn_q", lambda B: B),
+    ("llama4", K, "blk.0.attn_k", lambda B: B),
+    ("apertus", K, "blk.0.attn_k", lambda B: B),
 ]
 
 
@@ -81,8 +88,9 @@ def test_rows_are_in_the_order_of_llama_cpp(architecture, path, name, rule, tmp_
     """Each architecture has the order of rows that its converter gives the base."""
     import gguf
 
-    s = site(path, out=32)
-    li.write(record(s), tmp_path / "a.gguf", format="gguf", hints=li.Hints(architecture=architecture, heads=(4, 2)))
+    kv = 4 if architecture in ("bloom", "gptneox") else 2  # which have no heads that share keys and values
+    s = site(path, out=48 if kv == 4 else 32)
+    li.write(record(s), tmp_path / "a.gguf", format="gguf", hints=li.Hints(architecture=architecture, heads=(4, kv)))
     tensors = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert torch.equal(tensors[f"{name}.weight.lora_b"], rule(s.B))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,8 +55,85 @@ def test_all_foreign_settings_are_listed_at_once():
 
 def test_load_takes_no_settings_of_the_adapter():
     """The file has them; only the names of arguments are translated."""
-    with pytest.raises(li.SpecError, match=r"(?s)r: the file tells it.*adapter_name: write name="):
+    with pytest.raises(li.SpecError, match=r"(?s)r: inject sets it, and a file tells it.*adapter_name: write name="):
         li.load(llama(), "adapter", r=8, adapter_name="fr")
+
+
+FUNCTIONS = {name: getattr(li, name) for name in li.__all__ if inspect.isfunction(getattr(li, name))}
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - {"probe"}))  # which hands its keywords to the model
+def test_every_verb_explains_pefts_arguments(name):
+    """No public function answers PEFT's arguments by a bare TypeError; the error comes before anything is looked at."""
+    with pytest.raises(
+        li.SpecError, match=rf"{name} does not take these arguments:\n(?s:.*)- lora_alpha: (?s:.*)\n=> "
+    ) as e:
+        FUNCTIONS[name](lora_alpha=16, adapter_name="fr", task_type="CAUSAL_LM", typo=1)
+    assert len(e.value.problems) == 4
+    assert "task_type: leave it out" in str(e.value)
+    assert "typo: there is no such argument" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: li.LoraSpec(targets=["q_proj"], lora_alpha=16), "LoraSpec does not .*lora_alpha: write alpha="),
+        (lambda: replace(li.LoraSpec(targets=["q"]), use_dora=True), "LoraSpec does not .*use_dora: write dora="),
+        (lambda: li.Override(target="k_proj", lora_alpha=3), "Override does not .*lora_alpha: write alpha="),
+        (lambda: li.Hints(lora_alpha=3), "Hints does not .*lora_alpha: write alpha="),
+        (lambda: li.eject(llama(), adapter_name="fr"), "adapter_name: write name="),
+        (lambda: li.hotswap(llama(), "a", adapter_name="fr"), "adapter_name: write name="),
+        (lambda: li.save(llama(), "a", selected_adapters=["fr"]), "selected_adapters: write name="),
+        (
+            lambda: li.merge(llama(), adapter_names=["fr"], safe_merge=True),
+            "names: write names=.*safe_merge: write strict",
+        ),
+        (lambda: li.activate(llama(), adapter_name="fr"), "adapter_name: give the names without a keyword"),
+        (lambda: li.read("a", lora_alpha=16), "lora_alpha: inject sets it, and a file tells it"),
+    ],
+)
+def test_arguments_of_peft_elsewhere(call, message):
+    """Settings as values, and verbs of which PEFT has a counterpart."""
+    with pytest.raises(li.SpecError, match=f"(?s){message}.*\n=> "):
+        call()
+
+
+def test_a_spec_stays_a_class():
+    """What explains the arguments changes neither its type, nor its signature, nor copies of it."""
+    spec = li.LoraSpec(targets=["q_proj"], r=4)
+    assert isinstance(spec, li.LoraSpec)
+    assert list(inspect.signature(li.LoraSpec).parameters)[:3] == ["targets", "r", "alpha"]
+    assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == replace(spec) == spec
+    with pytest.raises(TypeError, match="typo"):
+        li.LoraSpec(targets=["q_proj"], typo=1)
+
+
+def test_warnings_point_to_the_caller(tmp_path):
+    """However many functions a verb is wrapped in, its warnings name the line that called it."""
+    model = li.inject(llama(), ["q_proj"], r=2)
+    li.inject(model, ["v_proj"], r=2, name="other")
+    other = li.inject(llama(), ["q_proj", "v_proj"], r=2)
+    model.model.norm.requires_grad_(True)
+    damaged = li.save(other, tmp_path / "a", format="peft")
+    config = damaged / "adapter_config.json"
+    config.write_text(config.read_text().replace('"q_proj",', '"q_proj", "k_proj",'))
+    calls = {
+        "parameters": lambda: li.parameters(model),
+        "using": lambda: li.using(model.train(), "default").__enter__(),
+        "save": lambda: li.save(model, tmp_path / "b", "other"),
+        "load": lambda: li.load(llama(), damaged, allow_missing=True),
+        "hotswap": lambda: li.hotswap(other, damaged, allow_missing=True),
+    }
+    for name, call in calls.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert [w.filename for w in caught] == [__file__] * len(caught), name
+        assert caught, name
+    other.model.layers[0].self_attn.q_proj = nn.Linear(16, 16)
+    with pytest.warns(UserWarning, match="were replaced or removed") as caught:
+        li.eject(other)
+    assert {w.filename for w in caught} == {__file__}
 
 
 def test_signatures_stay_those_of_the_verbs():

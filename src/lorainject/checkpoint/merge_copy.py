@@ -17,11 +17,13 @@ from ..files.io.regular_file import as_path, open_regular
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.modes import in_default_modes
+from ..spec import explains_settings
 from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
 from .shards import WEIGHT_FILES, Shard, find_index, open_unchanged
 
 
+@explains_settings
 @in_default_modes
 def merge_checkpoint(base_dir: str | Path,
                      adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile],
@@ -73,7 +75,7 @@ def merge_checkpoint(base_dir: str | Path,
                 plan.write(shard, shard_file, target, meter)
                 copy_mode(shard_file, target)
         report = plan.report()
-        check_survival(report.sites, strict, stacklevel=4)
+        check_survival(report.sites, strict, stacklevel=5)
     return report
 
 
@@ -91,5 +93,5 @@ def _other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
             others.append(path)
     if skipped:
         names = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
-        warnings.warn(f"{names}: not copied, because these weights are not merged", stacklevel=4)
+        warnings.warn(f"{names}: not copied, because these weights are not merged", stacklevel=5)
     return others

@@ -33,6 +33,7 @@ from ..numerics.journal import Journal
 from ..numerics.modes import in_default_modes
 from ..numerics.tile_merge import TileMerger, TileWorkspace
 from ..numerics.tiled_matmul import exact_product
+from ..spec import explains_settings
 from .byte_runs import Patch, Runs
 from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
@@ -42,6 +43,7 @@ from .shards import INDEX_ENDING, Shard, open_unchanged
 FOLDER, MANIFEST, VERSION = ".lorainject-merge", "manifest.json", 3  # 3: other checksums in the journals
 
 
+@explains_settings
 @in_default_modes
 def merge_in_place(model_dir: str | Path,
                    adapters: str | Path | AdapterFile | Sequence[str | Path | AdapterFile], *,
@@ -82,7 +84,7 @@ def merge_in_place(model_dir: str | Path,
             for shard in plan.changed_shards:
                 with open_unchanged(shard) as source:
                     plan.write(shard, source, None, Meter())
-            check_survival(plan.report().sites, strict, stacklevel=4)
+            check_survival(plan.report().sites, strict, stacklevel=5)
             plan.reset_statistics()
         shutil.rmtree(folder, ignore_errors=True)  # left by a merge that was killed before it had a manifest
         folder.mkdir()
@@ -101,10 +103,11 @@ def merge_in_place(model_dir: str | Path,
                 shutil.rmtree(folder)
             raise
     report = plan.report()
-    check_survival(report.sites, strict=False, stacklevel=4)
+    check_survival(report.sites, strict=False, stacklevel=5)
     return report
 
 
+@explains_settings
 @in_default_modes
 def unmerge_in_place(model_dir: str | Path, progress: Progress | None = None) -> Path:
     """Restore every shard of a checkpoint to what it was before `merge_in_place`, complete or interrupted, to the byte.

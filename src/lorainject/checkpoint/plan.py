@@ -65,8 +65,8 @@ def plan_merge(
         file, sites, missing = checkpoint.fit(file, allow_missing)
         known = source.notes if isinstance(source, AdapterFile) else ()
         for note in (note for note in file.notes if note not in known):
-            warnings.warn(f"{file.path}: {note}", stacklevel=4)
-        warn_of_missing(file, missing, stacklevel=4)
+            warnings.warn(f"{file.path}: {note}", stacklevel=5)
+        warn_of_missing(file, missing, stacklevel=5)
         for stored, site in zip(file.sites, sites, strict=True):
             weight = checkpoint.weights[site_name(site.path, site.parameter)]
             if reason := checkpoint.why_unwritable(weight):

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import FileError, SpecError, system_errors
 from ..lora.model_index import ModelIndex
 from ..numerics.modes import in_default_modes
+from ..spec import explains_settings
 from . import engines
 from .fit import describe_changes, fit_record
 from .format import Format
@@ -57,6 +58,7 @@ class Conversion:
     """What the engine must be told when it is started."""
 
 
+@explains_settings
 @in_default_modes
 def read(
     path: str | Path, *, format: str | None = None, allow_pickle: bool = False, hints: Hints | None = None
@@ -130,6 +132,7 @@ def _repeated(file: AdapterFile, source: Source) -> list[str]:
     ]
 
 
+@explains_settings
 @in_default_modes
 def write(
     file: AdapterFile,
@@ -196,6 +199,7 @@ def write(
                       changed=tuple(changed), asks=served.asks(fit) if served else None)  # fmt: skip
 
 
+@explains_settings
 @in_default_modes
 def convert(
     source: str | Path,

@@ -20,7 +20,7 @@ from ..errors import FileError
 from ..numerics.delta import product_norm
 from . import transforms
 from .format import FEATURES, Format
-from .record import AdapterFile, StoredSite
+from .record import AdapterFile, Problem, StoredSite, next_steps
 
 # Features that a site can be written without (`lossy`), with the fields that then change.
 OPTIONAL: dict[str, dict[str, Any]] = {
@@ -28,6 +28,8 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "magnitudes by input": {"magnitude": None, "magnitude_axis": "out"},
     "bias updates": {"bias": None},
 }
+UNKNOWN_STACK = "a stack of experts; the file does not tell how it is stored, or which of its rows are gate and up"
+ASK_MODEL = "read it with the model, which tells: hints=Hints(model=...)"
 # What transformers 4 calls the parts of a stack as linears: by the stack's parameter, in the order of its rows.
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -50,24 +52,20 @@ def fit_record(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFil
             f" {file.namespace!r}",
             way_out='read it with the model, and say which: hints=Hints(model=unet, component="unet")',
         )
-    sites = file.sites
+    sites, problems = file.sites, list[str]()
     if "slices" not in form.holds and any(map(FEATURES["slices"], sites)):
-        sites = _without_slices(sites, form)
+        sites = _without_slices(sites, problems)
     if "stacks" not in form.holds:
-        if unknown := [s.name for s in sites if _is_layout_unknown(s)]:
-            raise FileError(
-                f"{form.name} has one linear per expert, and the file does not tell how these stacks of experts are"
-                " stored, or which rows are gate and up:",
-                unknown,
-                "read it with the model, which tells: hints=Hints(model=...)",
-            )
-        sites = tuple(part for s in sites for part in (_split_stack(s) if s.A.ndim == 3 else [s]))
+        problems += [Problem(f"{s.name}: {UNKNOWN_STACK}", ASK_MODEL) for s in sites if _is_layout_unknown(s)]
+        known = [s for s in sites if not _is_layout_unknown(s)]
+        sites = tuple(part for s in known for part in (_split_stack(s) if s.A.ndim == 3 else [s]))
     beyond = {s.name: [what for what, has in FEATURES.items() if what not in form.holds and has(s)] for s in sites}
     lost = [f"{name}: {what}" for name, features in beyond.items() for what in features]
     lost += [f"{name}: a whole tensor" for name in file.replaced if not form.takes(name)]
     lost += [f"{path}: rows of trained tokens" for path in file.tokens if "tokens" not in form.holds]
-    if lost and not lossy:
-        raise FileError(f"{form.name} has no place for:", lost, form.instead)
+    if problems or (lost and not lossy):
+        problems += [Problem(line, form.instead) for line in lost if not lossy]
+        raise FileError(f"{form.name} has no place for:", problems, next_steps(problems, ""))
     kept = []
     for s in sites:
         if OPTIONAL.keys() >= set(beyond[s.name]):
@@ -88,17 +86,18 @@ def fit_record(file: AdapterFile, form: Format, lossy: bool) -> tuple[AdapterFil
     return fit, tuple(lost)
 
 
-def _without_slices(sites: Sequence[StoredSite], form: Format) -> tuple[StoredSite, ...]:
-    slices = [s for s in sites if s.rows is not None]
-    problems = [f"{s.name}: a slice of a weight whose size the file does not tell" for s in slices if not s.shape]
-    problems += [
-        f"{s.name}: a slice with a magnitude or a bias update"
-        for s in slices
-        if s.magnitude is not None or s.bias is not None
-    ]
-    if problems:
-        raise FileError(f"{form.name} has no place for:", problems, "read it with the model: hints=Hints(model=...)")
-    return transforms.slices_to_whole(sites)
+def _without_slices(sites: Sequence[StoredSite], problems: list[str]) -> tuple[StoredSite, ...]:
+    """Return the sites with slices as whole weights, but for those that are added to `problems`."""
+    whole = []
+    for s in sites:
+        if s.rows is not None and not s.shape:
+            problems.append(Problem(f"{s.name}: a slice of a weight whose size the file does not tell", ASK_MODEL))
+        elif s.rows is not None and (s.magnitude is not None or s.bias is not None):
+            line = f"{s.name}: a slice with a magnitude or a bias update"
+            problems.append(Problem(line, "choose a format that has slices (lorainject)"))
+        else:
+            whole.append(s)
+    return transforms.slices_to_whole(whole, problems)
 
 
 def _split_stack(s: StoredSite) -> list[StoredSite]:
@@ -108,7 +107,7 @@ def _split_stack(s: StoredSite) -> list[StoredSite]:
     library has linears for the experts.
     """
     names = EXPERTS.get(s.parameter)
-    if names is None or s.kind != "experts" or s.rows is not None or _is_layout_unknown(s):
+    if names is None or s.kind != "experts" or s.rows is not None:
         return [s]
     half = s.B.shape[-2] // 2
     if len(names) == 2 and dict(s.parts) != {"gate": (range(half),), "up": (range(half, 2 * half),)}:

@@ -20,6 +20,7 @@ from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import is_sharded
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
+from ..spec import explains_settings
 from . import transforms
 from .convert import read_source
 from .io.open_adapter import Hints, open_source
@@ -27,6 +28,7 @@ from .match_model import match_sites, missing_targets, require_base, warn_of_mis
 from .record import StoredSite
 
 
+@explains_settings
 @in_default_modes
 def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_base: bool = True,
             allow_missing: bool = False, allow_pickle: bool = False,
@@ -82,7 +84,7 @@ def hotswap(model: nn.Module, path: str | Path, name: str = "default", *, check_
     sites = match_sites(index, file, weights, None, problems, () if allow_missing else missing)
     if check_base:
         require_base(file, weights, sites)
-    warn_of_missing(file, missing, stacklevel=3)
+    warn_of_missing(file, missing, stacklevel=4)
     index.note_change()
     with torch.no_grad(), defer_interrupt():
         for place, adapter in adapters.items():

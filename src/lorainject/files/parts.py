@@ -26,12 +26,12 @@ COMFYUI = "diffusion_model"  # what ComfyUI calls the unet or the transformer of
 FLUX_T5 = {"text_encoder_2": "lora_te3_"}  # Flux's T5, the third text encoder for kohya, is diffusers' second one
 
 
-def components(file: AdapterFile) -> dict[str, tuple[StoredSite, ...]]:
+def components(file: AdapterFile) -> dict[str, list[StoredSite]]:
     """Return the sites by component, as the file calls it: by kohya's prefix, or by the first part of the path."""
-    parts: dict[str, tuple[StoredSite, ...]] = {}
+    parts: dict[str, list[StoredSite]] = {}
     for s in file.sites if file.namespace in ("kohya", "pipeline") else ():
         part = kohya_prefix(s.path) if file.namespace == "kohya" else s.path.partition(".")[0]
-        parts[part] = (*parts.get(part, ()), s)
+        parts.setdefault(part, []).append(s)
     return parts
 
 

@@ -117,11 +117,11 @@ def _differences(file: AdapterFile, fit: AdapterFile, again: AdapterFile, hints:
     The updates are compared with those of `file`, but for weights that `fit` has under other names.
     """
 
+    flat = kohya.flat_names(fit, hints, []) if again.namespace == "kohya" else {}
+
     def name(s: StoredSite) -> str:
-        path = s.path
-        if again.namespace == "kohya" != fit.namespace:
-            path = kohya.flat_name(path, fit, hints)
-        elif again.namespace == "pipeline" != fit.namespace:
+        path = flat.get(s.path, s.path)
+        if again.namespace == "pipeline" != fit.namespace:
             path = f"{hints.component}.{path}"
         return site_name(path, s.parameter)
 

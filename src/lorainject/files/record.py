@@ -10,7 +10,8 @@ Readers build StoredSites from whatever a file says and pass them to `checked_si
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import FileError
 from ..lora.weight_kinds import DTYPES, KINDS
 from ..numerics.delta import is_finite, scale
 from ..plan import site_name
@@ -185,6 +187,25 @@ class Problem(str):
 def next_steps(problems: Iterable[str], default: str) -> str:
     """Return the next steps of all problems, each once; the default is that of lines without one."""
     return "; ".join(dict.fromkeys(getattr(problem, "step", default) for problem in problems))
+
+
+@contextmanager
+def collected(problems: list[str], name: str = "") -> Iterator[None]:
+    """Put what a FileError within the context says into `problems`, after this name, instead of raising it.
+
+    A writer that converts site by site so reports all sites that it cannot convert.
+    """
+    try:
+        yield
+    except FileError as e:
+        line = " ".join(filter(None, (f"{name}:" * bool(name), e.what, ", ".join(e.problems))))
+        problems.append(Problem(line, e.way_out))
+
+
+def require_writable(library: str, problems: Sequence[str], default: str = "choose another format") -> None:
+    """Raise FileError if a writer has found problems, with the next steps of all of them."""
+    if problems:
+        raise FileError(f"this adapter cannot be written for {library}:", problems, next_steps(problems, default))
 
 
 def checked_sites(sites: Iterable[StoredSite], problems: list[str]) -> list[StoredSite]:

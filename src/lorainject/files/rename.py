@@ -134,7 +134,7 @@ def _require_one_component(file: AdapterFile, index: ModelIndex, by_name: Mappin
     fitting = []
     for part, sites in parts.items():
         with contextlib.suppress(FileError):
-            renamed = rename_for_model(replace(file, sites=sites), index)
+            renamed = rename_for_model(replace(file, sites=tuple(sites)), index)
             fitting += [part] * all(_weight_name(s) in by_name for s in renamed.sites)
     names = {part: " or ".join(component_names(part)) or "modules without a component's name" for part in parts}
     raise FileError(

@@ -53,6 +53,7 @@ from .match_model import (
 from .record import AdapterFile, StoredSite
 
 
+@explains_settings
 @in_default_modes
 def save(model: nn.Module, path: str | Path, name: str = "default", *, format: str = "lorainject") -> Path:
     """Write the A and B of one adapter, and nothing of the base. The adapter may be merged.
@@ -88,7 +89,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         warnings.warn(
             f"these weights were injected, but their modules were replaced or removed since, so that their A and B are"
             f" not saved: {', '.join(index.lost)}",
-            stacklevel=3,
+            stacklevel=4,
         )
     sites = {key: site for key, site in index.sites.items() if name in site.adapters}
     reasons = {key: _why_unsavable(site, site.adapters[name]) for key, site in sites.items()}
@@ -186,7 +187,7 @@ def _warn_of_pipeline_stage(index: ModelIndex) -> None:
             "this model is one stage of a pipeline, and the file holds the adapters of this stage alone. Save every"
             " stage under a path of its own, and join the files: a, b = map(li.read, paths);"
             " li.write(dataclasses.replace(a, sites=a.sites + b.sites, base=None), path)",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
@@ -197,7 +198,7 @@ def _warn_of_trained_parameters(index: ModelIndex) -> None:
         warnings.warn(
             f"{shown} train too, but belong to no adapter, so that save does not write them: inject with"
             " modules_to_save=[...], which trains and saves them with the adapter, or save them yourself",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -252,9 +253,10 @@ def _require_peft(
     """Return the sites as PEFT can hold them, slices as whole weights. Raise FileError with those that PEFT cannot
     hold."""
     weights = {weight.names[0]: weight for weight, _ in stored}
-    sites = transforms.slices_to_whole([site for _, site in stored])
-    problems = [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
-    problems += [] if sites else ["an adapter without A and B"]
+    problems: list[str] = []
+    sites = transforms.slices_to_whole([site for _, site in stored], problems)
+    problems += [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
+    problems += [] if stored else ["an adapter without A and B"]
     if problems:
         raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", problems, "leave format='peft' out")
     if path.suffix == ".safetensors" or path.is_file():

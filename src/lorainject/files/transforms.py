@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import FileError
 from ..lora.weight_kinds import KINDS
 from ..plan import site_name
-from .record import StoredSite
+from .record import StoredSite, collected
 
 LARGEST = 2**31
 """Elements of the largest tensor that a conversion may make, because the sizes in a file may be hostile."""
@@ -58,7 +58,7 @@ def concat(what: str, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Return torch.cat of the tensors. Raises FileError if their other axes differ."""
     if len({(*t.shape[: dim % t.ndim], *t.shape[dim % t.ndim + 1 :]) for t in tensors}) > 1:
         raise FileError(
-            f"{what}: its parts must have one shape but for axis {dim}, and they have",
+            f"{what}: the parts must have one shape but for axis {dim}, and they have",
             [f"{tuple(t.shape)}" for t in tensors],
             "the parts cannot come from one weight of a model: check how the file was made",
         )
@@ -89,14 +89,18 @@ def with_rank(s: StoredSite, r: int) -> StoredSite:
     return replace(s, A=A, B=B, alpha=s.scale * r, scaling="standard", constant_ranks=0)
 
 
-def slices_to_whole(sites: Sequence[StoredSite]) -> tuple[StoredSite, ...]:
-    """Return the sites with all slices of a weight joined into one adapter on the whole weight."""
+def slices_to_whole(sites: Sequence[StoredSite], problems: list[str]) -> tuple[StoredSite, ...]:
+    """Return the sites with all slices of a weight joined into one adapter on the whole weight.
+
+    `problems` receives a line per weight whose slices cannot be joined.
+    """
     weights: dict[str, list[StoredSite]] = {}
     for s in sites:
         weights.setdefault(site_name(s.path, s.parameter), []).append(s)
     joined: list[StoredSite] = []
     for group in weights.values():
-        joined += [_join_slices(group)] if any(s.label for s in group) else group
+        with collected(problems):
+            joined += [_join_slices(group)] if any(s.label for s in group) else group
     return tuple(joined)
 
 

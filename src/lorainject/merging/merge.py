@@ -28,6 +28,7 @@ from ..lora.mounting import graft_obstacles, set_grafted
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
 from ..numerics.tile_merge import TileWorkspace, sum_dtype
+from ..spec import explains_settings
 from .adapted_weight import AdaptedWeight, adapted_weights, have_extras, threads_for, total_delta
 from .checks import irreversible_weights, tied_weights, unmergeable_weights
 from .report import MergeReport, check_survival, merged_site
@@ -35,6 +36,7 @@ from .revert import ADVICE, remerge_on_error, set_merged, unmerge_weights
 from .strategies import STRATEGIES, MergeStrategy, choose_strategy, gain_and_start
 
 
+@explains_settings
 @in_default_modes
 @torch.no_grad()
 def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True,
@@ -94,6 +96,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         return _merge_weights(index, weights, strategies, (*merged, *chosen), reversible, strict)
 
 
+@explains_settings
 @in_default_modes
 @torch.no_grad()
 def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Module:
@@ -152,6 +155,7 @@ def unmerge_index(index: ModelIndex, names: str | Sequence[str] | None = None) -
     set_merged(weights, ())
 
 
+@explains_settings
 def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the delta of every adapted weight, formed one weight at a time.
 
@@ -230,7 +234,7 @@ def _merge_weights(index: ModelIndex, weights: Sequence[AdaptedWeight], strategi
             "the merge stopped halfway: some weights are merged, and reversible=False kept nothing to restore them",
             way_out="load the base model again",
         ) from e
-    check_survival(report.sites, strict, stacklevel=6)
+    check_survival(report.sites, strict, stacklevel=7)
     return report
 
 
@@ -251,7 +255,7 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
                 for s in strategies
             ]
             if undoable:
-                check_survival(sites, strict, stacklevel=7)
+                check_survival(sites, strict, stacklevel=8)
         records = [s.record(reversible) for s in strategies]
         for strategy, record in zip(strategies, records, strict=True):
             strategy.adapted.record = record

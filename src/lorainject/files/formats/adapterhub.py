@@ -24,7 +24,7 @@ from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from .language_model_names import missing_alpha
 from .pairs import rank_problems, read_pairs
 
@@ -96,7 +96,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         by_path.setdefault(s.path, []).append(s)
     tensors: dict[str, Tensor] = {}
     switches: set[str] = set()
-    problems = []
+    problems: list[str] = []
     name = re.sub(r"\W", "_", file.name)
     for module, sites in by_path.items():
         switch = next((switch for end, switch in SWITCHES.items() if f".{module}".endswith(f".{end}")), None)
@@ -110,8 +110,10 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         else:
             switches.add(switch)
         tensors |= {f"{module}.loras.{name}.lora_A": A, f"{module}.loras.{name}.lora_B": B}
-    if problems:
-        raise FileError("this adapter cannot be written for AdapterHub:", problems, "choose another format")
+    config = file.config if file.format == "adapterhub" else {}
+    with collected(problems):
+        config = config or _base_config(hints)
+    require_writable("AdapterHub", problems)
     first, letters = file.sites[0], switches & set("qkv")
     lora = {
         "architecture": "lora", "r": first.r, "alpha": first.alpha, "dropout": first.dropout,
@@ -120,7 +122,6 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         "composition_mode": "add", "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None,
         "init_weights": "lora", "leave_out": [],
     }  # fmt: skip
-    config = file.config if file.format == "adapterhub" else _base_config(hints)
     config = {
         "model_name": "",
         **config,

@@ -21,11 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import FileError
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source, header_json
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, Problem, StoredSite, checked_sites, require_writable
 from . import peft_layout
 from .pairs import as_matrices, rank_problems, read_pairs, renamed
 
@@ -69,10 +68,13 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     metadata = header_json(source, peft_layout.HEADER_CONFIG) or {}
     tensors = renamed(source.tensors, _later_key, problems)
     pairs = read_pairs(tensors, ENDINGS, problems, translate=lambda path: path.removesuffix(".processor"))
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in metadata.items():
+        component, _, field = key.partition(".")
+        configs.setdefault(component, {})[field] = value
     sites = []
     for path, pair in pairs.items():
-        component = path.partition(".")[0]
-        config = {k.removeprefix(f"{component}."): v for k, v in metadata.items() if k.startswith(f"{component}.")}
+        config = configs.get(path.partition(".")[0], {})
         stated = peft_layout.match_pattern(config.get("rank_pattern"), path.partition(".")[2], config.get("r"))
         problems += rank_problems(path, pair.B, stated)
         if "alpha" in pair.extras:
@@ -105,19 +107,21 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     Raises:
         FileError: If the component of a site is unknown, or if diffusers, which has PEFT's layers, would ignore a site.
     """
-    if beyond := [f"{s.name}: {s.kind}" for s in file.sites if not peft_layout.can_hold(s)]:
-        raise FileError("diffusers has PEFT's layers, which do nothing here:", beyond, "write it as lorainject")
+    problems: list[str] = [
+        Problem(f"{s.name}: {s.kind}; diffusers has PEFT's layers, which do nothing here", "write it as lorainject")
+        for s in file.sites
+        if not peft_layout.can_hold(s)
+    ]
     by_component: dict[str, list[StoredSite]] = {}
     for s in file.sites:
         component, module = hints.component or "", s.path
         if file.namespace == "pipeline":
             component, _, module = s.path.partition(".")
         if component not in COMPONENTS:
-            raise FileError(
-                f"{s.name}: diffusers needs to know which part of the pipeline has this module",
-                way_out='say it, as in Hints(component="unet")',
-            )
+            line = f"{s.name}: diffusers needs to know which part of the pipeline has this module"
+            problems.append(Problem(line, 'say it, as in Hints(component="unet")'))
         by_component.setdefault(component, []).append(replace(s, path=module))
+    require_writable("diffusers", problems)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for component, sites in by_component.items():

@@ -24,8 +24,8 @@ from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
-from .gguf_rows import MODEL_TYPES, heads_of, missing_heads, row_order, unknown_rows
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
+from .gguf_rows import MODEL_TYPES, RULES, heads_of, missing_heads, row_order, unknown_rows
 from .language_model_names import NameTable, stack_experts
 from .pairs import read_pairs
 
@@ -125,16 +125,18 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     )
     architecture = MODEL_TYPES.get(str(architecture), str(architecture))
     heads = heads_of(architecture, hints)
-    sites = stack_experts(file.sites, ".experts")
-    names = _tensor_names([s.path for s in sites], architecture)
-    problems = unknown_rows(architecture) or [
-        f"{s.name}: GGUF's {architecture} has no weight of this name" for s in sites if s.path not in names
-    ]
-    problems += missing_heads(architecture, [s.path for s in sites], heads)
-    if problems:
-        raise FileError(
-            "this adapter cannot be written as GGUF:", problems, "give what is missing, or choose another format"
-        )
+    problems = unknown_rows(architecture)
+    sites = stack_experts(file.sites, ".experts", problems)
+    paths = [s.path for s in sites]
+    names = _tensor_names(paths, architecture)
+    orders: dict[str, Tensor | None] = {}
+    if architecture in RULES:
+        problems += missing_heads(architecture, paths, heads)
+        problems += [f"{path}: GGUF's {architecture} has no weight of this name" for path in paths if path not in names]
+        for s in sites:
+            with collected(problems, s.path):
+                orders[s.path] = row_order(architecture, s.path, s.B.shape[-2], heads)
+    require_writable("GGUF", problems, "give what is missing, or choose another format")
     alpha = float(torch.tensor(sites[0].scale * sites[0].r, dtype=torch.float32))
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "a.gguf", architecture)
@@ -142,10 +144,7 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
         for s in sites:
-            s, order = (
-                transforms.with_scale_folded(s, alpha / s.r),
-                row_order(architecture, s.path, s.B.shape[-2], heads),
-            )
+            s, order = transforms.with_scale_folded(s, alpha / s.r), orders[s.path]
             s = s if order is None else replace(s, B=s.B[order])
             _add_tensor(writer, f"{names[s.path]}.weight.lora_a", s.A.mT if s.embedding else s.A)
             _add_tensor(writer, f"{names[s.path]}.weight.lora_b", s.B)

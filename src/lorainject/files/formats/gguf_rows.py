@@ -9,8 +9,20 @@ have its rows in the same order:
 
 Neither the adapter nor its base says which rule was used, so an architecture that is not in the table is refused.
 
-Source: the rules of modify_tensors in llama.cpp's converter, read in its files conversion/*.py (2026, one class per
-architecture; LlamaModel.permute, FalconModel, BloomModel, GPTNeoXModel). The converter itself was not run.
+Source: modify_tensors in llama.cpp's convert_hf_to_gguf.py, which convert_lora_to_gguf.py (commit 0b03adaa6) applies to
+adapters. The classes are in conversion/<file>.py of https://github.com/ggml-org/llama.cpp, and were read at these
+commits; the converter itself was not run.
+
+    00487aad0  command_r                        0274f0fc7  llama (arcee, smollm3, llama-embed, llama4, apertus too)
+    010f22d8a  granite                          01a723dc6  deepseek
+    03173d5e7  qwen                             051139f51  arctic, ernie, exaone, glm, llada, olmo (seed_oss too), phi
+    061b8c5f9  gemma                            2bbcf7fc9  bloom, chameleon
+    2eb57bcbc  gptneox                          32e9e0448  minicpm, mistral3, internlm (internlm3 is a llama)
+    5535795be  falcon, gpt2, starcoder
+
+Not in the table, because they need rules of another kind: deci (heads that differ per layer), xverse (another order
+where heads are grouped), baichuan, bailingmoe and internlm2 (a fused weight is split, too), plamo (columns, too). glm4
+is that of text models: in GLM-4.1V, which has the same name in GGUF, the converter sorts q and k.
 """
 
 from __future__ import annotations
@@ -28,7 +40,10 @@ SAME, PAIRS, GROUPS = "same", "pairs", "groups"
 LEAVES = {SAME: (), PAIRS: ("q_proj", "k_proj"), GROUPS: ("query_key_value",)}
 """The layers whose rows a rule sorts in another way."""
 RULES = {
-    **dict.fromkeys(("llama", "granite", "granitemoe", "arcee", "smollm3", "olmo", "minicpm"), PAIRS),
+    **dict.fromkeys((
+        "llama", "llama-embed", "mistral3", "arcee", "smollm3", "granite", "granitemoe", "granitehybrid", "olmo",
+        "minicpm", "arctic", "chameleon", "deepseek", "llada",
+    ), PAIRS),
     **dict.fromkeys(("falcon", "bloom", "gptneox"), GROUPS),
     **dict.fromkeys((
         "apertus", "cohere2", "command-r", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3", "glm4", "gpt2", "llama4",
@@ -39,6 +54,8 @@ RULES = {
 MODEL_TYPES = {
     "mistral": "llama", "mixtral": "llama", "cohere": "command-r", "gpt_neox": "gptneox", "gemma3_text": "gemma3",
     "olmo3": "olmo2", "phi": "phi2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "llama4_text": "llama4",
+    "ministral3": "mistral3", "granitemoehybrid": "granitehybrid", "granitemoeshared": "granitemoe",
+    "internlm3": "llama",
 }  # fmt: skip
 """llama.cpp's names for transformers' model types that have other ones."""
 

@@ -11,22 +11,25 @@
 Without alpha s is 1. An underscore in a name may have been a dot, which only the model can tell: the record keeps the
 flat names until the model is given (rename.py).
 
-Sources: https://github.com/kohya-ss/sd-scripts, https://github.com/KohakuBlueleaf/LyCORIS.
+Sources: https://github.com/kohya-ss/sd-scripts (networks/lora_flux.py and lora_sd3.py for prefixes, train_network.py
+and library/model_util.py for the header), https://github.com/KohakuBlueleaf/LyCORIS,
+https://github.com/AUTOMATIC1111/stable-diffusion-webui (extensions-builtin/Lora/network.py).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, Problem, StoredSite, checked_sites, require_writable
 from .image_model_names import PREFIXES, kohya_prefix
 from .pairs import Pair, as_matrices, read_pairs
 
@@ -76,15 +79,19 @@ def _site(name: str, pair: Pair, problems: list[str]) -> StoredSite | None:
 
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
-    """Return one safetensors file. Raises FileError if two paths have the same flat name."""
-    tensors: dict[str, Tensor] = {}
+    """Return one safetensors file. Raises FileError with all paths that have no flat name, or another path's."""
+    problems: list[str] = []
+    names = flat_names(file, hints, problems)
     paths: dict[str, str] = {}
-    problems = []
+    for module, name in names.items():
+        if paths.setdefault(name, module) != module:
+            line = f"{module} and {paths[name]} are both {name}, because names in this format have no dots"
+            problems.append(Problem(line, "rename one of the modules, or choose another format"))
+    require_writable("kohya's readers", problems)
+    tensors: dict[str, Tensor] = {}
     sites = [transforms.to_standard_scaling(s) for s in file.sites]
     for s in sites:
-        name = s.path if file.namespace == "kohya" else flat_name(s.path, file, hints)
-        if paths.setdefault(name, s.path) != s.path:
-            problems.append(f"{s.path} and {paths[name]} are both {name}")
+        name = names[s.path]
         kernel = s.shape[2:] if s.kind == "conv" else ()
         ones, alpha = [1] * len(kernel), torch.tensor(s.alpha, dtype=torch.float64)
         tensors[f"{name}.lora_down.weight"] = s.A.reshape(s.r, -1, *kernel)
@@ -93,45 +100,80 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
         if s.magnitude is not None:
             shape = (-1, 1) if s.magnitude_axis == "out" else (1, -1)
             tensors[f"{name}.dora_scale"] = s.magnitude.view(*shape, *ones)
-    if problems:
-        raise FileError("kohya's names have no dots, and so some modules would have the same name:", problems,
-                        "rename one of the modules, or choose another format")  # fmt: skip
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": _common_value({str(s.r) for s in sites}),
-                "ss_network_alpha": _common_value({str(s.alpha) for s in sites})}  # fmt: skip
-    return {path: safetensors_file.dump(tensors, file.config if file.format == "kohya" else metadata)}
+    return {path: safetensors_file.dump(tensors, file.config if file.format == "kohya" else _metadata(sites))}
+
+
+def _metadata(sites: Sequence[StoredSite]) -> dict[str, str]:
+    """Return the header by which sd-scripts, A1111 and their tools recognize a file, as sd-scripts writes it.
+
+    A1111 takes every file with a header, but without a version of the base, for one of Stable Diffusion 1, and does not
+    show it for a model of another version. The width of the cross-attention's input tells the version.
+    """
+    is_dora = any(s.magnitude is not None for s in sites)  # which sd-scripts' own module would ignore
+    width = next((s.A.shape[-1] for s in sites if re.search(r"attn2[._]to_[kv]$", s.path)), 0)
+    return {
+        "ss_network_module": "lycoris.kohya" if is_dora else "networks.lora",
+        "ss_network_dim": _common_value({str(s.r) for s in sites}),
+        "ss_network_alpha": _common_value({str(float(s.alpha)) for s in sites}),
+        **({"ss_network_args": '{"algo": "lora", "dora_wd": "True"}'} if is_dora else {}),
+        **BASES.get(width, {}),
+    }
 
 
 def _common_value(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "Dynamic"
 
 
-WRITTEN = ("unet", "text_encoder", "text_encoder_2")
+BASES = {
+    768: {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    1024: {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    2048: {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+}
+"""sd-scripts' words for Stable Diffusion 1, 2 and XL, by the number of features of their text encoders."""
+WRITTEN = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The components whose diffusers names other readers of kohya's files know. diffusers itself takes the flat names of a
 transformer (Flux, SD3, Wan) for nothing or for an error: those files have the names of the models' original code."""
 # diffusers' reader turns other flat names of these modules into names that no U-Net has.
 ORIGINAL = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
+T5_BLOCK = "encoder.block."
 
 
-def flat_name(path: str, file: AdapterFile, hints: Hints) -> str:
-    """Return kohya's name for a module. Raises FileError for components that kohya's readers do not know by it."""
-    component, is_pipeline = hints.component, file.namespace == "pipeline"
-    if is_pipeline:
-        component, _, path = path.partition(".")
-    if component is not None and component not in WRITTEN and any(component in names for names in PREFIXES.values()):
-        raise FileError(
-            f"{path}: kohya's files have no names that diffusers reads for diffusers' modules of a {component}",
-            way_out="write the format diffusers, which diffusers and ComfyUI read",
-        )
-    # lora_te1_ and lora_te2_ are the names in pipelines with two text encoders, lora_te_ in others.
-    has_two_text_encoders = is_pipeline and any(s.path.startswith("text_encoder_2.") for s in file.sites)
-    for prefix, components in PREFIXES.items():
-        if component in components and (prefix != "lora_te1_" or has_two_text_encoders):
+def flat_names(file: AdapterFile, hints: Hints, problems: list[str]) -> dict[str, str]:
+    """Return kohya's names for the modules of a record, by path.
+
+    `problems` receives a line per module of a component that kohya's readers do not know by such a name.
+    """
+    if file.namespace == "kohya":
+        return {s.path: s.path for s in file.sites}
+    is_pipeline = file.namespace == "pipeline"
+    has_several = is_pipeline and any(s.path.startswith("text_encoder_") for s in file.sites)
+    names = {}
+    for s in file.sites:
+        component, path = hints.component, s.path
+        if is_pipeline:
+            component, _, path = path.partition(".")
+        if prefix := _prefix(component, path, has_several):
             flat = path.replace(".", "_")
-            return prefix + (ORIGINAL.get(flat, flat) if component == "unet" else flat)
-    raise FileError(
-        f"kohya has no prefix for {component!r}",
-        way_out="say which part of the pipeline the adapter belongs to: Hints(component='unet')",
-    )
+            names[s.path] = prefix + (ORIGINAL.get(flat, flat) if component == "unet" else flat)
+        elif any(component in known for known in PREFIXES.values()):
+            line = f"{s.path}: kohya's files have no names that diffusers reads for diffusers' modules of a {component}"
+            problems.append(Problem(line, "write the format diffusers, which diffusers and ComfyUI read"))
+        else:
+            step = "say which part of the pipeline the adapter belongs to: Hints(component='unet')"
+            problems.append(Problem(f"{s.path}: kohya has no prefix for {component!r}", step))
+    return names
+
+
+def _prefix(component: str | None, path: str, has_several: bool) -> str:
+    """Return the prefix for a module, or nothing if its component is written by no reader's name.
+
+    lora_te1_ is the name in pipelines with several text encoders, lora_te_ in others. A T5 is lora_te3_, also in Flux,
+    where it is the second encoder (networks/lora_flux.py; lora_te2_ in its first version, which is read as well).
+    """
+    if component == "text_encoder_2" and path.startswith(T5_BLOCK):
+        return "lora_te3_"
+    fitting = [prefix for prefix, known in PREFIXES.items() if component in known and component in WRITTEN]
+    return next((prefix for prefix in fitting if prefix != "lora_te1_" or has_several), "")
 
 
 FORMAT = Format(name="kohya", library="lycoris-lora 4.1.3", claims=claims, read=read, write=write, scales="site",

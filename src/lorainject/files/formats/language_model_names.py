@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...errors import FileError
 from .. import transforms
 from ..io.open_adapter import Hints
-from ..record import StoredSite
+from ..record import Problem, StoredSite, collected
 
 UNCHANGED = (0, 0)
 """In place of the numbers of heads, for models whose rows of q and k have the same order in both libraries."""
@@ -85,11 +84,10 @@ def with_rotary_order(s: StoredSite, heads: tuple[int, int] | None, *, to_pairs:
     return replace(s, B=s.B[rows], magnitude=magnitude, bias=bias)
 
 
-def stack_experts(sites: Sequence[StoredSite], level: str) -> list[StoredSite]:
+def stack_experts(sites: Sequence[StoredSite], level: str, problems: list[str]) -> list[StoredSite]:
     """Return the sites with each expert's linear in a stack <block><level>.<leaf> of all experts.
 
-    Raises:
-        FileError: If some expert of a stack has no adapter, or the ranks differ.
+    `problems` receives a line per stack with an expert that has no adapter, another rank or another shape.
     """
     stacked: list[StoredSite] = []
     experts: dict[str, dict[int, StoredSite]] = {}
@@ -101,13 +99,15 @@ def stack_experts(sites: Sequence[StoredSite], level: str) -> list[StoredSite]:
     for path, by_number in experts.items():
         if sorted(by_number) != list(range(len(by_number))) or len({s.r for s in by_number.values()}) > 1:
             numbers = ", ".join(map(str, sorted(by_number)))
-            raise FileError(
+            line = (
                 f"{path}: a stack needs an adapter of the same rank on every expert, and only {numbers} have one,"
-                " or their ranks differ",
-                way_out="choose a format with one linear per expert, such as lorainject or peft",
+                " or their ranks differ"
             )
+            problems.append(Problem(line, "choose a format with one linear per expert, such as lorainject or peft"))
+            continue
         parts = [by_number[n] for n in range(len(by_number))]
-        A = transforms.concat(path, [s.A[None] for s in parts])
-        B = transforms.concat(path, [s.B[None] for s in parts])
-        stacked.append(replace(parts[0], path=path, kind="experts", A=A, B=B))
+        with collected(problems):
+            A = transforms.concat(path, [s.A[None] for s in parts])
+            B = transforms.concat(path, [s.B[None] for s in parts])
+            stacked.append(replace(parts[0], path=path, kind="experts", A=A, B=B))
     return stacked

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FileError
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from . import torch_pickle
 from .language_model_names import NameTable, attention_heads, missing_alpha
 from .pairs import rank_problems, read_pairs
@@ -111,11 +110,9 @@ def _split_qkv(
 
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     """Return the directory; model_config.yaml belongs to the base. Raises FileError for names that litgpt has not."""
-    by_name = {NAMES.from_transformers(s.path) or "": s for s in file.sites}
-    if unknown := [
-        f"{s.name}: litgpt has no weight of this name" for s in file.sites if NAMES.from_transformers(s.path) is None
-    ]:
-        raise FileError("this adapter cannot be written for litgpt:", unknown, "choose another format")
+    names = {s.path: NAMES.from_transformers(s.path) for s in file.sites}
+    problems = [f"{s.name}: litgpt has no weight of this name" for s in file.sites if names[s.path] is None]
+    by_name = {name: s for s in file.sites if (name := names[s.path]) is not None}
     enabled = [part for part in QKV if any(name.endswith(f".attn.{part}") for name in by_name)]
     tensors: dict[str, Tensor] = {}
     for name, s in by_name.items():
@@ -123,8 +120,11 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
             tensors |= {f"{name}.lora_A": s.A, f"{name}.lora_B": s.B}
     for attn in dict.fromkeys(name.rpartition(".")[0] for name in by_name if name.endswith(QKV)):
         parts = [by_name.get(f"{attn}.{part}") or _zero_site(part, attn, by_name) for part in enabled]
-        tensors[f"{attn}.qkv.lora_A"] = transforms.concat(f"{attn}.qkv", [s.A for s in parts])
-        tensors[f"{attn}.qkv.lora_B"] = transforms.concat(f"{attn}.qkv", [s.B for s in parts])
+        what = " and ".join(s.path for s in parts)
+        with collected(problems):
+            tensors[f"{attn}.qkv.lora_A"] = transforms.concat(what, [s.A for s in parts])
+            tensors[f"{attn}.qkv.lora_B"] = transforms.concat(what, [s.B for s in parts])
+    require_writable("litgpt", problems)
     first, leaves = file.sites[0], {s.path.rpartition(".")[2] for s in file.sites}
     hyper: dict[str, Any] = {"lora_r": first.r, "lora_alpha": first.alpha, "lora_dropout": first.dropout}
     hyper |= {f"lora_{part}": part in enabled for part in QKV}

@@ -27,7 +27,7 @@ from ...plan import site_name
 from .. import transforms
 from ..format import Files, Format
 from ..io.open_adapter import Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from . import torch_pickle
 from .pairs import read_pairs, renamed
 
@@ -111,12 +111,15 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     for s in file.sites:
         by_path.setdefault(s.path, []).append(s)
     tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
     for module, sites in by_path.items():
-        merged = transforms.join_merged_linear(sites) if sites[0].rows is not None else None
-        if merged is None:
-            (whole, *_) = transforms.slices_to_whole(sites)
-            merged = whole.A, whole.B, []
-        tensors |= {f"{module}.lora_A": merged[0], f"{module}.lora_B": merged[1]}
+        with collected(problems):
+            merged = transforms.join_merged_linear(sites) if sites[0].rows is not None else None
+            for s in () if merged else transforms.slices_to_whole(sites, problems):
+                merged = s.A, s.B, []
+            if merged:
+                tensors |= {f"{module}.lora_A": merged[0], f"{module}.lora_B": merged[1]}
+    require_writable("loralib", problems)
     tensors |= {name if name.endswith(".bias") else f"{name}.weight": t for name, t in file.replaced.items()}
     return {path: [torch_pickle.dump(tensors)]}
 

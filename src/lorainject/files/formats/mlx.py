@@ -21,7 +21,7 @@ from .. import transforms
 from ..format import Files, Format
 from ..io import safetensors_file
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, StoredSite, checked_sites, require_writable
 from .language_model_names import stack_experts
 from .pairs import Pair, rank_problems, read_pairs
 
@@ -84,11 +84,13 @@ def _split_experts(s: StoredSite) -> list[StoredSite]:
 def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     """Return the directory that mlx-lm reads. Raises FileError if some expert of a layer has no adapter."""
     tensors: dict[str, Tensor] = {}
-    for s in stack_experts(file.sites, ".switch_mlp"):
+    problems: list[str] = []
+    for s in stack_experts(file.sites, ".switch_mlp", problems):
         A, B = (s.A, s.B) if s.A.ndim == 3 else (s.A.mT, s.B.mT)
         tensors |= {f"{s.path}.lora_a": A.contiguous(), f"{s.path}.lora_b": B.contiguous()}
         if s.magnitude is not None:
             tensors[f"{s.path}.m"] = s.magnitude
+    require_writable("mlx-lm", problems)
     first = file.sites[0]
     is_dora = any(s.magnitude is not None for s in file.sites)
     keys = sorted({re.sub(r"^.*?\.?layers\.\d+\.", "", key.rpartition(".")[0]) for key in tensors})

@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import FileError
 from ..format import Files, Format
 from ..io.open_adapter import CONFIG, Hints, Source
-from ..record import AdapterFile, StoredSite, checked_sites
+from ..record import AdapterFile, StoredSite, checked_sites, collected, require_writable
 from . import torch_pickle
 from .language_model_names import UNCHANGED, NameTable, attention_heads, missing_alpha, missing_heads, with_rotary_order
 from .pairs import rank_problems, read_pairs
@@ -82,16 +81,15 @@ def write(file: AdapterFile, path: Path, hints: Hints) -> Files:
     names = {s.path: NAMES.from_transformers(s.path) for s in file.sites}
     problems = [f"{s.name}: torchtune has no weight of this name" for s in file.sites if names[s.path] is None]
     problems += missing_heads(names, heads)
-    if problems:
-        raise FileError(
-            "this adapter cannot be written for torchtune:", problems, "give what is missing, or choose another format"
-        )
     tensors: dict[str, Tensor] = {}
     for s in file.sites:
-        s, name = with_rotary_order(s, heads, to_pairs=True), names[s.path]
+        name = names[s.path]
+        with collected(problems, s.name):
+            s = with_rotary_order(s, heads, to_pairs=True)
         tensors |= {f"{name}.lora_a.weight": s.A, f"{name}.lora_b.weight": s.B}
         if s.magnitude is not None:
             tensors[f"{name}.magnitude"] = s.magnitude
+    require_writable("torchtune", problems, "give what is missing, or choose another format")
     return {path: [torch_pickle.dump(tensors)]}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import FileError, system_errors
+from ...spec import explains_settings
 from ...spec.safe_yaml import parse_yaml
 from . import atomic_write, containers, safetensors_file
 from .regular_file import as_path, read_regular
@@ -41,6 +42,7 @@ UNPACK = "unpack it yourself and give the adapter in it"
 EXPORT_NEMO = "export it to Hugging Face's format with NeMo, and give that"
 
 
+@explains_settings
 @dataclass(frozen=True, kw_only=True)
 class Hints:
     """What a file does not say about itself. A format that needs a hint asks for it by name."""

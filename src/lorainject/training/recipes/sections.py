@@ -247,7 +247,7 @@ def known_keys(section: type[BaseModel], kind: Any) -> tuple[set[str], dict[str,
         return None
     keys = {field.alias or name for name, field in section.model_fields.items()}
     if section is Lora:
-        return keys, {key: ours for key, ours in PEFT_SETTINGS.items() if ours in keys}
+        return keys, {key: ours for key, names in PEFT_SETTINGS.items() for ours in names if ours in keys}
     if section is not TrainerSection:
         return keys, {}
     cls = arguments_class(kind) if isinstance(kind, str) and kind in CONFIGS else None
