@@ -85,7 +85,7 @@ def inject(model: nn.Module, targets: Target | Sequence[Target] | None = None, r
     Args:
         model: The model to change.
         name: The name of the new adapter: 1 to 64 letters, digits, "_" or "-".
-        spec: All other settings as one value, instead of the single arguments.
+        spec: All other settings as one value, instead of the single arguments. A LoraConfig of PEFT is translated.
 
     The other arguments are the fields of `LoraSpec`, where they are documented.
 

@@ -142,11 +142,12 @@ def test_signatures_stay_those_of_the_verbs():
     assert "hints" in inspect.signature(li.load).parameters
 
 
-@pytest.mark.parametrize("argument", ["spec", "targets"])
-def test_a_config_of_peft_is_named_by_its_type(argument):
-    """Its repr would be a thousand characters."""
+def test_a_config_of_peft_is_taken_as_spec():
+    """In the place of the targets, it is named by its type: its repr would be a thousand characters."""
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    assert {site.r for site in li.find(llama(), spec=config)} == {4}
     with pytest.raises(li.SpecError, match=r"not a LoraConfig\n=> ") as e:
-        li.inject(llama(), **{argument: LoraConfig(r=4, target_modules=["q_proj"])})
+        li.inject(llama(), targets=config)
     assert len(str(e.value)) < 250
 
 

@@ -195,6 +195,7 @@ def test_resume_is_exact(tmp_path):
     )
 
 
+NEW_HEAD = {"targets": ["query"], "modules_to_save": ["classifier"]}
 SWEEP = {"small": {"lora.r": 2}, "fast": {"lora.r": 8, "lora.alpha": 4, "trainer.learning_rate": "3e-2"}}
 
 
@@ -241,11 +242,65 @@ def test_a_bad_sweep_is_refused(tmp_path):
                  trainer={"gradient_accumulation_steps": 2})  # fmt: skip
     with pytest.raises(li.SpecError) as refusal:
         training.Recipe.read(path)
-    for line in ("sweep.a: r must be", "sweep.c.data.path: a run sets lora.*", "sweep.d: rank", "output.merged",
-                 "gradient_accumulation_steps must be 1", "leave lora.optimizer out"):  # fmt: skip
+    for line in (
+        "sweep.a: r must be", "sweep.c.data.path: a run sets lora.*", "sweep.d.lora.rank: a run", "output.merged",
+        "sweep: trainer.gradient_accumulation_steps must be left out", "leave lora.optimizer out",
+    ):  # fmt: skip
         assert line in str(refusal.value), line
     with pytest.raises(li.SpecError, match=r"sweep\.b: 'nothing' matches nothing"):
         training.Recipe.read(write(tmp_path, sweep={"b": sweep["b"]}))
+
+
+def test_a_sweep_decays_and_schedules_as_the_trainer_does(tmp_path):
+    """Biases are not decayed, and the schedule takes its arguments; a run is one recipe of its own settings."""
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    llama(attention_bias=True).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    trainer = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 3.0}, "weight_decay": 0.5,
+               "max_steps": 3}  # fmt: skip
+    path = write(tmp_path, lora={"bias": "all"}, trainer=trainer, sweep={"a": {}})
+    training.train_sweep(training.Recipe.read(path, ["sweep.a.lora.r=2"]), progress=False)
+    overrides = ["lora.r=2", "sweep={}", f"output.directory={tmp_path / 'alone'}"]
+    alone = training.train(training.Recipe.read(path, overrides), progress=False)
+    ours, theirs = li.read(tmp_path / "out" / "a"), li.read(alone.adapter)
+    assert ours.sites[0].r == 2
+    for name, tensor in theirs.replaced.items():
+        torch.testing.assert_close(ours.replaced[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_train_and_train_sweep_are_for_recipes_of_their_kind(tmp_path):
+    """A recipe with a sweep is refused by train, and one without by train_sweep."""
+    with pytest.raises(li.SpecError, match="train_sweep"):
+        training.train(training.Recipe.read(write(tmp_path, sweep={"a": {}})), progress=False)
+    with pytest.raises(li.SpecError, match="no section sweep"):
+        training.train_sweep(training.Recipe.read(write(tmp_path, sweep={})), progress=False)
+
+
+def test_a_resume_keeps_the_recipe(tmp_path):
+    """A resume with other settings names each of them, and a training that is finished is not trained on."""
+    path = write(tmp_path, trainer={"max_steps": 2, "save_steps": 1})
+    result = training.train(training.Recipe.read(path), progress=False)
+    before = (result.adapter / "adapter_model.safetensors").read_bytes()
+    again = ["output.resume=true"]
+    with pytest.raises(li.SpecError, match="has taken 2 steps, and the recipe asks for 2"):
+        training.train(training.Recipe.read(path, again), progress=False)
+    with pytest.raises(li.SpecError) as refusal:
+        changes = ["trainer.max_steps=4", "trainer.learning_rate=5e-5", "lora.r=8"]
+        training.train(training.Recipe.read(path, again + changes), progress=False)
+    assert sorted(problem.split(":")[0] for problem in refusal.value.problems) == ["lora.r", "trainer.learning_rate"]
+    assert (result.adapter / "adapter_model.safetensors").read_bytes() == before
+    assert training.train(training.Recipe.read(path, [*again, "trainer.max_steps=4"]), progress=False).steps == 4
+
+
+def test_the_folder_of_the_output_must_be_empty(tmp_path):
+    """A file in the place of the folder, and files of the user in it, are refused."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(li.SpecError, match="is not empty: name another folder"):
+        training.Recipe.read(write(tmp_path))
+    with pytest.raises(li.SpecError, match="is a file"):
+        training.Recipe.read(write(tmp_path, output={"directory": str(tmp_path / "out" / "notes.txt")}))
 
 
 def test_every_mistake_is_listed_at_once(tmp_path):
@@ -283,6 +338,13 @@ def test_every_mistake_is_listed_at_once(tmp_path):
         ({"trainer": {"eval_strategy": "often"}}, "trainer: often is not a valid"),
         ({"trainer": {"load_best_model_at_end": True}}, "trainer: "),
         ({"model": {"path": "package:no_such_package"}}, "there is no package 'no_such_package'"),
+        ({"trainer": {"per_device_train_batch_size": 0}}, "trainer.per_device_train_batch_size must be from 1"),
+        ({"trainer": {"learning_rate": float("nan")}}, "trainer.learning_rate must be from 0"),
+        ({"trainer": {"eval_strategy": "steps", "eval_steps": 1}}, "there is nothing to evaluate on"),
+        ({"trainer": {"dataloader_drop_last": True, "per_device_train_batch_size": 64}}, "do not fill one batch of 64"),
+        ({"trainer": {"fsdp": "full_shard"}}, "trainer.fsdp: recipes do not shard models"),
+        ({"data": {"columns": {"txt": "other"}}}, "data.columns.txt: the format 'text' has the roles text"),
+        ({"sweep": {"../evil": {}}}, "sweep.../evil"),
         ({"model": {"path": "/nowhere"}}, "model.path: /nowhere cannot be loaded as causal-lm"),
     ],
 )
@@ -299,6 +361,9 @@ def test_a_setting_that_does_not_fit_is_refused(sections, line, tmp_path):
         ("a.jsonl", '{"text": "w1"}\n{"text": null}\n', "row 2 of"),
         ("a.jsonl", "{", "cannot be read"),
         ("a.json", '{"text": "w1"}', "is not a list of objects"),
+        ("a.csv", "text,label\nw1, w2,a\n", "rows 1 have more fields than the header"),
+        ("a.csv", "text,label,text\nw1,a,w2\n", "these columns are there twice: text"),
+        ("a.json", "[" * 100000, "cannot be read"),
         ("a.csv", "other\nw1\n", "needs the column 'text', and"),
         ("a.txt", "\n\n", "no rows"),
         ("a.parquet", "w1", "a.parquet"),
@@ -344,13 +409,28 @@ def test_the_loss_counts_the_completion_alone():
     assert text_row["labels"] == text_row["input_ids"] == prompt
 
 
+def test_rows_without_a_counted_token_are_named(tmp_path):
+    """A prompt that fills the length leaves nothing to train on."""
+    rows = [{"prompt": "w1", "completion": "w2"}, {"prompt": text(1) * 9, "completion": "w2"}]
+    data = {"path": jsonl(tmp_path / "rows.jsonl", rows), "format": "prompt-completion", "max_length": 4}
+    with pytest.raises(li.SpecError, match=r"within data\.max_length=4: 2"):
+        training.train(training.Recipe.read(write(tmp_path, data=data)), progress=False)
+
+
+def test_a_mark_of_excel_is_no_part_of_a_name(tmp_path):
+    """A byte order mark is skipped, and endings of file names may be capital letters."""
+    (tmp_path / "rows.CSV").write_text("\ufefftext\nw1\n", encoding="utf-8")
+    assert training.Recipe.read(write(tmp_path, data={"path": str(tmp_path / "rows.CSV")})).prepare().rows == (
+        {"text": "w1"},
+    )
+
+
 def test_a_new_head_has_to_train(tmp_path):
-    """A head that the base lacks and that nothing trains would stay random: the training is refused."""
+    """A head that the base lacks and that nothing trains would stay random: the recipe is refused before it loads."""
     data = {"path": jsonl(tmp_path / "rows.jsonl", rows_of("label", tmp_path)), "format": "label"}
     model = {"path": base_of("label", tmp_path), "class": "sequence-classification"}
-    recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
-    with pytest.raises(li.SpecError, match=r"classifier.weight[\s\S]*lora.modules_to_save"):
-        training.train(recipe, progress=False)
+    with pytest.raises(li.SpecError, match=r"lacks classifier.weight[\s\S]*lora.modules_to_save: \[classifier\]"):
+        training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +443,7 @@ def test_labels_keep_their_numbers(labels, names, tmp_path):
     rows = [{"text": text(i), "label": label} for i, label in enumerate(labels)]
     data = {"path": jsonl(tmp_path / "rows.jsonl", rows), "format": "label"}
     model = {"path": base_of("label", tmp_path), "class": "sequence-classification"}
-    recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
+    recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora=NEW_HEAD))
     assert list(recipe.prepare().labels) == names
 
 
@@ -372,10 +452,12 @@ def test_a_trained_head_keeps_the_order_of_its_classes(tmp_path):
     data = {"path": jsonl(tmp_path / "rows.jsonl", rows_of("label", tmp_path)), "format": "label"}
     model = {"path": base_of("label", tmp_path), "class": "sequence-classification"}
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora={"targets": ["query"]}))
-    assert list(recipe.prepare().labels) == ["good", "bad"]
+    for names in (["good", "bad"], ["good", "so-so", "bad"]):  # the data have no row that is so-so
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+        recipe = training.Recipe.read(write(tmp_path, model=model, data=data, lora=NEW_HEAD))
+        assert list(recipe.prepare().labels) == names
+        assert meta_model(recipe.model, names).config.num_labels == len(names)
 
 
 def test_numbers_with_exponents_are_numbers(tmp_path):
@@ -427,7 +509,7 @@ def test_paper_recipes_have_the_papers_counts(name, config, sizes, overrides, co
     recipe = training.Recipe.read(
         CONFIGS / f"{name}-paper.yaml", [f"model.path={tmp_path}", *overrides], check=False
     )  # fmt: skip
-    plan = li.find(meta_model(recipe.model, 3), spec=recipe.lora.spec())
+    plan = li.find(meta_model(recipe.model, ["0", "1", "2"]), spec=recipe.lora.spec())
     assert sum(site.trainable for site in plan) == count
 
 

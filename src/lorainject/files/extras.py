@@ -120,7 +120,12 @@ def _why_irreplaceable(file: AdapterFile, name: str, module: nn.Module, paramete
     other_rows = len(value) != len(W0) if ids is None else max(ids) >= len(W0)
     if value.shape[1:] != W0.shape[1:] or other_rows:
         shape = f"{tuple(value.shape)}" + ("" if ids is None else f" for the rows {min(ids)} to {max(ids)}")
-        way_out = "resize it first (resize_token_embeddings)"
+        is_embedding = isinstance(module, nn.Embedding) or ids is not None
+        way_out = (
+            "resize it first (resize_token_embeddings)"
+            if is_embedding
+            else "build the model with the same sizes, as with from_pretrained(..., num_labels=...)"
+        )
         return f"the file has {shape}, this model's is {tuple(W0.shape)}: {way_out}"
     saved = [m for m in file.config.get("modules_to_save") or [] if isinstance(m, str)]
     if tied and ids is None and not any(name == m or name.endswith(f".{m}") for m in saved):

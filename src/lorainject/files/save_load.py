@@ -13,7 +13,7 @@ extras.py, and the formats of other libraries in convert.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, format: s
         path=path, format=format, sites=tuple(site for _, site in stored), name=name,
         init=init if isinstance(init, str) else FUNCTION,
         base=base_print(sites) if format == "lorainject" and sites else None,
-        config=_config(index, [site for _, site in stored]), replaced=replaced, tokens=tokens,
+        config=_config(index, [site for _, site in stored], replaced), replaced=replaced, tokens=tokens,
     )  # fmt: skip
     atomic_write.write(FORMATS[format].write(file, path, Hints()))
     return path
@@ -264,12 +264,16 @@ def _require_peft(
     return [(weights[site.name], site) for site in sites]
 
 
-def _config(index: ModelIndex, sites: Sequence[StoredSite]) -> dict[str, Any]:
+def _config(index: ModelIndex, sites: Sequence[StoredSite], replaced: Iterable[str]) -> dict[str, Any]:
     """Return what PEFT's config says about the model: its task, its name and the targets."""
     config = getattr(index.model, "config", None)
     task = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else None
-    if type(index.model).__name__.endswith("ForCausalLM"):
+    name = type(index.model).__name__
+    if name.endswith("ForCausalLM"):
         task = "CAUSAL_LM"
+    elif {"classifier", "score"} & {path.rpartition(".")[2] for path in replaced}:  # PEFT expects them for these tasks
+        tasks = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+        task = next((label for ending, label in tasks.items() if name.endswith(ending)), task)
     # Targets are the last parts of the paths, as people write them, if these match no other module.
     targets = {s.path for s in sites if not peft_layout.is_bare(s)}
     leaves = {path.rsplit(".", 1)[-1] for path in targets}

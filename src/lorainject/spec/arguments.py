@@ -71,13 +71,15 @@ def _in_our_words(key: str, known: Mapping[str, inspect.Parameter]) -> str:
 
 
 def spec_from_arguments(spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
-    """Return `spec`, or a LoraSpec of the targets and settings if it is None.
+    """Return `spec`, or a LoraSpec of the targets and settings if it is None. A LoraConfig of PEFT is translated.
 
     Raises:
         SpecError: `spec` is something else, or was passed along with targets or with settings other than the defaults.
     """
     if spec is None:
         return LoraSpec(targets=() if targets is None else targets, **settings)
+    if hasattr(spec, "peft_type"):
+        spec = LoraSpec.from_peft(spec)
     if not isinstance(spec, LoraSpec):
         way_out = "pass the settings as a LoraSpec: spec=LoraSpec(targets=[...], r=8, alpha=16, dropout=0.1)"
         raise SpecError(f"spec must be a LoraSpec, not {brief(spec)}", way_out=way_out)

@@ -161,9 +161,10 @@ class LoraSpec:
                 it.
 
         Returns:
-            Settings with which `inject` adapts the same weights, with the same ranks and scales. An entry of
-            `exclude_modules` that names a container leaves out what is in it here. "pissa" and "olora" begin with the
-            factors that PEFT begins with, but do not alter the base.
+            Settings with which `inject` adapts the same weights, with the same ranks and scales, with three exceptions.
+            "all-linear" takes stacked experts and leaves the heads of tasks out. An entry of `exclude_modules` that
+            names a container leaves out what is in it. "pissa" and "olora" begin with the factors that PEFT begins
+            with, but do not alter the base. The heads that PEFT trains for the tasks SEQ_CLS and TOKEN_CLS train.
 
         Raises:
             SpecError: A setting cannot be expressed here. The error lists every such setting.
@@ -203,8 +204,9 @@ class LoraSpec:
 
         Raises:
             SpecError: A target or `init` is a function.
+            FileError: The file cannot be written.
         """
-        yaml_file.write(Path(path), yaml_file.plain(self))
+        yaml_file.write(Path(path), self)
 
 
 def is_alpha(value: object) -> bool:

@@ -28,10 +28,12 @@ INITS = {True: "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "p
 READ = {
     "peft_type", "r", "target_modules", "target_parameters", "exclude_modules", "lora_alpha", "lora_dropout", "bias",
     "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "trainable_token_indices", "use_dora",
+    "alpha_pattern", "trainable_token_indices", "use_dora", "task_type",
 }  # fmt: skip
+TASK_HEADS = ("classifier", "score")
+"""Modules that PEFT trains for the tasks SEQ_CLS and TOKEN_CLS, those of them that the model has."""
 IRRELEVANT = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "fan_in_fan_out", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
 """Settings that say nothing about the adapter, or that follow from the model here."""
@@ -42,6 +44,13 @@ SLICE = re.compile(r"\[[^\]]*\]$")
 def settings_of(config: Any) -> dict[str, Any]:
     """Return the arguments of LoraSpec that mean what a LoraConfig means. See LoraSpec.from_peft."""
     values = _values(config)
+    try:
+        return _settings_of(values)
+    except (TypeError, AttributeError) as e:
+        raise SpecError(f"a setting of the LoraConfig has a wrong type: {e}", way_out="correct it") from e
+
+
+def _settings_of(values: dict[str, Any]) -> dict[str, Any]:
     get = values.get
     if not {"peft_type", "target_modules", "target_parameters"} & values.keys():
         raise SpecError("these are not the settings of a LoraConfig: they name no target_modules", way_out="check them")
@@ -79,7 +88,8 @@ def settings_of(config: Any) -> dict[str, Any]:
         "exclude": _entries(get("exclude_modules")), "r": get("r", 8), "alpha": get("lora_alpha", 8),
         "dropout": get("lora_dropout", 0.0), "layers": layers, "init": INITS[init],
         "scaling": "rslora" if get("use_rslora") else "standard", "dora": bool(get("use_dora")),
-        "modules_to_save": list(get("modules_to_save") or ()), "bias": get("bias", "none"),
+        "modules_to_save": _modules_to_save(get("modules_to_save") or (), get("task_type")),
+        "bias": get("bias", "none"),
         "trainable_tokens": tokens if isinstance(tokens, Mapping) else {"embed_tokens": tokens},
     }  # fmt: skip
 
@@ -128,6 +138,13 @@ def _entries(names: Any) -> list[str]:
     if isinstance(names, str):
         return [names if names == "all-linear" else f"re:{names}"]
     return sorted(names or ())
+
+
+def _modules_to_save(names: Iterable[str], task: Any) -> list[str]:
+    """Return `modules_to_save` with the heads of the task as one entry, because a model has one of them."""
+    if str(getattr(task, "value", task)) not in ("SEQ_CLS", "TOKEN_CLS"):
+        return list(names)
+    return [*(name for name in names if name not in TASK_HEADS), rf"re:(.*\.)?({'|'.join(TASK_HEADS)})"]
 
 
 def _in_layers(entry: str, patterns: str | Iterable[str], layers: Iterable[int]) -> str:

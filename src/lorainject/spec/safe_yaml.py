@@ -7,10 +7,11 @@ base 60, whose conversion takes quadratic time. No config needs either. 2e-4 is 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, system_errors
 
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
@@ -44,5 +45,28 @@ def parse_yaml(path: Path, text: bytes) -> dict[str, Any]:
         value = yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as e:
         way_out = "if it was edited, correct it; else copy or download the adapter again"
-        raise FileError(f"{path} cannot be read as YAML: {e}", way_out=way_out) from e
+        mark = getattr(e, "problem_mark", None)
+        what = (
+            str(e) if mark is None else f"{getattr(e, 'problem', e)} (line {mark.line + 1}, column {mark.column + 1})"
+        )
+        raise FileError(f"{path} cannot be read as YAML: {what}", way_out=way_out) from e
     return value if isinstance(value, dict) else {}
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write values to a YAML file that parse_yaml reads back.
+
+    Raises:
+        FileError: The file cannot be written, or the package pyyaml is missing.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise FileError(f"{path} is YAML", way_out='pip install "lorainject[formats]"') from None
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+        """A safe dumper that puts texts in quotes that parse_yaml would take for numbers."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+    with system_errors(f"{path} cannot be written"):
+        path.write_text(yaml.dump(dict(values), Dumper=Dumper, sort_keys=False), encoding="utf-8")

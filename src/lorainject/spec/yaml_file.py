@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import FileError, SpecError
-from .safe_yaml import parse_yaml
+from .safe_yaml import parse_yaml, write_yaml
 
 
 def plain(spec: Any) -> dict[str, Any]:
@@ -27,13 +27,19 @@ def plain(spec: Any) -> dict[str, Any]:
     if "dtype" in values:
         values["dtype"] = str(values["dtype"]).removeprefix("torch.")
     if "overrides" in values:
-        fields = ((o.target, {"r": o.r, "alpha": o.alpha}) for o in values["overrides"])
-        values["overrides"] = {target: {k: v for k, v in o.items() if v is not None} for target, o in fields}
+        fields = {o.target: {"r": o.r, "alpha": o.alpha} for o in reversed(values["overrides"])}  # the first one counts
+        values["overrides"] = {
+            target: {k: v for k, v in fields[target].items() if v is not None} for target in reversed(fields)
+        }
     if "trainable_tokens" in values:
-        values["trainable_tokens"] = {path: list(ids) for path, ids in values["trainable_tokens"]}
+        rows: dict[str, list[int]] = {}
+        for path, ids in values["trainable_tokens"]:
+            rows.setdefault(path, []).extend(ids)
+        values["trainable_tokens"] = rows
     if values["targets"] in (("all-linear",), ("all-conv",)):
         values["targets"] = values["targets"][0]
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    numbers = {name: float(v) for name, v in values.items() if isinstance(v, float)}  # of numpy, too
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in (values | numbers).items()}
 
 
 def from_plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,14 +77,6 @@ def read(path: Path, fields: Collection[str]) -> dict[str, Any]:
     return from_plain(values)
 
 
-def write(path: Path, values: Mapping[str, Any]) -> None:
-    """Write values to a YAML file.
-
-    Raises:
-        FileError: The package pyyaml is missing.
-    """
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise FileError(f"{path} is YAML", way_out='pip install "lorainject[formats]"') from None
-    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def write(path: Path, spec: Any) -> None:
+    """Write a LoraSpec to a YAML file. Raise SpecError if a value is a function, FileError if it cannot be written."""
+    write_yaml(path, plain(spec))

@@ -68,6 +68,14 @@ def adapter_checkpoints(trainer: T) -> T:
     if isinstance(trainer, type):
         return cast(T, _derived(cast(Any, trainer)))
     _require_supported(trainer)
+    reference = getattr(trainer, "ref_model", None)
+    if isinstance(reference, nn.Module) and not isinstance(reference, Reference):
+        warnings.warn(
+            "this trainer has loaded a second base as its reference, and compares with the base even if the adapter was"
+            f" trained before. Derive the class instead: adapter_checkpoints({type(trainer).__name__})(model,"
+            " ref_model=training.reference(model), ...)",
+            stacklevel=2,
+        )
     if not isinstance(trainer, AdapterCheckpoints):
         trainer.__class__ = _derived(cast(Any, type(trainer)))
     return trainer

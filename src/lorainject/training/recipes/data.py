@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ OPTIONAL = {"label": ("text_pair",)}
 TYPES: dict[str, Any] = {"messages": list, "label": (int, str), "image": object}
 """What a value of a role is; a text for all others."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+NUMBER = re.compile("[0-9]{1,9}")
 CLASSES = 100_000
 """More classes than any data have. A number above it is taken for a wrong column."""
+IGNORED = -100
+"""The label of a token that does not count in the loss."""
 Row = dict[str, Any]
 Encode = Callable[[Row], Any]
 Collate = Callable[[list[Any]], Any]
@@ -59,29 +63,43 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         FileError: The file is missing, or is not what its name says.
     """
-    if not path.is_file() or path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if not path.is_file() or suffix not in SUFFIXES:
         what = f"{path} is of no known kind" if path.is_file() else f"there is no file {path}"
         raise FileError(what, way_out=f"give a file whose name ends in {', '.join(SUFFIXES)}")
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             from pyarrow import parquet
 
             return list(parquet.read_table(path).to_pylist())
-        with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
-            if path.suffix == ".csv":
-                rows: Any = list(csv.DictReader(file))
-            elif path.suffix == ".json":
+        with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as file:  # Excel writes a mark
+            if suffix == ".csv":
+                rows: Any = _csv_rows(file)
+            elif suffix == ".json":
                 rows = json.load(file)
-            elif path.suffix == ".jsonl":
+            elif suffix == ".jsonl":
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 rows = [{"text": line.rstrip("\n")} for line in file if line.strip()]
     except ModuleNotFoundError as e:
         raise FileError(f"{path} needs the package pyarrow", way_out="pip install pyarrow") from e
-    except (ValueError, OSError, csv.Error) as e:
+    except (ValueError, OSError, RecursionError, csv.Error) as e:
         raise FileError(f"{path} cannot be read: {e}", way_out="correct the file") from e
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FileError(f"{path} is not a list of objects", way_out="write one object with named values per row")
+    return rows
+
+
+def _csv_rows(file: Iterable[str]) -> list[Row]:
+    """Return the rows of a CSV file. Raise ValueError for a column that is there twice, and fields without a name."""
+    reader = csv.DictReader(file, restkey="")
+    columns = list(reader.fieldnames or ())
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"these columns are there twice: {', '.join(twice)}")
+    rows = list(reader)
+    if long := [str(n) for n, row in enumerate(rows, 1) if "" in row and "" not in columns]:
+        listed = ", ".join(long[:5]) + ", ..." * (len(long) > 5)
+        raise ValueError(f"rows {listed} have more fields than the header: write texts with commas in quotes")
     return rows
 
 
@@ -101,8 +119,12 @@ def with_roles(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
     present = list(rows[0]) if rows else []
     roles = [*ROLES[format], *(role for role in OPTIONAL.get(format, ()) if role in columns)]
     names = {role: columns.get(role, role) for role in roles}
+    problems = []
+    for role in columns.keys() - {*ROLES[format], *OPTIONAL.get(format, ())}:
+        known = [*ROLES[format], *OPTIONAL.get(format, ())]
+        problems.append(f"data.columns.{role}: the format {format!r} has the roles {', '.join(known)}")
     columns_present = ", ".join(map(repr, present)) or "no rows"
-    problems = [
+    problems += [
         f"the format {format!r} needs the column {name!r}, and {source} has {columns_present}: name the column with"
         f" data.columns.{role}"
         for role, name in names.items()
@@ -115,7 +137,7 @@ def with_roles(rows: Sequence[Row], format: str, columns: Mapping[str, str], sou
                 if isinstance(row["image"], str):
                     row["image"] = folder / row["image"]
         labels: list[Any] = [row["label"] for row in chosen if "label" in row]
-        if labels and all(isinstance(label, bool) or str(label).isdecimal() for label in labels):
+        if labels and all(isinstance(label, bool) or NUMBER.fullmatch(str(label)) for label in labels):
             for row, label in zip(chosen, labels, strict=True):  # CSV has numbers as texts
                 row["label"] = int(label)
         problems += _value_problems(chosen, names, source)
@@ -159,7 +181,7 @@ def encoder(format: str, processing: Any, max_length: int, labels: Sequence[str]
 
     def with_loss(prompt: list[int], rest: list[int]) -> Row:
         ids = (prompt + rest)[:max_length]
-        return {"input_ids": ids, "labels": ([-100] * len(prompt) + rest)[:max_length]}
+        return {"input_ids": ids, "labels": ([IGNORED] * len(prompt) + rest)[:max_length]}
 
     end = [] if getattr(processing, "eos_token_id", None) is None else [processing.eos_token_id]
     encode: dict[str, Encode] = {
@@ -185,6 +207,15 @@ def encoder(format: str, processing: Any, max_length: int, labels: Sequence[str]
         "pair": lambda batch: {role: pad([row[role] for row in batch]) for role in ROLES["pair"]},
     }
     return encode[format], collate.get(format) or DataCollatorForSeq2Seq(processing)
+
+
+def require_counted_tokens(rows: Sequence[Row], encode: Encode, max_length: int) -> None:
+    """Raise SpecError with the rows of which no token counts in the loss, because the prompt fills the length."""
+    is_counted = (any(label != IGNORED for label in encode(row)["labels"]) for row in rows)
+    if numbers := [str(n) for n, counted in enumerate(is_counted, 1) if not counted]:
+        listed = ", ".join(numbers[:20]) + f", ... ({len(numbers)} in all)" * (len(numbers) > 20)
+        what = f"of these rows no token of the completion is within data.max_length={max_length}: {listed}"
+        raise SpecError(what, way_out="raise data.max_length, or leave the rows out")
 
 
 def _image(value: Any) -> Any:

@@ -6,15 +6,17 @@ shows every mistake in it. Of the model it reads the config, and of the data eve
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ...errors import LoraError, SpecError
 from ...plan import Plan
@@ -22,7 +24,13 @@ from ...spec import LoraSpec
 from ...targets.resolve import find
 from ..runs import Run
 from .data import Row, label_names, read_rows, with_roles
-from .sections import CLASSES, FORMATS, Data, Model
+from .sections import CLASSES, FORMATS, Data, Model, Output
+
+NOT_IN_SWEEPS = {
+    "gradient_accumulation_steps": 1, "label_smoothing_factor": 0, "neftune_noise_alpha": None, "bf16": False,
+    "fp16": False, "torch_compile": False, "eval_strategy": "no", "load_best_model_at_end": False,
+}  # fmt: skip
+"""Arguments of the trainer that change a training, and that a sweep does not carry out, with the values that do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +89,13 @@ class Preparation:
         return {**plan, **counts, "memory": {key.replace(" ", "_"): size for key, size in self.memory.items()}}
 
     def __str__(self) -> str:
-        rows = [f"  {name:22}{'not known' if size is None else f'{size / 1024**2:,.1f} MiB':>15}"
+        rows = [f"  {name:22}{'not known' if size is None else f'{size / 1024:,.1f} KiB':>18}"
                 for name, size in self.memory.items()]  # fmt: skip
+        classes = [f"classes: {', '.join(f'{n} = {name}' for n, name in enumerate(self.labels))}"] * bool(self.labels)
         counts = f"{self.steps:,} steps; {len(self.rows):,} rows to train on, {len(self.eval_rows):,} to evaluate on"
         plans = [f"run {name}: r {run.spec.r}, learning rate {run.lr:g}\n{plan}"
                  for (name, run), plan in zip(self.runs.items(), self.plans, strict=False)]  # fmt: skip
-        return "\n".join([*(plans or [str(self.plan)]), "memory without activations:", *rows, counts])
+        return "\n".join([*(plans or [str(self.plan)]), "memory without activations:", *rows, *classes, counts])
 
 
 def prepare(sections: Mapping[str, Any]) -> Preparation:
@@ -107,9 +116,8 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
     runs: dict[str, Run] = {}
     rows: list[Row] = []
     eval_rows: list[Row] = []
-    if output is not None and not output.resume and _has_a_training(output.directory):
-        problems.append(f"output.directory: {output.directory} holds an earlier training: set output.resume=true to go"
-                        " on from its last checkpoint, or name another folder")  # fmt: skip
+    if output is not None:
+        problems += _folder_problems(output)
     if trainer is not None:
         with _listed(problems):
             directory, length = (output and output.directory) or Path("."), data.max_length if data else 512
@@ -118,18 +126,21 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
         with _listed(problems):
             seed = getattr(arguments, "seed", 42)
             rows, eval_rows = _split(data, seed)
+    if arguments is not None and data is not None:
+        problems += _row_problems(arguments, rows, eval_rows)
     labels = label_names([*rows, *eval_rows]) if data is not None and data.format in ("label", "image") else []
+    if len(labels) == 1 and (model is None or model.num_labels in (None, 1)):
+        problems.append(f"data: every label is {labels[0]!r}, and a classifier needs two classes")
     if model is not None:
         if model.num_labels is not None and model.num_labels < len(labels):
             problems.append(f"model.num_labels is {model.num_labels}, and the data have {len(labels)} classes")
         with _listed(problems):
-            meta = meta_model(model, len(labels))
+            meta = meta_model(model, labels)
     if meta is not None and lora is not None:
         with suppress(SpecError):  # whose problems are listed already
             spec = lora.spec()
     if meta is not None and spec is not None:
-        named: Any = [name for _, name in sorted((getattr(meta.config, "id2label", None) or {}).items())]
-        labels = named if sorted(named) == sorted(labels) else labels  # a head that is trained already keeps its order
+        labels = class_names(meta.config, labels)
         if not is_sweep:
             with _listed(problems, "lora: "):
                 plans = [find(meta, spec=spec)]
@@ -138,7 +149,9 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
                 runs = sections["sweep"].runs(lora, arguments)
             for name, run in runs.items():
                 with _listed(problems, f"sweep.{name}: "):
-                    plans.append(find(meta, spec=run.spec))
+                    plans.append(find(meta, spec=run.spec, name=name))
+        if plans and model.class_.endswith("classification"):
+            problems += _new_head(model, meta, plans)
     if problems or spec is None or meta is None:
         raise SpecError("the recipe cannot be trained:", problems, "correct it and run it again; nothing was loaded")
     base_bytes = sum(p.numel() * p.element_size() for p in meta.parameters())
@@ -176,25 +189,36 @@ def setting_problems(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"data.format: {trainer.kind!r} for {model.class_} takes {expected}, not {data.format!r}"
 
 
+def _row_problems(arguments: Any, rows: list[Row], eval_rows: list[Row]) -> Iterator[str]:
+    """Yield what the trainer's arguments and the number of rows cannot do together."""
+    size = arguments.per_device_train_batch_size
+    if rows and arguments.dataloader_drop_last and len(rows) < size:
+        yield f"trainer.dataloader_drop_last: {len(rows)} rows do not fill one batch of {size}"
+    if not eval_rows and str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) != "no":
+        yield "trainer.eval_strategy: there is nothing to evaluate on: set data.eval_path, eval_split or eval_fraction"
+
+
 def _sweep_problems(sections: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a sweep cannot do."""
     lora, trainer, output = map(sections.get, ("lora", "trainer", "output"))
     if trainer is not None and trainer.kind not in ("trainer", "pairs"):
         yield f"sweep goes with trainer.kind 'trainer' or 'pairs', not {trainer.kind!r}"
-    if trainer is not None and trainer.settings.get("gradient_accumulation_steps", 1) != 1:
-        yield "sweep: trainer.gradient_accumulation_steps must be 1"
+    if trainer is not None:
+        settings = {"gradient_accumulation_steps": 1} | trainer.settings
+        unknown = [key for key in NOT_IN_SWEEPS if settings.get(key) not in (None, False, 0, "no", NOT_IN_SWEEPS[key])]
+        yield from (f"sweep: trainer.{key} must be left out" for key in unknown)
     if lora is not None and lora.optimizer is not None:
         yield "sweep: every run has one learning rate; leave lora.optimizer out"
     if output is not None and (output.merged or output.resume):
         yield "sweep: output.merged and output.resume go with one adapter"
 
 
-def meta_model(model: Model, labels: int) -> Any:
+def meta_model(model: Model, labels: Sequence[str]) -> Any:
     """Build the model of a recipe on the meta device, from its config.
 
     Args:
         model: The section.
-        labels: The number of classes of the data, unless the section says it.
+        labels: The classes of the data.
     """
     import transformers
 
@@ -208,12 +232,57 @@ def meta_model(model: Model, labels: int) -> Any:
         raise SpecError(what, way_out="give a directory with config.json, or a name on the hub") from e
 
 
-def load_config(model: Model, labels: int) -> Any:
-    """Return the config of the base, with the number of classes."""
+def _new_head(model: Model, meta: Any, plans: Sequence[Plan]) -> Iterator[str]:
+    """Yield the parameters of a classifier's head that the base lacks and that do not train: they would stay random."""
+    stored = _stored_names(Path(model.source))
+    trained = {f"{t.path}.{t.parameter}" for t in plans[0].tensors}
+    head = [name for name, _ in meta.named_parameters() if not name.startswith(f"{meta.base_model_prefix}.")]
+    if stored and (new := [name for name in head if name not in stored | trained]):
+        modules = sorted({name.rpartition(".")[0] for name in new})
+        yield (f"model.path: {model.path} lacks {', '.join(new)}, which would stay random: write lora.modules_to_save:"
+               f" [{', '.join(modules)}]")  # fmt: skip
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """Return the names of the weights in a local checkpoint; none for a name on the hub and other files."""
+    if (index := folder / "model.safetensors.index.json").is_file():
+        return {*json.loads(index.read_text(encoding="utf-8"))["weight_map"]}
+    if not (file := folder / "model.safetensors").is_file():
+        return set()
+    with safe_open(file, "pt") as tensors:
+        return {*tensors.keys()}
+
+
+def load_config(model: Model, labels: Sequence[str]) -> Any:
+    """Return the config of the base, with the classes of the data unless they are among those that it knows.
+
+    Args:
+        model: The section.
+        labels: The classes of the data.
+    """
     from transformers import AutoConfig
 
-    count = model.num_labels or labels
-    return AutoConfig.from_pretrained(model.source, **({"num_labels": count} if count else {}))
+    config = AutoConfig.from_pretrained(model.source)
+    if labels and class_names(config, labels) is labels:
+        config.num_labels = model.num_labels or len(labels)
+        if config.num_labels == len(labels):
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {name: n for n, name in enumerate(labels)}
+    return config
+
+
+def class_names(config: Any, labels: list[str]) -> list[str]:
+    """Return the classes that a config knows by name, in its order, if the data have no others; else those of the data.
+
+    The classes of a config without names (LABEL_0, LABEL_1) are not known. Labels that are numbers are in order anyhow.
+    """
+    if not labels:
+        return labels
+    known = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    is_named = bool(known) and not all(name == f"LABEL_{n}" for n, name in enumerate(known))
+    if is_named and labels == [str(n) for n in range(len(labels))] and len(labels) <= len(known):
+        return [str(n) for n in range(len(known))]
+    return known if {*labels} <= {*known} else labels
 
 
 def _split(data: Data, seed: int) -> tuple[list[Row], list[Row]]:
@@ -253,8 +322,16 @@ def _load(data: Data, path: Path | None, split: str | None) -> list[Row]:
     return with_roles(rows, data.format, data.columns, f"{data.dataset} ({split})", Path("."))
 
 
-def _has_a_training(folder: Path) -> bool:
-    return (folder / "recipe.yaml").exists() or any(folder.glob("checkpoint-*"))
+def _folder_problems(output: Output) -> Iterator[str]:
+    """Yield what speaks against writing into the folder: a file in its place, and files of other origin in it."""
+    folder = output.directory
+    if folder.exists() and not folder.is_dir():
+        yield f"output.directory: {folder} is a file"
+    elif not output.resume and folder.is_dir() and any(folder.iterdir()):
+        is_training = (folder / "recipe.yaml").exists() or any(folder.glob("checkpoint-*"))
+        go_on = "set output.resume=true to go on from its last checkpoint, or " if is_training else ""
+        what = "holds an earlier training" if is_training else "is not empty"
+        yield f"output.directory: {folder} {what}: {go_on}name another folder"
 
 
 @contextmanager

@@ -18,9 +18,15 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 
 from ...errors import FileError, SpecError
-from ...spec.safe_yaml import parse_yaml
+from ...spec.safe_yaml import parse_yaml, write_yaml
 from .prepare import Preparation, prepare, setting_problems
 from .sections import Data, Lora, Model, Output, Section, Sweep, TrainerSection, known_keys
+
+CHANGEABLE = (
+    "output.", "data.eval", "trainer.max_steps", "trainer.num_train_epochs", "trainer.save", "trainer.eval",
+    "trainer.logging", "trainer.use_cpu", "trainer.report_to", "trainer.disable_tqdm", "trainer.dataloader_num_workers",
+)  # fmt: skip
+"""Settings that may differ when a training is resumed."""
 
 
 class Recipe(Section):
@@ -79,14 +85,19 @@ class Recipe(Section):
             problems += setting_problems(sections)
         if problems:
             raise SpecError(f"{path} cannot be trained:", problems, "correct the recipe; nothing was loaded")
-        return cls(**sections)
+        return cls(**{name: section for name, section in sections.items() if name in raw})
 
     def write(self, path: str | Path) -> None:
         """Write the recipe as YAML, without settings that have the default."""
-        import yaml
+        write_yaml(Path(path), self.model_dump(mode="json", by_alias=True, exclude_unset=True))
 
-        settings = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    def differences(self, other: Recipe) -> list[str]:
+        """Return a line for each setting that differs from another recipe's, but for those that a resume may change."""
+        ours, theirs = (_flat(recipe.model_dump(mode="json", by_alias=True)) for recipe in (self, other))
+        keys = [
+            key for key in {**ours, **theirs} if not key.startswith(CHANGEABLE) and ours.get(key) != theirs.get(key)
+        ]
+        return [f"{key}: {ours.get(key, 'not set')!r}, and it was {theirs.get(key, 'not set')!r}" for key in keys]
 
     def prepare(self) -> Preparation:
         """Return what the recipe comes to, before any weight is loaded: the plan, the data, the steps, the memory.
@@ -95,6 +106,14 @@ class Recipe(Section):
             SpecError: With everything that is wrong.
         """
         return prepare({name: getattr(self, name) for name in type(self).model_fields})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def _yaml(path: Path, text: bytes) -> dict[str, Any]:
@@ -106,9 +125,9 @@ def _yaml(path: Path, text: bytes) -> dict[str, Any]:
 
 def _apply(raw: dict[str, Any], override: str) -> Iterable[str]:
     """Replace one setting, and yield what is wrong with the override."""
-    keys, equals, text = override.partition("=")
-    *parents, last = keys.strip().split(".")
-    if not equals or not all((*parents, last)):
+    path, equals, text = override.partition("=")
+    *parents, last = keys = path.strip().split(".")
+    if not equals or not all(keys):
         yield f"{override!r} is no setting: write, for instance, trainer.max_steps=10"
         return
     try:
@@ -116,6 +135,8 @@ def _apply(raw: dict[str, Any], override: str) -> Iterable[str]:
     except (FileError, KeyError) as e:
         yield f"{override!r} cannot be read: {e}"
         return
+    if keys[0] == "sweep" and len(parents) > 1:  # a run's settings have dots in their names
+        parents, last = parents[:2], ".".join((*parents[2:], last))
     section = raw
     for key in parents:
         if section.get(key) is None:

@@ -7,12 +7,13 @@ described a second time here.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError
@@ -45,6 +46,12 @@ CONFIGS = {
 SET_ELSEWHERE = {"output_dir": "output.directory", "max_length": "data.max_length",
                  "resume_from_checkpoint": "output.resume", "remove_unused_columns": ""}  # fmt: skip
 """Arguments of the trainer that the recipe sets, with the keys that they come from."""
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, 2**20), "per_device_eval_batch_size": (1, 2**20),
+    "gradient_accumulation_steps": (1, 2**20), "dataloader_num_workers": (0, 2**10), "learning_rate": (0, 1e6),
+    "weight_decay": (0, 1e6), "max_grad_norm": (0, 1e30), "seed": (0, 2**32 - 1), "num_train_epochs": (0, 1e9),
+}  # fmt: skip
+"""The least and the most of arguments that the trainers take unseen, and fail with later."""
 PACKAGE = "package:"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -167,6 +174,10 @@ class TrainerSection(Section):
                 values[key] = TypeAdapter(hints[key]).validate_python(value)
             except ValidationError as e:
                 problems.append(f"trainer.{key}: {e.errors()[0]['msg']}, not {value!r}")
+        for key, (least, most) in BOUNDS.items():
+            if key in values and not (values[key] is not None and least <= values[key] <= most):
+                problems.append(f"trainer.{key} must be from {least:g} to {most:g}, not {values[key]!r}")
+        problems += [f"trainer.{key}: recipes do not shard models" for key in ("fsdp", "deepspeed") if values.get(key)]
         if problems:
             raise SpecError("invalid arguments:", problems, "correct them")
         preset: dict[str, Any] = {"report_to": "none", "logging_steps": 1, "output_dir": str(directory)}
@@ -176,7 +187,7 @@ class TrainerSection(Section):
             "max_length": max_length, "bf16": torch.cuda.is_available()}  # fmt: skip
         try:
             return cls(**preset | values)
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, ImportError, OSError) as e:
             raise SpecError(f"trainer: {str(e).splitlines()[0]}", way_out="correct the arguments") from e
 
 
@@ -189,6 +200,11 @@ class Output(Section):
     """Write the merged model as well."""
     resume: bool = False
     """Go on from the last checkpoint in `directory`, if there is one."""
+
+
+RUN_SETTINGS = {f"lora.{name}" for name in Lora.model_fields if name != "optimizer"}
+RUN_SETTINGS |= {"trainer.learning_rate", "trainer.seed"}
+"""What a run of a sweep can set."""
 
 
 class Sweep(RootModel[dict[str, dict[str, Any]]]):
@@ -207,23 +223,30 @@ class Sweep(RootModel[dict[str, dict[str, Any]]]):
         runs, problems = dict[str, Run](), []
         for name, settings in self.root.items():
             changed = {key.removeprefix("lora."): v for key, v in settings.items() if key.startswith("lora.")}
-            rest = {key.removeprefix("trainer."): v for key, v in settings.items() if not key.startswith("lora.")}
-            rate, seed = rest.pop("learning_rate", arguments.learning_rate), rest.pop("seed", arguments.seed)
-            problems += [
-                f"sweep.{name}.{key}: a run sets lora.*, trainer.learning_rate and trainer.seed" for key in rest
-            ]
+            others = {key: v for key, v in settings.items() if not key.startswith("lora.")}
+            if unknown := sorted(settings.keys() - RUN_SETTINGS):
+                problems += [f"sweep.{name}.{key}: {_no_run_setting(key)}" for key in unknown]
+                continue
+            rate = others.get("trainer.learning_rate", arguments.learning_rate)
+            seed = others.get("trainer.seed", arguments.seed)
             try:
                 spec = Lora.model_validate(lora.model_dump(exclude_unset=True) | changed).spec()
+                seed = TypeAdapter(Annotated[int, Field(ge=0, lt=2**32)]).validate_python(seed)
                 runs[name] = Run(spec=spec, lr=TypeAdapter(float).validate_python(rate), seed=seed)
             except ValidationError as e:
-                problems += [
-                    f"sweep.{name}: {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors()
-                ]
+                places = ((".".join(map(str, x["loc"])) or "trainer", x["msg"]) for x in e.errors())
+                problems += [f"sweep.{name}: {place}: {reason}" for place, reason in places]
             except SpecError as e:
                 problems += [f"sweep.{name}: {problem}" for problem in e.problems]
         if problems:
             raise SpecError("invalid runs:", problems, "correct them")
         return runs
+
+
+def _no_run_setting(key: str) -> str:
+    near = difflib.get_close_matches(key, RUN_SETTINGS, 1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return f"a run sets lora.*, trainer.learning_rate and trainer.seed{meant}"
 
 
 def arguments_class(kind: str) -> Any:

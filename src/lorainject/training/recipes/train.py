@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from ...errors import LoraError, SpecError
@@ -27,10 +28,12 @@ from ..model_card import recipe as adapter_table
 from ..optimizers import parameter_groups
 from ..reference import reference
 from ..trainer import adapter_checkpoints
-from .data import ROLES, Examples, encoder
+from .data import ROLES, Examples, encoder, require_counted_tokens
 from .prepare import Preparation, load_config
 from .recipe import Recipe
 from .sections import CLASSES
+
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +82,24 @@ def train(recipe: Recipe, *, progress: bool = True) -> TrainingResult:
         SpecError: With everything that is wrong with the recipe, before anything is loaded; or the base lacks weights,
             such as those of a new head, that the recipe does not train.
     """
+    if recipe.sweep.root:
+        raise SpecError("this recipe is a sweep of several adapters", way_out="call training.train_sweep(recipe)")
     ready, folder = recipe.prepare(), recipe.output.directory
+    checkpoint = get_last_checkpoint(str(folder)) if recipe.output.resume and folder.is_dir() else None
+    if checkpoint is not None:
+        _require_resumable(recipe, Path(checkpoint), ready.steps)
     ready.arguments.disable_tqdm |= not progress
     transformers.set_seed(ready.arguments.seed)
     processing = load_processing(recipe)
     model = load_model(recipe, ready)
     transformers.set_seed(ready.arguments.seed)  # so that A does not depend on what loading drew
+    align_padding(model, processing)
     inject(model, spec=ready.spec)
     trainer = _trainer(recipe, ready, model, processing)
     if not progress:
         trainer.remove_callback(transformers.PrinterCallback)
-    checkpoint = get_last_checkpoint(str(folder)) if recipe.output.resume and folder.is_dir() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write(folder / RECIPE)
     start = time.perf_counter()
     metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if ready.eval_rows:
@@ -109,14 +119,25 @@ def train(recipe: Recipe, *, progress: bool = True) -> TrainingResult:
     )  # fmt: skip
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     plot_losses({"training": points, "evaluation": evaluated}, folder / "loss.png")
-    recipe.write(folder / "recipe.yaml")
-    settings = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    settings = (folder / RECIPE).read_text(encoding="utf-8")
     result.report.write_text(
         f"# Training\n\n```\n{result}\n```\n\n![loss](loss.png)\n\n## Recipe\n\n```yaml\n{settings}```\n\n"
         f"## Plan\n\n```\n{ready}\n```\n\n{table}",
         encoding="utf-8",
     )
     return result
+
+
+def _require_resumable(recipe: Recipe, checkpoint: Path, steps: int) -> None:
+    """Raise SpecError if the recipe is not the one of the checkpoint, or has no steps left."""
+    path = checkpoint.parent / RECIPE
+    if path.is_file() and (problems := recipe.differences(Recipe.read(path, check=False))):
+        way_out = "take these settings back, or train into another output.directory"
+        raise SpecError(f"{checkpoint} belongs to a training with other settings:", problems, way_out)
+    taken = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    if taken >= steps:
+        what = f"{checkpoint} has taken {taken} steps, and the recipe asks for {steps}: there is nothing left to train"
+        raise SpecError(what, way_out="raise trainer.max_steps or trainer.num_train_epochs to train on")
 
 
 def load_processing(recipe: Recipe) -> Any:
@@ -139,10 +160,7 @@ def load_processing(recipe: Recipe) -> Any:
 def load_model(recipe: Recipe, ready: Preparation) -> Any:
     """Load the base. A weight that it lacks has to train, or else the model would keep random numbers."""
     section, labels = recipe.model, ready.labels
-    config = load_config(section, len(labels))
-    if labels and config.num_labels == len(labels):
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: n for n, name in enumerate(labels)}
+    config = load_config(section, labels)
     auto = getattr(transformers, CLASSES[section.class_])
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     model, loading = auto.from_pretrained(
@@ -156,6 +174,12 @@ def load_model(recipe: Recipe, ready: Preparation) -> Any:
             "add the modules to lora.modules_to_save, so that they train and belong to the adapter",
         )  # fmt: skip
     return model
+
+
+def align_padding(model: Any, processing: Any) -> None:
+    """Let a model know the token that pads, which classifiers on the last token look for."""
+    if getattr(model.config, "pad_token_id", 0) is None:
+        model.config.pad_token_id = getattr(processing, "pad_token_id", None)
 
 
 def _trainer(recipe: Recipe, ready: Preparation, model: Any, processing: Any) -> Any:
@@ -180,6 +204,8 @@ def _trainer(recipe: Recipe, ready: Preparation, model: Any, processing: Any) ->
         from .contrastive import PairsTrainer
 
         encode, options["data_collator"] = encoder(data.format, processing, data.max_length, ready.labels)
+        if data.format == "prompt-completion":
+            require_counted_tokens(ready.rows, encode, data.max_length)
 
         def rows(part: tuple[Any, ...]) -> Any:
             return Examples(part, encode)
@@ -188,11 +214,16 @@ def _trainer(recipe: Recipe, ready: Preparation, model: Any, processing: Any) ->
         if ready.labels:
             options["compute_metrics"] = _accuracy
     evaluated = rows(ready.eval_rows) if ready.eval_rows else None
-    return adapter_checkpoints(trainer)(model, train_dataset=rows(ready.rows), eval_dataset=evaluated, **options)
+    try:
+        return adapter_checkpoints(trainer)(model, train_dataset=rows(ready.rows), eval_dataset=evaluated, **options)
+    except (ValueError, ImportError) as e:
+        raise SpecError(f"trainer: {str(e).splitlines()[0]}", way_out="correct the arguments") from e
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    logits = prediction.predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits  # some classifiers return hidden states as well
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
 def plot_losses(curves: Mapping[str, list[tuple[int, float]]], path: Path) -> None:

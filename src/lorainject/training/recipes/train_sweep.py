@@ -16,16 +16,17 @@ from typing import Any
 
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...errors import SpecError
 from ..joint_batch import Batch
 from ..runs import SweepResult
 from ..sweep import sweep
 from .contrastive import embed, info_nce
-from .data import ROLES, Examples, encoder
+from .data import ROLES, Examples, encoder, require_counted_tokens
 from .recipe import Recipe
-from .train import load_model, load_processing, plot_losses
+from .train import RECIPE, align_padding, load_model, load_processing, plot_losses
 
 SEPARATOR = "/"  # between the role and the name of an input, in a batch of pairs
 
@@ -44,31 +45,48 @@ def train_sweep(recipe: Recipe, *, progress: bool = True) -> SweepResult:
     Raises:
         SpecError: With everything that is wrong with the recipe, before anything is loaded.
     """
+    if not recipe.sweep.root:
+        raise SpecError("this recipe has no section sweep", way_out="call training.train(recipe)")
     ready, folder = recipe.prepare(), recipe.output.directory
     args = ready.arguments
     transformers.set_seed(args.seed)
     processing, model = load_processing(recipe), load_model(recipe, ready)
+    align_padding(model, processing)
     encode, collate = encoder(recipe.data.format, processing, recipe.data.max_length, ready.labels)
+    if recipe.data.format == "prompt-completion":
+        require_counted_tokens(ready.rows, encode, recipe.data.max_length)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write(folder / RECIPE)
     trainer = transformers.Trainer(  # for its data, in the order in which it would train on them
         model, args, collate if recipe.data.format != "pair" else _flat(collate),
         train_dataset=Examples(ready.rows, encode), eval_dataset=Examples(ready.eval_rows, encode),
     )  # fmt: skip
     cls, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
-    settings = {key: value for key, value in settings.items() if key != "lr"} | {"weight_decay": args.weight_decay}
+    settings = {key: value for key, value in settings.items() if key != "lr"}
+
+    def optimizer(parameters: Iterable[nn.Parameter], lr: float) -> Any:
+        decayed = {*trainer.get_decay_parameter_names(model)}
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups: dict[float, list[nn.Parameter]] = {args.weight_decay: [], 0.0: []}
+        for p in parameters:
+            groups[args.weight_decay if names[id(p)] in decayed else 0.0].append(p)
+        options = [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group]
+        return cls(options, lr=lr, **settings)
+
     with tqdm(total=ready.steps, disable=not progress) as bar:
         result = sweep(
             model.train(), ready.runs, _batches(trainer.get_train_dataloader()), _loss, steps=ready.steps,
-            optimizer=partial(cls, **settings),
+            optimizer=optimizer,
             schedule=lambda optimizer: transformers.get_scheduler(
-                args.lr_scheduler_type, optimizer, args.get_warmup_steps(ready.steps), ready.steps),
+                args.lr_scheduler_type, optimizer, args.get_warmup_steps(ready.steps), ready.steps,
+                args.lr_scheduler_kwargs or {}),
             max_grad_norm=args.max_grad_norm or None, forward=_forward,
             score=partial(_score, trainer.get_eval_dataloader, bool(ready.labels)) if ready.eval_rows else None,
             save_to=folder, on_step=lambda *_: bar.update(),
         )  # fmt: skip
     curves = {name: list(enumerate(run.losses, 1)) for name, run in result.items()}
     plot_losses(curves, folder / "loss.png")
-    recipe.write(folder / "recipe.yaml")
-    settings_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    settings_text = (folder / RECIPE).read_text(encoding="utf-8")
     (folder / "report.md").write_text(
         f"# Sweep\n\n```\n{result}\n```\n\n![loss](loss.png)\n\n## Recipe\n\n```yaml\n{settings_text}```\n\n"
         f"## Plan\n\n```\n{ready}\n```\n",
