@@ -148,7 +148,7 @@ def _gradients(
 ) -> _Gradients:
     # A quantized weight gets no gradient.
     weights = {name: site.weight for name, site in sites.items() if site.weight.is_floating_point()}
-    factors = {name: [p for a in site.adapters.active for p in a.parameters()] for name, site in sites.items()}
+    factors = {name: [p for a, _ in site.adapters.active for p in a.parameters()] for name, site in sites.items()}
     wanted = {id(t): t for name in sites for t in (*factors[name], *([weights[name]] if name in weights else []))}
     with _undisturbed(index), _requiring_grad(list(wanted.values())), torch.enable_grad():
         with _refusing_reentrant_checkpoints(index):

@@ -73,7 +73,7 @@ def merge_checkpoint(base_dir: str | Path,
                 plan.write(shard, shard_file, target, meter)
                 copy_mode(shard_file, target)
         report = plan.report()
-        check_survival(report.sites, strict, stacklevel=4)
+        check_survival(report.sites, strict)
     return report
 
 
