@@ -257,7 +257,7 @@ class ModelIndex:
         """
         for context in list(ALL_CONTEXTS):
             is_open = not context.has_ended and any(state in context.states for state in self.states)
-            if context.is_merge and context in open_contexts():
+            if context.is_merge and context.counts and context in open_contexts():
                 continue  # the caller may change what it has merged itself
             if is_open and (names is None or not set(names).isdisjoint(context.choice.names)):
                 raise StateError(
