@@ -28,6 +28,7 @@ from .files.io.open_adapter import Hints
 from .files.record import AdapterFile, StoredSite, TokenRows
 from .files.save_load import load, save
 from .merging.merge import deltas, merge, unmerge
+from .merging.merged import merged
 from .merging.report import MergedSite, MergeReport
 from .plan import Plan, Site
 from .probe import Reach, probe
@@ -74,6 +75,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "merge_in_place",
+    "merged",
     "parameters",
     "probe",
     "read",

@@ -239,7 +239,9 @@ def merge(
             report = li.merge_in_place(_local_model(model), adapters, progress=progress, **options)
         else:
             report = li.merge_checkpoint(_local_model(model), adapters, out, progress=progress, **options)
-    print(f"merged {', '.join(map(str, adapters))} into {len(report.sites)} weights ({report.weight_bytes:,} bytes)")
+    pairs = zip(adapters, report.strengths, strict=True)
+    merged = ", ".join(f"{path}" if weight == 1 else f"{path} ({weight:g})" for path, weight in pairs)
+    print(f"merged {merged} into {len(report.sites)} weights ({report.weight_bytes:,} bytes)")
     print(f"{report.survival:.4f} of the update survived the rounding to the stored dtype")
     print(f"written to {out}" if out is not None else f"`lorainject unmerge {model}` restores the model")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import StateError, UnreachedAdapter
+from .lora.active import choose, choosing
 from .lora.checkpoint_region import region_being_run
 from .lora.graft import base_class
 from .lora.model_index import AdaptedSite, ModelIndex
@@ -148,10 +149,11 @@ def _gradients(
 ) -> _Gradients:
     # A quantized weight gets no gradient.
     weights = {name: site.weight for name, site in sites.items() if site.weight.is_floating_point()}
-    factors = {name: [p for a in site.adapters.active for p in a.parameters()] for name, site in sites.items()}
+    factors = {name: [p for a, _ in site.adapters.active for p in a.parameters()] for name, site in sites.items()}
     wanted = {id(t): t for name in sites for t in (*factors[name], *([weights[name]] if name in weights else []))}
     with _undisturbed(index), _requiring_grad(list(wanted.values())), torch.enable_grad():
-        with _refusing_reentrant_checkpoints(index):
+        at_1 = choose(dict.fromkeys(index.active, 1.0))  # at 0 nothing would get a gradient
+        with _refusing_reentrant_checkpoints(index), choosing(index.states, at_1, "probe"):
             outputs = [t for t in tree_leaves(_plain(index.model(*args, **inputs))) if _has_grad(t)]
         generator = torch.Generator().manual_seed(0)
         random = (torch.randn(t.shape, generator=generator).to(t.device) for t in outputs)

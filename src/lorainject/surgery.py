@@ -149,8 +149,8 @@ def attach(index: ModelIndex, plan: Plan, name: str, factors: Mapping[str, Loade
             mount(new.paths, module, siblings, [*new.readers, (new.paths[0], module)])
             siblings[name] = new.adapter
         for state in states:
-            state.before[name] = state.default.active
-            state.set_default((name,))
+            state.before[name] = state.default.by_name
+            state.set_default({name: 1.0})
         _freeze(modules.values())
     except BaseException:
         _remove(ModelIndex(index.model), [name])
@@ -213,7 +213,7 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
             way_out="eject(model) takes all adapters off and leaves the merged weights",
         )
     for state in index.states:
-        state.merged = ()
+        state.merged = {}
     # After merge(reversible=False) modules still have their original class. unmount expects grafted ones.
     set_grafted(index, True)
     _remove(index, index.adapter_names if name is None else [name])
@@ -281,10 +281,10 @@ def _remove(index: ModelIndex, names: Sequence[str]) -> None:
     for name in names:
         for state in index.states:
             state.revision += 1
-            previous = state.before.pop(name, ())
-            state.before = {n: previous if was == (name,) else was for n, was in state.before.items()}
-            active = previous if state.default.active == (name,) else state.default.active
-            state.set_default(tuple(n for n in active if n in state.before))
+            previous = state.before.pop(name, {})
+            state.before = {n: previous if [*was] == [name] else was for n, was in state.before.items()}
+            active = previous if state.default.active == (name,) else state.default.by_name
+            state.set_default({n: t for n, t in active.items() if n in state.before})
         for site in index.sites.values():
             if name in site.adapters:
                 del site.adapters[name]

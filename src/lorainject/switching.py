@@ -9,46 +9,55 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import SpecError, StateError
-from .lora.active import AdapterState, Choice, choosing
+from .lora.active import AdapterState, Choice, choose, choosing
 from .lora.adapter import LoraAdapter
 from .lora.dora import DoraAdapter
 from .lora.initial_values import why_uninitialized
 from .lora.kernels.per_row import RowAssignment
 from .lora.model_index import AdaptedSite, ModelIndex, WeightKey, states_to_switch
 from .lora.replacement import ReplacementTensor
+from .lora.strength import read_strengths, require_strengths
 from .numerics.delta import alpha_of
 from .spec import explains_settings, is_alpha
 
 
 @explains_settings
-def activate(model: nn.Module, *names: str) -> None:
+def activate(model: nn.Module, *names: str | Sequence[str] | Mapping[str, float]) -> None:
     """Make exactly these adapters the active ones. Their deltas add up; without names the model computes what its base
     computes.
+
+    A mapping gives each adapter a strength t, W = W0 + the sum of t s B A: `activate(model, {"fr": 0.7, "de": -0.5})`.
+    At 0 an adapter has no effect, at 1 (as without a mapping) it is as it was trained, and a negative strength takes
+    its effect away. The strength multiplies the adapter's scale, which stays as it is. Where an adapter is more than
+    s B A, the weight is interpolated: with magnitudes (DoRA), an update of the bias or a replacement tensor,
+    W = W0 + t (W1 - W0) for the weight W1 at strength 1. Compiled code is not compiled again for another strength.
 
     This is the model's default, which holds for every thread; `using` makes a choice for the caller alone. Exactly the
     parameters of these adapters require a gradient afterwards, except those that were frozen by hand.
 
     Args:
         model: A model with adapters.
-        names: Adapter names, or one list of them.
+        names: Adapter names, or one list of them, or one mapping from names to strengths.
 
     Raises:
+        SpecError: A strength is not a finite number.
         StateError: The model has no such adapter, adapters are merged, or an adapter with magnitudes (DoRA) or whole
             tensors shares a weight with another of these adapters.
     """
-    names = _required_names(model, names, "activate")
-    for state in states_to_switch(model, "activate", *names):
-        state.set_default(tuple(dict.fromkeys(names)))
+    strengths = _required_strengths(model, names, "activate", "activate")
+    for state in states_to_switch(model, "activate", *strengths):
+        state.set_default(strengths)
 
 
 @explains_settings
 @contextmanager
-def using(model: nn.Module, *names: str) -> Iterator[None]:
+def using(model: nn.Module, *names: str | Sequence[str] | Mapping[str, float]) -> Iterator[None]:
     """Let the caller's forwards use exactly these adapters within this context, whatever `activate` says.
 
     The choice belongs to the thread or the asyncio task that makes it; other threads and tasks do not see it. A task or
@@ -59,15 +68,17 @@ def using(model: nn.Module, *names: str) -> Iterator[None]:
 
     Args:
         model: A model with adapters.
-        names: Adapter names, or one list of them. Without names, the model computes what its base computes.
+        names: Adapter names, or one list of them, or one mapping from names to strengths, as for `activate`. Without
+            names, the model computes what its base computes.
 
     Raises:
+        SpecError: As for `activate`.
         StateError: As for `activate`.
     """
-    names = _required_names(model, names, "use adapters", nested=True)
-    states = states_to_switch(model, "use adapters", *names, nested=True)
-    _warn_if_frozen(model, states, names, "using")
-    with choosing(states, Choice(names), "using"):
+    strengths = _required_strengths(model, names, "using", "use adapters", nested=True)
+    states = states_to_switch(model, "use adapters", *strengths, nested=True)
+    _warn_if_frozen(model, states, [*strengths], "using")
+    with choosing(states, choose(strengths), "using"):
         yield
 
 
@@ -88,7 +99,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @explains_settings
 @contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def rows(model: nn.Module, names: Sequence[str | tuple[str, float] | None]) -> Iterator[None]:
     """Let row i of the batch use the adapter names[i] within this context.
 
     Every module with adapters must see the batch on axis 0 of its input, followed by at least one more axis (the
@@ -99,21 +110,26 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
     Args:
         model: A model with adapters.
-        names: One entry per row: an adapter name, or None for the base model.
+        names: One entry per row: an adapter name, or a name with a strength as `activate` has it, or None for the base
+            model, as in ["fr", ("fr", 0.7), None].
 
     Raises:
+        SpecError: A strength is not a finite number.
         StateError: The model has no such adapter, adapters are merged, or, during a forward, axis 0 of a module's input
             is not certain to be the batch.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise StateError(
             f"rows takes a list with one adapter name per row, not {names!r}",
-            way_out='write rows(model, ["fr", None, "de"]) for a batch of three rows',
+            way_out='write rows(model, ["fr", None, ("de", 0.7)]) for a batch of three rows',
         )
-    used = tuple(dict.fromkeys(n for n in names if n is not None))
+    pairs = [n if isinstance(n, tuple) and len(n) == 2 else (n, 1.0) for n in names]
+    require_strengths("rows", pairs)
+    used = tuple(dict.fromkeys(name for name, _ in pairs if name is not None))
     states = states_to_switch(model, "route rows", *used, nested=True)
     _warn_if_frozen(model, states, used, "rows")
-    with choosing(states, Choice(rows=RowAssignment(names)), "rows"):
+    assignment = RowAssignment([name for name, _ in pairs], [float(t) for _, t in pairs])
+    with choosing(states, Choice(rows=assignment), "rows"):
         yield
 
 
@@ -135,7 +151,7 @@ def parameters(model: nn.Module, name: str | Sequence[str] | None = None) -> Ite
     names = None if name is None else (name,) if isinstance(name, str) else tuple(name)
     index = ModelIndex(model)
     index.require_adapters("train", *names or (), nested=True, part=True, computed=True)
-    chosen = index.default if names is None else names
+    chosen = tuple(index.default) if names is None else names
     if not chosen:
         raise StateError("no adapter is active", way_out="call activate(model, name) first")
     trained = {n: [p for a in index.adapters_named(n) for p in a.parameters() if p.requires_grad] for n in chosen}
@@ -158,7 +174,7 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
     """Change the scale s of an adapter on all of its weights, for the forward, merge, save and everything else.
 
     Compiled code is not compiled again. An adapter of several ranks or alphas gets the same alpha, or the same scale,
-    on all of its weights.
+    on all of its weights. The scale is saved with the adapter; a strength (`activate`) is not, and multiplies it.
 
     Args:
         model: A model with the adapter.
@@ -174,7 +190,8 @@ def rescale(model: nn.Module, name: str = "default", *, alpha: float | None = No
     if len(values) != 1 or not is_alpha(values[0]):
         raise SpecError(
             f"rescale takes either alpha or scale, a finite number above 0, not alpha={alpha!r}, scale={scale!r}",
-            way_out="write rescale(model, name, alpha=16) or rescale(model, name, scale=2)",
+            way_out="write rescale(model, name, alpha=16) or rescale(model, name, scale=2). A strength may be 0 or"
+            " negative, as in activate(model, {name: -0.5})",
         )
     index = ModelIndex(model)
     index.require_adapters("rescale", name)
@@ -219,21 +236,22 @@ def reset(model: nn.Module, name: str | None = None) -> None:
         adapter.reset_parameters(site.weight, site.adapters.kind)
 
 
-def _required_names(model: nn.Module, names: tuple[str, ...], verb: str, nested: bool = False) -> tuple[str, ...]:
-    """Return the names that activate or using was given, each once; raise StateError if they cannot be active
-    together."""
-    if len(names) == 1 and isinstance(names[0], list | tuple):
-        names = tuple(names[0])
-    if len(names) > 1:
+def _required_strengths(
+    model: nn.Module, names: Sequence[Any], verb: str, action: str, nested: bool = False
+) -> dict[str, float]:
+    """Return the strengths of the adapters that activate or using was called with; raise SpecError or StateError if
+    these adapters cannot be active together."""
+    strengths = read_strengths(verb, names)
+    if len(strengths) > 1:
         index = ModelIndex(model)
-        index.require_adapters(verb, *names, nested=nested, computed=True)
-        if conflicts := _conflicts(index.sites, names):
+        index.require_adapters(action, *strengths, nested=nested, computed=True)
+        if conflicts := _conflicts(index.sites, [*strengths]):
             raise StateError(
                 "magnitudes (DoRA) and whole tensors cannot be active with another adapter on the same weight:",
                 conflicts,
                 "activate one of them at a time",
             )
-    return tuple(dict.fromkeys(names))
+    return strengths
 
 
 def _warn_if_frozen(model: nn.Module, states: Sequence[AdapterState], names: Sequence[str], verb: str) -> None:

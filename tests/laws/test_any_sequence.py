@@ -210,6 +210,12 @@ class AnySequence(RuleBasedStateMachine):
         here = (c for c in self.open_contexts if c.model is self.model and c.groups & self.groups)
         return any(not names or any(name in row for row in c.rows for name in names) for c in here)
 
+    def strengths(self, data: st.DataObject, names: Sequence[str]) -> dict[str, float]:
+        """Draw a strength for each adapter; often 1 each."""
+        if data.draw(st.booleans(), label="at strength 1"):
+            return dict.fromkeys(names, 1.0)
+        return {name: data.draw(st.sampled_from([0.0, 0.5, -1.5, 1.0]), label="strength") for name in names}
+
     # How a verb is called
 
     def attempt(self, verb: Callable[[], object], refused: bool | None, interrupt: tuple[str, int] | None = None,
@@ -275,7 +281,7 @@ class AnySequence(RuleBasedStateMachine):
             li.inject(self.model, targets, r, name=name, alpha=alpha, scaling=scaling, overrides=overrides)
 
         if self.attempt(verb, self.cannot(none=True) or name in self.twin.adapters, interrupt):
-            y, before = call(self.model), self.output_of(((),) * ROWS)
+            y, before = call(self.model), self.output_of(({},) * ROWS)
             assert self.is_close(y, before), "a fresh adapter changes the output"
             self.twin.add(name, self.drawn(name, slots, scales))
 
@@ -291,7 +297,7 @@ class AnySequence(RuleBasedStateMachine):
         if self.attempt(lambda: li.eject(self.model, name), refused, self.interrupt(data, li.eject), finish=True):
             if self.twin.merged and not self.reversible:
                 self.keep_merge()
-            self.twin.merged, self.reversible = (), True
+            self.twin.merged, self.reversible = {}, True
             for adapter in gone:
                 self.twin.remove(adapter)
             if name is None:
@@ -300,14 +306,14 @@ class AnySequence(RuleBasedStateMachine):
     def keep_merge(self) -> None:
         """Make the merged weights the base."""
         values = dict(self.model.named_parameters(remove_duplicate=False))
-        for name in self.twin.weights(lambda group: ()):
+        for name in self.twin.weights(lambda group: {}):
             self.twin.set_weight(name, values[name])
         self.base = self.bits_of_base()
 
     @rule(data=st.data())
     def activate(self, data: st.DataObject) -> None:
-        names, pending = self.some_names(data), self.pending
-        if self.attempt(lambda: li.activate(self.model, *names), self.cannot(*names)):
+        names, pending = self.strengths(data, self.some_names(data)), self.pending
+        if self.attempt(lambda: li.activate(self.model, names), self.cannot(*names)):
             if {*names} <= {*self.twin.default}:  # a checkpointed region would also train what was thawed since
                 self.pending = pending
             self.twin.default = names
@@ -315,8 +321,11 @@ class AnySequence(RuleBasedStateMachine):
     @rule(data=st.data(), untie=st.booleans(), reversible=st.sampled_from([True, True, True, False]))
     def merge(self, data: st.DataObject, untie: bool, reversible: bool) -> None:
         twin = self.twin
-        names = None if data.draw(st.booleans()) else self.some_names(data, 1)
-        chosen = set(twin.default if names is None else names)
+        names: Any = None if data.draw(st.booleans()) else self.some_names(data, 1)
+        used = dict(twin.default) if names is None else {name: twin.default.get(name, 1.0) for name in names}
+        if names is not None and data.draw(st.booleans(), label="by strengths"):
+            names = used = self.strengths(data, names)
+        chosen = {*used}
         refused: bool | None = (
             self.cannot(*names or (), merged=True)
             or self.in_use()
@@ -331,7 +340,7 @@ class AnySequence(RuleBasedStateMachine):
         # With reversible=False an interrupt waits for the end of the merge.
         interrupt = self.interrupt(data, li.merge) if reversible else None
         if self.attempt(lambda: li.merge(self.model, names, untie=untie, reversible=reversible), refused, interrupt):
-            twin.merged += tuple(chosen)
+            twin.merged = twin.merged | used
             self.reversible = reversible
 
     @rule(data=st.data(), all_of_them=st.booleans())
@@ -343,9 +352,29 @@ class AnySequence(RuleBasedStateMachine):
         refused = refused or not removed <= {*twin.merged} or not self.reversible
         interrupt = self.interrupt(data, li.unmerge)
         if self.attempt(lambda: li.unmerge(self.model, names), refused, interrupt, finish=True):
-            twin.merged = tuple(name for name in twin.merged if name not in removed)
+            twin.merged = {name: t for name, t in twin.merged.items() if name not in removed}
             if twin.merged:
-                twin.default = tuple(name for name in twin.default if name not in removed)
+                twin.default = {name: t for name, t in twin.default.items() if name not in removed}
+
+    @rule(data=st.data(), untie=st.booleans())
+    def visit_merged(self, data: st.DataObject, untie: bool) -> None:
+        """Merge exactly these adapters for the time of a context, and look inside."""
+        twin = self.twin
+        used = self.strengths(data, self.some_names(data, 1))
+        tied = twin.tied()
+        refused = (
+            self.cannot(*used, merged=True)
+            or self.in_use()
+            or not self.reversible
+            or (not untie and any(slot.weight in tied for slot, name, _ in twin.sites() if name in used))
+        )
+        manager, before = li.merged(self.model, used, untie=untie), twin.merged
+        if self.attempt(manager.__enter__, refused):
+            twin.merged = used
+            self.every_caller_has_its_choice()
+            self.the_base_is_untouched()
+            self.main.run(lambda: manager.__exit__(None, None, None))
+            twin.merged = before
 
     @rule(data=st.data(), is_file=st.booleans())
     def save(self, data: st.DataObject, is_file: bool) -> None:
@@ -454,14 +483,15 @@ class AnySequence(RuleBasedStateMachine):
     @rule(data=st.data(), verb=st.sampled_from(["using", "disabled", "rows"]))
     def open(self, data: st.DataObject, verb: str) -> None:
         caller, names = self.caller(data), self.some_names(data)
-        rows: RowNames = (() if verb == "disabled" else names,) * ROWS
+        used = {} if verb == "disabled" else self.strengths(data, names)
+        rows: RowNames = (used,) * ROWS
         if verb == "rows":
             row = st.none() | st.sampled_from(sorted(self.twin.adapters) or ["fr"])
             drawn = data.draw(st.lists(row, min_size=ROWS, max_size=ROWS), label="rows")
-            rows = tuple(() if name is None else (name,) for name in drawn)
-            manager = li.rows(self.model, drawn)
+            rows = tuple({} if name is None else self.strengths(data, [name]) for name in drawn)
+            manager = li.rows(self.model, [next(iter(row.items()), None) for row in rows])
         else:
-            manager = li.using(self.model, *names) if verb == "using" else li.disabled(self.model)
+            manager = li.using(self.model, used) if verb == "using" else li.disabled(self.model)
         refused, pending = self.cannot(*{name for row in rows for name in row}, nested=True), self.pending
         if self.attempt(manager.__enter__, refused, caller=caller):
             context = Context(self.model, caller, frozenset(self.groups), rows, verb == "rows", manager)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 5, 8, 11
-RowNames = tuple[tuple[str, ...], ...]
+Used = dict[str, float]
+"""Adapters that are used together, with their strengths."""
+RowNames = tuple[Used, ...]
 """The adapters of each row of the batch."""
 
 
@@ -257,10 +259,10 @@ class DenseTwin:
         self.plain = copy.deepcopy(model).double()
         self.slots = list(slots)
         self.adapters: dict[str, dict[Slot, Factors]] = {}
-        self.default: tuple[str, ...] = ()
-        self.before: dict[str, tuple[str, ...]] = {}
+        self.default: Used = {}
+        self.before: dict[str, Used] = {}
         """For each adapter, what was active before it was added."""
-        self.merged: tuple[str, ...] = ()
+        self.merged: Used = {}
         self.lost: set[Slot] = set()
         """Adapted slots whose module was replaced."""
         self.groups: dict[str, int] = {}
@@ -298,29 +300,30 @@ class DenseTwin:
         for slot in factors:
             self.groups.setdefault(slot.child, state)
         self.before[name] = self.default
-        self.adapters[name], self.default = dict(factors), (name,)
+        self.adapters[name], self.default = dict(factors), {name: 1.0}
 
     def remove(self, name: str) -> None:
         """Take an adapter off. If it alone was active, what was active before it is active again."""
         del self.adapters[name]
         previous = self.before.pop(name)
-        self.before = {n: previous if was == (name,) else was for n, was in self.before.items()}
-        active = previous if self.default == (name,) else self.default
-        self.default = tuple(n for n in active if n in self.adapters)
+        self.before = {n: previous if [*was] == [name] else was for n, was in self.before.items()}
+        active = previous if [*self.default] == [name] else self.default
+        self.default = {n: t for n, t in active.items() if n in self.adapters}
         kept = {slot.child for slot, _, _ in self.sites()}
         self.groups = {child: group for child, group in self.groups.items() if child in kept}
 
-    def weights(self, names: Callable[[int], tuple[str, ...]]) -> dict[str, Tensor]:
-        """Return W0 + the sum of s B A of every weight that carries an adapter.
+    def weights(self, names: Callable[[int], Used]) -> dict[str, Tensor]:
+        """Return W0 + the sum of t s B A of every weight that carries an adapter.
 
         Args:
             names: The adapters that are active in a group of layers.
         """
         weights: dict[str, Tensor] = {}
         for slot, name, f in self.sites():
-            if name in (self.merged or names(self.groups[slot.child])):
+            used = self.merged or names(self.groups[slot.child])
+            if name in used:
                 W0 = weights.get(slot.weight, self.plain.get_parameter(slot.weight).detach())
-                delta = f.s * (f.B @ f.A)
+                delta = used[name] * f.s * (f.B @ f.A)
                 if slot.rows is not None:
                     rows = W0.shape[-1] if slot.transposed else W0.shape[-2]
                     delta = delta.new_zeros(rows, delta.shape[-1]).index_put((torch.tensor(slot.rows),), delta)
@@ -337,7 +340,7 @@ class DenseTwin:
         picked = []
         for row in range(ROWS):
             names = {group: choice(group)[row] for group in sorted({*self.groups.values()})}
-            key = tuple(names.values())
+            key = tuple(tuple(used.items()) for used in names.values())
             if key not in self.outputs:
                 weights = self.weights(names.__getitem__)
                 self.outputs[key] = call(partial(functional_call, self.plain, weights, tie_weights=False))

@@ -75,7 +75,7 @@ def merge_checkpoint(base_dir: str | Path,
                 plan.write(shard, shard_file, target, meter)
                 copy_mode(shard_file, target)
         report = plan.report()
-        check_survival(report.sites, strict, stacklevel=5)
+        check_survival(report.sites, strict)
     return report
 
 

@@ -84,7 +84,7 @@ def merge_in_place(model_dir: str | Path,
             for shard in plan.changed_shards:
                 with open_unchanged(shard) as source:
                     plan.write(shard, source, None, Meter())
-            check_survival(plan.report().sites, strict, stacklevel=5)
+            check_survival(plan.report().sites, strict)
             plan.reset_statistics()
         shutil.rmtree(folder, ignore_errors=True)  # left by a merge that was killed before it had a manifest
         folder.mkdir()
@@ -103,7 +103,7 @@ def merge_in_place(model_dir: str | Path,
                 shutil.rmtree(folder)
             raise
     report = plan.report()
-    check_survival(report.sites, strict=False, stacklevel=5)
+    check_survival(report.sites, strict=False)
     return report
 
 

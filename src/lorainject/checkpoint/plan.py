@@ -25,7 +25,7 @@ from ..files.match_model import match_sites, missing_targets, warn_of_missing
 from ..files.record import AdapterFile, BasePrint, Problem, StoredSite, next_steps
 from ..files.rename import rename_for_model
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
-from ..lora.adapter import LoraAdapter, delta_factors
+from ..lora.adapter import LoraAdapter, factors_at
 from ..lora.model_index import ModelIndex
 from ..lora.weight_kinds import DTYPES, weight_shape
 from ..numerics.delta import Factors, flatten_factors
@@ -89,7 +89,8 @@ def plan_merge(
             mismatches,
             "give the checkpoint that the adapter was trained on, or accept this one: check_base=False",
         )
-    return MergePlan(tuple(file.name for file in files), checkpoint.shards, list(updates.values()))
+    names = tuple(file.name for file in files)
+    return MergePlan(names, tuple(multipliers), checkpoint.shards, list(updates.values()))
 
 
 class _Checkpoint:
@@ -212,10 +213,10 @@ def _is_float(entry: TensorEntry) -> bool:
 def _delta(stored: StoredSite, site: Site, weight: ModelWeight, multiplier: float) -> Factors:
     """Return the delta of a site, times the multiplier, in the orientation in which the weight is stored in memory."""
     _, out, _ = weight.kind.sizes(site.shape)
-    adapter = LoraAdapter(stored.A, stored.B, alpha=stored.alpha * multiplier, scaling=stored.scaling, dropout=0.0,
+    adapter = LoraAdapter(stored.A, stored.B, alpha=stored.alpha, scaling=stored.scaling, dropout=0.0,
                           init="kaiming", slices=stored.rows, out=out)  # fmt: skip
     rest = tuple(site.shape[weight.kind.stacked + 1 :])
-    return flatten_factors(delta_factors(adapter, weight.kind.transposed, rest))
+    return flatten_factors(factors_at(adapter, multiplier, weight.kind.transposed, rest))
 
 
 def _build_adapted_layers(files: Sequence[AdapterFile], tensors: Mapping[str, TensorEntry]) -> nn.Module:

@@ -71,6 +71,8 @@ class MergePlan:
 
     names: tuple[str, ...]
     """The names of the adapters."""
+    strengths: tuple[float, ...]
+    """What the delta of each adapter is multiplied with."""
     shards: list[Shard]
     updates: list[WeightUpdate]
 
@@ -135,7 +137,7 @@ class MergePlan:
         """Return what became of the deltas."""
         sizes = [math.prod(u.shape) * TORCH_DTYPES[u.dtype].itemsize for u in self.updates]
         sites = [merged_site(u.name, u.stats, size) for u, size in zip(self.updates, sizes, strict=True)]
-        return MergeReport(names=self.names, sites=tuple(sites))
+        return MergeReport(names=self.names, strengths=self.strengths, sites=tuple(sites))
 
 
 def _is_overwritten(entry: TensorEntry, patches: Sequence[Patch]) -> bool:

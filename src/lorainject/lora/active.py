@@ -25,7 +25,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,6 +45,7 @@ from .checkpoint_region import (
 )
 from .guards import changed_forward, lost_gradient
 from .kernels.per_row import RowAssignment
+from .strength import Strengths
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,23 @@ class Choice:
     """The adapters whose terms are added, in this order."""
     rows: RowAssignment | None = None
     """Which row of the batch uses which adapter. Overrides `active`."""
+    strengths: Strengths = field(default_factory=Strengths, compare=False)
+    """What the terms of the active adapters are multiplied with, in the same order (`choose`)."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All adapters that the forward uses."""
         return self.active if self.rows is None else self.rows.used
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The strength of each active adapter."""
+        return dict(zip(self.active, self.strengths, strict=True))
+
+
+def choose(strengths: Mapping[str, float]) -> Choice:
+    """Return the choice of adapters with these strengths."""
+    return Choice(tuple(strengths), strengths=Strengths(strengths.values()))
 
 
 @dataclass(eq=False)
@@ -79,6 +92,11 @@ class OpenContext:
     """Contexts are counted in the order in which they were opened."""
     has_ended: bool = False
     """True if the context has ended in another thread or task than it began in."""
+
+    @property
+    def is_merge(self) -> bool:
+        """True for a `merged` context, which makes no choice: the weights hold the adapters for every caller."""
+        return self.verb == "merged"
 
     @property
     def counts(self) -> bool:
@@ -128,14 +146,16 @@ class AdapterState:
     contexts are not, because they belong to the caller.
     """
 
-    default: Choice = Choice()
+    default: Choice = field(default_factory=Choice)
     """The adapters that are active where the caller has not chosen otherwise."""
-    merged: tuple[str, ...] = ()
-    """The adapters that are merged into the weights. While there are any, every module has its original class."""
+    merged: Mapping[str, float] = field(default_factory=dict)
+    """The adapters that are merged into the weights, with their strengths. While there are any, every module has its
+    original class."""
     revision: int = 0
     """How often adapters were taken off, rescaled, reset or swapped."""
-    before: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """For every adapter on the model, which adapters were active when it was added. `eject` activates them again."""
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For every adapter on the model, which adapters were active when it was added, with their strengths. `eject`
+    activates them again."""
     root: weakref.ref[nn.Module] | None = None
     """The model that was injected. None in a pickle, and in a copy of a part."""
     members: dict[str, weakref.ref[Any]] = field(default_factory=dict)
@@ -168,14 +188,14 @@ class AdapterState:
             copy.root, copy.members = weakref.ref(memo[id(root)]), dict(self.members)
         return copy
 
-    def set_default(self, names: Sequence[str]) -> None:
-        """Make these adapters the default, and let exactly their parameters require a gradient.
+    def set_default(self, strengths: Mapping[str, float]) -> None:
+        """Make adapters with these strengths the default, and let exactly their parameters require a gradient.
 
         An adapter that is not active gets no gradient, and DistributedDataParallel waits for the gradient of every
         parameter that requires one. Parameters that were frozen by hand stay frozen.
         """
-        before, self.default = self.default.active, Choice(tuple(names))
-        changed = [(name, name in names) for name in {*before} ^ {*names}]
+        before, self.default = self.default.active, choose(strengths)
+        changed = [(name, name in strengths) for name in {*before} ^ {*strengths}]
         for adapters in filter(None, (member() for member in self.members.values())):
             for name, trainable in changed:
                 if name in adapters._modules:
@@ -201,7 +221,7 @@ class AdapterState:
     def newest(self, contexts: Sequence[OpenContext]) -> OpenContext | None:
         """Return the newest of these contexts that counts for this state; None if there is none."""
         for context in reversed(contexts):
-            if self in context.states and context.counts:
+            if self in context.states and context.counts and not context.is_merge:
                 return context
         return None
 

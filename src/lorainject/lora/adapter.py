@@ -27,14 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..numerics.delta import Factors, scale
+from ..numerics.delta import Factors, Strength, scale, scaled
 from ..spec import Init
 from .guards import LostGradient, RequireWritten, remove_requirement, require_usable
 from .initial_values import as_matrices, initialize, starts_at_zero
 from .weight_kinds import Kind
 
-Term = Callable[["LoraAdapter", Tensor, Tensor, bool], Tensor]
-"""(adapter, y, x, y_is_ours) -> y plus the low-rank term of x. The term may be added in place if `y_is_ours`."""
+Term = Callable[["LoraAdapter", Tensor, Tensor, bool, Strength], Tensor]
+"""(adapter, y, x, y_is_ours, strength) -> y plus the low-rank term of x times the strength. The term may be added in
+place if `y_is_ours`."""
 Parts = tuple[tuple[slice, slice], ...]
 """The contiguous runs of a slice: a run of the layer's outputs, and the rows of B that belong to it. Empty for a whole
 weight."""
@@ -230,33 +231,42 @@ def _runs(slices: tuple[range, ...]) -> Parts | None:
     )
 
 
-def add_term(adapter: LoraAdapter, y: Tensor, term: Callable[[LoraAdapter, Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return y + term(adapter, x) in the dtype of y. The term of a slice is added to the outputs of the slice."""
-    t = term(adapter, x).to(y.dtype)
+def add_term(
+    adapter: LoraAdapter,
+    y: Tensor,
+    term: Callable[[LoraAdapter, Tensor, Strength], Tensor],
+    x: Tensor,
+    strength: Strength,
+) -> Tensor:
+    """Return y + term(adapter, x, strength) in the dtype of y. The term of a slice is added to the outputs of the
+    slice."""
+    t = term(adapter, x, strength).to(y.dtype)
     return y + t if adapter.rows is None else y.index_add(-1, adapter.rows, t)
 
 
-def lora_term(adapter: LoraAdapter, x: Tensor) -> Tensor:
-    """Return s (x A^T) B^T, shape (..., out), for x of shape (..., in), in the dtype of x."""
+def lora_term(adapter: LoraAdapter, x: Tensor, strength: Strength = None) -> Tensor:
+    """Return t s (x A^T) B^T, shape (..., out), for x of shape (..., in), in the dtype of x."""
     x = F.dropout(x, adapter.dropout, adapter.training)
-    h_R = F.linear(x, adapter.A.to(x.dtype)) * adapter.s
+    h_R = F.linear(x, adapter.A.to(x.dtype)) * scaled(adapter.s, strength)
     return F.linear(h_R, adapter.B.to(h_R.dtype))
 
 
-def embedding_term(adapter: LoraAdapter, ids: Tensor) -> Tensor:
+def embedding_term(adapter: LoraAdapter, ids: Tensor, strength: Strength = None) -> Tensor:
     """Return the term of an embedding, shape (*ids.shape, width), in the dtype of A.
 
     The input of an embedding is one-hot, so x A^T is column `id` of A. Dropout on a one-hot row drops or keeps its
     single 1, so it acts on whole tokens.
     """
-    h_R = F.embedding(ids, adapter.A.t(), padding_idx=adapter.padding_idx) * adapter.s
+    h_R = F.embedding(ids, adapter.A.t(), padding_idx=adapter.padding_idx) * scaled(adapter.s, strength)
     h_R = h_R * F.dropout(h_R.new_ones(*ids.shape, 1), adapter.dropout, adapter.training)
     return F.linear(h_R, adapter.B)
 
 
-def add_embedding_term(adapter: LoraAdapter, y: Tensor, ids: Tensor, y_is_ours: bool) -> Tensor:
+def add_embedding_term(
+    adapter: LoraAdapter, y: Tensor, ids: Tensor, y_is_ours: bool, strength: Strength = None
+) -> Tensor:
     """Return y plus the term of an embedding. y is never written to."""
-    return add_term(adapter, y, embedding_term, ids)
+    return add_term(adapter, y, embedding_term, ids, strength)
 
 
 def delta_factors(adapter: LoraAdapter, transposed: bool, rest: tuple[int, ...]) -> Factors:
@@ -275,3 +285,14 @@ def delta_factors(adapter: LoraAdapter, transposed: bool, rest: tuple[int, ...])
         B = B.new_zeros(*B.shape[:-2], adapter.out, adapter.r).index_copy(-2, adapter.rows, B)
     P, Q = (A.mT, B.mT) if transposed else (B, A)
     return Factors(P, Q.reshape(*Q.shape[:-1], *rest), adapter.s, adapter.dropout if adapter.training else 0.0)
+
+
+def factors_at(adapter: LoraAdapter, strength: Strength, transposed: bool, rest: tuple[int, ...]) -> Factors:
+    """Return the factors of t times the delta: of W0 + t (W - W0), where the adapter makes W of W0."""
+    f: Factors = adapter(delta_factors, transposed, rest)
+    if strength is None:
+        return f
+    f = f.times(strength)
+    if isinstance(strength, Tensor) or f.value is not None:
+        return f
+    return f._replace(s=torch.full_like(f.s, adapter.scale * strength))  # rounded once, as by `rescale`

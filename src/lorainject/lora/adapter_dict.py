@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..numerics.delta import Strength
 from .active import AdapterState, StateDictLoad
 from .adapter import LoraAdapter
 from .guards import warn_if_saved_as_base
@@ -77,9 +78,10 @@ class AdapterDict(nn.Module):
         return iter(self._modules)
 
     @property
-    def active(self) -> list[LoraAdapter]:
-        """The active adapters that this weight has."""
-        return [self[name] for name in self.state.choice.active if name in self._modules]
+    def active(self) -> list[tuple[LoraAdapter, Strength]]:
+        """The active adapters that this weight has, each with its strength."""
+        choice = self.state.choice
+        return [(self[name], choice.strengths[i]) for i, name in enumerate(choice.active) if name in self._modules]
 
     def forward(self, x: Tensor, y: Tensor, y_is_ours: bool = False) -> Tensor:
         """Return y plus the low-rank terms of the active adapters.
@@ -95,9 +97,9 @@ class AdapterDict(nn.Module):
         if choice.rows is not None:
             adapters = cast("dict[str | None, LoraAdapter]", self._modules)
             return choice.rows.add_terms(adapters, term, y, x, y_is_ours)
-        for name in choice.active:
+        for i, name in enumerate(choice.active):
             if name in self._modules:
-                y, y_is_ours = self[name](term, y, x, y_is_ours), True
+                y, y_is_ours = self[name](term, y, x, y_is_ours, choice.strengths[i]), True
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from ..numerics.tile_merge import sum_dtype
 from ..numerics.tiled_matmul import row_tiles
 from .adapter import LoraAdapter, delta_factors
 from .guards import require_usable
+from .strength import mixed
 from .weight_kinds import Kind
 
 BIAS_KINDS = ("linear", "linear^T", "conv")
@@ -71,13 +72,14 @@ class DoraAdapter(LoraAdapter):
         require_usable(self, self.site, args)
         if function is delta_factors:
             return self._factors(*args)
-        y, x, y_is_ours = args
+        y, x, y_is_ours, strength = args
         dtype, bias = y.dtype, self.layer._parameters.get("bias")
-        output = function(self, y, x, y_is_ours)
+        output = function(self, y, x, y_is_ours and strength is None, None)
         if self.m is not None:
             g = self.gain()
             output = output * g if bias is None else output * g + (1 - g) * bias
-        return (output if self.b is None else output + self.bias_update()).to(dtype)
+        output = output if self.b is None else output + self.bias_update()
+        return mixed(y, output, strength).to(dtype)
 
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor, kind: Kind) -> None:

@@ -21,7 +21,7 @@ from ..errors import StateError
 def require_usable(adapter: nn.Module, site: str, args: Sequence[Any]) -> None:
     """Raise StateError if an adapter has no values, or would lose its gradients, in the call with these arguments."""
     parameters = [p for p in adapter._parameters.values() if p is not None]
-    if any(p.is_meta for p in parameters) and any(isinstance(t, Tensor) and not t.is_meta for t in args):
+    if any(p.is_meta for p in parameters) and any(isinstance(t, Tensor) and not t.is_meta for t in args[:1]):
         raise StateError(
             f"{site}: A and B are on the meta device, where they have no values",
             way_out="call reset(model), which draws A and sets B to zero on the device of the weight; or"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError, TargetError
 from ..plan import site_name
-from .active import ALL_CONTEXTS, ROOTS, AdapterState, ModuleStructure, open_context
+from .active import ALL_CONTEXTS, ROOTS, AdapterState, ModuleStructure, open_context, open_contexts
 from .adapter import LoraAdapter
 from .adapter_dict import AdapterDict
 from .replacement import ReplacementTensor
@@ -136,23 +136,23 @@ class ModelIndex:
         return tuple(dict.fromkeys(name for site in self.sites.values() for name in site.adapters))
 
     @property
-    def active(self) -> tuple[str, ...]:
-        """The names of the active adapters."""
-        return tuple(dict.fromkeys(name for state in self.states for name in state.choice.active))
+    def active(self) -> dict[str, float]:
+        """The strength of each active adapter, by name."""
+        return {name: t for state in self.states for name, t in state.choice.by_name.items()}
 
     @property
-    def default(self) -> tuple[str, ...]:
-        """The names of the adapters that are active where a caller has not chosen otherwise."""
-        return tuple(dict.fromkeys(name for state in self.states for name in state.default.active))
+    def default(self) -> dict[str, float]:
+        """The strength of each adapter that is active where a caller has not chosen otherwise, by name."""
+        return {name: t for state in self.states for name, t in state.default.by_name.items()}
 
     def adapters_named(self, name: str) -> list[LoraAdapter]:
         """Return the adapters of this name on all sites."""
         return [site.adapters[name] for site in self.sites.values() if name in site.adapters]
 
     @property
-    def merged(self) -> list[str]:
-        """The names of the adapters that are merged into the weights, sorted."""
-        return sorted({name for state in self.states for name in state.merged})
+    def merged(self) -> dict[str, float]:
+        """The strength of each adapter that is merged into the weights, by name, sorted."""
+        return dict(sorted({name: t for state in self.states for name, t in state.merged.items()}.items()))
 
     @cached_property
     def whole_states(self) -> list[AdapterState]:
@@ -257,11 +257,18 @@ class ModelIndex:
         """
         for context in list(ALL_CONTEXTS):
             is_open = not context.has_ended and any(state in context.states for state in self.states)
+            if context.is_merge and context.counts and context in open_contexts():
+                continue  # the caller may change what it has merged itself
             if is_open and (names is None or not set(names).isdisjoint(context.choice.names)):
                 raise StateError(
                     f"cannot {verb} while another thread, task or generator is inside {context.verb}(...)",
                     way_out="wait until it has left the context, or close the generator",
                 )
+
+    @property
+    def is_inside_merged(self) -> bool:
+        """True if the caller has a `merged` context open for this model."""
+        return any(c.is_merge and any(state in c.states for state in self.states) for c in open_contexts())
 
     def require_adapters(self, verb: str, *names: str, **allowed: bool) -> None:
         """Raise StateError if `verb` must not act on the model now, or if the model has no adapters, or not these

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics.delta import Factors
+from ..numerics.delta import Factors, Strength, scaled
 from .adapter import LoraAdapter, add_term, delta_factors
 from .guards import require_usable
 from .weight_kinds import Kind
@@ -48,9 +48,9 @@ class OffsetAdapter(LoraAdapter):
         require_usable(self, self.site, args)
         if function is delta_factors:
             return self._factors(*args)
-        y, x, _ = args
+        y, x, _, strength = args
         x = F.dropout(x, self.dropout, self.training)  # one mask for both terms
-        return add_term(self, y, lambda _, x: _term(self, x) - _term(self.start, x), x)
+        return add_term(self, y, lambda _, x, t: _term(self, x, t) - _term(self.start, x, t), x, strength)
 
     def _factors(self, transposed: bool, rest: tuple[int, ...]) -> Factors:
         f, f0 = (delta_factors(adapter, transposed, rest) for adapter in (self, self.start))
@@ -75,7 +75,7 @@ class OffsetAdapter(LoraAdapter):
         self.start.B.copy_(self.B)
 
 
-def _term(adapter: LoraAdapter, x: Tensor) -> Tensor:
-    """Return s (x A^T) B^T in the dtype of x, without dropout, always by the same operations."""
-    h_R = F.linear(x, adapter.A.to(x.dtype)) * adapter.s
+def _term(adapter: LoraAdapter, x: Tensor, strength: Strength) -> Tensor:
+    """Return t s (x A^T) B^T in the dtype of x, without dropout, always by the same operations."""
+    h_R = F.linear(x, adapter.A.to(x.dtype)) * scaled(adapter.s, strength)
     return F.linear(h_R, adapter.B.to(h_R.dtype))

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..numerics.delta import Factors
+from ..numerics.delta import Factors, Strength
 from .adapter import LoraAdapter, delta_factors
 from .guards import remove_requirement, require_usable
+from .strength import mixed
 from .weight_kinds import Kind
 
 
@@ -46,13 +47,13 @@ class ReplacementTensor(LoraAdapter):
         require_usable(self, self.site, args)
         return self._factors(*args) if function is delta_factors else function(self, *args)
 
-    def replace(self, W0: Tensor) -> Tensor:
+    def replace(self, W0: Tensor, strength: Strength = None) -> Tensor:
         """Return what stands in the place of W0, in W0's dtype."""
-        return replace_rows(W0, self.value, self.index)
+        return replace_rows(W0, self.value, self.index, strength)
 
     def _factors(self, transposed: bool, rest: tuple[int, ...]) -> Factors:
         P, Q = self.value.new_zeros(self.shape[0], 0), self.value.new_zeros(0, *(rest or (1,)))
-        return Factors(P, Q, torch.ones((), device=P.device), value=(self.value, self.index))
+        return Factors(P, Q, torch.ones((), device=P.device), value=(self.value, self.index, None))
 
     def _rebuild(self) -> None:
         if self.ids is not None:
@@ -69,7 +70,13 @@ class ReplacementTensor(LoraAdapter):
         return f"value={tuple(self.value.shape)}{rows}"
 
 
-def replace_rows(W0: Tensor, value: Tensor, index: Tensor | None) -> Tensor:
-    """Return `value` in W0's dtype, or a copy of W0 with the rows `index` taken from `value`."""
+def replace_rows(W0: Tensor, value: Tensor, index: Tensor | None, strength: Strength = None) -> Tensor:
+    """Return `value` in W0's dtype, or a copy of W0 with the rows `index` taken from `value`.
+
+    At another strength t than 1, W0 + t (value - W0) takes the place of `value`.
+    """
+    if strength is not None:
+        replaced = W0 if index is None else W0[index]
+        value = mixed(replaced, value.to(torch.promote_types(W0.dtype, torch.float32)), strength)
     value = value.to(W0.dtype)
     return value if index is None else W0.index_copy(0, index, value)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..numerics.delta import Factors, total_gain
-from .active import AdapterState, Choice, choosing
-from .adapter import LoraAdapter, delta_factors
+from ..numerics.delta import Factors, Strength, scaled, total_gain
+from .active import AdapterState, choose, choosing
+from .adapter import LoraAdapter, factors_at
 from .adapter_dict import AdapterDict
 from .dora import DoraAdapter
 from .graft import Graft, base_class
@@ -89,7 +89,7 @@ def _forward_by_rows(experts: nn.Module, state: AdapterState, args: tuple[Any, .
     for name, run in rows.runs:
         tokens = slice(run.start * n // batch, run.stop * n // batch)
         selected = {key: select(value, tokens) for key, value in kwargs.items()}
-        with choosing([state], Choice(() if name is None else (name,)), "rows"):
+        with choosing([state], choose({} if name is None else {name: rows.strengths[run.start]}), "rows"):
             outputs.append(experts.forward(*(select(value, tokens) for value in args), **selected))
     return torch.cat(outputs)
 
@@ -134,23 +134,23 @@ class ShadowedWeight(LazyWeight):
         W0 = self.stored
         if self.has_extras:
             gain = total_gain(self.factors)
-            for adapter in self.active:
+            for adapter, strength in self.active:
                 if isinstance(adapter, ReplacementTensor):
-                    W0 = adapter(ReplacementTensor.replace, W0)
+                    W0 = adapter(ReplacementTensor.replace, W0, strength)
             W0 = W0 if gain is None else (W0 * gain).to(W0.dtype)
         return W0
 
     def updated_bias(self, bias: Tensor | None) -> Tensor | None:
         """Return the layer's bias with the updates of the active adapters."""
-        for adapter in self.active if self.has_extras else ():
+        for adapter, strength in self.active if self.has_extras else ():
             if isinstance(adapter, DoraAdapter) and adapter.b is not None:
-                update = adapter.bias_update().to(self.stored.dtype)
+                update = scaled(adapter.bias_update(), strength).to(self.stored.dtype)
                 bias = update if bias is None else bias + update
         return bias
 
     @property
-    def active(self) -> list[LoraAdapter]:
-        """The active adapters of the weight."""
+    def active(self) -> list[tuple[LoraAdapter, Strength]]:
+        """The active adapters of the weight, each with its strength."""
         choice = self.adapters[0].state.choice
         if choice.rows is not None:
             if any(name in a for name in choice.rows.names if name is not None for a in self.adapters):
@@ -160,14 +160,17 @@ class ShadowedWeight(LazyWeight):
                     way_out="inject the adapters without it: exclude=[...]",
                 )
             return []
-        return [adapter for a in self.adapters for adapter in a.active]
+        return [active for a in self.adapters for active in a.active]
 
     @property
     def factors(self) -> tuple[Factors, ...]:  # type: ignore[override]
         """The factors of the active adapters that have A and B."""
         rest = tuple(self.stored.shape[self.stack + 1 :])
-        adapters = [adapter for adapter in self.active if not isinstance(adapter, ReplacementTensor)]
-        return tuple(adapter(delta_factors, self.kind.transposed, rest) for adapter in adapters)
+        return tuple(
+            factors_at(adapter, strength, self.kind.transposed, rest)
+            for adapter, strength in self.active
+            if not isinstance(adapter, ReplacementTensor)
+        )
 
 
 def adapters_on(owner: nn.Module, name: str) -> list[AdapterDict]:

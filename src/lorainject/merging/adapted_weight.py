@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..lora.adapter import LoraAdapter, delta_factors
+from ..lora.adapter import LoraAdapter, factors_at
 from ..lora.adapter_dict import AdapterDict
 from ..lora.model_index import AdaptedSite, WeightKey
 from ..lora.weight_kinds import stored_tensor
@@ -37,7 +37,8 @@ class MergeRecord:
     strategy: str
     """The class in strategies.py that merged the weight."""
     deltas: AdapterDeltas
-    """Copies of the deltas that were added, on the device where they were; empty after merge(reversible=False)."""
+    """Copies of the deltas that were added, at the strengths of the merge, on the device where they were; empty after
+    merge(reversible=False)."""
     journal: Journal | None
     """What is kept of W0, if the merge was in place; None also after merge(reversible=False)."""
     original: nn.Parameter | None
@@ -130,13 +131,15 @@ class AdaptedWeight:
         """Return the adapters of these names, on all sites."""
         return [site.adapters[n] for n in names for site in self.sites if n in site.adapters]
 
-    def deltas(self, names: Sequence[str], copy: bool = False) -> AdapterDeltas:
-        """Return the deltas of these adapters as they are now; `copy` protects them from later changes of A and B."""
+    def deltas(self, strengths: Mapping[str, float], copy: bool = False) -> AdapterDeltas:
+        """Return the deltas of adapters as they are now, at these strengths; `copy` protects them from later changes of
+        A and B."""
         kind, shape = self.sites[0].adapters.kind, self.sites[0].shape
         rest = tuple(shape[kind.stacked + 1 :])
         deltas: AdapterDeltas = {}
-        for name in names:
-            if parts := [adapter(delta_factors, kind.transposed, rest) for adapter in self.adapters([name])]:
+        for name, t in strengths.items():
+            strength = None if t == 1 else t
+            if parts := [factors_at(adapter, strength, kind.transposed, rest) for adapter in self.adapters([name])]:
                 deltas[name] = tuple(clone_factors(f) if copy else flatten_factors(f) for f in parts)
         return deltas
 

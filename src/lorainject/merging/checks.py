@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..errors import StateError
 from ..lora.dora import DoraAdapter
 from ..lora.graft import base_class
 from ..lora.model_index import ModelIndex, WeightKey
 from ..lora.replacement import ReplacementTensor
+from ..lora.strength import read_strengths
 from ..lora.weight_kinds import is_quantized, is_sharded, stored_tensor
 from ..numerics.delta import is_finite
 from .adapted_weight import AdaptedWeight
 from .quantization import find_scheme
 from .strategies import can_be_linear
+
+
+def strengths_to_merge(
+    index: ModelIndex, names: str | Sequence[str] | Mapping[str, float] | None, *, reversible: bool = True,
+    instead: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Return the strength of each adapter that merge(model, names) merges.
+
+    Args:
+        index: An index of the model.
+        names: As for `merge`.
+        reversible: As for `merge`.
+        instead: True if these adapters are merged instead of those that are merged or active now.
+
+    Raises:
+        SpecError: A strength is not a finite number.
+        StateError: The model's state does not allow the merge.
+    """
+    merged, active = ({}, index.active) if instead else (index.merged, index.active)
+    named = read_strengths("merge", [] if names is None else [names])
+    if again := [name for name in merged if names is None or name in named]:
+        raise StateError(
+            f"{quoted(again)} is already merged",
+            way_out="call unmerge(model) first, or use merged(model, ...) to merge something else for a while",
+        )
+    index.require_adapters("merge", *named, merged=True, computed=True)  # _why_not_mergeable names them
+    index.require_idle("merge")
+    if not reversible and index.is_inside_merged:
+        raise StateError(
+            "cannot merge with reversible=False inside merged(...), which restores the weights at its end",
+            way_out="leave the context first",
+        )
+    if not isinstance(names, Mapping):
+        named = {name: active.get(name, t) for name, t in named.items()}
+    chosen = active if names is None else named
+    if not chosen:
+        raise StateError(
+            "no adapter is active" if names is None else "no adapter was named",
+            way_out="activate(model, name) first, or name the adapter: merge(model, name)",
+        )
+    if not merged and not instead and (dropped := [name for name in active if name not in chosen]):
+        raise StateError(
+            f"{quoted(dropped)} is active but would not be merged, which would change the output",
+            way_out=f"call activate(model, {quoted(chosen)}) first, or merge all active adapters",
+        )
+    return chosen
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return names as messages list them."""
+    return ", ".join(map(repr, names))
 
 
 def unmergeable_weights(

@@ -14,7 +14,7 @@ revert.py, and what is checked first in checks.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,12 +25,14 @@ from ..errors import MergeError, StateError
 from ..lora.active import STATES
 from ..lora.model_index import ModelIndex
 from ..lora.mounting import graft_obstacles, set_grafted
+from ..lora.strength import read_strengths
+from ..numerics.delta import Factors
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
 from ..numerics.tile_merge import TileWorkspace, sum_dtype
 from ..spec import explains_settings
-from .adapted_weight import AdaptedWeight, adapted_weights, have_extras, threads_for, total_delta
-from .checks import irreversible_weights, tied_weights, unmergeable_weights
+from .adapted_weight import AdaptedWeight, AdapterDeltas, adapted_weights, have_extras, threads_for, total_delta
+from .checks import irreversible_weights, quoted, strengths_to_merge, tied_weights, unmergeable_weights
 from .report import MergeReport, check_survival, merged_site
 from .revert import ADVICE, remerge_on_error, set_merged, unmerge_weights
 from .strategies import STRATEGIES, MergeStrategy, choose_strategy, gain_and_start
@@ -39,8 +41,9 @@ from .strategies import STRATEGIES, MergeStrategy, choose_strategy, gain_and_sta
 @explains_settings
 @in_default_modes
 @torch.no_grad()
-def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversible: bool = True,
-          strict: bool | None = None, untie: bool = False, dequantise: bool = False) -> MergeReport:  # fmt: skip
+def merge(model: nn.Module, names: str | Sequence[str] | Mapping[str, float] | None = None, *,
+          reversible: bool = True, strict: bool | None = None, untie: bool = False,
+          dequantise: bool = False) -> MergeReport:  # fmt: skip
     """Merge adapters into the weights, in all of them or in none.
 
     While some adapters are merged, further ones can be merged as well: the sum is always formed from W0, with one
@@ -48,7 +51,9 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
 
     Args:
         model: A model with adapters.
-        names: The adapters to merge, which must include the active ones. None merges the active adapters.
+        names: The adapters to merge, which must include the active ones. None merges the active adapters. A mapping
+            gives each adapter a strength, as `activate` describes it. Without one, an active adapter is merged at the
+            strength with which it is active, and another one at 1.
         reversible: Keep what `unmerge` needs. If False, nothing is kept, and an interrupt (Ctrl-C) waits until all
             weights are merged.
         strict: What to do where less than 0.9 of a delta survives the rounding to the weight's dtype. True refuses
@@ -67,6 +72,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
         What became of every weight's delta.
 
     Raises:
+        SpecError: A strength is not a finite number.
         StateError: The adapters are merged already, none is active, or an active one would be left out.
         MergeError: Some weights cannot be merged, all of which are listed: tied to another module's, on the meta
             device, or with a sum that is not finite, for example.
@@ -75,10 +81,16 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
     during a merge with reversible=False: its message says that weights are half merged.
     """
     index = ModelIndex(model)
+    chosen = strengths_to_merge(index, names, reversible=reversible)
+    return merge_index(index, chosen, reversible=reversible, strict=strict, untie=untie, dequantise=dequantise)
+
+
+def merge_index(index: ModelIndex, chosen: Mapping[str, float], *, reversible: bool, strict: bool | None, untie: bool,
+                dequantise: bool) -> MergeReport:  # fmt: skip
+    """Merge adapters at these strengths, together with those that are merged already (see `merge`)."""
     merged = index.merged
-    chosen = _adapters_to_merge(index, names)
     weights, ties = adapted_weights(index.sites), tied_weights(index)
-    problems = graft_obstacles(index) + unmergeable_weights(weights, chosen, {} if untie else ties, dequantise)
+    problems = graft_obstacles(index) + unmergeable_weights(weights, [*chosen], {} if untie else ties, dequantise)
     if problems := problems + irreversible_weights(weights):
         raise MergeError("nothing was merged:", problems, "keep these adapters unmerged, or eject them first")
     states = unmerge_weights(weights) if merged else {}
@@ -93,7 +105,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, reversi
                 if previous and not have_extras(deltas):
                     strategy = previous.strategy
                 strategies.append(STRATEGIES[strategy](w, deltas))
-        return _merge_weights(index, weights, strategies, (*merged, *chosen), reversible, strict)
+        return _merge_weights(index, weights, strategies, {**merged, **chosen}, reversible, strict)
 
 
 @explains_settings
@@ -129,39 +141,58 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
 def unmerge_index(index: ModelIndex, names: str | Sequence[str] | None = None) -> None:
     """Unmerge these adapters, or all, from a model that has merged ones (see `unmerge`)."""
     merged = index.merged
-    removed = merged if names is None else [names] if isinstance(names, str) else list(names)
+    removed = list(merged) if names is None else [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in removed if name not in merged]:
-        raise StateError(f"{_quoted(unknown)} is not merged", way_out=f"merged are {_quoted(merged)}")
+        raise StateError(f"{quoted(unknown)} is not merged", way_out=f"merged are {quoted(merged)}")
     weights = adapted_weights({name: site for name, site in index.sites.items() if site.adapters.state.merged})
     if problems := graft_obstacles(index) + irreversible_weights(weights):
         raise MergeError("nothing was unmerged:", problems, ADVICE)
+    recorded = recorded_deltas(weights)
     states = unmerge_weights(weights)
-    if remaining := tuple(name for name in merged if name not in removed):
+    if remaining := {name: t for name, t in merged.items() if name not in removed}:
         with remerge_on_error(index, weights, states, merged):
-            strategies: list[MergeStrategy] = []
-            for w in weights:
-                record = states[w.name].record if w.name in states else None
-                w.record = None
-                if record and (deltas := {n: parts for n, parts in record.deltas.items() if n in remaining}):
-                    strategies.append(STRATEGIES[record.strategy](w, deltas))
-            _merge_weights(index, weights, strategies, remaining, reversible=True, strict=False)
+            merge_recorded(index, weights, recorded, remaining)
         for state in index.states:
-            state.set_default(tuple(name for name in state.default.active if name not in removed))
+            state.set_default({n: t for n, t in state.default.by_name.items() if n not in removed})
         return
     # Each step can be repeated, so that an unmerge that is interrupted here is finished by the next one.
     set_grafted(index, True)
     for w in weights:
         w.record = None
-    set_merged(weights, ())
+    set_merged(weights, {})
+
+
+Recorded = Mapping[str, tuple[str, AdapterDeltas]]
+"""What a merge has put into each weight, by the weight's name: the name of the strategy, and the deltas."""
+
+
+def recorded_deltas(weights: Sequence[AdaptedWeight]) -> Recorded:
+    """Return what is merged into the weights now."""
+    return {w.name: (record.strategy, record.deltas) for w in weights if (record := w.record) is not None}
+
+
+def merge_recorded(
+    index: ModelIndex, weights: Sequence[AdaptedWeight], recorded: Recorded, strengths: Mapping[str, float]
+) -> None:
+    """Merge deltas of an earlier merge, of the adapters in `strengths`, into weights that are W0 now."""
+    strategies: list[MergeStrategy] = []
+    for w in weights:
+        w.record = None
+        strategy, parts = recorded.get(w.name, ("", {}))
+        if kept := {name: parts[name] for name in parts if name in strengths}:
+            strategies.append(STRATEGIES[strategy](w, kept))
+    _merge_weights(index, weights, strategies, strengths, reversible=True, strict=False)
 
 
 @explains_settings
-def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
+def deltas(model: nn.Module, name: str | Mapping[str, float] | None = None) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the delta of every adapted weight, formed one weight at a time.
 
     Args:
         model: A model with adapters, merged or not.
-        name: The adapter whose deltas are formed. None sums those of all active adapters.
+        name: The adapter whose deltas are formed, at strength 1. A mapping from names to strengths sums those of
+            several adapters. None sums those of all active adapters, at the strengths with which they are active or
+            merged.
 
     Yields:
         The name of the weight (the module's path, with the parameter's name appended if that is not `weight`), the
@@ -170,17 +201,24 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
         W0.
 
     Raises:
+        SpecError: A strength is not a finite number.
         StateError: The model has no adapters, or none of this name.
     """
     index = ModelIndex(model)
-    index.require_adapters("form deltas", *([] if name is None else [name]), merged=True, nested=True, part=True)
+    named = None if name is None else read_strengths("deltas", [name])
+    index.require_adapters("form deltas", *(named or ()), merged=True, nested=True, part=True)
     for w in adapted_weights(index.sites):
-        chosen = w.sites[0].adapters.state.choice.active if name is None else (name,)
-        record = w.record
+        state, record = w.sites[0].adapters.state, w.record
+        active = state.choice.by_name
+        chosen = active | {n: t for n, t in state.merged.items() if n in active} if named is None else named
         if record is None or not have_extras(record.deltas):
             parts = w.deltas(chosen)
         else:  # the gain of DoRA depends on W0, which the weight is not now
-            parts = {n: factors for n, factors in record.deltas.items() if n in chosen}
+            parts = {
+                n: tuple(_times(f, chosen[n], state.merged[n]) for f in factors)
+                for n, factors in record.deltas.items()
+                if n in chosen
+            }
         if not parts:
             continue
         d = total_delta(parts).dense().reshape(w.sites[0].shape)
@@ -191,55 +229,42 @@ def deltas(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Ten
         yield w.name, w.weight.detach(), d.to(sum_dtype(w.weight.dtype))
 
 
-def _adapters_to_merge(index: ModelIndex, names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the adapters that merge(model, names) merges; raise StateError if the model's state does not allow it."""
-    merged, active = index.merged, index.active
-    named = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
-    if again := [name for name in merged if names is None or name in named]:
-        raise StateError(f"{_quoted(again)} is already merged", way_out="call unmerge(model) first")
-    index.require_adapters("merge", *named, merged=True, computed=True)  # _why_not_mergeable names them
-    index.require_idle("merge")
-    chosen = active if names is None else named
-    if not chosen:
+def _times(f: Factors, t: float, merged: float) -> Factors:
+    """Return the factors at strength t, from those of a merge at another strength."""
+    if t == merged:
+        return f
+    if merged == 0:
         raise StateError(
-            "no adapter is active" if names is None else "no adapter was named",
-            way_out="activate(model, name) first, or name the adapter: merge(model, name)",
+            "the delta of an adapter with magnitudes (DoRA) or whole tensors cannot be formed while it is merged at"
+            " strength 0",
+            way_out="call unmerge(model) first",
         )
-    if not merged and (dropped := [name for name in active if name not in chosen]):
-        raise StateError(
-            f"{_quoted(dropped)} is active but would not be merged, which would change the output",
-            way_out=f"call activate(model, {_quoted(chosen)}) first, or merge all active adapters",
-        )
-    return chosen
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
+    return f.times(t / merged)
 
 
 def _merge_weights(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: Sequence[MergeStrategy],
-                   names: tuple[str, ...], reversible: bool, strict: bool | None) -> MergeReport:  # fmt: skip
+                   strengths: Mapping[str, float], reversible: bool, strict: bool | None) -> MergeReport:  # fmt: skip
     """Merge into weights that are all W0 now, in all of them or in none.
 
     A merge that is not reversible is also not undoable while it is under way if no sum can fail: to keep a way back
     would take half of its time.
     """
     if strict or reversible or not all(strategy.cannot_fail() for strategy in strategies):
-        return _carry_out(index, weights, strategies, names, reversible, strict)
+        return _carry_out(index, weights, strategies, strengths, reversible, strict)
     try:
         with defer_interrupt():
-            report = _carry_out(index, weights, strategies, names, reversible, strict, undoable=False)
+            report = _carry_out(index, weights, strategies, strengths, reversible, strict, undoable=False)
     except Exception as e:  # from the system, out of memory for example
         raise MergeError(
             "the merge stopped halfway: some weights are merged, and reversible=False kept nothing to restore them",
             way_out="load the base model again",
         ) from e
-    check_survival(report.sites, strict, stacklevel=7)
+    check_survival(report.sites, strict)
     return report
 
 
 def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: Sequence[MergeStrategy],
-               names: tuple[str, ...], reversible: bool, strict: bool | None,
+               strengths: Mapping[str, float], reversible: bool, strict: bool | None,
                undoable: bool = True) -> MergeReport:  # fmt: skip
     """Merge by these strategies, after a trial that writes nothing if strict; undo everything if anything is raised."""
     workspace = TileWorkspace()
@@ -255,22 +280,22 @@ def _carry_out(index: ModelIndex, weights: Sequence[AdaptedWeight], strategies: 
                 for s in strategies
             ]
             if undoable:
-                check_survival(sites, strict, stacklevel=8)
+                check_survival(sites, strict)
         records = [s.record(reversible) for s in strategies]
         for strategy, record in zip(strategies, records, strict=True):
             strategy.adapted.record = record
         set_grafted(index, False)
         for strategy in strategies:
             strategy.finish()
-        set_merged(weights, names)
+        set_merged(weights, strengths)
         reported = [replace(site, journal_bytes=record.nbytes) for site, record in zip(sites, records, strict=True)]
-        return MergeReport(names=names, sites=tuple(reported))
+        return MergeReport(names=tuple(strengths), strengths=tuple(strengths.values()), sites=tuple(reported))
     except BaseException:
         for strategy in strategies:
             strategy.undo()
             strategy.adapted.record = None
         set_grafted(index, True)
-        set_merged(weights, ())
+        set_merged(weights, {})
         raise
 
 

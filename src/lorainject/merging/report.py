@@ -6,13 +6,16 @@ The survival of a delta d is <W - W0, d> / <d, d> for the stored weight W, measu
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import MergeError, SurvivalWarning
 from ..numerics.tile_merge import DeltaStats
 
+INSIDE = (__name__.split(".")[0], "torch", "contextlib")
+"""The packages between a call of lorainject and the warning: the decorators of verbs, and contexts."""
 MIN_SURVIVAL = 0.9  # a smaller share of a delta is worth a warning, or is refused
 
 
@@ -42,6 +45,8 @@ class MergeReport:
 
     names: tuple[str, ...]
     """The merged adapters."""
+    strengths: tuple[float, ...]
+    """The strength of each merged adapter."""
     sites: tuple[MergedSite, ...]
     """One entry per merged weight."""
 
@@ -63,10 +68,15 @@ class MergeReport:
 
     def __str__(self) -> str:
         return (
-            f"merged {', '.join(self.names)} into {len(self.sites)} weights"
+            f"merged {with_strengths(self.names, self.strengths)} into {len(self.sites)} weights"
             f" ({self.weight_bytes:,} bytes, {self.journal_bytes:,} kept for unmerge);"
             f" {self.survival:.4f} of the delta survived the storage dtype"
         )
+
+
+def with_strengths(names: Iterable[object], strengths: Iterable[float]) -> str:
+    """Return adapters as messages list them, each with its strength unless that is 1."""
+    return ", ".join(f"{n}" if t == 1 else f"{n} ({t:g})" for n, t in zip(names, strengths, strict=True))
 
 
 def merged_site(path: str, stats: DeltaStats, weight_bytes: int, codes_changed: float | None = None) -> MergedSite:
@@ -82,13 +92,12 @@ def merged_site(path: str, stats: DeltaStats, weight_bytes: int, codes_changed: 
     )
 
 
-def check_survival(sites: Sequence[MergedSite], strict: bool | None, stacklevel: int) -> None:
+def check_survival(sites: Sequence[MergedSite], strict: bool | None) -> None:
     """Warn, or raise MergeError, where less than MIN_SURVIVAL of a delta survives the rounding to the stored weight.
 
     Args:
         sites: The weights, measured.
         strict: True refuses, False warns, None refuses quantized weights and warns of others.
-        stacklevel: As for warnings.warn.
     """
     lost = {
         s: f"{s.path}: keeps {max(s.survival, 0.0):.2f} of its delta, with a rounding error of {s.error:.0%}"
@@ -102,4 +111,12 @@ def check_survival(sites: Sequence[MergedSite], strict: bool | None, stacklevel:
         raise MergeError(f"nothing was merged: {what}:", refused, f"{advice}, or accept the loss with strict=False")
     if lost:
         message = MergeError(f"{what}:", lost.values(), advice.replace(", merge", ", or merge"))
-        warnings.warn(str(message), SurvivalWarning, stacklevel=stacklevel)
+        warnings.warn(str(message), SurvivalWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """Return the stacklevel, for warnings.warn in the calling function, of the code that called lorainject."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in INSIDE:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -108,24 +108,27 @@ def remerge_weights(weights: Sequence[AdaptedWeight], states: Mapping[str, Merge
 
 @contextmanager
 def remerge_on_error(
-    index: ModelIndex, weights: Sequence[AdaptedWeight], states: Mapping[str, MergedState], names: Sequence[str]
+    index: ModelIndex,
+    weights: Sequence[AdaptedWeight],
+    states: Mapping[str, MergedState],
+    strengths: Mapping[str, float],
 ) -> Iterator[None]:
-    """Restore the previous merge, of the adapters `names`, if an error is raised within the context."""
+    """Restore the previous merge, of adapters at these strengths, if an error is raised within the context."""
     try:
         yield
     except BaseException:
         if states:
             set_grafted(index, False)
             remerge_weights(weights, states)
-            set_merged(weights, names)
+            set_merged(weights, strengths)
         raise
 
 
-def set_merged(weights: Sequence[AdaptedWeight], names: Sequence[str]) -> None:
-    """Record in the state of every site which adapters are merged."""
+def set_merged(weights: Sequence[AdaptedWeight], strengths: Mapping[str, float]) -> None:
+    """Record in the state of every site which adapters are merged, and at which strengths."""
     for w in weights:
         for site in w.sites:
-            site.adapters.state.merged = tuple(names)
+            site.adapters.state.merged = dict(strengths)
 
 
 def _install(

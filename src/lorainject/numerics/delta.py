@@ -19,6 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Strength = float | Tensor | None
+"""What a delta is multiplied with: a float; a 0-d tensor in compiled code; or None, which means 1."""
+
 
 class Factors(NamedTuple):
     """One delta s P Q in the orientation in which its weight is stored, and the extras that come with it."""
@@ -35,13 +38,24 @@ class Factors(NamedTuple):
     """What W0 is multiplied with (DoRA), in a shape that expands to the weight's; None: 1. P Q includes it."""
     update: Tensor | None = None
     """Update s b of the layer's bias, shape (out,); None if there is none."""
-    value: tuple[Tensor, Tensor | None] | None = None
-    """A tensor that replaces W0, and the indices of the rows that it replaces (None: all rows); None if W0 stays."""
+    value: tuple[Tensor, Tensor | None, Strength] | None = None
+    """A tensor that replaces W0, the indices of the rows that it replaces (None: all rows), and the share of the
+    difference from W0 that is taken (None: all); None if W0 stays."""
 
     @property
     def has_extras(self) -> bool:
         """True if a DoRA gain, a bias update or a replacement tensor comes with the delta."""
         return self.gain is not None or self.update is not None or self.value is not None
+
+    def times(self, t: float | Tensor) -> Factors:
+        """Return the factors of t times the whole difference from W0."""
+        value = self.value
+        return self._replace(
+            s=scaled(self.s, t),
+            gain=None if self.gain is None else 1 + (self.gain - 1) * t,
+            update=None if self.update is None else self.update * t,
+            value=None if value is None else (*value[:2], t if value[2] is None else value[2] * t),
+        )
 
 
 def is_finite(t: Tensor) -> bool:
@@ -52,6 +66,13 @@ def is_finite(t: Tensor) -> bool:
 def scale(alpha: float, r: int, scaling: str) -> float:
     """Return s: alpha / r for "standard" scaling (section 4.1 of the paper), alpha / sqrt(r) for "rslora"."""
     return alpha / math.sqrt(r) if scaling == "rslora" else alpha / r
+
+
+def scaled(s: Tensor, strength: Strength) -> Tensor:
+    """Return the scale s, a tensor, times the strength, in the dtype of s."""
+    if strength is None:
+        return s
+    return s * (strength.to(s.dtype) if isinstance(strength, Tensor) else strength)
 
 
 def alpha_of(s: float, r: int, scaling: str) -> float:
@@ -79,7 +100,7 @@ def clone_factors(f: Factors) -> Factors:
 
     P, Q, s, *_ = flatten_factors(f)
     gain, update = (None if t is None else copy(t) for t in (f.gain, f.update))
-    value = None if f.value is None else (copy(f.value[0]), f.value[1])
+    value = None if f.value is None else (copy(f.value[0]), *f.value[1:])
     return Factors(copy(P), copy(Q), copy(s), gain=gain, update=update, value=value)
 
 

@@ -28,6 +28,8 @@ from ..files.hotswap import hotswap
 from ..files.save_load import load, save
 from ..lora.adapter import LoraAdapter
 from ..lora.model_index import ModelIndex
+from ..lora.strength import read_strengths
+from ..merging.report import with_strengths
 from ..surgery import eject
 from ..switching import activate
 
@@ -80,7 +82,7 @@ def load_adapters(model: nn.Module, folder: str | Path, *, is_wrapped: bool = Fa
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         folders = {name: folder / path for name, path in manifest["folders"].items()}
-        trained, active = set(manifest["trained"]), list(manifest["active"])
+        trained, active = set(manifest["trained"]), read_strengths("resume", [manifest["active"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         way_out = "resume from another checkpoint"
         raise FileError(f"{folder / MANIFEST} does not describe a checkpoint: {e}", way_out=way_out) from e
@@ -107,7 +109,7 @@ def load_adapters(model: nn.Module, folder: str | Path, *, is_wrapped: bool = Fa
             if name in others:
                 p.copy_(others[name])
     if is_bare:
-        activate(model, *active)
+        activate(model, active)
         flags = [(p, name in trained) for name, p in _named(model)]
     for p, requires_grad in flags:  # load freezes the base
         p.requires_grad_(requires_grad)
@@ -135,7 +137,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "adapters": adapters,
         "folders": {name: "." if name == main else name for name in adapters},
-        "active": list(index.default),
+        "active": index.default,
         "trained": [name for name, p in _named(model) if p.requires_grad],
     }
 
@@ -146,8 +148,9 @@ def differences(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) -> Iter
     if theirs.keys() != ours.keys():
         yield f"the checkpoint has the adapters {_quoted(theirs)}, the model {_quoted(ours)}"
         return
-    if checkpoint["active"] != model["active"]:
-        yield f"active in the checkpoint: {_quoted(checkpoint['active'])}; on the model: {_quoted(model['active'])}"
+    there, here = (read_strengths("resume", [side["active"]]) for side in (checkpoint, model))
+    if list(there.items()) != list(here.items()):
+        yield f"active in the checkpoint: {_strengths(there)}; on the model: {_strengths(here)}"
     for name, site in sorted({(adapter, site) for adapter in ours for site in (*theirs[adapter], *ours[adapter])}):
         a, b = theirs[name].get(site), ours[name].get(site)
         if a is None or b is None:
@@ -210,6 +213,10 @@ def _adapters(index: ModelIndex) -> list[LoraAdapter]:
 
 def _quoted(names: Any) -> str:
     return ", ".join(map(repr, names)) or "none"
+
+
+def _strengths(strengths: Mapping[str, float]) -> str:
+    return with_strengths(map(repr, strengths), strengths.values()) or "none"
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,11 +245,11 @@ def _finish(
     )  # fmt: skip
 
 
-def _restore(model: nn.Module, runs: Iterable[str], before: Sequence[str], is_kept: bool) -> None:
+def _restore(model: nn.Module, runs: Iterable[str], before: Mapping[str, float], is_kept: bool) -> None:
     """Activate what was active before the sweep, and take the adapters of the runs off unless they are kept."""
     injected = [name for name in runs if name in ModelIndex(model).adapter_names]
     if injected:
-        activate(model, *before)
+        activate(model, before)
     for name in () if is_kept else reversed(injected):
         eject(model, name)
 

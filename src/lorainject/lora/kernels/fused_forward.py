@@ -31,18 +31,19 @@ def fused_forward(layer: Graft, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     W0, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if type(W0) is not nn.Parameter or len(layer._parameters) != 2:  # quantized, sharded or parametrized
         return None
-    adapter = single_plain_adapter(layer)
-    if adapter is None:
+    single = single_plain_adapter(layer)
+    if single is None:
         return None
-    x = args[0]
+    (adapter, s), x = single, args[0]
     # Reentrant checkpointing runs a training step without gradients first, which must draw the same dropout mask.
     if torch.is_grad_enabled() or active_dropout(adapter):
-        return fused_linear(adapter, x, W0, bias) if can_fuse(adapter, x, layer) else None
-    return add_in_place(adapter, linear(x, W0, bias), x) if is_plain_inference(adapter, x) else None
+        return fused_linear(adapter, x, W0, bias, s) if can_fuse(adapter, x, layer) else None
+    return add_in_place(adapter, linear(x, W0, bias), x, s) if is_plain_inference(adapter, x) else None
 
 
-def single_plain_adapter(layer: nn.Module) -> LoraAdapter | None:
-    """Return the active adapter if it is the only one of the layer and nothing depends on its being called."""
+def single_plain_adapter(layer: nn.Module) -> tuple[LoraAdapter, float] | None:
+    """Return the active adapter, and its scale times its strength, if it is the only one of the layer and nothing
+    depends on its being called."""
     if len(layer._modules) != 1:
         return None
     (adapters,) = layer._modules.values()
@@ -52,4 +53,7 @@ def single_plain_adapter(layer: nn.Module) -> LoraAdapter | None:
     if choice.rows is not None or len(choice.active) != 1:
         return None
     adapter = adapters._modules.get(choice.active[0])
-    return adapter if type(adapter) is LoraAdapter and not is_hooked(adapters, adapter) else None
+    if type(adapter) is not LoraAdapter or is_hooked(adapters, adapter):
+        return None
+    strengths = choice.strengths.values
+    return adapter, adapter.scale if strengths is None else adapter.scale * strengths[0]

@@ -32,18 +32,21 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
+from ...numerics.delta import Strength
 from ..adapter import LoraAdapter, Parts, add_term, lora_term
 from .gemm import FEW_TOKENS, add_up_projection, compute_dtype, down_project, grad_B, grad_h, grad_x_and_A
 
 
-def add_linear_term(adapter: LoraAdapter, y: Tensor, x: Tensor, y_is_ours: bool) -> Tensor:
-    """Return y + s (x A^T) B^T in the dtype of y, for x of shape (..., in) and y of shape (..., out).
+def add_linear_term(adapter: LoraAdapter, y: Tensor, x: Tensor, y_is_ours: bool, strength: Strength = None) -> Tensor:
+    """Return y + t s (x A^T) B^T in the dtype of y, for x of shape (..., in) and y of shape (..., out).
 
     The term is added in place if `y_is_ours`: y was allocated just now, and no one else holds it.
     """
     if is_compiling() or not is_plain_inference(adapter, y):
-        return add_term(adapter, y, lora_term, x.to(torch.promote_types(x.dtype, y.dtype)))
-    return add_in_place(adapter, y if y_is_ours else y.clone(memory_format=torch.contiguous_format), x)
+        return add_term(adapter, y, lora_term, x.to(torch.promote_types(x.dtype, y.dtype)), strength)
+    assert not isinstance(strength, Tensor)
+    s = adapter.scale if strength is None else adapter.scale * strength
+    return add_in_place(adapter, y if y_is_ours else y.clone(memory_format=torch.contiguous_format), x, s)
 
 
 def is_plain_inference(adapter: LoraAdapter, tensor: Tensor) -> bool:
@@ -59,19 +62,19 @@ def is_plain_inference(adapter: LoraAdapter, tensor: Tensor) -> bool:
     )
 
 
-def add_in_place(adapter: LoraAdapter, y: Tensor, x: Tensor) -> Tensor:
+def add_in_place(adapter: LoraAdapter, y: Tensor, x: Tensor, s: float) -> Tensor:
     """Add s (x A^T) B^T to y in place, and return y; or a copy, if y is not contiguous."""
     A, B = adapter._parameters["A"], adapter._parameters["B"]  # adapter.A takes longer
     assert A is not None
     assert B is not None
     tokens = x.numel() // x.shape[-1]
     if tokens <= FEW_TOKENS and A.dtype == B.dtype == float32 and y.dtype != float64 and not adapter.parts:
-        return y.add_(linear(linear(x.float(), A), B), alpha=adapter.scale)
+        return y.add_(linear(linear(x.float(), A), B), alpha=s)
     if not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
     dtype = compute_dtype(y, tokens)
     h_RM = down_project(x.reshape(-1, x.shape[-1]), A.to(dtype))
-    add_up_projection(y.view(-1, y.shape[-1]), h_RM, B.to(dtype), adapter.scale, adapter.parts or ())
+    add_up_projection(y.view(-1, y.shape[-1]), h_RM, B.to(dtype), s, adapter.parts or ())
     return y
 
 
@@ -175,8 +178,8 @@ class FusedLinear(Function):
         return (dx, None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype), *[None] * 6)
 
 
-def fused_linear(adapter: LoraAdapter, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the output of a linear layer with an adapter that `can_fuse`."""
+def fused_linear(adapter: LoraAdapter, x: Tensor, W0: Tensor, bias: Tensor | None, s: float) -> Tensor:
+    """Return the output of a linear layer with an adapter that `can_fuse`, whose delta is s B A."""
     dropout = active_dropout(adapter)
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
-    return FusedLinear.apply(x, adapter.A, adapter.B, W0, bias, adapter.scale, dropout, seed, adapter.parts)
+    return FusedLinear.apply(x, adapter.A, adapter.B, W0, bias, s, dropout, seed, adapter.parts)

@@ -5,7 +5,7 @@ adapter, one adapter after the other. Consecutive rows are a view; other rows ar
 
 **Few tokens per adapter.** `PerRowTerms` computes all rows in two batched products, however many adapters there are:
 
-    y_NTO += (x_NTI A_NRI^T) (s B^T)_NRO
+    y_NTO += (x_NTI A_NRI^T) (t s B^T)_NRO
 
 Each row has its own copy of A and B, made once per layer and context. Adapters of a lower rank are filled up with
 zeros, and so are the rows of the base. It takes 0.5 of the overhead of one adapter after the other for 32 rows with 8
@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import StateError
+from ...numerics.delta import Strength
 from ..adapter import LoraAdapter, Term
+from ..strength import Strengths
 from .gemm import compute_dtype
 from .lora_linear import active_dropout, add_linear_term, has_plain_factors, needs_plain_operators
 
@@ -40,29 +42,43 @@ Adapters = Mapping[str | None, LoraAdapter]
 
 
 class RowAssignment:
-    """A batch whose row i (axis 0) uses the adapter names[i], or the base model where that is None."""
+    """A batch whose row i (axis 0) uses the adapter names[i], or the base model where that is None.
 
-    def __init__(self, names: Sequence[str | None]) -> None:
+    Args:
+        names: One entry per row.
+        strengths: The strength of each row's adapter. None: 1 each.
+    """
+
+    def __init__(self, names: Sequence[str | None], strengths: Sequence[float] | None = None) -> None:
         self.names = tuple(names)
+        self.strengths = (1.0,) * len(names) if strengths is None else tuple(strengths)
         self.used = tuple(dict.fromkeys(name for name in names if name is not None))
+        rows = list(zip(self.names, self.strengths, strict=True))
         self.runs: list[tuple[str | None, slice]] = []
-        for name, group in groupby(range(len(names)), key=self.names.__getitem__):
+        for (name, _), group in groupby(range(len(names)), key=rows.__getitem__):
             run = list(group)
             self.runs.append((name, slice(run[0], run[-1] + 1)))
-        self.rows: dict[str, slice | Tensor] = {}
-        for name in self.used:
-            runs = [run for other, run in self.runs if other == name]
-            numbers = [i for i, other in enumerate(names) if other == name]
-            self.rows[name] = runs[0] if len(runs) == 1 else torch.tensor(numbers)
+        self.run_strengths = Strengths(self.strengths[run.start] for _, run in self.runs)
+        self.groups: list[tuple[str, Strength, slice | Tensor]] = []
+        for name, strength in dict.fromkeys(rows):
+            if name is not None:
+                numbers = [i for i, row in enumerate(rows) if row == (name, strength)]
+                is_run = numbers[-1] - numbers[0] == len(numbers) - 1
+                index = slice(numbers[0], numbers[-1] + 1) if is_run else torch.tensor(numbers)
+                self.groups.append((name, None if strength == 1 else strength, index))
         self.kernels: dict[int, PerRowTerms] = {}
 
     names: tuple[str | None, ...]
     used: tuple[str, ...]
     """The adapters in `names`, each once."""
+    strengths: tuple[float, ...]
+    """The strength of each row's adapter."""
     runs: list[tuple[str | None, slice]]
-    """Consecutive rows with the same adapter, or with none, in the order of the batch."""
-    rows: dict[str, slice | Tensor]
-    """All rows of each adapter: a run, or a tensor of their numbers."""
+    """Consecutive rows with the same adapter and strength, or with none, in the order of the batch."""
+    run_strengths: Strengths
+    """The strength of each run."""
+    groups: list[tuple[str, Strength, slice | Tensor]]
+    """Each adapter with each of its strengths, and all rows that use it so: a run, or a tensor of their numbers."""
     kernels: dict[int, PerRowTerms]
     """The batched factors of each layer, by the id of its adapters. They are freed with the context."""
 
@@ -84,7 +100,7 @@ class RowAssignment:
             return y
         self._require_batch(adapters, y, x)
         if len(self.runs) == 1:
-            return adapters[self.names[0]](term, y, x, y_is_ours)
+            return adapters[self.names[0]](term, y, x, y_is_ours, self.run_strengths[0])
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._cat_runs(adapters, term, y, x)
         if not (y_is_ours and y.is_contiguous()):
@@ -92,10 +108,11 @@ class RowAssignment:
         if term is add_linear_term and (kernel := self._kernel(adapters, used, y, x)) is not None:
             kernel.add_terms(y, x)
             return y
-        for name in used:
-            rows = self.rows[name]
+        for name, strength, rows in self.groups:
+            if name not in adapters:
+                continue
             y_rows = y[rows]  # a view of a run, else a copy
-            result = adapters[name](term, y_rows, x[rows], True)
+            result = adapters[name](term, y_rows, x[rows], True, strength)
             if isinstance(rows, Tensor) or result.data_ptr() != y_rows.data_ptr():
                 y[rows] = result
         return y
@@ -104,8 +121,9 @@ class RowAssignment:
         """Return the runs of rows with their terms, put together again: autograd would not follow writes into y."""
         sizes = [run.stop - run.start for _, run in self.runs]
         outputs = []
-        for (name, _), y_run, x_run in zip(self.runs, y.split(sizes), x.split(sizes), strict=True):
-            outputs.append(adapters[name](term, y_run, x_run, False) if name in adapters else y_run)
+        for i, (y_run, x_run) in enumerate(zip(y.split(sizes), x.split(sizes), strict=True)):
+            name, strength = self.runs[i][0], self.run_strengths[i]
+            outputs.append(adapters[name](term, y_run, x_run, False, strength) if name in adapters else y_run)
         return torch.cat(outputs)
 
     def _kernel(self, adapters: Adapters, names: Sequence[str], y: Tensor, x: Tensor) -> PerRowTerms | None:
@@ -119,7 +137,7 @@ class RowAssignment:
             if not PerRowTerms.can_batch(used, len(self.names), y, x):
                 return None
             numbers = [names.index(name) if name in names else None for name in self.names]
-            kernel = self.kernels[id(adapters)] = PerRowTerms(used, numbers, y)
+            kernel = self.kernels[id(adapters)] = PerRowTerms(used, numbers, self.strengths, y)
         return kernel
 
     def _require_batch(self, adapters: Adapters, y: Tensor, x: Tensor) -> None:
@@ -154,10 +172,13 @@ class PerRowTerms:
     Args:
         adapters: The adapters that the batch uses.
         numbers: For each row, the number of its adapter in `adapters`, or None for the base.
+        strengths: The strength of each row's adapter.
         y: An output of the layer, for its dtype and device.
     """
 
-    def __init__(self, adapters: Sequence[LoraAdapter], numbers: Sequence[int | None], y: Tensor) -> None:
+    def __init__(
+        self, adapters: Sequence[LoraAdapter], numbers: Sequence[int | None], strengths: Sequence[float], y: Tensor
+    ) -> None:
         self.copied = [(adapter.A, adapter.B, adapter.scale, _versions(adapter)) for adapter in adapters]
         self.device = y.device
         dtype, r = compute_dtype(y, 1), max(adapter.r for adapter in adapters)
@@ -166,7 +187,8 @@ class PerRowTerms:
         if any(adapter.r < r for adapter in adapters):
             A, B = ([pad(t, (0, 0, 0, r - len(t))) for t in factors] for factors in (A, B))
         # Few calls for all rows, since a batch may be used once: with one per adapter this takes twice the time.
-        scales = [0.0 if i is None else adapters[i].scale for i in numbers]
+        rows = zip(numbers, strengths, strict=True)
+        scales = [0.0 if i is None else adapters[i].scale * strength for i, strength in rows]
         s = torch.tensor(scales, dtype=torch.promote_types(dtype, torch.float32), device=y.device)
         self.A_NRI = torch.stack([A[i or 0] for i in numbers]).to(dtype)
         self.B_NRO = (torch.stack([B[i or 0] for i in numbers]) * s.view(-1, 1, 1)).to(dtype)
