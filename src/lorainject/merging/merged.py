@@ -22,6 +22,7 @@ from ..lora.active import AdapterState, choose, choosing
 from ..lora.model_index import ModelIndex
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import defer_interrupt
+from ..spec import explains_settings
 from .adapted_weight import adapted_weights
 from .checks import strengths_to_merge
 from .merge import Recorded, merge_index, merge_recorded, recorded_deltas, unmerge_index
@@ -40,6 +41,7 @@ _OPEN: weakref.WeakKeyDictionary[AdapterState, list[Before]] = weakref.WeakKeyDi
 """For every model with open `merged` contexts, what each of them has to restore, the newest last."""
 
 
+@explains_settings
 @contextmanager
 def merged(model: nn.Module, names: str | Sequence[str] | Mapping[str, float] | None = None, *,
            strict: bool | None = None, untie: bool = False,
