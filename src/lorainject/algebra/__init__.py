@@ -1,0 +1,28 @@
+"""Adapters as values: sums, lower ranks, comparisons, differences of checkpoints, and what a merged one holds.
+
+    from lorainject import algebra
+
+    algebra.combine(["fr", "legal"], weights=[0.7, 0.3])      one adapter with the weighted sum of the updates
+    algebra.compress("fr", r=8)                               the best adapter of a lower rank
+    algebra.compare("fr", "de")                               angles between the updates, and shared subspaces
+
+Each takes paths or records (`li.read`), needs no model in memory, and returns a record that `li.write` writes, or a
+frozen report that prints as a table. `import lorainject` does not import this package.
+
+terms                          adapters as arguments, and the update of each weight of an adapter
+sums, reduce, comparison       combine, compress and compare
+"""
+
+from .comparison import ComparedWeight, Comparison, compare
+from .reduce import Approximation, ReducedSite, compress
+from .sums import combine
+
+__all__ = [
+    "Approximation",
+    "ComparedWeight",
+    "Comparison",
+    "ReducedSite",
+    "combine",
+    "compare",
+    "compress",
+]
