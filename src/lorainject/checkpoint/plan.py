@@ -58,7 +58,7 @@ def plan_merge(
     checkpoint = _Checkpoint(base, files)
     updates: dict[tuple[int, str], WeightUpdate] = {}
     problems, mismatches = list[str](), list[str]()
-    for source, file, multiplier in zip(sources, files, multipliers, strict=True):
+    for number, (source, file, multiplier) in enumerate(zip(sources, files, multipliers, strict=True)):
         if file.notes and not isinstance(source, AdapterFile):  # what the file leaves open, the model tells
             hints, index = Hints(model=checkpoint.model), checkpoint.index
             file = read_source(open_source(source, spool=True), hints=hints, index=index)
@@ -77,6 +77,7 @@ def plan_merge(
             if weight.key not in updates:
                 updates[weight.key] = checkpoint.update(weight, site_name(site.path, site.parameter))
             updates[weight.key].deltas += (_delta(stored, site, weight, multiplier),)
+            updates[weight.key].sources += (number,)
     if problems:
         raise FileError(
             f"{base} cannot be merged on disk, because some of the adapted weights cannot be changed there:",

@@ -43,6 +43,8 @@ class WeightUpdate:
     pieces: tuple[StoredPiece, ...]
     deltas: tuple[Factors, ...]
     """Empty once all pieces are written: A and B may be large."""
+    sources: tuple[int, ...] = ()
+    """The number of the adapter that each delta comes from."""
     stats: DeltaStats = NO_STATS
     written: set[str] = field(default_factory=set)
     """Keys on disk."""
