@@ -17,6 +17,7 @@ verification                   verify; judgement and agreement look at one tenso
 
 from .comparison import ComparedWeight, Comparison, compare
 from .reduce import Approximation, ReducedSite, compress
+from .extraction import extract
 from .judgement import VerifiedTensor
 from .sums import combine
 from .verification import Verification, verify
@@ -31,5 +32,6 @@ __all__ = [
     "combine",
     "compare",
     "compress",
+    "extract",
     "verify",
 ]

@@ -103,8 +103,8 @@ def verify(base: str | Path, adapters: Adapter | Sequence[Adapter], merged: str 
     plan = plan_merge(as_path(base), sources, weights, check_base, allow_missing)
     names = _labels([str(a.path if isinstance(a, AdapterFile) else a) for a in sources])
     shards = read_shards(as_path(merged))
-    meter = Meter(sum(shard.size for shard in plan.shards), progress)
     with opened(plan.shards, shards) as pair, thread_pool() as for_each:
+        meter = Meter(sum(map(pair.base.size, pair.base.entries)), progress)
         adapted = [AdaptedTensor(key, updates, names, pair, for_each) for key, updates in plan.updates_of.items()]
         for tensor in adapted:
             tensor.judge()
