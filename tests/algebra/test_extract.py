@@ -38,13 +38,14 @@ def test_auto_finds_the_adapter_of_a_merged_checkpoint(name, tmp_path):
     build = mixtral if name == "mixtral" else TINY[name].build
     adapter = make(tmp_path, build=build)
     found = algebra.extract(tmp_path / "base", tmp_path / "merged")
-    assert {s.name: (s.r, s.kind) for s in found.sites} == {s.name: (3, s.kind) for s in adapter.sites}
+    li.write(found, tmp_path / "found")
+    again = li.read(tmp_path / "found")
+    assert {s.name: (s.r, s.kind) for s in again.sites} == {s.name: (3, s.kind) for s in adapter.sites}
     expected = dense_deltas(adapter)
     for key, d in dense_deltas(found).items():
         assert float((d - expected[key]).norm() / expected[key].norm()) < 1e-5
     assert not found.left_out
     assert all(entry.note.startswith("certain") for entry in found.reduced)
-    li.write(found, tmp_path / "found")
     li.merge_checkpoint(tmp_path / "base", tmp_path / "found", tmp_path / "again")
     assert algebra.verify(tmp_path / "base", tmp_path / "a", tmp_path / "again").survival == pytest.approx(1, abs=1e-5)
     model = li.load(build(), tmp_path / "found", check_base=False)

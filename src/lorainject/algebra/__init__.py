@@ -16,7 +16,9 @@ verification                   verify; judgement and agreement look at one tenso
 """
 
 from .comparison import ComparedWeight, Comparison, compare
+from .rebuild import patch
 from .reduce import Approximation, ReducedSite, compress
+from .difference import CodedTensor, Difference, diff
 from .extraction import extract
 from .judgement import VerifiedTensor
 from .sums import combine
@@ -26,12 +28,16 @@ __all__ = [
     "Approximation",
     "ComparedWeight",
     "Comparison",
+    "CodedTensor",
+    "Difference",
     "ReducedSite",
     "Verification",
     "VerifiedTensor",
     "combine",
     "compare",
     "compress",
+    "diff",
     "extract",
+    "patch",
     "verify",
 ]

@@ -17,6 +17,7 @@ from ..numerics.low_rank import SVD, matrix_svd
 from ..numerics.rounding_noise import RoundingNoise
 
 FIRST_TRIAL = 16  # singular values that are computed at first; twice as many each time they do not suffice
+HIGHEST_AUTO = 512  # the highest rank that "auto" tries: beyond it, a change counts as one of full rank
 CERTAIN, NOISE_LEFT = 2.0, 1.3
 """A rank is certain if the weakest direction is so many times the noise, and what is left at most this share of it."""
 Rank = int | Literal["auto"] | None
@@ -52,7 +53,7 @@ def find_low_rank(w0: Tensor, m: Tensor, r: Rank, error: float | None = None) ->
     """
     wide = torch.promote_types(torch.promote_types(w0.dtype, m.dtype), torch.float32)
     d = m.to(wide) - w0.to(wide)
-    highest = max_rank(d.shape)
+    highest = min(max_rank(d.shape), HIGHEST_AUTO if r == "auto" else max(d.shape))
     if isinstance(r, int):
         svd = matrix_svd(d, min(r, *d.shape))
         return _part(svd, min(r, *d.shape))

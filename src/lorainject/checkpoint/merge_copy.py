@@ -60,7 +60,7 @@ def merge_checkpoint(base_dir: str | Path,
         raise FileError(f"{out} already exists and is not an empty directory", way_out="give a new or empty directory")
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError(f"{out} lies in the checkpoint that is to be merged", way_out="give a directory outside of it")
-    others = _other_files(base, plan.shards)
+    others = other_files(base, plan.shards)
     total = sum(shard.size for shard in plan.shards) + sum(path.stat().st_size for path in others)
     meter = Meter(total, progress)
     with new_folder(out) as folder:
@@ -79,7 +79,7 @@ def merge_checkpoint(base_dir: str | Path,
     return report
 
 
-def _other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
+def other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
     """Return the model's files besides the shards, and warn of weights in other formats: they would stay unmerged."""
     shard_paths = {shard.path for shard in shards}
     others, skipped = list[Path](), list[str]()
