@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorainject import algebra
-from lorainject.algebra.low_rank_guess import guess_tile, snap
-from lorainject.algebra.residuals import SIGNED, decode, encode
 from safetensors.torch import save_file
 
 import lorainject as li
 from checkpoints import contents, mixtral, tensors
+from lorainject import algebra
+from lorainject.algebra.low_rank_guess import guess_tile, snap
+from lorainject.algebra.residuals import SIGNED, decode, encode
 
 from example_count import examples
 from models import TINY, llama, randomize
@@ -45,7 +45,9 @@ def rebuilt(folder, tuned) -> algebra.Difference:
     return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize("build", [llama, TINY["gpt2"].build, mixtral], ids=["llama", "gpt2", "mixtral"])
 def test_a_merged_checkpoint_is_rebuilt_to_the_byte(build, dtype, tmp_path):
     """Shards, index, config and all other files have the bytes that they had."""
@@ -76,11 +78,20 @@ def test_any_checkpoint_is_rebuilt(tmp_path):
     make(tmp_path)
     tuned = tensors(tmp_path / "merged")
     q, k, up, norm = (next(key for key in tuned if part in key) for part in ("q_proj", "k_proj", "up_proj", "norm"))
-    tuned |= {"new": torch.arange(10), "bytes": torch.randint(0, 255, (5, 3), dtype=torch.uint8), "none": torch.zeros(0, 3),
-              "flag": torch.tensor([True]), "scalar": torch.tensor(3.0), q: tuned[q].float(), k: tuned[k][:5].clone(),
-              up: torch.full_like(tuned[up], torch.nan), norm: torch.randn_like(tuned[norm]),
-              "f8": torch.randn(4, 4).to(torch.float8_e4m3fn), "c": torch.randn(3, 2, dtype=torch.complex64),
-              "deep": torch.randn(2, 3, 4, 5)}  # fmt: skip
+    tuned |= {
+        "new": torch.arange(10),
+        "bytes": torch.randint(0, 255, (5, 3), dtype=torch.uint8),
+        "none": torch.zeros(0, 3),
+        "flag": torch.tensor([True]),
+        "scalar": torch.tensor(3.0),
+        q: tuned[q].float(),
+        k: tuned[k][:5].clone(),
+        up: torch.full_like(tuned[up], torch.nan),
+        norm: torch.randn_like(tuned[norm]),
+        "f8": torch.randn(4, 4).to(torch.float8_e4m3fn),
+        "c": torch.randn(3, 2, dtype=torch.complex64),
+        "deep": torch.randn(2, 3, 4, 5),
+    }
     del tuned[next(key for key in tuned if "v_proj" in key)]
     folder = tmp_path / "strange"
     folder.mkdir()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorainject import algebra
 
 import lorainject as li
+from lorainject import algebra
 
 from adapter_files import LLAMA_HINTS, records
 from example_count import examples
@@ -51,7 +51,9 @@ def assert_same(deltas, expected, share=2e-6, sizes=None):
     """Assert that both have the same names and, relative to the sizes of the parts, the same values."""
     assert deltas.keys() == expected.keys()
     for name, d in deltas.items():
-        assert torch.allclose(d, expected[name], rtol=0, atol=share * (sizes or {}).get(name, float(d.abs().max()))), name
+        assert torch.allclose(d, expected[name], rtol=0, atol=share * (sizes or {}).get(name, float(d.abs().max()))), (
+            name
+        )
 
 
 @settings(max_examples=examples(80))
@@ -114,7 +116,7 @@ def delta(s):
 
 def test_slices_stay_slices_unless_they_overlap():
     """Slices with the same rows add up, others stay apart; where slices overlap, the sum is on the whole weight."""
-    q = site("c", 2, label="q", rows=(range(0, 2),), shape=(6, 5))
+    q = site("c", 2, label="q", rows=(range(2),), shape=(6, 5))
     v = site("c", 2, label="v", rows=(range(4, 6),), shape=(6, 5), seed=1)
     both = algebra.combine([record(q), record(v), record(q)])
     assert [(s.name, s.r) for s in both.sites] == [("c[q]", 4), ("c[v]", 2)]
@@ -158,7 +160,9 @@ def test_adapters_of_other_models_are_refused_with_every_site():
         assert [line.split(":")[0] for line in error.value.problems] == ["q", "k", "v"]
     with pytest.raises(li.FileError, match="names of the kind 'kohya'"):
         algebra.combine([a, replace(a, namespace="kohya")])
-    prints = [li.files.record.BasePrint(dtype={"q": torch.float32}, sample={"q": torch.full((64,), x)}) for x in (1.0, 2)]
+    prints = [
+        li.files.record.BasePrint(dtype={"q": torch.float32}, sample={"q": torch.full((64,), x)}) for x in (1.0, 2)
+    ]
     same, other = (record(site("q"), base=p) for p in prints)
     assert algebra.combine([same, same]).base.sample["q"][0] == 1
     with pytest.raises(li.FileError, match="made for another base weight"):

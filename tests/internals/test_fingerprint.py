@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorainject.numerics.fingerprint import OLD_SAMPLES, SAMPLES, ulp, sample_positions, sample_values, samples_agree
+from lorainject.numerics.fingerprint import OLD_SAMPLES, SAMPLES, sample_positions, sample_values, samples_agree, ulp
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

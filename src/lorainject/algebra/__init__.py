@@ -6,6 +6,10 @@
     algebra.compress("fr", r=8)                               the best adapter of a lower rank
     algebra.compare("fr", "de")                               angles between the updates, and shared subspaces
     algebra.verify("base", "fr", "merged")                    does a merged checkpoint hold exactly base + adapter?
+    algebra.extract("base", "tuned")                          the adapter that makes one checkpoint into another
+    algebra.diff("base", "tuned", "difference")               the same, with an exact rest
+    algebra.patch("base", "difference", "tuned")              ... from which the tuned checkpoint is rebuilt to the byte
+    algebra.check("fr", "vllm")                               what a serving engine would ignore or misread
 
 Each takes paths or records (`li.read`), needs no model in memory, and returns a record that `li.write` writes, or a
 frozen report that prints as a table. `import lorainject` does not import this package.
@@ -13,26 +17,32 @@ frozen report that prints as a table. `import lorainject` does not import this p
 terms                          adapters as arguments, and the update of each weight of an adapter
 sums, reduce, comparison       combine, compress and compare
 verification                   verify; judgement and agreement look at one tensor, pairs at two checkpoints
+extraction                     extract; stored_weights reads a model's matrices, rank_search finds a low rank
+difference, rebuild            diff and patch; low_rank_guess and residuals code a tensor without loss
+preflight                      check
 """
 
 from .comparison import ComparedWeight, Comparison, compare
-from .rebuild import patch
-from .reduce import Approximation, ReducedSite, compress
 from .difference import CodedTensor, Difference, diff
 from .extraction import extract
 from .judgement import VerifiedTensor
+from .preflight import Preflight, check
+from .rebuild import patch
+from .reduce import Approximation, ReducedSite, compress
 from .sums import combine
 from .verification import Verification, verify
 
 __all__ = [
     "Approximation",
+    "CodedTensor",
     "ComparedWeight",
     "Comparison",
-    "CodedTensor",
     "Difference",
+    "Preflight",
     "ReducedSite",
     "Verification",
     "VerifiedTensor",
+    "check",
     "combine",
     "compare",
     "compress",

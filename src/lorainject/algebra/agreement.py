@@ -149,7 +149,9 @@ def _agreement(w0: Tensor, m: Tensor, delta: LowRankProduct) -> Agreement:
         d = d.where(finite, 0.0)
     expected = (w0.to(wide) + d.to(wide)).to(m.dtype)
     differs = (m != expected) & finite
-    result = Agreement(count=w0.numel(), differing=int(differs.sum()), changed=int(((m != w0.to(m.dtype)) & finite).sum()))
+    result = Agreement(
+        count=w0.numel(), differing=int(differs.sum()), changed=int(((m != w0.to(m.dtype)) & finite).sum())
+    )
     change, wanted = ((t.double() - w0.double()).where(finite, 0.0) for t in (m, expected))
     result.square = _dot(change, change)
     change.nan_to_num_(0.0, 0.0, 0.0)

@@ -74,12 +74,14 @@ class Comparison:
         return _angle(math.fsum(w.dot for w in self.weights), *self.norms)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as values that JSON can hold."""
-        weights = [asdict(w) | {"angle": w.angle} for w in self.weights]
-        return asdict(self) | {"weights": weights, "angle": self.angle}
+        """Return everything as values that JSON can hold, with None for NaN."""
+        weights = [_without_nan(asdict(w) | {"angle": w.angle}) for w in self.weights]
+        return _without_nan(asdict(self) | {"weights": weights, "angle": self.angle})
 
     def __str__(self) -> str:
-        rows = [("weight", "|a|", "|b|", "|a-b|", "angle", "rank a", "rank b", "overlap in", "out")]
+        rows: list[tuple[str, ...]] = [
+            ("weight", "|a|", "|b|", "|a-b|", "angle", "rank a", "rank b", "overlap in", "out")
+        ]
         for w in self.weights:
             sizes = (f"{x:.4g}" for x in (*w.norms, w.difference))
             overlaps = (f"{x:.3f}" for x in (w.overlap_in, w.overlap_out))
@@ -126,9 +128,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     )  # fmt: skip
 
 
-def _compared(
-    name: str, f: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], u: SVD, v: SVD
-) -> ComparedWeight:
+def _compared(name: str, f: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], u: SVD, v: SVD) -> ComparedWeight:
     """Return the entry of one weight, from the factors and the decompositions of both updates."""
     (P, Q), (R, S) = f, g
     dot = float(((P.mT @ R) * (Q @ S.mT)).sum())
@@ -153,13 +153,17 @@ def _compared(
 
 def _rank(S: Tensor) -> int:
     """Return how many singular values are not negligible."""
-    return int((S > NEGLIGIBLE * S[0]).sum())
+    return int((NEGLIGIBLE * S[0] < S).sum())
 
 
 def _angle(dot: float, first: float, second: float) -> float:
     if first == 0 or second == 0:
         return math.nan
     return math.degrees(math.acos(max(-1.0, min(1.0, dot / (first * second)))))
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in values.items()}
 
 
 def _only(file: AdapterFile, other: AdapterFile) -> tuple[str, ...]:

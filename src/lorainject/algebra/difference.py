@@ -89,9 +89,7 @@ class Difference:
 
 
 @in_default_modes
-def diff(
-    base: str | Path, tuned: str | Path, path: str | Path, *, progress: Progress | None = None
-) -> Difference:
+def diff(base: str | Path, tuned: str | Path, path: str | Path, *, progress: Progress | None = None) -> Difference:
     """Write what makes a base into a tuned checkpoint, to the byte: low-rank factors and an exact rest.
 
     Memory is needed for one matrix in the base, in the tuned checkpoint and in float32.
@@ -198,7 +196,7 @@ class _Coder:
         if part is None:
             return None
         factors = snap(part.P), snap(part.Q)
-        tiles = list(row_tiles(*m.shape, m.device))
+        tiles = list(row_tiles(m.shape[0], m.shape[1], m.device))
         without, within = (len(_code(w0, m, tiles[0], f)) for f in (None, factors))
         pays = (without - within) * len(tiles) > sum(t.nbytes for t in factors)
         return factors if pays else None
@@ -223,7 +221,7 @@ def matrices(entry: TensorEntry) -> list[tuple[int, int, int]]:
 
 
 def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """Return the dtype as which a tensor on disk is coded: bytes for a type that torch lacks, and for pairs of numbers."""
+    """Return the dtype in which a tensor on disk is coded: bytes, if torch has no such type."""
     dtype = TORCH_DTYPES.get(entry.dtype, torch.int8)
     return torch.float32 if dtype.is_complex else dtype
 

@@ -144,13 +144,15 @@ class _Extraction:
             samples.append(w0.view(-1)[inside].float())
             total += w0.numel()
             if not bool(m.isfinite().all()) and bool(w0.isfinite().all()):
-                return self._leave_out(full, "holds NaN or infinity")
+                self._leave_out(full, "holds NaN or infinity")
+                return None
             is_same = torch.equal(w0.to(m.dtype), m)
             rows, width = w0.shape
             parts.append(LowRankPart(torch.zeros(rows, 0), torch.zeros(0, width), 0.0, 0.0) if is_same
                          else find_low_rank(w0, m, self.r, self.error))  # fmt: skip
             if parts[-1] is None:
-                return self._keep_whole(full, shape, "its change has full rank, or is no more than rounding noise")
+                self._keep_whole(full, shape, "its change has full rank, or is no more than rounding noise")
+                return None
         known = [part for part in parts if part is not None]
         if not any(part.r for part in known):
             return None

@@ -135,7 +135,9 @@ class AdaptedTensor:
         if result.steps > STEPS:
             self.note = f"{self.agreement.beyond:,} of {self.agreement.count:,} elements are off"
             return "changed"
-        whole = {round(c) for c in fit if abs(c - round(c)) < NEAR} if all(abs(c - round(c)) < NEAR for c in fit) else ()
+        whole = (
+            {round(c) for c in fit if abs(c - round(c)) < NEAR} if all(abs(c - round(c)) < NEAR for c in fit) else ()
+        )
         return "missing" if whole == {0} else "double" if whole == {2} else "scaled"
 
     def share_of(self, other: AdaptedTensor) -> Agreement | None:

@@ -36,4 +36,5 @@ def guess_tile(w0: Tensor, P: Tensor | None, Q: Tensor | None) -> Tensor:
 
 def bits_of(t: Tensor) -> np.ndarray:
     """Return the bits of a tensor as flat signed integers of the same size."""
-    return t.contiguous().view(-1).view(torch.uint8).numpy().view(SIGNED[t.element_size()])
+    raw: np.ndarray = t.contiguous().view(-1).view(torch.uint8).numpy()
+    return raw.view(SIGNED[t.element_size()])

@@ -111,8 +111,8 @@ def _lost_share(r: int | None, error: float | None, energy: float | None) -> flo
         problems.append(f"exactly one of r, error and energy is needed, not {', '.join(chosen) or 'none'}")
     if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
         problems.append(f"r must be an integer of at least 1, not {r!r}")
-    problems += [f"{key} must be a number between 0 and 1, not {settings[key]!r}" for key in ("error", "energy")
-                 if settings[key] is not None and not 0 <= float(settings[key]) <= 1]  # fmt: skip
+    problems += [f"{key} must be a number between 0 and 1, not {chosen[key]!r}" for key in ("error", "energy")
+                 if key in chosen and not 0 <= chosen[key] <= 1]  # fmt: skip
     if problems:
         raise SpecError("no rank can be chosen:", problems, "write, for instance, compress(file, r=8)")
     return None if r is not None else error**2 if error is not None else 1 - float(energy or 0)

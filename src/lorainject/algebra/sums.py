@@ -106,7 +106,7 @@ def _overlap(slices: Sequence[tuple[range, ...] | None]) -> bool:
 
 
 def _sum_sites(terms: Sequence[tuple[float, StoredSite]], problems: list[str]) -> list[StoredSite]:
-    """Return the sum of sites on the same rows, in a list; an empty list, and a line in `problems`, if there is none."""
+    """Return the sum of sites on the same rows, in a list; none, and a line in `problems`, if it is not defined."""
     sites = [s for _, s in terms]
     if len(terms) == 1 and terms[0][0] == 1:
         return sites  # to the bit

@@ -61,8 +61,8 @@ def _difference(s: StoredSite, other: StoredSite) -> str | None:
         return f"of kind {other.kind}, another adapter has {s.kind}"
     sizes = [_sizes(x) for x in (s, other)]
     if any(a != b for a, b in zip(*sizes, strict=True) if a is not None and b is not None):
-        return f"with A {tuple(other.A.shape)} and B {tuple(other.B.shape)}, another adapter has {tuple(s.A.shape)} and" \
-               f" {tuple(s.B.shape)}"  # fmt: skip
+        here, first = (f"A {tuple(x.A.shape)} and B {tuple(x.B.shape)}" for x in (other, s))
+        return f"with {here}, another adapter has {first}"
     return None
 
 

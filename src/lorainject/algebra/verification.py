@@ -62,7 +62,7 @@ class Verification:
         exact = sum(t.verdict == "exact" for t in self.tensors)
         lines = [
             f"{'correct' if self.ok else 'WRONG'}: {len(self.tensors) - len(wrong)} of {len(self.tensors)} adapted"
-            f" tensors are base + {' + '.join(self.adapters)} ({exact} to the bit, the others within one rounding step);"
+            f" tensors are base + {' + '.join(self.adapters)} ({exact} to the bit, others within one rounding step);"
             f" {self.untouched} of {self.untouched + len(self.problems)} others are the base's",
             f"{self.survival:.4f} of the update is in the merged checkpoint",
         ]

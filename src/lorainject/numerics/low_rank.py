@@ -75,7 +75,8 @@ def matrix_svd(D: Tensor, k: int) -> SVD:
     shorter, total = min(D.shape), float(torch.linalg.vector_norm(D, dtype=torch.float64)) ** 2
     if shorter <= WHOLE or k + OVERSAMPLING >= shorter:
         U, S, Vh = torch.linalg.svd(D.double(), full_matrices=False)
-        return SVD(*(t.to(D.dtype) for t in (U[:, :k], S[:k], Vh[:k])), max(0.0, float(S[k:].square().sum())))
+        rest = max(0.0, float(S[k:].square().sum()))
+        return SVD(U[:, :k].to(D.dtype), S[:k].to(D.dtype), Vh[:k].to(D.dtype), rest)
     g = torch.Generator().manual_seed(0)
     Y = D @ torch.randn(D.shape[1], k + OVERSAMPLING, generator=g, dtype=D.dtype)
     for _ in range(POWER_ITERATIONS):

@@ -41,7 +41,7 @@ class RoundingNoise(NamedTuple):
             dtype: The coarser one of the dtypes of M and W0.
         """
         rows, columns = [], torch.zeros(m.shape[1], dtype=torch.float64)
-        for tile in row_tiles(*m.shape, m.device):
+        for tile in row_tiles(m.shape[0], m.shape[1], m.device):
             steps = [ulp(t[tile].abs().double(), dtype).square_() for t in (m, d)]
             variance = steps[0].add_(steps[1]).div_(12)
             rows.append(variance.sum(1))
