@@ -30,7 +30,7 @@ warnings.simplefilter("ignore")
 folder, verb = Path(sys.argv[1]), sys.argv[2]
 base, merged = folder / "base", folder / "merged"
 verbs = {
-    "read both once": lambda: [f.read_bytes() and None for d in (base, merged) for f in sorted(d.glob("*.safetensors"))],
+    "read both once": lambda: [f.read_bytes() and None for f in sorted(folder.glob("[bm]*/*.safetensors"))],
     "verify": lambda: str(algebra.verify(base, folder / "adapter", merged)),
     "extract r=16": lambda: str(algebra.extract(base, merged, 16).error),
     "extract auto": lambda: str(algebra.extract(base, merged)),

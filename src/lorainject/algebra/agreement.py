@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.byte_runs import Runs
+from ..errors import MergeError
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..numerics.delta import Factors
 from ..numerics.fingerprint import ulp
 from ..numerics.threads import ForEach
 from ..numerics.tile_merge import TileWorkspace, sum_dtype
-from ..numerics.tiled_matmul import LowRankProduct, row_tiles
+from ..numerics.tiled_matmul import LowRankProduct, exact_product, fast_product, row_tiles
 
 PRODUCT_SLACK = 2.0**-21  # of |P_i| |Q_j|: rounding inside a product B A that was formed in float32
 NOISE = 8.0  # standard deviations that chance may make of the inner products
@@ -35,8 +36,10 @@ class Part:
     """Some runs of a tensor, and the delta that each adapter adds to them."""
 
     runs: Runs
+    factors: tuple[Factors, ...]
+    """All deltas, in the order in which a merge adds them: P (n, r), Q (r, width)."""
     deltas: tuple[LowRankProduct, ...]
-    """One per adapter, in float64: P (n, r), Q (r, width)."""
+    """The same, one per adapter, in float64."""
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Agreement:
     differing: int = 0
     """The number of elements in which M is not E."""
     changed: int = 0
-    """The number of elements in which M is not W0."""
+    """The number of elements in which M is not W0; of a tile with the bits of a merge, 0 or 1."""
     beyond: int = 0
     """The number of elements that are more than a step away from W0 + d."""
     steps: float = 0.0
@@ -101,16 +104,25 @@ def measure(parts: Sequence[Part], multiples: Sequence[float], base: tuple[int, 
         for_each: Of numerics/threads.py.
         regress: Measure `dots`, too.
     """
-    total, spaces = Agreement(), (TileWorkspace(), TileWorkspace())
+    total, spaces = Agreement(), (TileWorkspace(), TileWorkspace(), TileWorkspace())
     for part in parts:
+        # Most tensors have the bits of one of the two products of a merge, which costs a fraction of what follows.
+        asis = not regress and all(c == 1 for c in multiples)
+        merges = [fast_product(part.factors, TORCH_DTYPES[base[1].dtype]), exact_product(part.factors)] if asis else []
         P = torch.cat([f.P * (f.s * c) for f, c in zip(part.deltas, multiples, strict=True)], -1)
         delta = LowRankProduct(P, torch.cat([f.Q for f in part.deltas], -2))
         results: list[Agreement] = []
 
         def measure_tile(rows: slice, part: Part = part, delta: LowRankProduct = delta,
-                         results: list[Agreement] = results) -> None:  # fmt: skip
+                         results: list[Agreement] = results,
+                         merges: list[LowRankProduct] = merges) -> None:  # fmt: skip
             w0 = part.runs.read_tile(*base, rows, spaces[0])
             m = part.runs.read_tile(*merged, rows, spaces[1])
+            for product in tuple(merges):
+                if (same := _same_as_merged(w0, m, product.select_rows(rows), spaces[2])) is not None:
+                    results.append(same)
+                    return
+                merges[:] = [other for other in merges if other is not product]  # a merge takes one product for all
             result = _agreement(w0, m, delta.select_rows(rows))
             if regress:
                 change = (m.double() - w0.double()).nan_to_num_(0.0, 0.0, 0.0)
@@ -121,6 +133,21 @@ def measure(parts: Sequence[Part], multiples: Sequence[float], base: tuple[int, 
         for result in results:
             total.add(result)
     return total
+
+
+def _same_as_merged(w0: Tensor, m: Tensor, delta: LowRankProduct, space: TileWorkspace) -> Agreement | None:
+    """Return the sums of a tile if M has the bits that a merge with this product gives; else None."""
+    if w0.dtype != m.dtype:
+        return None
+    try:
+        expected, stats, _ = space.merge(w0, delta, reversible=False)
+    except MergeError:  # the sum is not finite
+        return None
+    if not torch.equal(expected, m):
+        return None
+    share = stats.asked + stats.dot
+    return Agreement(count=w0.numel(), dot=share, expected=share, asked=stats.asked,
+                     changed=0 if torch.equal(w0, m) else 1)  # fmt: skip
 
 
 def fitted_multiples(parts: Sequence[Part], dots: Sequence[float]) -> list[float]:

@@ -9,15 +9,17 @@ itself) is listed, or comes along as whole tensors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.copying import Meter, Progress
-from ..checkpoint.shards import read_shards
+from ..checkpoint.shards import fingerprint, read_shards
 from ..errors import FileError, SpecError
 from ..files.io.regular_file import as_path
+from ..files.origin import made_by
 from ..files.record import BasePrint, StoredSite
 from ..files.save_load import why_not_peft
 from ..lora.model_index import ModelIndex
@@ -59,7 +61,9 @@ def extract(base: str | Path, tuned: str | Path, r: Rank = "auto", *, error: flo
     folder = as_path(base)
     shards = read_shards(folder), read_shards(as_path(tuned))
     with opened(*shards) as pair:
-        return _Extraction(folder, pair, rank, error, whole, progress).run(name)
+        found = _Extraction(folder, pair, rank, error, whole, progress).run(name)
+    prints = {"base": {"fingerprint": fingerprint(shards[0])}, "tuned": {"fingerprint": fingerprint(shards[1])}}
+    return replace(found, origin=made_by("extract", rank=r if error is None else f"error {error:g}", **prints))
 
 
 def _checked_rank(r: Rank, error: float | None) -> Rank:

@@ -96,7 +96,8 @@ class AdaptedTensor:
                     factors[i].append(f)
                 n, width = len(patch.runs.starts), patch.runs.width
                 idle = [Factors(torch.zeros(n, 0), torch.zeros(0, width), torch.tensor(1.0))]
-                parts.append(Part(patch.runs, tuple(float64_product(factors[i] or idle) for i in self.sources)))
+                products = tuple(float64_product(factors[i] or idle) for i in self.sources)
+                parts.append(Part(patch.runs, tuple(patch.factors()), products))
         return parts
 
     def _measure(self, parts: Sequence[Part], multiples: Sequence[float], regress: bool = False) -> Agreement:
@@ -148,7 +149,7 @@ class AdaptedTensor:
         if any(len(p.runs.starts) != len(q.runs.starts) or p.runs.width != q.runs.width
                for p, q in zip(parts, theirs, strict=True)):  # fmt: skip
             return None
-        moved = [Part(p.runs, q.deltas) for p, q in zip(parts, theirs, strict=True)]
+        moved = [Part(p.runs, q.factors, q.deltas) for p, q in zip(parts, theirs, strict=True)]
         return self._measure(moved, [1.0] * len(self.sources))
 
     def report(self) -> VerifiedTensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SpecError
+from ..files.origin import adapter_origins, made_by
 from ..files.record import AdapterFile, StoredSite
 from ..numerics.delta import product_norm
 from ..numerics.low_rank import product_svd
@@ -99,6 +100,8 @@ def compress(adapter: Adapter, *, r: int | None = None, error: float | None = No
         raise SpecError(f"r={r} is higher than the rank of every site ({highest})", way_out=way_out)
     sites, reduced = zip(*(_reduce(s, r, share, dtype) for s in file.sites), strict=True) if file.sites else ((), ())
     fields = {key: value for key, value in vars(file).items() if key not in ("sites", "reduced")}
+    setting = {key: value for key, value in (("r", r), ("error", error), ("energy", energy)) if value is not None}
+    fields["origin"] = made_by("compress", **setting, adapters=adapter_origins([file], [1.0]))
     return Approximation(**fields | {"sites": tuple(sites), "reduced": tuple(reduced)})
 
 

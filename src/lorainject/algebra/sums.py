@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import FileError, SpecError
 from ..files import transforms
+from ..files.origin import adapter_origins, made_by
 from ..files.record import AdapterFile, BasePrint, StoredSite, TokenRows
 from ..numerics.delta import alpha_of
 from ..numerics.fingerprint import samples_agree
@@ -74,6 +75,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         base=_common_base(files, [s.name for s in sites], problems), config=_common_config(files),
         replaced=_carried([(w, f.replaced) for w, f in kept], "a whole tensor", problems),
         tokens=_carried([(w, f.tokens) for w, f in kept], "rows of trained tokens", problems),
+        origin=made_by("combine", adapters=adapter_origins(files, [w for w, _ in kept])),
         namespace=files[0].namespace, part=files[0].part, notes=tuple(dict.fromkeys(n for f in files for n in f.notes)),
     )  # fmt: skip
     if problems:

@@ -22,6 +22,7 @@ from ..files.io.open_adapter import Hints, open_source
 from ..files.io.regular_file import open_regular
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..files.match_model import match_sites, missing_targets, warn_of_missing
+from ..files.origin import adapter_origins
 from ..files.record import AdapterFile, BasePrint, Problem, StoredSite, next_steps
 from ..files.rename import rename_for_model
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
@@ -90,7 +91,8 @@ def plan_merge(
             mismatches,
             "give the checkpoint that the adapter was trained on, or accept this one: check_base=False",
         )
-    return MergePlan(tuple(file.name for file in files), checkpoint.shards, list(updates.values()))
+    origins = adapter_origins(files, multipliers)
+    return MergePlan(tuple(file.name for file in files), checkpoint.shards, list(updates.values()), origins)
 
 
 class _Checkpoint:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from ..errors import MergeError
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
@@ -75,6 +76,8 @@ class MergePlan:
     """The names of the adapters."""
     shards: list[Shard]
     updates: list[WeightUpdate]
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    """The adapters and their weights, for the manifest (files/origin.py)."""
 
     @cached_property
     def updates_of(self) -> dict[str, list[WeightUpdate]]:

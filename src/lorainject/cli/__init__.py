@@ -35,7 +35,9 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f'the command line needs {missing.name}: pip install "lorainject[cli]"')
 
+from ..checkpoint.merge_copy import read_origin
 from ..files.describe import describe
+from ..files.origin import origin_lines
 from .options import (
     AdapterPath,
     Alpha,
@@ -108,8 +110,13 @@ def inspect(
 ) -> None:
     """Show the format, base, ranks, scales and norms of ADAPTER, and what is unusual about it.
 
+    Of a merged model, show what it was merged from.
+
     The exit status is 1 if the file cannot be read.
     """
+    if (origin := read_origin(adapter)) is not None:
+        print(json.dumps({"origin": origin}) if as_json else "\n".join(origin_lines(origin)))
+        return
     hints = make_hints(alpha, heads, group, component, None, base)
     description = describe(li.read(adapter, allow_pickle=allow_pickle, hints=hints))
     if as_json:
@@ -130,6 +137,8 @@ def _print_description(description: dict[str, Any]) -> None:
     summary = f"{len(description['sites'])} sites, {description['parameters']:,} parameters"
     heading = f"{description['format']} file, adapter {description['name']!r}{base}: {summary}"
     console.print(heading, highlight=False, markup=False)
+    for line in origin_lines(description["origin"]) if description["origin"] else ():
+        console.print(escape(line), highlight=False)
     for line in description["beside"]:
         console.print(f"[yellow]besides A and B:[/] {escape(line)}", highlight=False)
     for line in description["unusual"]:
