@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 import lorainject as li
+from lorainject.cli import main
 
 from models import llama, run
 
@@ -55,6 +58,19 @@ def test_without_the_original_base_they_are_refused(tmp_path):
     for call in (lambda: li.read(tmp_path / "adapter"), lambda: li.load(original(tmp_path), tmp_path / "adapter")):
         with pytest.raises(li.FileError, match=r"altered base\n=> give the original base with its values: hints="):
             call()
+
+
+def test_the_shell_converts_with_the_original_base(tmp_path, monkeypatch, capsys):
+    """`convert --original` writes the adapter for the original base, and the error without it says so."""
+    y = train_with_peft(tmp_path, "pissa")
+    call = ["lorainject", "convert", str(tmp_path / "adapter"), str(tmp_path / "plain"), "--to", "peft"]
+    for options, status in (([], 1), (["--original", str(tmp_path / "base")], 0)):
+        monkeypatch.setattr(sys, "argv", [*call, *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert (end.value.code or 0) == status
+    assert "convert ADAPTER OUT --original MODEL" in capsys.readouterr().err
+    assert torch.allclose(run(li.load(original(tmp_path), tmp_path / "plain"), INPUTS), y, atol=1e-5)
 
 
 def test_a_base_that_does_not_fit_is_refused_with_every_site(tmp_path):

@@ -18,6 +18,7 @@ from ..numerics.rounding_noise import RoundingNoise
 
 FIRST_TRIAL = 16  # singular values that are computed at first; twice as many each time they do not suffice
 HIGHEST_AUTO = 512  # the highest rank that "auto" tries: beyond it, a change counts as one of full rank
+ARITHMETIC = 8.0  # times the precision of the arithmetic: smaller singular values are its rounding errors
 CERTAIN, NOISE_LEFT = 2.0, 1.3
 """A rank is certain if the weakest direction is so many times the noise, and what is left at most this share of it."""
 Rank = int | Literal["auto"] | None
@@ -62,14 +63,17 @@ def find_low_rank(w0: Tensor, m: Tensor, r: Rank, error: float | None = None) ->
     k = min(FIRST_TRIAL, highest)
     while True:
         svd = matrix_svd(d, k + 1)
-        rank = int((svd.S[:k] > noise.edge).sum()) if noise else svd.rank_within((error or 0.0) ** 2) or k
-        is_enough = svd.S[k:].sum() <= noise.edge if noise else svd.rank_within((error or 0.0) ** 2) is not None
-        if is_enough and rank <= highest:
-            break
+        if noise is None:
+            rank = svd.rank_within((error or 0.0) ** 2)
+        else:
+            arithmetic = ARITHMETIC * torch.finfo(d.dtype).eps * float(svd.S[0])
+            noise = RoundingNoise(max(noise.edge, arithmetic), max(noise.energy, arithmetic**2))
+            rank = int((noise.edge < svd.S).sum())
+        if rank is not None and rank <= k:
+            return None if rank == 0 else _part(svd, rank, noise)
         if k >= highest:
             return None
         k = min(2 * k, highest)
-    return None if rank == 0 else _part(svd, rank, noise)
 
 
 def max_rank(shape: torch.Size) -> int:

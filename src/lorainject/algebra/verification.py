@@ -24,6 +24,7 @@ from ..files.io.regular_file import as_path
 from ..files.record import AdapterFile
 from ..numerics.modes import in_default_modes
 from ..numerics.threads import thread_pool
+from ..spec import explains_settings
 from .judgement import RIGHT, VERDICTS, AdaptedTensor, VerifiedTensor, find_swapped
 from .pairs import RECAST, new_tensors, opened
 from .reduce import table
@@ -74,6 +75,7 @@ class Verification:
         return "\n".join([*lines, *[f"  - ... and {len(details) - LISTED} more"] * (len(details) > LISTED)])
 
 
+@explains_settings
 @in_default_modes
 def verify(base: str | Path, adapters: Adapter | Sequence[Adapter], merged: str | Path, *,
            weights: Sequence[float] | None = None, check_base: bool = True, allow_missing: bool = False,

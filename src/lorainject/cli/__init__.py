@@ -117,7 +117,7 @@ def inspect(
     if (origin := read_origin(adapter)) is not None:
         print(json.dumps({"origin": origin}) if as_json else "\n".join(origin_lines(origin)))
         return
-    hints = make_hints(alpha, heads, group, component, None, base)
+    hints = make_hints(alpha, heads, group, component, base=base)
     description = describe(li.read(adapter, allow_pickle=allow_pickle, hints=hints))
     if as_json:
         print(json.dumps(description))
@@ -165,12 +165,15 @@ def convert(
     component: Component = None,
     architecture: Annotated[str | None, typer.Option(help="GGUF's name of the base, such as llama.")] = None,
     base: Base = None,
+    original: Annotated[
+        str | None, typer.Option(help="Directory or hub name of the original base, for PiSSA and OLoRA. It is loaded.")
+    ] = None,
 ) -> None:
     """Write an adapter in another format, or for a serving engine: exactly, or not at all (unless --lossy)."""
     if (to is None) == (engine is None):
         way_out = "write, for instance, lorainject convert ADAPTER OUT --for vllm"
         raise li.SpecError("convert needs either --to FORMAT or --for ENGINE", way_out=way_out)
-    hints = make_hints(alpha, heads, group, component, architecture, base)
+    hints = make_hints(alpha, heads, group, component, architecture, base, original)
     done = li.convert(source, out, format=to, engine=engine, lossy=lossy, allow_pickle=allow_pickle, hints=hints)
     for line in (*done.file.notes, *done.changed, *(f"left out: {line}" for line in done.lost)):
         print(f"note: {in_shell_spelling(line)}", file=sys.stderr)

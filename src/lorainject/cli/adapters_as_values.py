@@ -59,7 +59,7 @@ def compare(first: AdapterPath, second: AdapterPath, as_json: Json = False, allo
     """Show angles, norms and shared subspaces of the updates of two adapters."""
     from ..algebra import compare as compare_adapters
 
-    hints = make_hints(None, heads, None, None, None, base)
+    hints = make_hints(heads=heads, base=base)
     files = [li.read(path, allow_pickle=allow_pickle, hints=hints) for path in (first, second)]
     _show(compare_adapters(*files), as_json)
 
@@ -79,7 +79,7 @@ def combine(
     """Write the weighted sum of ADAPTERS as one adapter."""
     from ..algebra import combine as combine_adapters
 
-    hints = make_hints(None, heads, None, None, None, base)
+    hints = make_hints(heads=heads, base=base)
     files = [li.read(path, allow_pickle=allow_pickle, hints=hints) for path in adapters]
     _write(combine_adapters(files, weights, r=r), out, to, hints, as_json)
 
@@ -100,7 +100,7 @@ def compress(
     """Write the best adapter of a lower rank. One of -r, --error and --energy is needed."""
     from ..algebra import compress as compress_adapter
 
-    hints = make_hints(None, heads, None, None, None, base)
+    hints = make_hints(heads=heads, base=base)
     file = li.read(adapter, allow_pickle=allow_pickle, hints=hints)
     _write(compress_adapter(file, r=r, error=error, energy=energy), out, to, hints, as_json)
 
@@ -161,7 +161,7 @@ def check(
     """Name every tensor of ADAPTER that an engine would ignore or misread. The exit status is 1 if there is one."""
     from ..algebra import check as check_for_engine
 
-    hints = make_hints(None, heads, None, None, None, base)
+    hints = make_hints(heads=heads, base=base)
     result = check_for_engine(li.read(adapter, allow_pickle=allow_pickle, hints=hints), engine, hints=hints)
     _show(result, as_json)
     if not result.ok:

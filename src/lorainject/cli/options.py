@@ -27,6 +27,7 @@ SHELL_SPELLING = (
     (r"(?:hints=)?Hints\(heads=\((\d+), (\d+)\)\)", r"--heads \1,\2"),
     (r"(?:hints=)?Hints\((architecture|component)=['\"](\w+)['\"]\)", r"--\1 \2"),
     (r"(?:hints=)?Hints\(model=\.\.\.\)", "--base MODEL"),
+    (r"hints=Hints\(original=model\)", "lorainject convert ADAPTER OUT --original MODEL"),
 )
 """How Python arguments in the library's messages are written as options, as patterns with replacements."""
 NOT_SAFETENSORS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*"]
@@ -83,8 +84,9 @@ def parse_layers(entries: list[str] | None) -> list[int] | None:
         raise li.SpecError(what, way_out="write --layers 3 or --layers 0-3") from None
 
 
-def make_hints(alpha: float | None, heads: str | None, groups: Sequence[str] | None, component: str | None,
-           architecture: str | None, base: str | None) -> li.Hints:  # fmt: skip
+def make_hints(alpha: float | None = None, heads: str | None = None, groups: Sequence[str] | None = None,
+               component: str | None = None, architecture: str | None = None, base: str | None = None,
+               original: str | None = None) -> li.Hints:  # fmt: skip
     """Return the hints that the options give."""
     if heads is not None and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", heads):
         way_out = "write --heads 32,8 for 32 heads of queries and 8 heads of keys"
@@ -98,6 +100,7 @@ def make_hints(alpha: float | None, heads: str | None, groups: Sequence[str] | N
     return li.Hints(
         alpha=alpha, heads=None if counts is None else (counts[0], counts[-1]), groups=enabled or None,
         component=component, architecture=architecture, model=None if base is None else meta_model(base),
+        original=None if original is None else _load_model(original),
     )  # fmt: skip
 
 
@@ -105,13 +108,24 @@ def meta_model(model: str) -> Any:
     """Build the model of a config on the meta device, in the class that the checkpoint was saved from if it names
     one."""
     import torch
+
+    model_class, config = _model_class(model)
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _load_model(model: str) -> Any:
+    """Load a model with its values."""
+    return _from_hub(model, _model_class(model)[0].from_pretrained)
+
+
+def _model_class(model: str) -> tuple[Any, Any]:
+    """Return the class that a checkpoint was saved from, or the bare model of its config, and the config."""
     import transformers
 
     config = _from_hub(model, transformers.AutoConfig.from_pretrained)
     name = (getattr(config, "architectures", None) or [""])[0] or ""
-    model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
-    with torch.device("meta"):
-        return model_class(config)
+    return getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)], config
 
 
 def local_model(model: str) -> Path:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tiled_matmul import row_tiles
+
 OVERSAMPLING = 8  # random vectors beyond the rank that is asked for
 POWER_ITERATIONS = 2  # products with D D^T, which make the largest singular values stand out
 WHOLE = 512  # a matrix with a shorter side up to this length is decomposed as a whole
@@ -72,7 +74,7 @@ def matrix_svd(D: Tensor, k: int) -> SVD:
             rounding; else it is found with random vectors, the same ones each time.
         k: How many singular values are wanted; fewer are returned if the matrix has no more.
     """
-    shorter, total = min(D.shape), float(torch.linalg.vector_norm(D, dtype=torch.float64)) ** 2
+    shorter = min(D.shape)
     if shorter <= WHOLE or k + OVERSAMPLING >= shorter:
         U, S, Vh = torch.linalg.svd(D.double(), full_matrices=False)
         rest = max(0.0, float(S[k:].square().sum()))
@@ -84,4 +86,10 @@ def matrix_svd(D: Tensor, k: int) -> SVD:
     basis = torch.linalg.qr(Y).Q
     left, S, Vh = torch.linalg.svd((basis.mT @ D).double(), full_matrices=False)
     U, S, Vh = (basis @ left.to(D.dtype))[:, :k], S[:k], Vh[:k]
-    return SVD(U, S.to(D.dtype), Vh.to(D.dtype), max(0.0, total - float(S.square().sum())))
+    return SVD(U, S.to(D.dtype), Vh.to(D.dtype), _distance(D, U, (S[:, None] * Vh).to(D.dtype)))
+
+
+def _distance(D: Tensor, P: Tensor, Q: Tensor) -> float:
+    """Return |D - P Q|^2, tile by tile. |D|^2 - |P Q|^2 would lose it to rounding if it is small."""
+    tiles = row_tiles(D.shape[0], D.shape[1], D.device)
+    return sum(float((D[rows] - P[rows] @ Q).square_().sum(dtype=torch.float64)) for rows in tiles)
