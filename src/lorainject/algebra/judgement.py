@@ -17,6 +17,7 @@ import torch
 from ..checkpoint.shard_writer import WeightUpdate
 from ..numerics.delta import Factors
 from ..numerics.threads import ForEach
+from ..numerics.tile_merge import TileWorkspace
 from .agreement import Agreement, Part, fitted_multiples, float64_product, measure
 from .pairs import Pair
 
@@ -35,6 +36,8 @@ VERDICTS = {
 NEAR = 0.02  # how far a fitted multiple may be from 0 or 2 to be called missing or double
 STEPS = 2.0  # how many rounding steps a tensor may be from the sum with fitted multiples
 ALIGNED = 0.9  # the cosine from which on a change is called another tensor's update
+SAMPLED_ROWS = 16  # rows of a tensor by which it is first compared with another update
+MOST_SWAPPED = 64  # the most wrong tensors of one shape that are compared with each other
 ROUNDS = 4  # passes that correct a fitted multiple for what rounding takes from small updates
 
 
@@ -141,16 +144,22 @@ class AdaptedTensor:
         )
         return "missing" if whole == {0} else "double" if whole == {2} else "scaled"
 
-    def share_of(self, other: AdaptedTensor) -> Agreement | None:
-        """Return how well the tensor agrees with the update that belongs to another one; None if the shapes differ."""
+    def shape(self) -> tuple[tuple[int, int], ...]:
+        """Return the sizes of the parts. Only tensors with the same ones can hold each other's updates."""
+        return tuple((len(part.runs.starts), part.runs.width) for part in self.parts())
+
+    def holds_update_of(self, other: AdaptedTensor) -> bool:
+        """True if the tensor holds the update that belongs to another one; a few rows are tried first."""
         parts, theirs = self.parts(), other.parts()
-        if len(parts) != len(theirs) or len(self.sources) != len(other.sources):
-            return None
-        if any(len(p.runs.starts) != len(q.runs.starts) or p.runs.width != q.runs.width
-               for p, q in zip(parts, theirs, strict=True)):  # fmt: skip
-            return None
+        if len(self.sources) != len(other.sources):
+            return False
+        rows, runs = slice(0, SAMPLED_ROWS), parts[0].runs
+        w0, m = (runs.read_tile(*shards.at(self.key), rows, TileWorkspace()).double() for shards in self.pair)
+        d = sum((f.P[rows] * f.s) @ f.Q for f in theirs[0].deltas)
+        if not torch.cosine_similarity((m - w0).flatten(), torch.as_tensor(d).flatten(), dim=0) > ALIGNED / 2:
+            return False
         moved = [Part(p.runs, q.factors, q.deltas) for p, q in zip(parts, theirs, strict=True)]
-        return self._measure(moved, [1.0] * len(self.sources))
+        return self._measure(moved, [1.0] * len(self.sources)).cosine > ALIGNED
 
     def report(self) -> VerifiedTensor:
         """Return what was found."""
@@ -162,8 +171,15 @@ class AdaptedTensor:
 
 
 def find_swapped(tensors: Sequence[AdaptedTensor]) -> None:
-    """Among the tensors that are neither the base nor the sum, find those that hold each other's updates."""
-    changed = [t for t in tensors if t.verdict == "changed" and t.agreement.count]
-    for t, other in itertools.permutations(changed, 2):
-        if t.verdict == "changed" and (result := t.share_of(other)) is not None and result.cosine > ALIGNED:
-            t.verdict, t.note = "swapped", f"that of {other.key}"
+    """Among the tensors that are neither the base nor the sum, find those that hold each other's updates.
+
+    Where more than MOST_SWAPPED of one shape are wrong, nothing is tried: the base is another one.
+    """
+    by_shape: dict[tuple[tuple[int, int], ...], list[AdaptedTensor]] = {}
+    for t in tensors:
+        if t.verdict == "changed" and t.agreement.count:
+            by_shape.setdefault(t.shape(), []).append(t)
+    for group in by_shape.values():
+        for t, other in itertools.permutations(group if len(group) <= MOST_SWAPPED else (), 2):
+            if t.verdict == "changed" and t.holds_update_of(other):
+                t.verdict, t.note = "swapped", f"that of {other.key}"
