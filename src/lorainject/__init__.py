@@ -36,8 +36,7 @@ from .spec import LoraSpec, Override
 from .surgery import eject, inject
 from .switching import activate, disabled, parameters, rescale, reset, rows, using
 from .targets.resolve import find
-
-__version__ = "0.1.0"
+from .version import __version__  # noqa: F401
 
 __all__ = [
     "AdapterFile",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorainject.numerics.fingerprint import OLD_SAMPLES, SAMPLES, _ulp, sample_positions, sample_values, samples_agree
+from lorainject.numerics.fingerprint import OLD_SAMPLES, SAMPLES, sample_positions, sample_values, samples_agree, ulp
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -95,4 +95,4 @@ def test_the_unit_in_the_last_place_is_the_distance_of_neighbors(dtype):
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[info.bits // 8]
         value = torch.tensor([x], dtype=dtype)
         after = (value.view(bits) + 1).view(dtype)
-        assert float(_ulp(value.double(), dtype)) == float(after.double() - value.double())
+        assert float(ulp(value.double(), dtype)) == float(after.double() - value.double())

@@ -6,21 +6,30 @@ through memory (shard_writer.py). The copy is built in a temporary directory bes
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import FileError
+from ..files.io import atomic_write
 from ..files.io.atomic_write import new_file, new_folder
-from ..files.io.regular_file import as_path, open_regular
+from ..files.io.regular_file import as_path, open_regular, read_regular
+from ..files.io.safetensors_file import MAX_HEADER
+from ..files.origin import made_by
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.modes import in_default_modes
 from ..spec import explains_settings
 from .copying import Meter, Progress, copy_bytes, copy_mode
 from .plan import plan_merge
-from .shards import WEIGHT_FILES, Shard, find_index, open_unchanged
+from .shard_writer import MergePlan
+from .shards import WEIGHT_FILES, Shard, find_index, fingerprint, open_unchanged
+
+ORIGIN = "lorainject_merge.json"
+"""The manifest beside a merged checkpoint: base, adapters, weights and version."""
 
 
 @explains_settings
@@ -60,7 +69,7 @@ def merge_checkpoint(base_dir: str | Path,
         raise FileError(f"{out} already exists and is not an empty directory", way_out="give a new or empty directory")
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError(f"{out} lies in the checkpoint that is to be merged", way_out="give a directory outside of it")
-    others = _other_files(base, plan.shards)
+    others = other_files(base, plan.shards)
     total = sum(shard.size for shard in plan.shards) + sum(path.stat().st_size for path in others)
     meter = Meter(total, progress)
     with new_folder(out) as folder:
@@ -76,16 +85,35 @@ def merge_checkpoint(base_dir: str | Path,
                 copy_mode(shard_file, target)
         report = plan.report()
         check_survival(report.sites, strict)
+        origin = merge_origin("merge_checkpoint", base, plan, report)
+        atomic_write.write({folder / ORIGIN: [json.dumps(origin, indent=1).encode()]})
     return report
 
 
-def _other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
+def merge_origin(verb: str, base: Path, plan: MergePlan, report: MergeReport) -> dict[str, Any]:
+    """Return what a merged checkpoint is made of, for its manifest."""
+    entry: dict[str, Any] = {"directory": base.resolve().name, "fingerprint": fingerprint(plan.shards)}
+    if previous := read_origin(base):
+        entry["origin"] = previous
+    return made_by(verb, survival=report.survival, base=entry, adapters=plan.adapters)
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """Return what a merged checkpoint says of itself; None if it has no manifest that can be read."""
+    try:
+        origin = json.loads(read_regular(folder / ORIGIN, MAX_HEADER))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return origin if isinstance(origin, dict) else None
+
+
+def other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
     """Return the model's files besides the shards, and warn of weights in other formats: they would stay unmerged."""
-    shard_paths = {shard.path for shard in shards}
+    written = {*(shard.path for shard in shards), base / ORIGIN}
     others, skipped = list[Path](), list[str]()
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
-        if path in shard_paths or not path.is_file() or any(part.startswith(".") for part in name.parts):
+        if path in written or not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         if path.name.endswith(WEIGHT_FILES) and path != find_index(base):
             skipped.append(str(name))

@@ -26,6 +26,7 @@ from ..files.io import atomic_write, safetensors_file
 from ..files.io.atomic_write import SPACE, UNFINISHED, lock, new_file, sync_folder
 from ..files.io.regular_file import as_path, is_plain_name, open_regular, read_regular
 from ..files.io.safetensors_file import MAX_HEADER, TensorEntry
+from ..files.origin import made_by
 from ..files.record import AdapterFile
 from ..merging.report import MergeReport, check_survival
 from ..numerics.delta import Factors
@@ -102,7 +103,9 @@ def merge_in_place(model_dir: str | Path,
             else:
                 shutil.rmtree(folder)
             raise
-    report = plan.report()
+        report = plan.report()
+        manifest["origin"] = made_by("merge_in_place", survival=report.survival, adapters=plan.adapters)
+        _save_manifest(folder, manifest)
     check_survival(report.sites, strict=False)
     return report
 

@@ -22,6 +22,7 @@ from ..files.io.open_adapter import Hints, open_source
 from ..files.io.regular_file import open_regular
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
 from ..files.match_model import match_sites, missing_targets, warn_of_missing
+from ..files.origin import adapter_origins
 from ..files.record import AdapterFile, BasePrint, Problem, StoredSite, next_steps
 from ..files.rename import rename_for_model
 from ..files.weight_map import StoredPiece, build_meta_model, locate_weights
@@ -58,7 +59,7 @@ def plan_merge(
     checkpoint = _Checkpoint(base, files)
     updates: dict[tuple[int, str], WeightUpdate] = {}
     problems, mismatches = list[str](), list[str]()
-    for source, file, multiplier in zip(sources, files, multipliers, strict=True):
+    for number, (source, file, multiplier) in enumerate(zip(sources, files, multipliers, strict=True)):
         if file.notes and not isinstance(source, AdapterFile):  # what the file leaves open, the model tells
             hints, index = Hints(model=checkpoint.model), checkpoint.index
             file = read_source(open_source(source, spool=True), hints=hints, index=index)
@@ -77,6 +78,7 @@ def plan_merge(
             if weight.key not in updates:
                 updates[weight.key] = checkpoint.update(weight, site_name(site.path, site.parameter))
             updates[weight.key].deltas += (_delta(stored, site, weight, multiplier),)
+            updates[weight.key].sources += (number,)
     if problems:
         raise FileError(
             f"{base} cannot be merged on disk, because some of the adapted weights cannot be changed there:",
@@ -89,8 +91,9 @@ def plan_merge(
             mismatches,
             "give the checkpoint that the adapter was trained on, or accept this one: check_base=False",
         )
+    origins = adapter_origins(files, multipliers)
     names = tuple(file.name for file in files)
-    return MergePlan(names, tuple(multipliers), checkpoint.shards, list(updates.values()))
+    return MergePlan(names, tuple(multipliers), checkpoint.shards, list(updates.values()), origins)
 
 
 class _Checkpoint:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from ..errors import MergeError
 from ..files.io.safetensors_file import TORCH_DTYPES, TensorEntry
@@ -43,6 +44,8 @@ class WeightUpdate:
     pieces: tuple[StoredPiece, ...]
     deltas: tuple[Factors, ...]
     """Empty once all pieces are written: A and B may be large."""
+    sources: tuple[int, ...] = ()
+    """The number of the adapter that each delta comes from."""
     stats: DeltaStats = NO_STATS
     written: set[str] = field(default_factory=set)
     """Keys on disk."""
@@ -75,6 +78,8 @@ class MergePlan:
     """What the delta of each adapter is multiplied with."""
     shards: list[Shard]
     updates: list[WeightUpdate]
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    """The adapters and their weights, for the manifest (files/origin.py)."""
 
     @cached_property
     def updates_of(self) -> dict[str, list[WeightUpdate]]:

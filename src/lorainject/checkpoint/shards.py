@@ -7,6 +7,7 @@ a merge begins; no tensor is read here. files/io/safetensors_file.py parses the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from ..errors import FileError, system_errors
 from ..files.io.regular_file import is_plain_name, open_regular, read_regular
-from ..files.io.safetensors_file import MAX_HEADER, TensorEntry, read_header
+from ..files.io.safetensors_file import BITS, MAX_HEADER, TensorEntry, read_header
+from ..numerics.fingerprint import sample_positions
 
 INDEX = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"  # diffusers calls it diffusion_pytorch_model.safetensors.index.json
@@ -23,6 +25,7 @@ SINGLE = "model.safetensors"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data",
                 ".index.json")  # fmt: skip
 """How the names of files with weights, in any format, and of their indices end."""
+FINGERPRINT_SAMPLES = 16  # elements of each tensor
 DOWNLOAD = "download the missing files, or the whole model again"
 
 
@@ -84,6 +87,21 @@ def read_shards(folder: Path) -> list[Shard]:
     if shard_of:
         _check_index(index, shard_of, shards)
     return shards
+
+
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and some elements of all tensors, whatever shards they are in."""
+    lines = []
+    for shard in shards:
+        with open_unchanged(shard) as file:
+            for key, entry in shard.tensors.items():
+                size = entry.stop - entry.start
+                count = size * 8 // BITS.get(entry.dtype, 8)
+                width = max(1, size // count) if count else 0
+                positions = sample_positions(count, FINGERPRINT_SAMPLES) if count else []
+                sample = b"".join(os.pread(file, width, entry.start + min(i * width, size - width)) for i in positions)
+                lines.append(f"{key} {entry.dtype} {list(entry.shape)} {sample.hex()}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def find_index(folder: Path) -> Path:

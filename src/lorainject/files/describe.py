@@ -23,7 +23,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
 
     The keys are "format", "name", "base", "sites" (one row per site, "norm" is the Frobenius norm of s B A),
     "parameters" (elements of A and B), "beside" (what the file holds besides A and B, which `load` puts onto the model
-    too) and "unusual" (one line for each oddity).
+    too), "unusual" (one line for each oddity) and "origin" (what it was made from).
     """
     rows = [
         {
@@ -36,7 +36,7 @@ def describe(file: AdapterFile) -> dict[str, Any]:
     return {
         "format": file.format, "name": file.name, "base": _base_name(file.config), "sites": rows,
         "parameters": file.parameters, "beside": [*file.beside, *replaced],
-        "unusual": [*file.notes, *_oddities(file, rows)],
+        "unusual": [*file.notes, *_oddities(file, rows)], "origin": file.origin,
     }  # fmt: skip
 
 

@@ -151,6 +151,8 @@ class AdapterFile:
     part: str = ""
     """Path of the part of the model that the adapter was made for, with a dot at the end, once the sites have the names
     of a larger model; else empty."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What the file was made from (files/origin.py), where the file tells it."""
     notes: tuple[str, ...] = ()
     """What the reader assumed because the file does not say, one line each."""
 

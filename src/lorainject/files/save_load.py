@@ -222,7 +222,7 @@ def _stored_site(weight: ModelWeight, site: AdaptedSite, name: str) -> StoredSit
     return StoredSite(
         path=weight.paths[0], parameter=adapters.parameter, label=adapters.label, rows=adapter.slices,
         kind=adapters.kind.name, shape=site.shape, parts=weight.parts if adapters.kind.stacked else {},
-        named=adapters.named, peft=_why_not_peft(weight) is None,
+        named=adapters.named, peft=why_not_peft(weight) is None,
         aliases=weight.paths[1:], magnitude=magnitude, bias=bias,
         **extras.stored_factors(adapter),
     )  # fmt: skip
@@ -236,7 +236,7 @@ def _first_row(site: AdaptedSite) -> int:
     return min((part.start for name in adapters for part in adapters[name].slices or ()), default=0)
 
 
-def _why_not_peft(weight: ModelWeight) -> str | None:
+def why_not_peft(weight: ModelWeight) -> str | None:
     """Return why PEFT would apply an adapter on this weight wrongly or not at all; None if it would apply it
     rightly."""
     module = weight.module
@@ -255,7 +255,7 @@ def _require_peft(
     weights = {weight.names[0]: weight for weight, _ in stored}
     problems: list[str] = []
     sites = transforms.slices_to_whole([site for _, site in stored], problems)
-    problems += [f"{s.name}: {_why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
+    problems += [f"{s.name}: {why_not_peft(weights[s.name]) or s.kind}" for s in sites if not peft_layout.can_hold(s)]
     problems += [] if stored else ["an adapter without A and B"]
     if problems:
         raise FileError(f"adapter {name!r} was not saved; PEFT has no place for:", problems, "leave format='peft' out")

@@ -84,6 +84,8 @@ def _encode(file: AdapterFile, extras: Mapping[str, peft_layout.Extra]) -> dict[
         body["extras"] = {key: [extra.role, extra.name, *extra.detail] for key, extra in extras.items()}
     if file.namespace != "hf":
         body["namespace"] = file.namespace
+    if file.origin:
+        body["origin"] = file.origin
     return body
 
 
@@ -195,7 +197,8 @@ def _decode(source: Source, problems: list[str]) -> AdapterFile | None:
     return AdapterFile(path=source.path, format="lorainject", sites=tuple(checked_sites(sites, problems)),
                        name=_text("the adapter", body["name"]), init=body["init"],
                        base=_decode_base(body) if body["base"] else None, config=source.config, replaced=replaced,
-                       tokens=tokens, namespace=str(body.get("namespace", "hf")))  # fmt: skip
+                       tokens=tokens, namespace=str(body.get("namespace", "hf")),
+                       origin=dict(body.get("origin", {})))  # fmt: skip
 
 
 def _decode_site(name: str, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSite:

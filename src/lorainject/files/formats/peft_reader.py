@@ -22,6 +22,7 @@ from ..io.open_adapter import Hints, Source, header_json
 from ..record import AdapterFile, Problem, StoredSite, TokenRows
 from . import peft_layout
 from .pairs import Pair, as_matrices, read_pairs, twice, unexpected
+from .peft_altered_base import altered_base_problem, initialization, on_original_base
 from .peft_stacks import Reading, candidate_parameters, read_parameter
 
 FACTOR = re.compile(
@@ -44,7 +45,6 @@ UNSUPPORTED = (
     "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "kasa_config",
     "monteclora_config", "enable_lora",
 )  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that altered the base itself
 OUT_PROJ = ".base_layer.out_proj"
 TINKER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -104,10 +104,15 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     if len(adapters) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}")
     problems += _config_problems(config, pairs, replaced)
+    if problem := altered_base_problem(init := initialization(config), hints.original):
+        problems.append(problem)
     _check_biases(config, pairs, replaced, reading)
     sites = [s for path, pair in pairs.items() for s in _read_sites(path, pair, factors, pairs, reading)]
+    if init and hints.original is not None and not problems:
+        sites = on_original_base(sites, init, hints.original, problems)
     return AdapterFile(path=source.path, format="peft", sites=tuple(sites), replaced=replaced, tokens=tokens,
-                       config=dict(config), notes=tuple(dict.fromkeys(reading.notes)))  # fmt: skip
+                       config=dict(config) | ({"init_lora_weights": True} if init else {}), init=init or "kaiming",
+                       notes=tuple(dict.fromkeys(reading.notes)))  # fmt: skip
 
 
 def _config_in_header(source: Source) -> dict[str, Any]:
@@ -127,11 +132,6 @@ def _config_problems(config: Mapping[str, Any], pairs: Mapping[str, Pair], repla
     problems = [f"{field} is set, which is not plain LoRA: not supported" for field in UNSUPPORTED if config.get(field)]
     if not isinstance(config.get("target_modules"), str | list | None):
         problems.append(f"target_modules is {config['target_modules']!r}, not a list of names or a pattern")
-    if str(config.get("init_lora_weights", "")).lower().startswith(CHANGES_BASE):
-        problems.append(
-            f"init_lora_weights is {config['init_lora_weights']!r}: the adapter belongs to an altered base;"
-            " convert it with PEFT first"
-        )
     if config.get("use_dora") and not any("magnitude" in pair.extras for pair in pairs.values()):
         problems.append("use_dora is set, which is not plain LoRA, but there is no magnitude")
     if config.get("modules_to_save") and not replaced:

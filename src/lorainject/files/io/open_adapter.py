@@ -68,6 +68,9 @@ class Hints:
     """GGUF's name of the base's architecture, such as "llama"."""
     model: nn.Module | None = field(default=None, repr=False)
     """The base model, which may be on the meta device. Names and layouts are then looked up in it."""
+    original: nn.Module | None = field(default=None, repr=False)
+    """The original base with its values, for an adapter that belongs to an altered one (PEFT's PiSSA and OLoRA): it is
+    then read as an adapter of twice the rank on the original base."""
 
 
 @dataclass(frozen=True, kw_only=True)

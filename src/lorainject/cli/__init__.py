@@ -6,6 +6,10 @@
     lorainject merge MODEL ADAPTER... -o DIR       merge adapters into a copy of a model's checkpoint, or --in-place
     lorainject unmerge MODEL                       undo a merge in place, to the byte
     lorainject train RECIPE.yaml [KEY=VALUE...]    train a recipe; --dry-run shows its plan, memory and steps
+    lorainject verify MODEL ADAPTER... MERGED      does a merged model hold exactly model + adapters?
+    lorainject compare, combine, compress          angles, sums and lower ranks of adapters
+    lorainject extract, diff, patch                an adapter, or the exact difference, from two models; and back
+    lorainject check ADAPTER --for ENGINE          what an engine would ignore or misread
 
 MODEL is a local directory or a name on the Hugging Face hub. Each command calls the public function of the same
 purpose. Errors come from there and name Python arguments; `main` shows them as the options of the command line.
@@ -14,84 +18,53 @@ purpose. Errors come from there and name Python arguments; `main` shows them as 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import lorainject as li
 
-from .files.describe import describe
-
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.table import Table
 except ModuleNotFoundError as missing:
     sys.exit(f'the command line needs {missing.name}: pip install "lorainject[cli]"')
 
-app = typer.Typer(help="LoRA surgery on PyTorch models.", no_args_is_help=True, add_completion=False,
-                  pretty_exceptions_enable=False)  # fmt: skip
-
-SHELL_SPELLING = (
-    (r"allow_pickle=True", "--allow-pickle"),
-    (r"check_base=False", "--any-base"),
-    (r"allow_missing=True", "--allow-missing"),
-    (r"lossy=True", "--lossy"),
-    (r"accept the loss with strict=False", "leave out --strict to accept the loss"),
-    (r"(?:hints=)?Hints\(alpha=([^)]+)\)", r"--alpha \1"),
-    (r"(?:hints=)?Hints\(heads=\((\d+), (\d+)\)\)", r"--heads \1,\2"),
-    (r"(?:hints=)?Hints\((architecture|component)=['\"](\w+)['\"]\)", r"--\1 \2"),
-    (r"(?:hints=)?Hints\(model=\.\.\.\)", "--base MODEL"),
+from ..checkpoint.merge_copy import read_origin
+from ..files.describe import describe
+from ..files.origin import origin_lines
+from .options import (
+    AdapterPath,
+    Alpha,
+    Base,
+    Component,
+    Group,
+    Heads,
+    Json,
+    Pickle,
+    app,
+    in_shell_spelling,
+    local_model,
+    make_hints,
+    meta_model,
+    parse_layers,
+    progress,
 )
-"""How Python arguments in the library's messages are written as options, as patterns with replacements."""
-NOT_SAFETENSORS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*"]
-"""Files of a hub repository that are not downloaded."""
-
-AdapterPath = Annotated[Path, typer.Argument(help="An adapter of any format: a file or a directory.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
-Pickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Open pickles (.bin, .pt), with torch's restricted unpickler.")
-]
-Alpha = Annotated[float | None, typer.Option(help="Alpha, for files that do not hold it (loralib, torchtune).")]
-Heads = Annotated[
-    str | None,
-    typer.Option(help="Numbers of attention heads of queries and of keys, as in 32,8 (torchtune, litgpt, GGUF)."),
-]
-Group = Annotated[
-    list[str] | None, typer.Option(help="Enabled parts of loralib's MergedLinear, as in c_attn=101. May be repeated.")
-]
-Component = Annotated[
-    str | None, typer.Option(help="Component of an image pipeline: unet, transformer or text_encoder.")
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        "--base", help="Directory or hub name of the base model. Its config is read, for the names of modules."
-    ),
-]
 
 
 def main() -> None:
     """Run the command line. An error of lorainject ends as a message on stderr and exit status 1."""
-    warnings.formatwarning = lambda message, *_: f"warning: {_in_shell_spelling(str(message))}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {in_shell_spelling(str(message))}\n"
     try:
         app()
     except li.LoraError as e:
-        print(f"error: {_in_shell_spelling(str(e))}", file=sys.stderr)
+        print(f"error: {in_shell_spelling(str(e))}", file=sys.stderr)
         sys.exit(1)
-
-
-def _in_shell_spelling(message: str) -> str:
-    for pattern, replacement in SHELL_SPELLING:
-        message = re.sub(pattern, replacement, message)
-    return message
 
 
 @app.command()
@@ -111,7 +84,7 @@ def find(
 ) -> None:
     """Show which weights of MODEL would get an adapter. It takes seconds for a model of any size."""
     plan = li.find(
-        _meta_model(model), targets, r, alpha=alpha, exclude=exclude or (), layers=_layers(layers), scaling=scaling
+        meta_model(model), targets, r, alpha=alpha, exclude=exclude or (), layers=parse_layers(layers), scaling=scaling
     )
     if not as_json:
         print(plan)
@@ -137,9 +110,14 @@ def inspect(
 ) -> None:
     """Show the format, base, ranks, scales and norms of ADAPTER, and what is unusual about it.
 
+    Of a merged model, show what it was merged from.
+
     The exit status is 1 if the file cannot be read.
     """
-    hints = _hints(alpha, heads, group, component, None, base)
+    if (origin := read_origin(adapter)) is not None:
+        print(json.dumps({"origin": origin}) if as_json else "\n".join(origin_lines(origin)))
+        return
+    hints = make_hints(alpha, heads, group, component, base=base)
     description = describe(li.read(adapter, allow_pickle=allow_pickle, hints=hints))
     if as_json:
         print(json.dumps(description))
@@ -159,10 +137,12 @@ def _print_description(description: dict[str, Any]) -> None:
     summary = f"{len(description['sites'])} sites, {description['parameters']:,} parameters"
     heading = f"{description['format']} file, adapter {description['name']!r}{base}: {summary}"
     console.print(heading, highlight=False, markup=False)
+    for line in origin_lines(description["origin"]) if description["origin"] else ():
+        console.print(escape(line), highlight=False)
     for line in description["beside"]:
         console.print(f"[yellow]besides A and B:[/] {escape(line)}", highlight=False)
     for line in description["unusual"]:
-        console.print(f"[yellow]note:[/] {escape(_in_shell_spelling(line))}", highlight=False)
+        console.print(f"[yellow]note:[/] {escape(in_shell_spelling(line))}", highlight=False)
 
 
 @app.command()
@@ -185,15 +165,18 @@ def convert(
     component: Component = None,
     architecture: Annotated[str | None, typer.Option(help="GGUF's name of the base, such as llama.")] = None,
     base: Base = None,
+    original: Annotated[
+        str | None, typer.Option(help="Directory or hub name of the original base, for PiSSA and OLoRA. It is loaded.")
+    ] = None,
 ) -> None:
     """Write an adapter in another format, or for a serving engine: exactly, or not at all (unless --lossy)."""
     if (to is None) == (engine is None):
         way_out = "write, for instance, lorainject convert ADAPTER OUT --for vllm"
         raise li.SpecError("convert needs either --to FORMAT or --for ENGINE", way_out=way_out)
-    hints = _hints(alpha, heads, group, component, architecture, base)
+    hints = make_hints(alpha, heads, group, component, architecture, base, original)
     done = li.convert(source, out, format=to, engine=engine, lossy=lossy, allow_pickle=allow_pickle, hints=hints)
     for line in (*done.file.notes, *done.changed, *(f"left out: {line}" for line in done.lost)):
-        print(f"note: {_in_shell_spelling(line)}", file=sys.stderr)
+        print(f"note: {in_shell_spelling(line)}", file=sys.stderr)
     sites = done.file.sites
     options = {"alpha": f"--alpha {sites[0].scale * sites[0].r:g}", "heads": "--heads", "groups": "--group"}
     result = [f"{len(sites)} sites written to {done.path} as {done.format}"]
@@ -234,11 +217,11 @@ def merge(
         raise li.SpecError("merge needs either --output DIR or --in-place", way_out=way_out)
     options: dict[str, Any] = {"weights": weights, "strict": strict, "check_base": not any_base,
                                "allow_missing": allow_missing}  # fmt: skip
-    with _progress("merging") as progress:
+    with progress("merging") as report_progress:
         if out is None:
-            report = li.merge_in_place(_local_model(model), adapters, progress=progress, **options)
+            report = li.merge_in_place(local_model(model), adapters, progress=report_progress, **options)
         else:
-            report = li.merge_checkpoint(_local_model(model), adapters, out, progress=progress, **options)
+            report = li.merge_checkpoint(local_model(model), adapters, out, progress=report_progress, **options)
     pairs = zip(adapters, report.strengths, strict=True)
     merged = ", ".join(f"{path}" if weight == 1 else f"{path} ({weight:g})" for path, weight in pairs)
     print(f"merged {merged} into {len(report.sites)} weights ({report.weight_bytes:,} bytes)")
@@ -251,8 +234,8 @@ def unmerge(
     model: Annotated[Path, typer.Argument(help="A directory that `lorainject merge --in-place` has changed.")],
 ) -> None:
     """Restore every byte of MODEL to what it was before `merge --in-place`, also if that was interrupted."""
-    with _progress("unmerging") as progress:
-        li.unmerge_in_place(model, progress=progress)
+    with progress("unmerging") as report_progress:
+        li.unmerge_in_place(model, progress=report_progress)
     print(f"{model} is restored: every file is as it was, to the byte")
 
 
@@ -272,8 +255,8 @@ def train(
     if recipe is None and not schema:
         raise typer.BadParameter("give a recipe, such as configs/code-search.yaml", param_hint="RECIPE")
     try:
-        from .training import Recipe, train_sweep
-        from .training import train as train_recipe
+        from ..training import Recipe, train_sweep
+        from ..training import train as train_recipe
     except ModuleNotFoundError as e:
         raise li.LoraError(f"train needs the package {e.name}", way_out='pip install "lorainject[train]"') from e
     if recipe is None:
@@ -286,79 +269,4 @@ def train(
     print(json.dumps(result.as_json()) if as_json else result)
 
 
-@contextmanager
-def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of bytes done and bytes in all that moves a bar on stderr, if stderr is a terminal."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _layers(entries: list[str] | None) -> list[int] | None:
-    """Return the layer numbers of entries such as "5" and "0-2"."""
-    if entries is None:
-        return None
-    try:
-        ends = [entry.partition("-")[::2] for entry in entries]
-        return [number for first, last in ends for number in range(int(first), int(last or first) + 1)]
-    except ValueError:
-        what = f"--layers {' '.join(entries)}: this is neither a number nor a range"
-        raise li.SpecError(what, way_out="write --layers 3 or --layers 0-3") from None
-
-
-def _hints(alpha: float | None, heads: str | None, groups: Sequence[str] | None, component: str | None,
-           architecture: str | None, base: str | None) -> li.Hints:  # fmt: skip
-    """Return the hints that the options give."""
-    if heads is not None and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)?", heads):
-        way_out = "write --heads 32,8 for 32 heads of queries and 8 heads of keys"
-        raise li.SpecError(f"--heads {heads}: this is not one or two numbers", way_out=way_out)
-    counts = None if heads is None else [int(count) for count in heads.split(",")]
-    if malformed := [group for group in groups or () if not re.fullmatch(r"[^=]+=[01]+", group)]:
-        way_out = "write --group c_attn=101 for a layer with adapters on q and v, of q, k and v"
-        raise li.SpecError(f"--group {' '.join(malformed)}: this is not a name and a row of 0 and 1", way_out=way_out)
-    named_bits = (group.split("=") for group in groups or ())
-    enabled = {name: [bit == "1" for bit in bits] for name, bits in named_bits}
-    return li.Hints(
-        alpha=alpha, heads=None if counts is None else (counts[0], counts[-1]), groups=enabled or None,
-        component=component, architecture=architecture, model=None if base is None else _meta_model(base),
-    )  # fmt: skip
-
-
-def _meta_model(model: str) -> Any:
-    """Build the model of a config on the meta device, in the class that the checkpoint was saved from if it names
-    one."""
-    import torch
-    import transformers
-
-    config = _from_hub(model, transformers.AutoConfig.from_pretrained)
-    name = (getattr(config, "architectures", None) or [""])[0] or ""
-    model_class: Any = getattr(transformers, name, None) or transformers.AutoModel._model_mapping[type(config)]
-    with torch.device("meta"):
-        return model_class(config)
-
-
-def _local_model(model: str) -> Path:
-    """Return a model's directory. A model of the hub is downloaded into the local cache."""
-    if Path(model).exists():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(_from_hub(model, snapshot_download, ignore_patterns=NOT_SAFETENSORS))
-
-
-def _from_hub(model: str, load: Callable[..., Any], **options: Any) -> Any:
-    """Return load(model, **options). Raise FileError if the model is not there."""
-    try:
-        return load(model, **options)
-    except (OSError, ValueError) as e:
-        reason = str(e).strip().split("\n")[0]
-        if Path(model).exists():
-            way_out = "give a directory with config.json, as save_pretrained writes it"
-            raise li.FileError(f"{model} cannot be loaded: {reason}", way_out=way_out) from e
-        what = f"{model!r} is not a directory, and cannot be loaded from the hub: {reason}"
-        raise li.FileError(what, way_out="check the spelling and the connection, or give a local directory") from e
-
-
-if __name__ == "__main__":
-    main()
+from . import adapters_as_values  # noqa: E402, F401  (its commands come after these in the help)
