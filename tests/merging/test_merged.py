@@ -1,4 +1,4 @@
-"""`merged`: adapters are in the weights for the time of a context, and W0 is back to the bit whatever happens inside."""
+"""`merged`: adapters are in the weights for the time of a context, and W0 is back to the bit after it."""
 
 from __future__ import annotations
 
@@ -215,9 +215,8 @@ def test_an_edit_inside_is_named_at_the_end(model):
 
 def test_merges_that_keep_nothing_are_refused_inside(model):
     """reversible=False has no place in a context that restores W0, nor around it."""
-    with li.merged(model, "fr"):
-        with pytest.raises(li.StateError, match=r"reversible=False inside merged\(\.\.\.\)"):
-            li.merge(model, "de", reversible=False)
+    with li.merged(model, "fr"), pytest.raises(li.StateError, match=r"reversible=False inside merged\(\.\.\.\)"):
+        li.merge(model, "de", reversible=False)
     li.activate(model, "fr")
     li.merge(model, reversible=False)
     with pytest.raises(li.MergeError, match="was merged with reversible=False"), li.merged(model, "de"):
@@ -229,7 +228,11 @@ def test_other_threads_and_tasks_neither_merge_nor_unmerge(model):
     errors: list[str] = []
 
     def try_all() -> None:
-        for verb in (lambda: li.merged(model, "de").__enter__(), lambda: li.merge(model, "de"), lambda: li.unmerge(model)):
+        for verb in (
+            lambda: li.merged(model, "de").__enter__(),
+            lambda: li.merge(model, "de"),
+            lambda: li.unmerge(model),
+        ):
             try:
                 verb()
             except li.StateError as e:
@@ -350,7 +353,9 @@ def test_offloaded_weights_are_refused_by_name(offload, tmp_path):
     else:
         disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     for verb in (lambda: li.merged(model, "es").__enter__(), lambda: li.merge(model)):
-        with pytest.raises(li.MergeError, match=r"model\.layers\.\*\.mlp\.down_proj: is on the meta device \(offloaded"):
+        with pytest.raises(
+            li.MergeError, match=r"model\.layers\.\*\.mlp\.down_proj: is on the meta device \(offloaded"
+        ):
             verb()
     assert torch.allclose(run(model), want, atol=1e-5)
 

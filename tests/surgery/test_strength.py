@@ -81,7 +81,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
 @laws
 @given(case=cases((torch.float64,)), t=st.sampled_from(STRENGTHS), init=st.sampled_from(["kaiming", "pissa"]))
 def test_a_strength_multiplies_the_scale(case, t, init):
-    """In the forward, in training, in deltas and in a merge, for every kind of weight: t s B A in the place of s B A."""
+    """In the forward, in training, in deltas and in a merge, for every kind of weight: t s B A in place of s B A."""
     case.settings["init"] = init
     try:
         li.inject(case.model, **case.settings)
@@ -234,7 +234,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.emb, self.lin, self.norm, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.emb, self.lin, self.norm, self.head = (
+            nn.Embedding(11, 8),
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
         self.conv = nn.Conv1d(8, 8, 3, padding=1)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -373,7 +378,9 @@ def test_inductor_follows_strengths():
     compiled, x = torch.compile(layer, fullgraph=True), torch.randn(5, 16)
     for t in STRENGTHS:
         li.activate(layer, {"default": t})
-        results = [(f(x), torch.autograd.grad(f(x).square().sum(), list(li.parameters(layer)))) for f in (compiled, layer)]
+        results = [
+            (f(x), torch.autograd.grad(f(x).square().sum(), list(li.parameters(layer)))) for f in (compiled, layer)
+        ]
         for a, b in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -466,7 +473,9 @@ def test_a_checkpointed_backward_refuses_a_rescaled_adapter(model):
 # What keeps a strength
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_has_the_strengths_of_its_original(model, duplicate):
     """Copies and pickles carry the default along, and later change it for themselves."""
     li.activate(model, {"fr": 0.7})
@@ -565,6 +574,7 @@ def test_a_merge_without_strengths_takes_those_that_are_active(model):
 
 def test_deltas_have_strengths(model):
     """deltas sums the active adapters at their strengths; a name means strength 1, and a mapping any strength."""
+
     def norms(*args: Any) -> list[float]:
         return [float(d.norm()) for _, _, d in li.deltas(model, *args)]
 
