@@ -295,4 +295,5 @@ def factors_at(adapter: LoraAdapter, strength: Strength, transposed: bool, rest:
     f = f.times(strength)
     if isinstance(strength, Tensor) or f.value is not None:
         return f
-    return f._replace(s=torch.full_like(f.s, adapter.scale * strength))  # rounded once, as by `rescale`
+    product = torch.full_like(f.s, adapter.scale * strength, dtype=torch.float64)
+    return f._replace(s=product.to(f.s.dtype))  # rounded once, as by `rescale`

@@ -70,7 +70,7 @@ def _in_our_words(key: str, known: Mapping[str, inspect.Parameter]) -> str:
     return f"write {EXAMPLES.get(ours, f'{ours}=...')}"
 
 
-def spec_from_arguments(spec: LoraSpec | None, targets: Any, **settings: Any) -> LoraSpec:
+def spec_from_arguments(spec: Any, targets: Any, **settings: Any) -> LoraSpec:
     """Return `spec`, or a LoraSpec of the targets and settings if it is None. A LoraConfig of PEFT is translated.
 
     Raises:

@@ -150,7 +150,7 @@ def prepare(sections: Mapping[str, Any]) -> Preparation:
             for name, run in runs.items():
                 with _listed(problems, f"sweep.{name}: "):
                     plans.append(find(meta, spec=run.spec, name=name))
-        if plans and model.class_.endswith("classification"):
+        if plans and model is not None and model.class_.endswith("classification"):
             problems += _new_head(model, meta, plans)
     if problems or spec is None or meta is None:
         raise SpecError("the recipe cannot be trained:", problems, "correct it and run it again; nothing was loaded")
@@ -213,7 +213,7 @@ def _sweep_problems(sections: Mapping[str, Any]) -> Iterator[str]:
         yield "sweep: output.merged and output.resume go with one adapter"
 
 
-def meta_model(model: Model, labels: Sequence[str]) -> Any:
+def meta_model(model: Model, labels: list[str]) -> Any:
     """Build the model of a recipe on the meta device, from its config.
 
     Args:
@@ -253,7 +253,7 @@ def _stored_names(folder: Path) -> set[str]:
         return {*tensors.keys()}
 
 
-def load_config(model: Model, labels: Sequence[str]) -> Any:
+def load_config(model: Model, labels: list[str]) -> Any:
     """Return the config of the base, with the classes of the data unless they are among those that it knows.
 
     Args:

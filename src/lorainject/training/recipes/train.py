@@ -160,7 +160,7 @@ def load_processing(recipe: Recipe) -> Any:
 def load_model(recipe: Recipe, ready: Preparation) -> Any:
     """Load the base. A weight that it lacks has to train, or else the model would keep random numbers."""
     section, labels = recipe.model, ready.labels
-    config = load_config(section, labels)
+    config = load_config(section, list(labels))
     auto = getattr(transformers, CLASSES[section.class_])
     dtype = "auto" if section.dtype == "auto" else getattr(torch, section.dtype)
     model, loading = auto.from_pretrained(
