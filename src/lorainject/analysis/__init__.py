@@ -1,0 +1,35 @@
+"""What an adapter does to its base, as the LoRA paper studied it, and what each way of adapting would train.
+
+    from lorainject import analysis
+
+    analysis.spectrum(A, B, s)                  singular values of s B A, and how many directions it uses
+    analysis.subspace_similarity(A1, A2)        which directions two adapters share (section 7.2)
+    analysis.amplification(A, B, W0, s)         what the update amplifies in W0 (section 7.3)
+    analysis.intruder_dimensions(W0, W)         new directions among the largest of a tuned weight
+    analysis.gradient_norms(model, loss, ...)   gradients over rank, for both scalings
+
+The functions of tensors are pure: shapes and equations stand in their docstrings, and a stack of experts is measured
+expert by expert. `import lorainject` does not import this package.
+
+spectra, subspaces         an update by itself, and beside another one
+base_weights               an update beside the weight that it is added to
+gradients                  training at several ranks
+"""
+
+from .base_weights import Amplification, IntruderDimensions, amplification, intruder_dimensions, relative_size
+from .gradients import gradient_norms
+from .spectra import Spectrum, spectrum
+from .subspaces import random_similarity, subspace_similarity
+
+__all__ = [
+    "Amplification",
+    "IntruderDimensions",
+    "Spectrum",
+    "amplification",
+    "gradient_norms",
+    "intruder_dimensions",
+    "random_similarity",
+    "relative_size",
+    "spectrum",
+    "subspace_similarity",
+]
