@@ -7,6 +7,7 @@
     analysis.amplification(A, B, W0, s)         what the update amplifies in W0 (section 7.3)
     analysis.intruder_dimensions(W0, W)         new directions among the largest of a tuned weight
     analysis.gradient_norms(model, loss, ...)   gradients over rank, for both scalings
+    analysis.parameter_budget(model)            what each baseline of the paper would train (section 5.1)
 
 The functions of tensors are pure: shapes and equations stand in their docstrings, and a stack of experts is measured
 expert by expert. `import lorainject` does not import this package.
@@ -14,20 +15,25 @@ expert by expert. `import lorainject` does not import this package.
 spectra, subspaces         an update by itself, and beside another one
 base_weights               an update beside the weight that it is added to
 gradients                  training at several ranks
+budget                     parameters of every baseline
 """
 
 from .base_weights import Amplification, IntruderDimensions, amplification, intruder_dimensions, relative_size
+from .budget import Budget, BudgetRow, parameter_budget
 from .gradients import gradient_norms
 from .spectra import Spectrum, spectrum
 from .subspaces import random_similarity, subspace_similarity
 
 __all__ = [
     "Amplification",
+    "Budget",
+    "BudgetRow",
     "IntruderDimensions",
     "Spectrum",
     "amplification",
     "gradient_norms",
     "intruder_dimensions",
+    "parameter_budget",
     "random_similarity",
     "relative_size",
     "spectrum",

@@ -53,8 +53,8 @@ class Amplification:
 def amplification(A: Tensor, B: Tensor, W0: Tensor, s: float = 1.0, *, top: bool = False) -> Amplification:
     """Return how much of W0 lies in the directions of s B A, and by what factor the update amplifies it.
 
-    Source: Hu et al. 2021, arXiv 2106.09685, section 7.3 and table 7, whose columns are `projected_norm`, `top_norm` and
-    `random_norm`. The last one is computed here, and not drawn.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 7.3 and table 7, whose columns are `projected_norm`, `top_norm`
+    and `random_norm`. The last one is computed here, and not drawn.
 
     Args:
         A: Shape (*stack, r, in).
@@ -117,8 +117,8 @@ class IntruderDimensions:
 def intruder_dimensions(W0: Tensor, W: Tensor, k: int = 10, threshold: float = 0.5) -> IntruderDimensions:
     """Count the top singular vectors of a tuned weight that resemble no singular vector of the base weight.
 
-    Low ranks with a large scale put such vectors among the largest of W; full fine-tuning hardly does. W may be tuned in
-    any way: pass W0 + s B A for an adapter.
+    Low ranks with a large scale put such vectors among the largest of W; full fine-tuning hardly does. W may be tuned
+    in any way: pass W0 + s B A for an adapter.
 
     Source: Shuttleworth et al. 2024, arXiv 2410.21228, algorithm 1, with the absolute value of the cosine, because the
     sign of a singular vector is arbitrary.

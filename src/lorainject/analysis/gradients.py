@@ -3,8 +3,8 @@
 With the scale alpha / r, the gradients of A and B fall as 1 / sqrt(r), so that a higher rank learns no better; with
 alpha / sqrt(r) they keep their size.
 
-Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732, theorem 3.2
-and figure 2.
+Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732,
+theorem 3.2 and figure 2.
 """
 
 from __future__ import annotations

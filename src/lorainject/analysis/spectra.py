@@ -48,7 +48,7 @@ class Spectrum:
     @property
     def rank(self) -> Tensor:
         """Number of singular values that do not come from rounding, shape (*stack)."""
-        return _is_used(self.S).sum(-1)
+        return is_used(self.S).sum(-1)
 
     @property
     def effective_rank(self) -> Tensor:
@@ -112,12 +112,13 @@ def spectrum(A: Tensor, B: Tensor, s: float = 1.0) -> Spectrum:
 
 def used_directions(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """Return U and Vh with zeros in place of directions whose singular value comes from rounding."""
-    used = _is_used(spectrum.S)
+    used = is_used(spectrum.S)
     return spectrum.U * used[..., None, :], spectrum.Vh * used[..., None]
 
 
-def _is_used(S: Tensor) -> Tensor:
-    return (S > NEGLIGIBLE * S[..., :1]) & (S > 0)
+def is_used(S: Tensor) -> Tensor:
+    """True for the singular values that do not come from rounding. S: (*stack, k), descending."""
+    return (NEGLIGIBLE * S[..., :1]).clamp(min=0) < S
 
 
 def require_matrices(

@@ -2,8 +2,8 @@
 
     phi(A1, A2, i, j) = |V1_i^T V2_j|^2 / min(i, j)        V1_i: (in, i), the first i right-singular vectors of A1
 
-phi is 1 if the smaller of the two subspaces lies in the larger one, and 0 if they are orthogonal. Two independent random
-subspaces of R^in have phi = max(i, j) / in on average, which is what a figure has to be compared with.
+phi is 1 if the smaller of the two subspaces lies in the larger one, and 0 if they are orthogonal. Two independent
+random subspaces of R^in have phi = max(i, j) / in on average, which is what a figure has to be compared with.
 
 Source: Hu et al. 2021, arXiv 2106.09685, section 7.2, equation 4, and appendix G.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.modes import in_default_modes
-from .spectra import NEGLIGIBLE, require_matrices
+from .spectra import is_used, require_matrices
 
 
 @in_default_modes
@@ -58,4 +58,4 @@ def _smaller(r1: int, r2: int) -> Tensor:
 def _directions(A: Tensor) -> Tensor:
     """Return the right-singular vectors of A as rows, in the order of the singular values; NaN for those of zero."""
     _, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    return Vh.where(((S > NEGLIGIBLE * S[..., :1]) & (S > 0))[..., None], torch.nan)
+    return Vh.where(is_used(S)[..., None], torch.nan)
