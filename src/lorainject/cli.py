@@ -6,6 +6,8 @@
     lorainject merge MODEL ADAPTER... -o DIR       merge adapters into a copy of a model's checkpoint, or --in-place
     lorainject unmerge MODEL                       undo a merge in place, to the byte
     lorainject train RECIPE.yaml [KEY=VALUE...]    train a recipe; --dry-run shows its plan, memory and steps
+    lorainject report ADAPTER... -o report.html    show as a page what adapters change, with --base MODEL beside W0
+    lorainject budget MODEL                        show how many parameters each way of adapting a model trains
 
 MODEL is a local directory or a name on the Hugging Face hub. Each command calls the public function of the same
 purpose. Errors come from there and name Python arguments; `main` shows them as the options of the command line.
@@ -281,6 +283,56 @@ def train(
         read = Recipe.read(recipe, settings or ())
         run = train_sweep if read.sweep.root else train_recipe
         result: Any = read.prepare() if dry_run else run(read)
+    print(json.dumps(result.as_json()) if as_json else result)
+
+
+@app.command()
+def report(
+    adapters: Annotated[list[Path], typer.Argument(help="One or more adapters of any format.")],
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="The page to write, a file of HTML.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Directory or hub name of the base model, whose weights are read.")
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Accept a base other than the one that the adapter was made for.")
+    ] = False,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+    alpha: Alpha = None,
+    heads: Heads = None,
+    group: Group = None,
+    component: Component = None,
+) -> None:
+    """Show what ADAPTERS change: size, use of the rank, similarity, amplification, survival, and what is unusual."""
+    from .analysis import report as make_report
+
+    hints = _hints(alpha, heads, group, component, None, base)
+    model = None if base is None else _local_model(base)
+    result = make_report(*adapters, base=model, check_base=not any_base, allow_pickle=allow_pickle, hints=hints)
+    if out is not None:
+        result.write(out)
+    print(json.dumps(result.as_json()) if as_json else _in_shell_spelling(str(result)))
+    if out is not None:
+        print(f"written to {out}", file=sys.stderr)
+
+
+@app.command()
+def budget(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of the model. Only its config is read.")],
+    targets: Annotated[
+        list[str] | None, typer.Option("--targets", "-t", help="A target of LoRA. May be repeated. Default: q and v.")
+    ] = None,
+    r: Annotated[int, typer.Option("-r", help="Rank of LoRA.")] = 8,
+    prefix: Annotated[int, typer.Option(help="Vectors in front of the input (prefix tuning).")] = 256,
+    infix: Annotated[int, typer.Option(help="Vectors behind the input (prefix tuning).")] = 8,
+    bottleneck: Annotated[int, typer.Option(help="Inner width of an adapter layer.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Show how many parameters full fine-tuning, BitFit, prefixes, adapter layers and LoRA would train in MODEL."""
+    from .analysis import parameter_budget
+
+    result = parameter_budget(_meta_model(model), r, targets or ("query", "value"), prefix=prefix, infix=infix,
+                              bottleneck=bottleneck)  # fmt: skip
     print(json.dumps(result.as_json()) if as_json else result)
 
 

@@ -3,19 +3,19 @@
     FT          every parameter
     FT-top2     the last two blocks
     BitFit      every bias
-    PreEmbed    d (l_p + l_i)                                   vectors in front of (prefix) and behind (infix) the input
-    PreLayer    L d (l_p + l_i)                                 the same, after every block
-    Adapter H   2 L (2 d m + m + d)                             behind attention and MLP   (Houlsby et al. 2019)
-    Adapter L   L (2 d m + m + d) + 2 L d                       behind the MLP, with a LayerNorm   (Lin et al. 2020)
-    Adapter P   L (2 d m + m + d)                               behind the MLP   (Pfeiffer et al. 2021)
-    Adapter D   K (2 d m + m + d)                               Adapter P in the last K blocks (Rücklé et al. 2020)
+    PreEmbed    d (l_p + l_i)                   vectors in front of (prefix) and behind (infix) the input
+    PreLayer    L d (l_p + l_i)                 the same, after every block
+    Adapter H   2 L (2 d m + m + d)             behind attention and MLP   (Houlsby et al. 2019)
+    Adapter L   L (2 d m + m + d) + 2 L d       behind the MLP, with a LayerNorm   (Lin et al. 2020)
+    Adapter P   L (2 d m + m + d)               behind the MLP   (Pfeiffer et al. 2021)
+    Adapter D   K (2 d m + m + d)               Adapter P in the last K blocks   (Rücklé et al. 2020)
     LoRA        sum of r (in + out) over the adapted matrices; 2 L d r for each square matrix of a block
 
     L: blocks    d: width    m: bottleneck of an adapter    r: rank
 
-Source: Hu et al. 2021, arXiv 2106.09685, section 5.1. The first three are counted in the model, and L and d are read off
-it, so that a model on the meta device suffices. With several stacks of blocks, such as an encoder and a decoder, every
-stack counts with the width that it has.
+Source: Hu et al. 2021, arXiv 2106.09685, section 5.1. The first three are counted in the model, and L and d are read
+off it, so that a model on the meta device suffices. With several stacks of blocks, such as an encoder and a decoder,
+every stack counts with the width that it has.
 """
 
 from __future__ import annotations
