@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def measure(adapter: str, update: SiteUpdate) -> tuple[SiteMeasures, Spectrum]:
     """Return the measures of one site, and its spectrum."""
     parts = spectrum(update.A, update.B, update.s)
     out, in_ = update.B.shape[-2], update.A.shape[-1]
-    fields: dict[str, object] = {"remark": update.why_no_base}
+    fields: dict[str, Any] = {"remark": update.why_no_base}
     if update.read_base is not None:
         fields |= _beside_base(update, update.read_base(), float(parts.norm.norm()))
     effective = parts.effective_rank
@@ -76,16 +77,16 @@ def measure(adapter: str, update: SiteUpdate) -> tuple[SiteMeasures, Spectrum]:
         r=update.A.shape[-2], scale=update.s, norm=float(parts.norm.norm()),
         singular_values=tuple(_flat(parts.S).square().mean(0).sqrt().tolist()), rank=int(parts.rank.max()),
         effective_rank=None if effective.isnan().all() else float(effective.nanmedian()),
-        rank_95=int(parts.rank_for(0.95).max()), **fields,  # type: ignore[arg-type]
+        rank_95=int(parts.rank_for(0.95).max()), **fields,
     ), parts  # fmt: skip
 
 
-def _beside_base(update: SiteUpdate, W0: Tensor, norm: float) -> dict[str, object]:
+def _beside_base(update: SiteUpdate, W0: Tensor, norm: float) -> dict[str, Any]:
     assert update.dtype is not None
     A, B = (t.to(W0.device) for t in (update.A, update.B))
     ratios = amplification(A, B, W0, update.s)
     size = float(ratios.weight_norm.norm())
-    known: dict[str, object] = {
+    known: dict[str, Any] = {
         "dtype": str(update.dtype).removeprefix("torch."), "relative_size": norm / size if size else None,
         "amplification": _median(ratios.factor),
         "random_amplification": _median(ratios.delta_norm / ratios.random_norm),
@@ -112,7 +113,7 @@ def survival(A: Tensor, B: Tensor, s: float, W0: Tensor, dtype: torch.dtype) -> 
     space, stats = TileWorkspace(), []
     for a, b, w in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (A, B, W0)), strict=True):
         product = LowRankProduct(b.double(), a.double(), float(s))
-        for rows in row_tiles(*w.shape, w.device):
+        for rows in row_tiles(w.shape[0], w.shape[1], w.device):
             tile = w[rows].to(dtype).contiguous()
             stats.append(space.merge(tile, product.select_rows(rows), reversible=False)[1])
     return DeltaStats.total(stats).survival
@@ -179,7 +180,7 @@ def between_layers(spectra: Mapping[str, Spectrum]) -> dict[str, tuple[tuple[flo
     for site, parts in spectra.items():
         if parts.S.ndim == 1 and int(parts.rank):
             groups.setdefault(starred(site), []).append(parts)
-    tables = {}
+    tables: dict[str, tuple[tuple[float | None, ...], ...]] = {}
     for name, group in groups.items():
         if len(group) > 1 and len({parts.Vh.shape[-1] for parts in group}) == 1:
             bases = [parts.Vh[: max(1, int(parts.rank_for(0.95)))] for parts in group]

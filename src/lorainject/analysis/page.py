@@ -15,6 +15,7 @@ import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure  # pyplot would look for a screen
+from matplotlib.ticker import MaxNLocator
 
 from .measures import Similarity, SiteMeasures, layer_number, starred
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # replaced by currentColor
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "lorainject", "font.family": "sans-serif", "font.size": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
                      "axes.titlecolor"), INK),
@@ -76,7 +77,7 @@ def _map(rows: Sequence[SiteMeasures], by_base: bool) -> str:
     image = axes.imshow(values * (100 if by_base else 1), aspect="auto", cmap="viridis", vmin=0)
     axes.set_yticks(range(len(kinds)), kinds)
     step = max(1, len(numbers) // 16)
-    axes.set_xticks(range(0, len(numbers), step), numbers[::step])
+    axes.set_xticks(range(0, len(numbers), step), [str(n) for n in numbers[::step]])
     axes.set_xlabel("layer")
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="|ΔW| / |W0| in %" if by_base else "|ΔW|")
@@ -94,7 +95,7 @@ def _spectra(rows: Sequence[SiteMeasures]) -> str:
             shares[shares < 1e-10] = np.nan
             axes.plot(range(1, len(S) + 1), shares, marker=".", ls=style, color=color, label=row.name)
     axes.set(xlabel="direction", ylabel="singular value / largest", ylim=(0, 1.05))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.xaxis)
     _legend(figure, axes)
     return _svg(figure)
 
@@ -108,7 +109,7 @@ def _ranks(rows: Sequence[SiteMeasures]) -> str:
     known = [(i, row.effective_rank) for i, row in zip(x, rows, strict=True) if row.effective_rank is not None]
     axes.plot(*zip(*known, strict=True), ".", color=COLORS[1], label="effective rank") if known else None
     axes.set(xlabel="weights, in the order of the model", ylabel="rank")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.xaxis)
     _legend(figure, axes)
     return _svg(figure)
 
@@ -122,7 +123,7 @@ def _amplification(rows: Sequence[SiteMeasures]) -> str:
     for values, color, label in series:
         axes.plot(x, [np.nan if v is None else v for v in values], ".", color=color, label=label)
     axes.set(xlabel="weights, in the order of the model", ylabel="|ΔW| / |UᵀW0V|", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.xaxis)
     _legend(figure, axes)
     return _svg(figure)
 
@@ -153,10 +154,14 @@ def _images(titled: Sequence[tuple[str, Any]], xlabel: str, ylabel: str, first: 
         axes.set_title(title, fontsize=8)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            _whole_numbers(axis)
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=grid, label="φ", shrink=0.8)
     return _svg(figure)
+
+
+def _whole_numbers(axis: Any) -> None:
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _legend(figure: Figure, axes: Any) -> None:

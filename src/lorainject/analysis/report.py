@@ -1,7 +1,7 @@
 """A report on adapters as one page of HTML: what they adapt, how much of their rank they use, and what is unusual.
 
-The page needs no network and no script, follows the reader's light or dark setting, and prints. Every figure has a table
-of its numbers, and `as_json` has all of them.
+The page needs no network and no script, follows the reader's light or dark setting, and prints. Every figure has a
+table of its numbers, and `as_json` has all of them.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def _of_file(file: AdapterFile, base: nn.Module | None, check_base: bool) -> Ite
                          **(known or {"why_no_base": "no base was passed"}))  # fmt: skip
 
 
-def _base(module: nn.Module, parameter: str, kind: Kind, rows: tuple[range, ...] | None) -> dict[str, object]:
+def _base(module: nn.Module, parameter: str, kind: Kind, rows: tuple[range, ...] | None) -> dict[str, Any]:
     """Return the fields of SiteUpdate that tell the base weight, or why it cannot be read."""
     weight = stored_tensor(module, parameter)
     assert weight is not None
