@@ -10,6 +10,8 @@
     lorainject compare, combine, compress          angles, sums and lower ranks of adapters
     lorainject extract, diff, patch                an adapter, or the exact difference, from two models; and back
     lorainject check ADAPTER --for ENGINE          what an engine would ignore or misread
+    lorainject report ADAPTER... -o report.html    show as a page what adapters change, with --base MODEL beside W0
+    lorainject budget MODEL                        show how many parameters each way of adapting a model trains
 
 MODEL is a local directory or a name on the Hugging Face hub. Each command calls the public function of the same
 purpose. Errors come from there and name Python arguments; `main` shows them as the options of the command line.
@@ -269,4 +271,4 @@ def train(
     print(json.dumps(result.as_json()) if as_json else result)
 
 
-from . import adapters_as_values  # noqa: E402, F401  (its commands come after these in the help)
+from . import adapters_as_values, measures  # noqa: E402, F401  (their commands come after these in the help)
