@@ -103,7 +103,7 @@ def write_names(count: int, kind: str, reader: str, folder: Path) -> Path:
     path = write(filled(1, 2, 1), reader, folder)
     file = path if path.is_file() else next(p for p in path.iterdir() if not p.name.endswith((".json", ".yaml")))
     tensors, metadata = read_container(file)
-    memory = torch.ones(count, 2)
+    memory = torch.ones(count, max(t.numel() for t in tensors.values()))
     many: dict[str, Tensor] = {}
     keys = list(tensors)
     for n in range(count):

@@ -11,6 +11,7 @@ scale, unless Hints(out_proj_factor=...) says otherwise.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,6 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
         line = "it holds no record of alpha, without which its scale is unknown"
         problems.append(Problem(line, "give the directory with its adapter_config.json, or hints=Hints(alpha=...)"))
         return None
-    reading = Reading(config, hints, problems, [])
     factors: dict[str, Tensor] = {}
     tokens: dict[str, TokenRows] = {}
     replaced: dict[str, Tensor] = {}
@@ -103,7 +103,10 @@ def read(source: Source, hints: Hints, problems: list[str]) -> AdapterFile | Non
     pairs = read_pairs(factors, ENDINGS, problems, translate=lambda path: path.removeprefix(peft_layout.PREFIX))
     if len(adapters) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}")
-    problems += _config_problems(config, pairs, replaced)
+    levels = Counter(path.replace(".base_layer", "") for path in pairs)
+    has_magnitudes = any("magnitude" in pair.extras for pair in pairs.values())
+    reading = Reading(config, hints, levels, has_magnitudes, problems, [])
+    problems += _config_problems(config, reading, replaced)
     if problem := altered_base_problem(init := initialization(config), hints.original):
         problems.append(problem)
     _check_biases(config, pairs, replaced, reading)
@@ -127,12 +130,12 @@ def _ending(match: re.Match[str]) -> str:
     return f".{match['part']}.weight" if match["part"] in ("lora_A", "lora_B") else f".{match['part']}"
 
 
-def _config_problems(config: Mapping[str, Any], pairs: Mapping[str, Pair], replaced: Mapping[str, Tensor]) -> list[str]:
+def _config_problems(config: Mapping[str, Any], reading: Reading, replaced: Mapping[str, Tensor]) -> list[str]:
     """Return what the config asks for that is not LoRA, or that the tensors do not have."""
     problems = [f"{field} is set, which is not plain LoRA: not supported" for field in UNSUPPORTED if config.get(field)]
     if not isinstance(config.get("target_modules"), str | list | None):
         problems.append(f"target_modules is {config['target_modules']!r}, not a list of names or a pattern")
-    if config.get("use_dora") and not any("magnitude" in pair.extras for pair in pairs.values()):
+    if config.get("use_dora") and not reading.has_magnitudes:
         problems.append("use_dora is set, which is not plain LoRA, but there is no magnitude")
     if config.get("modules_to_save") and not replaced:
         problems.append("modules_to_save is set, but the file has no tensor of these modules")
@@ -191,11 +194,11 @@ def _read_sites(
     if module == "model.unembed_tokens":  # Tinker's name of the head
         module = "lm_head"
     if candidates := candidate_parameters(module, reading):
-        return read_parameter(path, A, B, pairs, candidates, reading)
+        return read_parameter(path, A, B, candidates, reading)
     if path.endswith(OUT_PROJ) or path + OUT_PROJ in pairs:
         return _read_attention(path, module, A, B, reading)
     magnitude = pair.extras.get("magnitude")
-    if magnitude is None and any("magnitude" in other.extras for other in pairs.values()):
+    if magnitude is None and reading.has_magnitudes:
         reading.problems.append(f"{module}: its magnitude is missing")
     if A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2]:
         line = f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} are those of {len(A)} experts, stacked"

@@ -15,7 +15,7 @@ as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,10 +42,14 @@ UNSLOTH = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What the reader of one file works with: config, hints, and the lists that collect problems and notes."""
+    """What the reader of one file works with: config, hints, what holds for the whole file, and the lists that collect
+    problems and notes."""
 
     config: Mapping[str, Any]
     hints: Hints
+    levels: Mapping[str, int]
+    """How many pairs each module has, of which all but one lie inside of wrappers (`.base_layer`)."""
+    has_magnitudes: bool
     problems: list[str]
     notes: list[str]
 
@@ -114,20 +118,19 @@ def candidate_parameters(path: str, reading: Reading) -> list[str]:
 
 
 def read_parameter(
-    wrapped_path: str, A: Tensor, B: Tensor, all_paths: Iterable[str], candidates: Sequence[str], reading: Reading
+    wrapped_path: str, A: Tensor, B: Tensor, candidates: Sequence[str], reading: Reading
 ) -> list[StoredSite]:
     """Return the site of one parameter, as a list of one; an empty list if it cannot be told.
 
     Args:
         wrapped_path: The path as the file has it, with one `.base_layer` per wrapper around the parameter.
         A, B: The factors as stored.
-        all_paths: All such paths in the file.
         candidates: The parameters of the module that the config may mean, in the module's order.
         reading: The config, the hints, and the lists of problems and notes.
     """
     path = wrapped_path.replace(".base_layer", "")
     depth = wrapped_path.count(".base_layer")
-    levels = sum(other.replace(".base_layer", "") == path for other in all_paths)
+    levels = reading.levels[path]
     if depth >= levels or levels != len(candidates):
         reading.problems.append(
             f"{path}: the file adapts {levels} of its parameters, and the config's target_parameters names"
