@@ -112,7 +112,8 @@ def training_flops() -> list[Claim]:
             _forward(model).sum().backward()
         counts[name] = float(flops.get_total_flops())
     return [Claim(f"FLOPs of a training step, {name}", "about 2/3 of full fine-tuning",
-                  f"{counts[name] / counts['full']:.3f}", "about 2/3" if counts[name] < 0.7 * counts["full"] else "more")
+                  f"{counts[name] / counts['full']:.3f}",
+                  "about 2/3" if counts[name] < 0.7 * counts["full"] else "more")
             for name in settings]  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def run(size: Size, say: Callable[[str], None]) -> Results:
     settings = {f"{name}, r={AT_BUDGET[name]}": (name, AT_BUDGET[name]) for name in size.matrices}
     settings |= {f"qv, r={r}": ("qv", r) for r in size.ranks}
     runs = {
-        f"{n}-{seed}": training.Run(spec=li.LoraSpec(targets=MATRICES[name], r=r, alpha=ALPHA), lr=LR, seed=seed)
+        f"{n}-{seed}": training.Run(spec=li.LoraSpec(targets=tuple(MATRICES[name]), r=r, alpha=ALPHA), lr=LR, seed=seed)
         for n, (name, r) in enumerate(settings.values())
         for seed in range(size.seeds)
     }
@@ -196,7 +196,7 @@ def train_baseline(model: nn.Module, name: str, lr: float, texts: tuple[Ids, Ids
 def batch_of(texts: tuple[Ids, Ids], size: int, seed: int, step: int) -> dict[str, Tensor]:
     """Return the batch of a seed and a step: ids and masks of the queries and of the functions."""
     rows = random.Random(f"{seed} {step}").sample(range(len(texts[0])), size)
-    batch = {}
+    batch: dict[str, Tensor] = {}
     for kind, ids in zip(("query", "code"), texts, strict=True):
         padded = nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
         batch |= {f"{kind}_ids": padded, f"{kind}_mask": (padded != 0).long()}

@@ -9,7 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -18,9 +18,6 @@ from matplotlib.figure import Figure  # pyplot would look for a screen
 from matplotlib.ticker import MaxNLocator
 
 from .measures import Similarity, SiteMeasures, layer_number, starred
-
-if TYPE_CHECKING:
-    from .report import Report
 
 INK = "#010203"  # replaced by currentColor
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
@@ -34,7 +31,7 @@ GRIDS = 6  # similarity grids that are drawn; the table has all pairs
 SPECTRA = 12  # lines of one spectrum figure
 
 
-def render(report: Report) -> str:
+def render(report: Any) -> str:
     """Return the page as one text of HTML."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lorainject.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -50,7 +47,7 @@ def render(report: Report) -> str:
     )  # fmt: skip
 
 
-def _adapter(report: Report, name: str) -> dict[str, Any]:
+def _adapter(report: Any, name: str) -> dict[str, Any]:
     rows = report.rows(name)
     by_base = all(row.relative_size is not None for row in rows) and bool(rows)
     layers = report.layers.get(name, {})
