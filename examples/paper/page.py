@@ -21,8 +21,8 @@ def write_page(path: Path, claims: Sequence[Claim], latency: Sequence[tuple[str,
         "",
         f"`scripts/paper{' --quick' if mode == 'quick' else ''}` writes this page. It computes what the paper (Hu et"
         " al. 2021, arXiv 2106.09685v2) claims and one machine can check: numbers of parameters and operators from"
-        " configs on the meta device, and training on MiniLM (22.7 million parameters, width 384) with the code search task"
-        " of `scripts/demo`.",
+        " configs on the meta device, and training on MiniLM (22.7 million parameters, width 384) with the code search"
+        " task of `scripts/demo`.",
         "",
         "## What follows from arithmetic",
         "",
