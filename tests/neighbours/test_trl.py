@@ -177,7 +177,7 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
     """The Python blocks of docs/training.md run, one after the other, with the recipe of the page."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    recipe, sweep, *_ = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    recipe, _, sweep = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(recipe)
     Path("texts.jsonl").write_text("".join(json.dumps({"sentence": row["text"]}) + "\n" for row in rows("SFT")))
