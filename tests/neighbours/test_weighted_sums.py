@@ -42,6 +42,7 @@ def make(folder: Path, kind: str) -> PeftModel:
     return model
 
 
+@torch.no_grad()
 def merged_delta(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """Return W - W0 of every adapted weight with one adapter, as PEFT computes the layer: by its outputs."""
     model.set_adapter(name)
