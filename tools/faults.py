@@ -326,6 +326,8 @@ def keep(folder: Path, kept: Path) -> None:
     shutil.copytree(kept / "base", kept / "merged in place")
     li.merge_in_place(kept / "merged in place", kept / "adapter0")
     for name, data in contents(kept / "merged").items():
+        if name == "lorainject_merge.json":
+            continue  # in place, the manifest of the merge says this
         assert (kept / "merged in place" / name).read_bytes() == data, "the two merges differ; take another rank"
 
 

@@ -45,7 +45,7 @@ def test_the_format_and_the_scaling_count():
     report = algebra.check(record(site("q")), "llama.cpp")
     assert "the engine reads gguf" in report.rewritten[0]
     report = algebra.check(replace(record(site("q", scaling="rslora")), format="peft"), "vllm")
-    assert "rsLoRA" in report.rewritten[0]
+    assert "rank-stabilized" in report.rewritten[0]
 
 
 def test_an_unknown_engine_is_an_error():

@@ -15,6 +15,7 @@ from lorainject import algebra
 from models import llama
 
 WEIGHTS = (0.7, -0.4)
+NAMES = ("first", "second")
 KINDS = {
     "plain": ({"lora_alpha": 8}, {"lora_alpha": 8}),
     "two scales": ({"lora_alpha": 8}, {"lora_alpha": 2}),
@@ -29,8 +30,8 @@ def make(folder: Path, kind: str) -> PeftModel:
     """Return a model with two random adapters, which are saved as well."""
     torch.manual_seed(0)
     configs = [LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"]} | fields) for fields in KINDS[kind]]
-    model = get_peft_model(llama(), configs[0], adapter_name="a")
-    model.add_adapter("b", configs[1])
+    model = get_peft_model(llama(), configs[0], adapter_name=NAMES[0])
+    model.add_adapter(NAMES[1], configs[1])
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name and "magnitude" not in name:
@@ -41,6 +42,7 @@ def make(folder: Path, kind: str) -> PeftModel:
     return model
 
 
+@torch.no_grad()
 def merged_delta(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """Return W - W0 of every adapted weight with one adapter, as PEFT computes the layer: by its outputs."""
     model.set_adapter(name)
@@ -57,7 +59,7 @@ def merged_delta(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
 def errors(folder: Path, kind: str) -> dict[str, float | str]:
     """Return the relative error of each way to form the sum, or why there is none."""
     model = make(folder, kind)
-    first, second = (merged_delta(model, name) for name in "ab")
+    first, second = (merged_delta(model, name) for name in NAMES)
     total = {path: WEIGHTS[0] * first[path] + WEIGHTS[1] * second[path] for path in first}
     norm = sum(float(d.square().sum()) for d in total.values()) ** 0.5
 
@@ -69,12 +71,12 @@ def errors(folder: Path, kind: str) -> dict[str, float | str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model.add_weighted_adapter(["a", "b"], list(WEIGHTS), how, combination_type=how)
+                model.add_weighted_adapter(list(NAMES), list(WEIGHTS), how, combination_type=how)
             results[how] = error(merged_delta(model, how))
         except Exception as e:
             results[how] = f"{type(e).__name__}"
     try:
-        file = algebra.combine([folder / "a", folder / "b"], WEIGHTS)
+        file = algebra.combine([folder / name for name in NAMES], WEIGHTS)
         sums = {s.path: s.scale * s.B.double() @ s.A.double() for s in file.sites}
         results["combine"] = error({path: sums[path.removeprefix("base_model.model.")] for path in total})
     except li.FileError:

@@ -27,7 +27,8 @@ from ..numerics.tile_merge import TileWorkspace, sum_dtype
 from ..numerics.tiled_matmul import LowRankProduct, exact_product, fast_product, row_tiles
 
 PRODUCT_SLACK = 2.0**-21  # of |P_i| |Q_j|: rounding inside a product B A that was formed in float32
-NOISE = 8.0  # standard deviations that chance may make of the inner products
+NOISE = 5.0  # standard deviations that chance may make of the inner products
+FEW = 8  # elements that may round the other way because the delta was rounded first
 SAME_SCALE = 0.01  # a smaller relative difference of the inner products is no wrong scale
 
 
@@ -74,6 +75,11 @@ class Agreement:
         for name in ("count", "differing", "changed", "beyond", "dot", "expected", "asked", "square", "variance"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.dots = [x + y for x, y in zip(self.dots or [0.0] * len(other.dots), other.dots, strict=True)]
+
+    @property
+    def is_unchanged(self) -> bool:
+        """True if M is W0, although more elements of the sum than rounding could explain are not."""
+        return self.changed == 0 and self.differing >= FEW
 
     @property
     def is_rounding(self) -> bool:

@@ -114,11 +114,11 @@ class AdaptedTensor:
             return
         parts, ones = self.parts(), [1.0] * len(self.sources)
         self.agreement = self._measure(parts, ones)
-        if self.agreement.is_rounding:
+        if self.agreement.is_unchanged:
+            self.verdict = "missing"
+        elif self.agreement.is_rounding:
             self.multiples = ones
             self.verdict = "exact" if self.agreement.differing == 0 else "rounded"
-        elif self.agreement.changed == 0:
-            self.verdict = "missing"
         else:
             self.verdict = self._fit(parts)
         covered = sum(part.runs.numel for part in parts)

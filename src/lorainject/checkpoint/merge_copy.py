@@ -69,7 +69,7 @@ def merge_checkpoint(base_dir: str | Path,
         raise FileError(f"{out} already exists and is not an empty directory", way_out="give a new or empty directory")
     if out.resolve().is_relative_to(base.resolve()):
         raise FileError(f"{out} lies in the checkpoint that is to be merged", way_out="give a directory outside of it")
-    others = other_files(base, plan.shards)
+    others = [path for path in other_files(base, plan.shards) if path != base / ORIGIN]
     total = sum(shard.size for shard in plan.shards) + sum(path.stat().st_size for path in others)
     meter = Meter(total, progress)
     with new_folder(out) as folder:
@@ -109,11 +109,11 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
 
 def other_files(base: Path, shards: Sequence[Shard]) -> list[Path]:
     """Return the model's files besides the shards, and warn of weights in other formats: they would stay unmerged."""
-    written = {*(shard.path for shard in shards), base / ORIGIN}
+    shard_paths = {shard.path for shard in shards}
     others, skipped = list[Path](), list[str]()
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
-        if path in written or not path.is_file() or any(part.startswith(".") for part in name.parts):
+        if path in shard_paths or not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         if path.name.endswith(WEIGHT_FILES) and path != find_index(base):
             skipped.append(str(name))
