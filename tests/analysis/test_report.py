@@ -186,7 +186,9 @@ def test_json_of_a_report(saved):
     read = json.loads(json.dumps(result.as_json(), allow_nan=False))
     assert read["adapters"] == ["default", "two"]
     assert len(read["sites"]) == len(result.sites)
-    assert read["layers"]["two"]["model.layers.*.mlp.down_proj"][0][0] == pytest.approx(1)
+    down = next(part for part in read["layers"]["two"] if part["projection"] == "model.layers.*.mlp.down_proj")
+    assert down["layers"] == [0, 1]
+    assert down["table"][0][0] == pytest.approx(1)
 
 
 def test_bad_input_of_a_report(saved):

@@ -288,3 +288,25 @@ def test_inspect_shows_what_a_file_holds_besides_a_and_b(cli):
     """A head, which load puts onto the model too, is listed."""
     shown = cli("inspect", FIXTURES / "peft_plain")
     assert "besides A and B: " in shown
+
+
+def test_report_shows_what_an_adapter_changes(cli, saved):
+    """The page is written; the summary goes to stdout, and all numbers with --json; a wrong base is refused."""
+    page = saved / "report.html"
+    assert "4 weights" in cli("report", saved / "adapter", "--base", saved / "base", "-o", page)
+    assert page.read_text().startswith("<!doctype html>")
+    result = json.loads(cli("report", saved / "adapter", "--base", saved / "base", "--json"))
+    assert all(site["survival"] > 0.99 for site in result["sites"])
+    torch.manual_seed(1)
+    llama().save_pretrained(saved / "other")
+    assert "--any-base" in cli("report", saved / "adapter", "--base", saved / "other", ok=False)
+    cli("report", saved / "adapter", "--base", saved / "other", "--any-base")
+
+
+def test_budget_counts_every_method(cli, saved):
+    """The table has all methods; the JSON has their numbers; only a config is needed."""
+    (saved / "base" / "model.safetensors").unlink()
+    assert "Adapter H" in cli("budget", saved / "base", "-r", 4)
+    rows = {row["method"]: row["parameters"] for row in json.loads(cli("budget", saved / "base", "--json"))["rows"]}
+    assert rows["LoRA"] == 2 * 8 * (32 + 32 + 32 + 16)
+    assert "matches nothing" in cli("budget", saved / "base", "-t", "nothing", ok=False)

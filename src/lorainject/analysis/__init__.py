@@ -24,7 +24,7 @@ report, page               the report, and how it is drawn
 from .base_weights import Amplification, IntruderDimensions, amplification, intruder_dimensions, relative_size
 from .budget import Budget, BudgetRow, parameter_budget
 from .gradients import gradient_norms
-from .measures import Similarity, SiteMeasures
+from .measures import LayerSimilarity, Similarity, SiteMeasures
 from .report import Report, report
 from .spectra import Spectrum, spectrum
 from .subspaces import random_similarity, subspace_similarity
@@ -34,6 +34,7 @@ __all__ = [
     "Budget",
     "BudgetRow",
     "IntruderDimensions",
+    "LayerSimilarity",
     "Report",
     "Similarity",
     "SiteMeasures",

@@ -167,27 +167,36 @@ def between_adapters(spectra: Mapping[str, Mapping[str, Spectrum]]) -> list[Simi
     return sorted(result, key=lambda s: (*s.adapters, order[s.site]))
 
 
-def between_layers(spectra: Mapping[str, Spectrum]) -> dict[str, tuple[tuple[float | None, ...], ...]]:
-    """Return phi between the updates of one projection in every two layers, where both keep 95 % of their energy.
+@dataclass(frozen=True, kw_only=True)
+class LayerSimilarity:
+    """phi between the input directions of one projection in every two layers."""
+
+    projection: str
+    """The path of the projection, with * in place of the layer."""
+    layers: tuple[int, ...]
+    """The numbers of the layers, in the order of the table."""
+    table: tuple[tuple[float, ...], ...]
+    """phi where both updates keep 95 % of their energy."""
+
+
+def between_layers(spectra: Mapping[str, Spectrum]) -> list[LayerSimilarity]:
+    """Return how similar the layers of one adapter are, for each projection; stacks are left out.
 
     Args:
         spectra: The spectra of one adapter by site.
-
-    Returns:
-        Square tables in the order of the layers, by the path with * in place of the layer; stacks are left out.
     """
-    groups: dict[str, list[Spectrum]] = {}
+    groups: dict[str, dict[int, Spectrum]] = {}
     for site, parts in spectra.items():
-        if parts.S.ndim == 1 and int(parts.rank):
-            groups.setdefault(starred(site), []).append(parts)
-    tables: dict[str, tuple[tuple[float | None, ...], ...]] = {}
-    for name, group in groups.items():
-        if len(group) > 1 and len({parts.Vh.shape[-1] for parts in group}) == 1:
-            bases = [parts.Vh[: max(1, int(parts.rank_for(0.95)))] for parts in group]
-            tables[name] = tuple(
-                tuple(float((V @ W.mT).square().sum()) / min(len(V), len(W)) for W in bases) for V in bases
-            )
-    return tables
+        number = layer_number(site)
+        if number is not None and parts.S.ndim == 1 and int(parts.rank):
+            groups.setdefault(starred(site), {})[number] = parts
+    result = []
+    for projection, by_layer in groups.items():
+        if len(by_layer) > 1 and len({parts.Vh.shape[-1] for parts in by_layer.values()}) == 1:
+            bases = [parts.Vh[: int(parts.rank_for(0.95))] for parts in by_layer.values()]
+            table = tuple(tuple(float((V @ W.mT).square().sum()) / min(len(V), len(W)) for W in bases) for V in bases)
+            result.append(LayerSimilarity(projection=projection, layers=tuple(by_layer), table=table))
+    return result
 
 
 def starred(site: str) -> str:
@@ -212,7 +221,7 @@ def oddities(rows: Sequence[SiteMeasures]) -> list[str]:
         worst = max(saved, key=lambda row: row.r / row.rank_95)
         lines.append(
             f"at {len(saved)} of {len(rows)} weights, half of the rank or less has 95 % of the energy, as r"
-            f" {worst.r}, of which {worst.rank_95} would do, at {worst.name}: a lower rank would do there"
+            f" {worst.r}, of which {worst.rank_95} would do, at {worst.name}"
         )
     if lost := [row for row in rows if row.survival is not None and row.survival < 0.9]:
         least = min(lost, key=lambda row: row.survival or 0.0)

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure  # pyplot would look for a screen
 from matplotlib.ticker import MaxNLocator
 
-from .measures import Similarity, SiteMeasures, layer_number, starred
+from .measures import LayerSimilarity, Similarity, SiteMeasures, layer_number, starred
 
 INK = "#010203"  # replaced by currentColor
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
@@ -43,14 +43,14 @@ def render(report: Any) -> str:
         grids = _grids(chosen) if chosen else ""
     return environment.get_template("page.html.jinja").render(
         adapters=adapters, similarities=report.similarities, grids=grids, has_base=any(
-            row.relative_size is not None for row in report.sites), drawn=len(chosen),
+            row.relative_size is not None for row in report.sites), drawn=chosen,
     )  # fmt: skip
 
 
 def _adapter(report: Any, name: str) -> dict[str, Any]:
     rows = report.rows(name)
     by_base = all(row.relative_size is not None for row in rows) and bool(rows)
-    layers = report.layers.get(name, {})
+    layers = report.layers.get(name, ())
     return {
         "name": name, "rows": rows, "notes": report.notes.get(name, ()), "by_base": by_base,
         "map": _map(rows, by_base) if rows else "", "spectra": _spectra(rows) if rows else "",
@@ -126,32 +126,35 @@ def _amplification(rows: Sequence[SiteMeasures]) -> str:
 
 
 def _grids(similarities: Sequence[Similarity]) -> str:
-    return _images(
-        [(f"{s.site}\n{s.adapters[0]} (down), {s.adapters[1]} (right)", s.grid) for s in similarities], "j", "i", 1
-    )
+    def numbers(n: int) -> list[int]:
+        return list(range(1, n + 1))
+
+    return _images([
+        (f"{s.site}\n{s.adapters[0]} (down), {s.adapters[1]} (right)", s.grid, numbers(len(s.grid)),
+         numbers(len(s.grid[0]))) for s in similarities
+    ], "i, j")  # fmt: skip
 
 
-def _layer_grids(tables: Any) -> str:
-    return _images(list(tables.items())[: 2 * GRIDS], "layer", "layer", 0)
+def _layer_grids(similarities: Sequence[LayerSimilarity]) -> str:
+    return _images([(s.projection, s.table, s.layers, s.layers) for s in similarities[: 2 * GRIDS]], "layer")
 
 
-def _images(titled: Sequence[tuple[str, Any]], xlabel: str, ylabel: str, first: int) -> str:
-    """Draw tables of numbers between 0 and 1 next to one another."""
-    columns = min(3, len(titled))
-    lines = -(-len(titled) // columns)
+def _images(parts: Sequence[tuple[str, Any, Sequence[int], Sequence[int]]], label: str) -> str:
+    """Draw tables of numbers between 0 and 1 next to one another: title, table, and the numbers of rows and columns."""
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
     figure = Figure(figsize=(2.9 * columns + 0.9, 2.9 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
-    for axes in grid.flat[len(titled) :]:
+    for axes in grid.flat[len(parts) :]:
         axes.set_visible(False)
-    for axes, (title, table) in zip(grid.flat, titled, strict=False):
+    for axes, (title, table, *numbers) in zip(grid.flat, parts, strict=False):
         values = np.array([[np.nan if x is None else x for x in row] for row in table])
-        height, width = values.shape
-        extent = (first - 0.5, first + width - 0.5, first + height - 0.5, first - 0.5)
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", extent=extent)
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis")
         axes.set_title(title, fontsize=8)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        for axis in (axes.xaxis, axes.yaxis):
-            _whole_numbers(axis)
+        axes.set_xlabel(label)
+        for set_ticks, ticks in ((axes.set_yticks, numbers[0]), (axes.set_xticks, numbers[1])):
+            step = -(-len(ticks) // 8)
+            set_ticks(range(0, len(ticks), step), [str(n) for n in ticks[::step]])
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=grid, label="φ", shrink=0.8)
     return _svg(figure)

@@ -19,11 +19,9 @@ from ..errors import LoraError, SpecError, system_errors
 from ..files.io.open_adapter import Hints
 from ..files.record import AdapterFile
 from ..numerics.modes import in_default_modes
-from .measures import Similarity, SiteMeasures, between_adapters, between_layers, measure, oddities
+from .measures import LayerSimilarity, Similarity, SiteMeasures, between_adapters, between_layers, measure, oddities
 from .spectra import Spectrum
 from .updates import AdapterUpdates, Source, adapter_updates, load_base
-
-Table = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +33,8 @@ class Report:
     """One row per adapter and weight."""
     similarities: tuple[Similarity, ...] = ()
     """How similar the adapters are to one another at each weight."""
-    layers: Mapping[str, Mapping[str, Table]] = field(default_factory=dict)
-    """How similar the layers of one adapter are to one another, by adapter and projection."""
+    layers: Mapping[str, tuple[LayerSimilarity, ...]] = field(default_factory=dict)
+    """How similar the layers of one adapter are to one another, by adapter."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What is unusual, by adapter."""
 
@@ -132,7 +130,7 @@ def report(
         notes[name] = (*oddities([row for row, _ in measured]), *adapter.notes)
     return Report(
         adapters=tuple(found), sites=tuple(sites), similarities=tuple(between_adapters(spectra)),
-        layers={name: between_layers(parts) for name, parts in spectra.items()}, notes=notes,
+        layers={name: tuple(between_layers(parts)) for name, parts in spectra.items()}, notes=notes,
     )  # fmt: skip
 
 
