@@ -207,10 +207,13 @@ def test_a_merge_that_fails_leaves_what_was_merged(model):
 
 def test_an_edit_inside_is_named_at_the_end(model):
     """Weights that were edited inside are not overwritten: the end of the context raises, by name."""
+
+    def edit() -> None:
+        with li.merged(model, "fr"), torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight[3, 5] += 1
+
     with pytest.raises(li.MergeError, match=r"nothing was unmerged:\n  - model\.layers\.0\.mlp\.down_proj"):
-        with li.merged(model, "fr"):
-            with torch.no_grad():
-                model.model.layers[0].mlp.down_proj.weight[3, 5] += 1
+        edit()
 
 
 def test_merges_that_keep_nothing_are_refused_inside(model):
