@@ -151,7 +151,7 @@ def parameters(model: nn.Module, name: str | Sequence[str] | None = None) -> Ite
     names = None if name is None else (name,) if isinstance(name, str) else tuple(name)
     index = ModelIndex(model)
     index.require_adapters("train", *names or (), nested=True, part=True, computed=True)
-    chosen = tuple(index.default) if names is None else names
+    chosen = index.default if names is None else names
     if not chosen:
         raise StateError("no adapter is active", way_out="call activate(model, name) first")
     trained = {n: [p for a in index.adapters_named(n) for p in a.parameters() if p.requires_grad] for n in chosen}

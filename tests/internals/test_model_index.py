@@ -78,6 +78,12 @@ def test_every_verb_walks_the_model_once(saved, tmp_path):
     }
     assert walks == dict.fromkeys(walks, 1)
     assert count_walks(both, lambda: li.unmerge(both)) == 1
+
+    def visit() -> None:
+        with li.merged(both, "a"):
+            pass
+
+    assert count_walks(both, visit) == 2, "one at each end: the modules may have changed inside"
     li.activate(both, "b")
     assert count_walks(both, lambda: li.activate(both, "a")) == 0
 

@@ -136,12 +136,22 @@ class ModelIndex:
         return tuple(dict.fromkeys(name for site in self.sites.values() for name in site.adapters))
 
     @property
-    def active(self) -> dict[str, float]:
+    def active(self) -> tuple[str, ...]:
+        """The names of the active adapters."""
+        return tuple(self.active_strengths)
+
+    @property
+    def default(self) -> tuple[str, ...]:
+        """The names of the adapters that are active where a caller has not chosen otherwise."""
+        return tuple(self.default_strengths)
+
+    @property
+    def active_strengths(self) -> dict[str, float]:
         """The strength of each active adapter, by name."""
         return {name: t for state in self.states for name, t in state.choice.by_name.items()}
 
     @property
-    def default(self) -> dict[str, float]:
+    def default_strengths(self) -> dict[str, float]:
         """The strength of each adapter that is active where a caller has not chosen otherwise, by name."""
         return {name: t for state in self.states for name, t in state.default.by_name.items()}
 
@@ -150,7 +160,12 @@ class ModelIndex:
         return [site.adapters[name] for site in self.sites.values() if name in site.adapters]
 
     @property
-    def merged(self) -> dict[str, float]:
+    def merged(self) -> list[str]:
+        """The names of the adapters that are merged into the weights, sorted."""
+        return list(self.merged_strengths)
+
+    @property
+    def merged_strengths(self) -> dict[str, float]:
         """The strength of each adapter that is merged into the weights, by name, sorted."""
         return dict(sorted({name: t for state in self.states for name, t in state.merged.items()}.items()))
 

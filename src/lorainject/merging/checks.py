@@ -36,7 +36,7 @@ def strengths_to_merge(
         SpecError: A strength is not a finite number.
         StateError: The model's state does not allow the merge.
     """
-    merged, active = ({}, index.active) if instead else (index.merged, index.active)
+    merged, active = [] if instead else index.merged, index.active_strengths
     named = read_strengths("merge", [] if names is None else [names])
     if again := [name for name in merged if names is None or name in named]:
         raise StateError(

@@ -88,7 +88,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | Mapping[str, float] | N
 def merge_index(index: ModelIndex, chosen: Mapping[str, float], *, reversible: bool, strict: bool | None, untie: bool,
                 dequantise: bool) -> MergeReport:  # fmt: skip
     """Merge adapters at these strengths, together with those that are merged already (see `merge`)."""
-    merged = index.merged
+    merged = index.merged_strengths
     weights, ties = adapted_weights(index.sites), tied_weights(index)
     problems = graft_obstacles(index) + unmergeable_weights(weights, [*chosen], {} if untie else ties, dequantise)
     if problems := problems + irreversible_weights(weights):
@@ -140,7 +140,7 @@ def unmerge(model: nn.Module, names: str | Sequence[str] | None = None) -> nn.Mo
 @torch.no_grad()
 def unmerge_index(index: ModelIndex, names: str | Sequence[str] | None = None) -> None:
     """Unmerge these adapters, or all, from a model that has merged ones (see `unmerge`)."""
-    merged = index.merged
+    merged = index.merged_strengths
     removed = list(merged) if names is None else [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in removed if name not in merged]:
         raise StateError(f"{quoted(unknown)} is not merged", way_out=f"merged are {quoted(merged)}")
@@ -191,8 +191,8 @@ def deltas(model: nn.Module, name: str | Mapping[str, float] | None = None) -> I
     Args:
         model: A model with adapters, merged or not.
         name: The adapter whose deltas are formed, at strength 1. A mapping from names to strengths sums those of
-            several adapters. None sums those of all active adapters, at the strengths with which they are active or
-            merged.
+            several adapters. None sums those of all active adapters, at their strengths; while adapters are merged, of
+            all merged ones.
 
     Yields:
         The name of the weight (the module's path, with the parameter's name appended if that is not `weight`), the
@@ -209,8 +209,7 @@ def deltas(model: nn.Module, name: str | Mapping[str, float] | None = None) -> I
     index.require_adapters("form deltas", *(named or ()), merged=True, nested=True, part=True)
     for w in adapted_weights(index.sites):
         state, record = w.sites[0].adapters.state, w.record
-        active = state.choice.by_name
-        chosen = active | {n: t for n, t in state.merged.items() if n in active} if named is None else named
+        chosen = (state.merged or state.choice.by_name) if named is None else named
         if record is None or not have_extras(record.deltas):
             parts = w.deltas(chosen)
         else:  # the gain of DoRA depends on W0, which the weight is not now

@@ -77,7 +77,7 @@ def merged(model: nn.Module, names: str | Sequence[str] | Mapping[str, float] | 
     """
     index = ModelIndex(model)
     chosen = strengths_to_merge(index, names, instead=True)
-    state, before = index.states[0], Before(index.merged, recorded_deltas(adapted_weights(index.sites)))
+    state, before = index.states[0], Before(index.merged_strengths, recorded_deltas(adapted_weights(index.sites)))
     _OPEN.setdefault(state, []).append(before)
     try:
         report = _merge_instead(index, chosen, strict=strict, untie=untie, dequantise=dequantise)
@@ -110,7 +110,7 @@ def _leave(model: nn.Module, state: AdapterState, before: Before) -> None:
         index = ModelIndex(model)
         kept = {name: t for name, t in before.strengths.items() if name in index.adapter_names}
         weights = adapted_weights(index.sites)
-        if index.merged == kept and _are_same(recorded_deltas(weights), before.deltas):
+        if index.merged_strengths == kept and _are_same(recorded_deltas(weights), before.deltas):
             return
         if index.merged:
             unmerge_index(index)

@@ -137,7 +137,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "adapters": adapters,
         "folders": {name: "." if name == main else name for name in adapters},
-        "active": index.default,
+        "active": index.default_strengths,
         "trained": [name for name, p in _named(model) if p.requires_grad],
     }
 

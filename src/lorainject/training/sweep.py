@@ -103,7 +103,7 @@ def sweep(
     if save_to is not None:
         with system_errors(f"{save_to} cannot be written"):
             Path(save_to).mkdir(parents=True, exist_ok=True)
-    before, is_kept, reason, turns = index.default, False, "", 0
+    before, is_kept, reason, turns = index.default_strengths, False, "", 0
     next_batch = _feed(batches)
     try:
         states = {name: _begin(model, name, run, optimizer, schedule) for name, run in runs.items()}
