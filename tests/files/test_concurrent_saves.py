@@ -134,7 +134,9 @@ def dying(step: int, job: Callable[[], object]) -> None:
     job()
 
 
-@pytest.mark.parametrize(("format", "old", "new"), KILLED)
+@pytest.mark.parametrize(
+    ("format", "old", "new"), [KILLED[0], *(pytest.param(*case, marks=pytest.mark.long) for case in KILLED[1:])]
+)
 def test_killed_before_each_step(format, old, new, tmp_path):
     """kill -9 before each system call of a save leaves the old adapter or, from some step on, the new one."""
     numbers = []

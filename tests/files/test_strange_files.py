@@ -221,7 +221,8 @@ def test_what_a_killed_merge_left_is_deleted(tmp_path):
     assert temporary.is_dir()
     (temporary / "link").symlink_to(theirs, target_is_directory=True)
     merge(base, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["lorainject_merge.json", "model.safetensors"]
     assert (theirs / "thesis.txt").read_text() == "years of work"
     assert not temporary.exists()
 

@@ -65,7 +65,7 @@ def dropout_mask(x: Tensor, dtype: torch.dtype, dropout: float) -> Tensor:
 def formula(model: nn.Module, x: Tensor, dy: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """Return the output of the layer and the gradients of x, A and B by the formula, in float64."""
     (site,) = adapted_sites(model).values()
-    (adapter,) = site.adapters.active
+    ((adapter, _),) = site.adapters.active
     x, A, B = (t.detach().double().requires_grad_() for t in (x, adapter.A, adapter.B))
     term = adapter.scale * ((x if mask is None else x * mask) @ A.T @ B.T)
     if adapter.rows is not None:

@@ -117,7 +117,7 @@ CHANGES = {
     "other memory": _exchange,
     "hooked": lambda adapter: adapter.register_forward_pre_hook(lambda m, args: (*args[:2], -args[2], args[3])),
     "patched": lambda adapter: setattr(
-        adapter, "forward", lambda term, y, x, ours: 2 * y - type(adapter).forward(adapter, term, y.clone(), x, ours)
+        adapter, "forward", lambda term, y, *rest: 2 * y - type(adapter).forward(adapter, term, y.clone(), *rest)
     ),
 }
 

@@ -329,7 +329,7 @@ def test_an_adapter_that_was_unmerged_alone_is_inactive(model):
     assert torch.equal(run(model, X), only)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["torch.save", "pickle"])
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.long)], ids=["torch.save", "pickle"])
 def test_a_fresh_process_can_unmerge(plain, model, tmp_path):
     """The journal is pickled with the model, by torch.save and by pickle."""
     before = {k: bits(v) for k, v in model.state_dict().items() if "lora" not in k}

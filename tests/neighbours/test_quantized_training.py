@@ -82,7 +82,9 @@ def train(model: Any, folder: Path, *, adapted: bool, **options: Any) -> list[fl
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * name.endswith("int4")) for name in CONFIGS]
+)
 def test_quantized_bases_train_as_with_peft(name, folder, tmp_path):
     """The losses are those of PEFT with the same A and B, which keep float32, and a resumed training is the same."""
     import peft

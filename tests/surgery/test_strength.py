@@ -366,6 +366,7 @@ def test_strengths_of_rows_compile_nothing_again():
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @needs_compiler
 def test_inductor_follows_strengths():
     """Code that inductor has generated, in float32, agrees with eager code in output and gradients."""
